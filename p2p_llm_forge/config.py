@@ -1,0 +1,159 @@
+"""What the scripts can be asked to do: dataclasses, read from flags and a recipe, checked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from p2p_llm_forge.errors import ForgeError, Problems, nearest
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
+    """A dataclass field that becomes a command-line flag: its default, its help text, its aliases."""
+    metadata: dict[str, Any] = {"help": help, "aliases": list(aliases)}
+    if metavar:
+        metadata["metavar"] = metavar
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PrepareConfig:
+    """One preparation: which text, which tokenizer, which blocks. See `python prepare_data.py --help`."""
+
+    dataset_path: list[str] = flag([], "text to prepare: a .txt file", "--input")
+    output_dir: str = flag("", "folder of the prepared dataset; must be new, empty or the same dataset")
+    tokenizer: str | None = flag(
+        None, "tokenizer to use: a folder or a name of the Hub; without it one is trained on the text"
+    )
+    vocab_size: int = flag(8192, "entries of a tokenizer that is trained here (ignored with --tokenizer)")
+    sequence_length: int = flag(256, "tokens in a block", "--block_size", "--block-size")
+    validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
+    document_separator: str = flag("\\n\\n", "what ends a document in a text file; escapes like \\n are understood")
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
+    )
+    num_workers: int = flag(0, "processes that tokenize; 0: one per core; any number gives the same bytes")
+    seed: int = flag(0, "chooses the documents that are held out")
+    overwrite: bool = flag(False, "replace a dataset that the output directory already holds")
+    config: str | None = flag(None, "recipe: a YAML file whose keys are these flags; the command line wins")
+
+    def check(self) -> None:
+        """Raise ForgeError with every problem that can be seen without reading the text."""
+        problems = Problems()
+        problems.require(bool(self.dataset_path), "no text given: add --dataset-path FILE")
+        problems.require(bool(self.output_dir), "no place for the result: add --output-dir FOLDER")
+        problems.require(self.sequence_length >= 2, f"--sequence-length is {self.sequence_length}: use 2 or more")
+        problems.require(self.vocab_size >= 257, f"--vocab-size is {self.vocab_size}: use 257 (256 bytes and EOS) or more")
+        problems.require(
+            0 <= self.validation_fraction < 1,
+            f"--validation-fraction is {self.validation_fraction}: use a share from 0 up to, not including, 1",
+        )
+        problems.require(self.num_workers >= 0, f"--num-workers is {self.num_workers}: use 0 (one per core) or more")
+        problems.require(self.document_separator != "", "--document-separator is empty: give the text that ends a document")
+        problems.raise_any()
+
+
+def parse(config_class: type[Config], argv: list[str], script: str) -> Config:
+    """Read a config from the command line and the recipe that `--config` names.
+
+    The recipe's keys are the flags' names (dashes or underscores). Raises ForgeError for unknown
+    keys or flags (with the nearest name) and for values of the wrong type; `--help` exits with 0.
+    """
+    parser = _parser(config_class, script)
+    recipe = _option(argv, "--config")
+    recipe_argv = _recipe_as_flags(Path(recipe), parser) if recipe else []
+    namespace, unknown = parser.parse_known_args(recipe_argv + argv)
+    if unknown:
+        names = {option for action in parser._actions for option in action.option_strings}
+        told = [f"unknown argument {word}: {nearest(word, names)}" for word in unknown if word.startswith("--")]
+        raise ForgeError("\n".join(told) or f"arguments that belong to no flag: {' '.join(unknown)}")
+    return config_class(**vars(namespace))
+
+
+def _parser(config_class: type, script: str) -> Any:
+    class Parser(_hf_argument_parser()):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            raise ForgeError(f"{message} (all flags: {script} --help)")
+
+    description = (config_class.__doc__ or "").split(":")[0]
+    return Parser(config_class, prog=script, description=description, allow_abbrev=False)
+
+
+def _hf_argument_parser() -> type:
+    """transformers.HfArgumentParser without the package around it.
+
+    `import transformers` costs over a second (5.23); its argument parser needs only the standard
+    library and PyYAML, and `--help` should answer at once.
+    """
+    if "transformers" not in sys.modules:
+        package = importlib.util.find_spec("transformers")
+        if package and package.submodule_search_locations:
+            file = Path(package.submodule_search_locations[0]) / "hf_argparser.py"
+            spec = importlib.util.spec_from_file_location("p2p_llm_forge._hf_argparser", file)
+            if file.exists() and spec and spec.loader:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module.HfArgumentParser
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """The last value that `argv` gives to option `name`, as `--name value` or `--name=value`."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == name:
+            value = following
+        elif word.startswith(name + "="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def _recipe_as_flags(path: Path, parser: Any) -> list[str]:
+    """The recipe's keys and values as command-line words, so that both take one way."""
+    import yaml
+
+    if not path.is_file():
+        raise ForgeError(f"--config {path}: no such file (recipes that come with the project: recipes/)")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ForgeError(f"--config {path} is not YAML: {error}") from error
+    if recipe is None:
+        return []
+    if not isinstance(recipe, dict):
+        raise ForgeError(f"--config {path} must hold `key: value` lines, found a {type(recipe).__name__}")
+    flags = {
+        option.removeprefix("--").replace("-", "_")
+        for action in parser._actions
+        for option in action.option_strings
+    } - {"help", "h", "config"}
+    problems = Problems()
+    words: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in flags:
+            problems.require(False, f"{path}: unknown key '{key}': {nearest(name, flags)}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            # `config_overrides: {hidden_size: 64}` reads better in YAML than a comma-separated string.
+            words += [f"--{name}={','.join(f'{k}={v}' for k, v in value.items())}"]
+        elif value is not None:
+            words += [f"--{name}={value}"]
+    problems.raise_any()
+    return words
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return dataclasses.asdict(config)
