@@ -41,7 +41,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its status; a ForgeError becomes one message and status 2.
+    """Run a script's `main` and exit with its status; a ForgeError is one message, status 2.
 
     When a launcher has started several ranks, they usually fail alike and only rank 0 prints; a
     failure of one rank alone must name that rank (`cluster.together` does) before it gets here.

@@ -1,0 +1,277 @@
+"""Save, verify, find, load and prune checkpoints: complete or absent, never in between.
+
+A checkpoint is a folder `checkpoint-<step>` whose `manifest.json` was written last and holds the
+size and SHA-256 of every other file. Without a manifest that matches, it does not exist. Tensors
+are stored as safetensors, everything else as JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+TRAINER_STATE = "trainer_state.json"
+RUN = "run.json"
+
+
+def checkpoint_dir(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def steps_saved(output_dir: Path) -> list[int]:
+    """The steps of all folders that look like checkpoints, newest first, verified or not."""
+    names = (
+        re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")
+    )
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def commit(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
+
+    The folder becomes visible by one rename after everything in it is on disk; the `keep` newest
+    are kept, and none is removed before the new one is durable. Raises ForgeError when the disk
+    does not take it, with the older checkpoints untouched.
+    """
+    final, partial = checkpoint_dir(output_dir, step), output_dir / f"tmp-checkpoint-{step}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        files = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            _fsync(path)
+            files[path.relative_to(partial).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": sha256_of(path),
+            }
+        write_json(
+            partial / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        )
+        _fsync(partial)
+        if final.exists():
+            shutil.rmtree(final)  # a damaged one: a good one would have been resumed from
+        partial.rename(final)
+        _fsync(output_dir)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ForgeError(
+            f"checkpoint {final} could not be written: {error.strerror or error}. Older checkpoints"
+            " are untouched; make room or mend the disk, then go on with --resume auto"
+        ) from error
+    prune(output_dir, keep)
+    return final
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and leftovers of saves that did not finish."""
+    for step in steps_saved(output_dir)[keep:]:
+        # Renamed first, so that a half-removed checkpoint is not met as a damaged one.
+        doomed = checkpoint_dir(output_dir, step).rename(output_dir / f"tmp-pruned-{step}")
+        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in output_dir.glob("tmp-*"):
+        if re.fullmatch(r"tmp-(checkpoint|pruned)-\d+", leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`; None if every file is what the manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, step, files = manifest["format_version"], manifest["step"], manifest["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so its writing was not finished"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    if version > FORMAT_VERSION:
+        raise ForgeError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "use the newer program that wrote it"
+        )
+    if path.name != f"checkpoint-{step}":
+        return f"its {MANIFEST} is that of step {step}"
+    for name, told in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != told["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {told['size']}"
+        if sha256_of(file) != told["sha256"]:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and a line for each newer one that was passed over."""
+    passed_over = []
+    for step in steps_saved(output_dir):
+        path = checkpoint_dir(output_dir, step)
+        wrong = damage(path)
+        if wrong is None:
+            return path, passed_over
+        passed_over.append(f"passed over {path}: {wrong}")
+    return None, passed_over
+
+
+def write_model(folder: Path, lm: Any, tokenizer_dir: Path) -> None:
+    """The model and its tokenizer, as `from_pretrained` reads them."""
+    lm.save_pretrained(folder)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+
+
+def write_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """The optimizer's tensors by parameter name, and the trainer's state as JSON."""
+    from safetensors.torch import save_file
+
+    save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
+    write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **state})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The trainer's state that `write_state` left in a verified checkpoint."""
+    return json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+
+
+def optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `<parameter>.<entry>` -> tensor on the CPU."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            tensors[f"{name}.{entry}"] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the tensors of a verified checkpoint into the optimizer. Raises ForgeError where they do
+    not belong to this model and optimizer."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        entries = [key for key in tensors if key.rpartition(".")[0] == name]
+        for key in entries:
+            value, entry = tensors.pop(key), key.rpartition(".")[2]
+            # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
+            place = parameter.device if value.dim() or parameter.device.type == "cuda" else "cpu"
+            optimizer.state[parameter][entry] = value.to(place)
+        if not entries and parameter.requires_grad and len(tensors):
+            raise ForgeError(
+                f"{folder} has no optimizer state for {name}: it is of another model or optimizer"
+            )
+    if tensors:
+        raise ForgeError(
+            f"{folder} has optimizer state for unknown {sorted(tensors)[0]}: it is of another model"
+        )
+
+
+def publish(checkpoint: Path, output_dir: Path) -> None:
+    """Copy the model of a checkpoint into the run's folder itself, where users of the Hub look."""
+    for source in sorted(checkpoint.iterdir()):
+        if source.is_file() and source.name not in (MANIFEST, OPTIMIZER, TRAINER_STATE):
+            partial = output_dir / f"tmp-{source.name}"
+            shutil.copyfile(source, partial)
+            _fsync(partial)
+            partial.rename(output_dir / source.name)
+
+
+def identity_differences(recorded: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One line for each setting in which the run on disk is not the run that was asked for."""
+    return [
+        f"{key}: the run has {recorded.get(key)}, asked was {asked.get(key)}"
+        for key in sorted({*recorded, *asked})
+        if recorded.get(key) != asked.get(key)
+    ]
+
+
+def claim_output_dir(
+    output_dir: Path, identity: dict[str, Any], resume: bool, overwrite: bool
+) -> None:
+    """Make sure that `output_dir` is this run's own and can be written; record the run in it.
+
+    Raises ForgeError when it holds another run, or this one and neither --resume nor --overwrite
+    was said. Only --overwrite removes anything, and only what a run writes.
+    """
+    run_file = output_dir / RUN
+    if run_file.exists():
+        recorded = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+        differences = identity_differences(recorded, identity)
+        if differences and not overwrite:
+            raise ForgeError(
+                f"{output_dir} holds another run:\n  "
+                + "\n  ".join(differences)
+                + "\n  Choose another --output-dir, or throw that run away with --overwrite"
+            )
+        if not resume and not overwrite:
+            raise ForgeError(
+                f"{output_dir} holds this run already: go on with --resume auto, or start it anew "
+                "with --overwrite"
+            )
+    elif not overwrite and (output_dir / "config.json").exists():
+        raise ForgeError(
+            f"{output_dir} holds a model that is not of a run of this program: choose another "
+            "--output-dir, or replace it with --overwrite"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _remove_run(output_dir)
+        if not run_file.exists():
+            write_json(run_file, {"format_version": FORMAT_VERSION, "identity": identity})
+    except OSError as error:
+        raise ForgeError(
+            f"--output-dir {output_dir} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _remove_run(output_dir: Path) -> None:
+    for step in steps_saved(output_dir):
+        shutil.rmtree(checkpoint_dir(output_dir, step))
+    prune(output_dir, keep=0)
+    for name in (RUN, "metrics.jsonl", "all_results.json", "config.json", "model.safetensors"):
+        (output_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "runs", ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either its old content or all of the new one, durably."""
+    partial = path.with_name(f"tmp-{path.name}")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _fsync(partial)
+    partial.rename(path)
+    _fsync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,433 @@
+"""How a process finds its peers, and all that peers do together: the only caller of collectives.
+
+Numbers travel by `torch.distributed` collectives, facts and waiting by the launch's key-value store
+as JSON. Waiting on the store has no collective timeout, so the main process may work for hours
+(prepare a corpus, write a large checkpoint) while the others wait. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from p2p_llm_forge import __version__
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+
+Result = TypeVar("Result")
+
+MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+POLL_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process's place in the launch: what its launcher, or the user by hand, has promised."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
+    """The launch as `accelerate launch`, torchrun, notebook_launcher or the four flags describe it.
+
+    Raises ForgeError where flags and environment disagree, where they are incomplete, and for the
+    launch that looks distributed but starts strangers: Accelerate (1.15) starts one plain process
+    per machine for `distributed_type: MULTI_CPU` without MPI, with MASTER_ADDR but no RANK.
+    """
+    by_hand = {
+        "--rank": config.rank,
+        "--world-size": config.world_size,
+        "--master-addr": config.master_addr,
+        "--master-port": config.master_port,
+    }
+    given = {name: value for name, value in by_hand.items() if value is not None}
+    if given:
+        if config.world_size == 1:
+            return Launch()
+        missing = [name for name in by_hand if name not in given]
+        if missing:
+            raise ForgeError(
+                f"a launch by hand needs all of {', '.join(by_hand)}; missing: {', '.join(missing)}"
+            )
+        if "RANK" in environ and environ.get("WORLD_SIZE") != str(config.world_size):
+            raise ForgeError(
+                f"--world-size {config.world_size} was given, but a launcher has started "
+                f"{environ.get('WORLD_SIZE')} processes: use either the launcher or --rank, "
+                "--world-size, --master-addr and --master-port"
+            )
+        assert config.rank is not None and config.world_size is not None
+        if not 0 <= config.rank < config.world_size:
+            raise ForgeError(
+                f"--rank {config.rank} is not one of the {config.world_size} ranks of "
+                f"--world-size: use 0 to {config.world_size - 1}"
+            )
+        return Launch(config.rank, config.world_size, 0, 1, config.master_addr, config.master_port)
+    if "RANK" in environ:
+        return Launch(
+            rank=int(environ["RANK"]),
+            world_size=int(environ.get("WORLD_SIZE", "1")),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
+            master_addr=environ.get("MASTER_ADDR"),
+            master_port=int(environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else None,
+        )
+    if any(name in environ for name in MPI_WORLD_SIZES):
+        raise ForgeError(
+            "this launch comes from MPI, which is not supported: start it with torchrun, with "
+            "`accelerate launch --multi_gpu`, or by hand with --rank and --world-size"
+        )
+    if environ.get("MASTER_ADDR"):
+        raise ForgeError(
+            f"MASTER_ADDR is set ({environ['MASTER_ADDR']}) but RANK is not: every process of this"
+            " launch would train alone and overwrite the others.\n  `distributed_type: MULTI_CPU`"
+            " in an Accelerate config does this. In the YAML, write\n      distributed_type:"
+            " MULTI_GPU\n      use_cpu: true\n  (this starts real processes on CPUs too;"
+            " accelerate_configs/cpu_2_processes.yaml is an example), or add --multi_gpu to"
+            " `accelerate launch`.\n  To train alone on purpose: --world-size 1"
+        )
+    return Launch()
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way from this machine to the main process: own address and network interface."""
+
+    address: str
+    interface: str
+
+
+def route_to(host: str) -> Route | None:
+    """The interface that packets to `host` leave by; None when the host is this machine's loopback.
+
+    Raises ForgeError when the name does not resolve or no route leads there.
+    """
+    import psutil
+
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # UDP: chooses the route, sends nothing
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise ForgeError(
+            f"no way to the main process at {host}: {error}. Check the address "
+            "(main_process_ip, --master-addr) and that this machine is on its network"
+        ) from error
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == own for entry in addresses):
+            return None if own.startswith("127.") or own == "::1" else Route(own, interface)
+    return None
+
+
+def choose_interface(launch: Launch, environ: dict[str, str]) -> str | None:
+    """Point gloo and NCCL at the interface of the route to the main process; says which, or None.
+
+    Gloo (torch 2.13) otherwise binds the address that the hostname resolves to, which on many
+    machines is 127.0.0.1, where no peer can reach it. A choice of the user's is kept.
+    """
+    if launch.world_size == 1 or launch.local_world_size == launch.world_size:
+        return None
+    route = route_to(launch.master_addr or "127.0.0.1")
+    if route is None:
+        return None
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        environ.setdefault(name, route.interface)
+    return f"{environ['GLOO_SOCKET_IFNAME']} ({route.address})"
+
+
+def choose_threads(config: TrainConfig, launch: Launch, environ: Mapping[str, str]) -> int:
+    """CPU threads for this process: its share of the machine's cores unless the user chose.
+
+    Launchers export OMP_NUM_THREADS=1 for their own caution, so a 1 is taken as theirs; whoever
+    wants one thread says `--cpu-threads 1`.
+    """
+    if config.cpu_threads:
+        return config.cpu_threads
+    if (
+        environ.get("OMP_NUM_THREADS", "1").isdigit()
+        and int(environ.get("OMP_NUM_THREADS", "1")) > 1
+    ):
+        return int(environ["OMP_NUM_THREADS"])
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, cores // launch.local_world_size)
+
+
+class Cluster:
+    """All processes of a run, seen from one of them."""
+
+    def __init__(self, launch: Launch, accelerator: Any, store: dist.Store | None) -> None:
+        self.launch = launch
+        self.accelerator = accelerator
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.is_main = launch.rank == 0
+        self.device: torch.device = accelerator.device
+        self._store = store
+        self._talks = 0
+
+    def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's facts, by rank. Facts are plain JSON values; all ranks must call.
+
+        Waits for as long as a slower rank needs; a rank that has died ends the wait by its
+        launcher, or by the store's connection breaking.
+        """
+        if self._store is None:
+            return [facts]
+        talk = self._next_talk()
+        self._store.set(f"{talk}/{self.rank}", json.dumps(facts))
+        return [json.loads(self._await(f"{talk}/{rank}")) for rank in range(self.world_size)]
+
+    def main_only(self, act: Callable[[], Result]) -> Result:
+        """Run `act` on the main process and return its (JSON) result on every rank.
+
+        The others wait without a collective timeout. A ForgeError in `act` is raised on all ranks.
+        """
+        if self._store is None:
+            return act()
+        talk = self._next_talk()
+        if not self.is_main:
+            answer = json.loads(self._await(talk))
+            if "error" in answer:
+                raise ForgeError(answer["error"])
+            return answer["result"]
+        try:
+            result = act()
+        except BaseException as error:
+            told = (
+                str(error)
+                if isinstance(error, ForgeError)
+                else f"the main process failed: {error!r}"
+            )
+            self._store.set(talk, json.dumps({"error": told}))
+            raise
+        self._store.set(talk, json.dumps({"result": result}))
+        return result
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """Run `act` on every rank; if it fails with a ForgeError anywhere, it fails everywhere.
+
+        What all ranks say alike is said once; what only some say names them.
+        """
+        result, failure = None, None
+        try:
+            result = act()
+        except ForgeError as error:
+            failure = str(error)
+        if self._store is None and failure is not None:
+            raise ForgeError(failure)
+        told = self.gather_facts({"failure": failure, "host": platform.node()})
+        failures = [(rank, fact) for rank, fact in enumerate(told) if fact["failure"] is not None]
+        if not failures:
+            return result  # type: ignore[return-value]
+        if len(failures) == self.world_size and len({fact["failure"] for _, fact in failures}) == 1:
+            raise ForgeError(failures[0][1]["failure"])
+        raise ForgeError(
+            "\n".join(f"rank {rank} ({fact['host']}): {fact['failure']}" for rank, fact in failures)
+        )
+
+    def sum_across(self, values: list[float]) -> list[float]:
+        """The sums over all ranks of each of `values`, in float64. All ranks must call."""
+        if self._store is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _next_talk(self) -> str:
+        # Every rank makes the same calls in the same order, so a counter names the conversation.
+        self._talks += 1
+        return f"forge/{self._talks}"
+
+    def _await(self, key: str) -> str:
+        assert self._store is not None
+        try:
+            while not self._store.check([key]):
+                time.sleep(POLL_INTERVAL_S)
+            return self._store.get(key).decode()
+        except (dist.DistError, RuntimeError) as error:
+            raise ForgeError(
+                "lost the main process: its store does not answer any more "
+                f"({str(error).splitlines()[0]}). Its own output says why it ended"
+            ) from error
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig) -> Iterator[Cluster]:
+    """Meet the peers of this launch; leave them at the end, so that a notebook can train again."""
+    launch = read_launch(config, os.environ)
+    if launch.world_size > 1:
+        os.environ.update(
+            RANK=str(launch.rank),
+            WORLD_SIZE=str(launch.world_size),
+            LOCAL_RANK=str(launch.local_rank),
+            LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        )
+        if launch.master_addr and launch.master_port:
+            os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
+    with _own_accelerator_state():
+        yield _meet(config, launch)
+
+
+def _meet(config: TrainConfig, launch: Launch) -> Cluster:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+    interface = choose_interface(launch, os.environ)  # type: ignore[arg-type]
+    use_cpu = not _has_usable_accelerator(launch)
+    backend = None if config.backend == "auto" else config.backend
+    if backend == "nccl" and use_cpu:
+        raise ForgeError(
+            "--backend nccl needs an NVIDIA GPU and none was found: use --backend gloo"
+        )
+    if use_cpu:
+        torch.set_num_threads(choose_threads(config, launch, os.environ))
+    try:
+        options: dict[str, Any] = {"backend": backend} if backend and launch.world_size > 1 else {}
+        if launch.world_size > 1:
+            options["timeout"] = datetime.timedelta(seconds=config.peer_timeout)
+        state = PartialState(cpu=use_cpu, **options)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise ForgeError(
+            f"rank {launch.rank} could not meet the {launch.world_size} processes at "
+            f"{launch.master_addr}:{launch.master_port}: {str(error).splitlines()[0]}\n"
+            "  Check that every machine was started, with the same --world-size and address, and "
+            "that a firewall lets the port through"
+        ) from error
+    if state.num_processes != launch.world_size:
+        raise ForgeError(
+            f"the launch promises {launch.world_size} processes, Accelerate found "
+            f"{state.num_processes}: training would run as strangers. Start it with torchrun or "
+            "with `accelerate launch --multi_gpu`"
+        )
+    store = dist.distributed_c10d._get_default_store() if launch.world_size > 1 else None
+    precision = _agree_on_precision(config, launch, state, store)
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    cluster = Cluster(launch, accelerator, store)
+    if interface and launch.local_rank == 0:
+        print(f"rank {launch.rank}: reaching the peers by {interface}", flush=True)
+    return cluster
+
+
+def _has_usable_accelerator(launch: Launch) -> bool:
+    """Whether to train on a GPU (or another accelerator) and not on the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
+        return False
+    if not torch.accelerator.is_available():
+        return False
+    # Accelerate (1.15) starts strangers for several processes on Apple's GPUs, which have no
+    # collectives: such a peer trains on its CPU.
+    return launch.world_size == 1 or torch.accelerator.current_accelerator().type != "mps"  # type: ignore[union-attr]
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _agree_on_precision(
+    config: TrainConfig, launch: Launch, state: Any, store: dist.Store | None
+) -> str:
+    """The precision all ranks compute in; refuses peers that differ in what must be equal.
+
+    `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
+    """
+    wanted = config.mixed_precision
+    if wanted == "auto":
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    facts = {
+        "precision": wanted,
+        "backend": state.backend,
+        "bf16": (
+            has_bf16() if state.device.type != "cpu" or not torch.cuda.is_available() else False
+        ),
+        "recipe": config.shared_settings(),
+        "torch": torch.__version__.split("+")[0],
+        "forge": __version__,
+        "host": platform.node(),
+    }
+    # A bare Cluster serves for this first talk: the Accelerator needs its answer.
+    told = Cluster(launch, state, store).gather_facts(facts) if store else [facts]
+    if store:
+        _refuse_different(told)
+    if wanted == "auto":
+        return "bf16" if all(fact["bf16"] for fact in told) else "no"
+    if wanted not in ("no", "bf16", "fp16"):
+        raise ForgeError(
+            f"mixed precision {wanted} comes from the launcher's config; use no, bf16 or fp16"
+        )
+    if wanted == "fp16" and state.device.type == "cpu":
+        raise ForgeError(
+            "fp16 needs a GPU, and this run is on the CPU: use --mixed-precision bf16 or no"
+        )
+    return wanted
+
+
+def _refuse_different(told: list[dict[str, Any]]) -> None:
+    """Raise ForgeError naming each rank whose settings or versions differ from rank 0's."""
+    problems = []
+    for rank, fact in enumerate(told):
+        where = f"rank {rank} ({fact['host']})"
+        for key in ("precision", "backend", "torch", "forge"):
+            if fact[key] != told[0][key]:
+                problems.append(f"{where} has {key} {fact[key]}, rank 0 has {told[0][key]}")
+        for key, value in fact["recipe"].items():
+            if value != told[0]["recipe"].get(key):
+                name = key.replace("_", "-")
+                problems.append(
+                    f"{where} was started with --{name} {value}, rank 0 with"
+                    f" {told[0]['recipe'].get(key)}"
+                )
+    if problems:
+        raise ForgeError(
+            "the peers of a run must be started alike:\n  "
+            + "\n  ".join(problems)
+            + "\n  Make them equal (a machine with a GPU joins one without by --backend gloo on"
+            " all)"
+        )
+
+
+@contextlib.contextmanager
+def _own_accelerator_state() -> Iterator[None]:
+    """Leave Accelerate's process-wide state as it was found."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    if PartialState._shared_state:
+        raise ForgeError(
+            "an Accelerator exists in this process already: restart the notebook's kernel, and do "
+            "not make one before train()"
+        )
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

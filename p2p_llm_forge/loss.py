@@ -1,0 +1,152 @@
+"""Next-token loss without the full logits tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# Logits of one chunk: about 16 million values, 64 MB in float32.
+CHUNK_VALUES = 2**24
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Cross entropy of a linear layer's outputs, a chunk of tokens at a time.
+
+    The gradient is made together with the loss, so the logits of a chunk are computed once and
+    never kept. (The idea of Liger Kernel, arXiv 2410.10989.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        learns = any(ctx.needs_input_grad)
+        matrix = weight.to(dtype)
+        nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if learns and bias is not None else None
+        )
+        for chunk in torch.arange(len(targets), device="cpu").split(chunk_tokens(len(weight))):
+            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            part, wanted = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
+            logits = (part @ matrix.T).float()
+            if bias is not None:
+                logits += bias
+            log_total = logits.logsumexp(1, keepdim=True)
+            nats += (log_total - logits.gather(1, wanted)).sum()
+            if not learns:
+                continue
+            # d nats / d logits = softmax - one_hot, written over the logits.
+            grad = logits.sub_(log_total).exp_()
+            grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(dtype)
+            grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
+            grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.weight_dtype = weight.dtype
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            (grad_weight * scale).to(ctx.weight_dtype),
+            grad_bias * scale if grad_bias is not None else None,
+            None,
+            None,
+        )
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(128, CHUNK_VALUES // vocab_size)
+
+
+def chunked_nats(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over tokens of -log p(target), float32 scalar, differentiable.
+
+    hidden: (tokens, width), any float dtype; weight: (vocabulary, width); bias: (vocabulary,) or
+    None; targets: (tokens,) int64. Matrix products run in the autocast dtype where autocast is on,
+    everything else in float32.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    with torch.autocast(kind, enabled=False):
+        return _ChunkedNats.apply(hidden, weight, bias, targets, dtype)
+
+
+class NextTokenLoss(nn.Module):
+    """A causal LM together with its loss: blocks in, nats out.
+
+    DDP and Accelerate see one module whose output is a scalar, so the logits are neither gathered
+    nor copied to float32. Models whose head is more than a linear layer (soft-capped or scaled
+    logits) are found by a trial and keep their own forward.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        self.chunked = head_is_linear(lm)
+
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, count_correct: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(nats, correct): the summed loss, float32, and the number of tokens whose most probable
+        prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens) int64."""
+        correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
+        if not self.chunked:
+            logits = self.lm(input_ids=inputs, use_cache=False).logits.float()
+            if count_correct:
+                correct = (logits.argmax(-1) == targets).sum()
+            nats = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
+            return nats, correct
+        hidden = self.lm.base_model(input_ids=inputs, use_cache=False)[0].flatten(0, 1)
+        head = self.lm.get_output_embeddings()
+        flat = targets.flatten()
+        if count_correct:
+            parts = zip(
+                hidden.split(size := chunk_tokens(len(head.weight))), flat.split(size), strict=True
+            )
+            correct = sum(
+                ((head(part).argmax(-1) == wanted).sum() for part, wanted in parts), correct
+            )
+        return chunked_nats(hidden, head.weight, head.bias, flat), correct
+
+
+@torch.no_grad()
+def head_is_linear(lm: Any) -> bool:
+    """Whether the model's logits are just its output embedding applied to its last hidden state.
+
+    Tried on a few tokens, since only the model knows: some scale or cap their logits.
+    """
+    head = lm.get_output_embeddings()
+    base = lm.base_model
+    if not isinstance(head, nn.Linear) or base is lm:
+        return False
+    was_training = lm.training
+    lm.eval()
+    try:
+        tokens = torch.arange(8, device=head.weight.device).remainder(len(head.weight)).unsqueeze(0)
+        hidden = base(input_ids=tokens, use_cache=False)[0]
+        logits = lm(input_ids=tokens, use_cache=False).logits
+        return hidden.shape[-1] == head.in_features and torch.allclose(
+            head(hidden).float(), logits.float(), rtol=1e-4, atol=1e-5
+        )
+    finally:
+        lm.train(was_training)

@@ -1,0 +1,83 @@
+"""What a run came to: the result that `train()` returns, all_results.json and the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = "all_results.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The figures of a finished run; without validation data, some are None."""
+
+    output_dir: str
+    steps: int
+    tokens: int
+    train_loss: float | None  # nats per token, mean over the last --log-every updates
+    tokens_per_second: float | None  # of all peers together, while updates were taken
+    processes: int
+    eval_loss: float | None = None  # nats per token
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    token_accuracy: float | None = None
+    sample: str | None = None
+
+    @staticmethod
+    def load(output_dir: Path) -> TrainResult | None:
+        """The result that a finished run left in its folder; None if there is none."""
+        file = output_dir / RESULTS
+        return (
+            TrainResult(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        )
+
+    def as_dict(self) -> dict:
+        """The result as plain JSON values."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The result for a person, in a few lines."""
+        lines = [
+            f"model     {self.output_dir} after {self.steps:,} updates ({self.tokens:,} tokens)"
+        ]
+        if self.train_loss is not None:
+            lines.append(f"training  loss {self.train_loss:.4f} nats per token")
+        if self.tokens_per_second is not None:
+            lines.append(
+                f"speed     {self.tokens_per_second:,.0f} tokens/s over {self.processes}"
+                " process(es)"
+            )
+        if self.eval_loss is not None:
+            bits = (
+                f", {self.bits_per_byte:.3f} bits per byte"
+                if self.bits_per_byte is not None
+                else ""
+            )
+            lines.append(
+                f"held out  loss {self.eval_loss:.4f} nats per token, perplexity"
+                f" {self.perplexity:,.1f}{bits}, {self.token_accuracy:.1%} of tokens guessed right"
+            )
+        if self.sample:
+            lines.append(f"sample    {self.sample!r}")
+        return "\n".join(lines)
+
+    def model_card(self, base_model: str | None) -> str:
+        """A README.md for the model's folder, as the Hub shows it."""
+        figures = "\n".join(
+            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
+            for key, value in self.as_dict().items()
+            if isinstance(value, int | float)
+        )
+        origin = f"base_model: {base_model}\n" if base_model else ""
+        return (
+            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{origin}"
+            f"tags: [p2p-llm-forge]\n---\n\n# {Path(self.output_dir).name}\n\n"
+            "A causal language model trained data-parallel with P2P-LLM-Forge.\n\n"
+            f"| figure | value |\n|---|---|\n{figures}\n\n"
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'folder = "."  # where this file lies\n'
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
+        )
