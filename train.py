@@ -132,8 +132,6 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     config, plan, cluster = run.config, run.plan, run.cluster
-    # Dropout is a function of (seed, step, rank): a resumed run repeats it without saved state.
-    torch.manual_seed(data_order.step_seed(config.seed, step, cluster.rank))
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.learning_rate_factor(step)
     blocks = data_order.blocks_of_update(
@@ -146,6 +144,9 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             torch.from_numpy(a).to(cluster.device)
             for a in run.data.blocks("train").inputs_and_targets(numbers)
         )
+        # A resumed run repeats its dropout without any saved generator.
+        offset = cluster.rank * len(own) + (number - 1) * plan.micro_batch_size
+        torch.manual_seed(data_order.dropout_seed(config.seed, step, offset))
         with run.sync.context(is_last_micro_batch=number == plan.accumulation):
             micro_nats, _ = run.model(inputs, targets)
             # DDP averages over the ranks; what is wanted is the sum over all tokens of the update.

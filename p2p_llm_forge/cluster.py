@@ -321,10 +321,9 @@ def _meet(config: TrainConfig, launch: Launch) -> Cluster:
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision,
+        project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     cluster = Cluster(launch, accelerator, store)
     if interface and launch.local_rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,13 @@ class PrepareConfig:
         "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
     )
     num_workers: int = flag(
-        0, "processes that tokenize; 0: one per core; any number gives the same bytes"
+        0, "threads that tokenize; 0: one per core; any number gives the same bytes"
+    )
+    tokenizer_backend: Literal["auto", "fast", "reference"] = flag(
+        "auto", "encode by gigatoken where it answers as the tokenizer does (auto), always or never"
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that comes with a tokenizer of the Hub"
     )
     seed: int = flag(0, "chooses the documents that are held out")
     overwrite: bool = flag(False, "replace a dataset that the output directory already holds")
@@ -81,7 +88,31 @@ class PrepareConfig:
             self.document_separator != "",
             "--document-separator is empty: give the text that ends a document",
         )
+        try:
+            self.separator()
+        except UnicodeDecodeError as error:
+            problems.require(
+                False,
+                f"--document-separator {self.document_separator!r}: {error.reason} (write \\\\ for a backslash)",
+            )
         problems.raise_any()
+
+    def separator(self) -> str:
+        """The document separator with its escapes resolved."""
+        # unicode_escape reads Latin-1; everything beyond it is first written as an escape itself.
+        return self.document_separator.encode("latin-1", "backslashreplace").decode(
+            "unicode_escape"
+        )
+
+    def workers(self) -> int:
+        """How many threads tokenize: those asked for, or one per core that this process may use."""
+        if self.num_workers:
+            return self.num_workers
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
 
 
 @dataclass

@@ -83,9 +83,13 @@ def steps_of_epochs(epochs: float, num_blocks: int, batch_size: int) -> int:
     return max(1, math.ceil(round(epochs * num_blocks, 6) / batch_size))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank's random numbers (dropout) at a step, 63 bits."""
-    digest = hashlib.blake2b(f"step {seed} {step} {rank}".encode(), digest_size=8).digest()
+def dropout_seed(seed: int, step: int, offset: int) -> int:
+    """The seed of the micro-batch that starts at `offset` in the update's list of blocks, 63 bits.
+
+    It does not depend on the rank that computes it: with micro-batches of one size, dropout too is
+    the same on 1, 2 or 4 processes.
+    """
+    digest = hashlib.blake2b(f"dropout {seed} {step} {offset}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

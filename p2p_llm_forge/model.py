@@ -16,7 +16,10 @@ from p2p_llm_forge.errors import ForgeError, nearest
 
 # Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
 # vocabulary's embedding.
-SMALL_GPT2 = {"n_layer": 4, "n_head": 4, "n_embd": 256}
+SMALL_GPT2 = {
+    **{"n_layer": 4, "n_head": 4, "n_embd": 256},
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
 
 # Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
 TRAINING_BYTES_PER_PARAMETER = 16

@@ -24,6 +24,11 @@ class AllReduce:
     def __init__(self, cluster: Cluster, model: Any) -> None:
         self._cluster = cluster
         self._model = model
+        if cluster.world_size > 1:
+            # Set here because the constructor's argument has two names (renamed in torch 2.13). A
+            # language model's buffers are constants: sending them in every forward costs a slow
+            # link a round trip.
+            model.broadcast_buffers = False
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """What backward runs in: only an update's last micro-batch exchanges gradients."""

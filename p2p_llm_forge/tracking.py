@@ -52,14 +52,14 @@ class Tracking(Silent):
         path = self._output_dir / METRICS
         keep_metrics_until(path, first_step)
         self._metrics = path.open("a", encoding="utf-8")
-        self._bar = tqdm(
-            initial=first_step, total=total_steps, unit="step", disable=not sys.stderr.isatty()
-        )
         if self._tracker_names:
             from accelerate.tracking import filter_trackers
 
             self._accelerator.log_with = filter_trackers(self._tracker_names, str(self._output_dir))
             self._accelerator.init_trackers("runs", config=self._settings)
+        self._bar = tqdm(
+            initial=first_step, total=total_steps, unit="step", disable=not sys.stderr.isatty()
+        )
 
     def step(self) -> None:
         """One more update is done."""

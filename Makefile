@@ -1,0 +1,33 @@
+# make demo: from nothing to a small trained model.   make test: everything that is promised.
+.PHONY: demo test lint format clean
+PYTHON ?= python3
+RUN := .venv/bin
+
+demo: .venv/installed
+	$(RUN)/python prepare_data.py --config recipes/demo_data.yaml
+	$(RUN)/accelerate launch --config_file accelerate_configs/$(shell $(RUN)/python -c "import torch; \
+	print('multi_gpu' if torch.cuda.device_count() > 1 else 'cpu_2_processes')").yaml \
+	train.py --config recipes/demo.yaml
+
+test: .venv/installed
+	$(RUN)/python -m pytest
+
+lint: .venv/installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: .venv/installed
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+clean:
+	rm -rf artifacts/demo data/prepared/demo

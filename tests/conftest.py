@@ -1,0 +1,102 @@
+"""Shared fixtures: a small prepared dataset, and real processes that are always ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for launcher_variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(launcher_variable, None)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SEQUENCE_LENGTH = 32
+TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
+
+
+def write_text(path: Path, documents: int, seed: int = 0) -> Path:
+    """Sentences of a small grammar, documents separated by blank lines."""
+    draw = random.Random(seed)
+    names, verbs, things = ["Mara", "Tobin", "Ines"], ["bakes", "mends", "reads"], ["bread", "nets"]
+    texts = [
+        " ".join(
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} {draw.randint(0, 99)}."
+            for _ in range(draw.randint(3, 30))
+        )
+        for _ in range(documents)
+    ]
+    path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 200 documents."""
+    return write_text(tmp_path_factory.mktemp("text") / "corpus.txt", documents=200)
+
+
+@pytest.fixture(scope="session")
+def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text as a prepared dataset: blocks of 32 tokens, a vocabulary of 300."""
+    from p2p_llm_forge.config import PrepareConfig
+    from prepare_data import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(
+        PrepareConfig(
+            dataset_path=[str(text_file)],
+            output_dir=str(folder),
+            vocab_size=300,
+            sequence_length=SEQUENCE_LENGTH,
+        )
+    )
+    return folder
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a program of this environment in the project's folder; ended with the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start_one(*words: object, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start_one
+    for process in processes:
+        if process.poll() is None:
+            # The launcher and its workers are one session of their own.
+            os.killpg(process.pid, 9)
+        process.wait()
+
+
+@pytest.fixture
+def run(start: Start) -> Callable[..., tuple[int, str]]:
+    """Start a program, wait for it, and return its status and what it printed."""
+
+    def run_one(*words: object, environ: dict[str, str] | None = None) -> tuple[int, str]:
+        process = start(*words, environ=environ)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return run_one

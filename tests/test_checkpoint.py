@@ -1,0 +1,157 @@
+"""A checkpoint is complete or absent, and a damaged one is passed over by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from p2p_llm_forge import checkpoint
+from p2p_llm_forge.errors import ForgeError
+
+
+def write_two_files(folder):
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "config.json").write_text("{}")
+
+
+def flip_a_byte(folder):
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+DAMAGES = {
+    "has changed since it was written": flip_a_byte,
+    "has 7 bytes instead of 7000": truncate,
+    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
+    "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json cannot be read": lambda folder: (folder / "manifest.json").write_text("{"),
+    "is that of step 10": lambda folder: shutil.copy(
+        folder.parent / "checkpoint-10" / "manifest.json", folder / "manifest.json"
+    ),
+}
+
+
+@pytest.mark.parametrize("told", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, told):
+    checkpoint.commit(tmp_path, 10, write_two_files, keep=2)
+    newest = checkpoint.commit(tmp_path, 20, write_two_files, keep=2)
+    assert checkpoint.newest_good(tmp_path) == (newest, [])
+    DAMAGES[told](newest)
+    found, passed_over = checkpoint.newest_good(tmp_path)
+    assert found == tmp_path / "checkpoint-10"
+    assert len(passed_over) == 1
+    assert str(newest) in passed_over[0] and told in passed_over[0]
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
+    (tmp_path / "tmp-checkpoint-5").mkdir()
+    (tmp_path / "tmp-notes").mkdir()
+    for step in (9, 10, 100):
+        checkpoint.commit(tmp_path, step, write_two_files, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-10", "checkpoint-100", "tmp-notes"]
+
+
+def test_a_save_that_fails_leaves_the_older_ones(tmp_path):
+    checkpoint.commit(tmp_path, 10, write_two_files, keep=1)
+
+    def run_out_of_disk(folder):
+        write_two_files(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ForgeError, match="No space left on device"):
+        checkpoint.commit(tmp_path, 20, run_out_of_disk, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert checkpoint.damage(tmp_path / "checkpoint-10") is None
+
+
+def test_a_newer_format_is_refused_by_its_version(tmp_path):
+    folder = checkpoint.commit(tmp_path, 10, write_two_files, keep=1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(ForgeError, match="format version 99"):
+        checkpoint.newest_good(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
+def test_an_optimizer_goes_on_from_its_saved_state(tmp_path, kind):
+    from p2p_llm_forge.config import TrainConfig
+    from p2p_llm_forge.model import build_optimizer
+
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 1))
+        return model, build_optimizer(TrainConfig(optimizer=kind, learning_rate=0.01), model)
+
+    def update(model, optimizer, step):
+        torch.manual_seed(step)
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    straight = model_and_optimizer()
+    for step in range(6):
+        update(*straight, step)
+    first = model_and_optimizer()
+    for step in range(3):
+        update(*first, step)
+    checkpoint.write_state(tmp_path, *first, {"step": 3})
+    second = model_and_optimizer()
+    second[0].load_state_dict(first[0].state_dict())
+    checkpoint.load_optimizer(tmp_path, *second)
+    assert checkpoint.read_state(tmp_path)["step"] == 3
+    for step in range(3, 6):
+        update(*second, step)
+    for a, b in zip(straight[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_optimizer_state_of_another_model_is_refused(tmp_path):
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    checkpoint.write_state(tmp_path, model, optimizer, {"step": 1})
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(ForgeError, match="another model"):
+        checkpoint.load_optimizer(tmp_path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_an_output_directory_belongs_to_one_run(tmp_path):
+    identity = {"dataset": "aaa", "model_type": "gpt2"}
+    folder = tmp_path / "run"
+    checkpoint.claim_output_dir(folder, identity, resume=False, overwrite=False)
+    checkpoint.commit(folder, 10, write_two_files, keep=1)
+    with pytest.raises(ForgeError, match="--resume auto"):
+        checkpoint.claim_output_dir(folder, identity, resume=False, overwrite=False)
+    checkpoint.claim_output_dir(folder, identity, resume=True, overwrite=False)
+    other = {"dataset": "bbb", "model_type": "llama"}
+    with pytest.raises(ForgeError) as error:
+        checkpoint.claim_output_dir(folder, other, resume=True, overwrite=False)
+    assert "dataset: the run has aaa, asked was bbb" in str(error.value)
+    assert "model_type: the run has gpt2, asked was llama" in str(error.value)
+    assert checkpoint.newest_good(folder)[0] is not None
+    checkpoint.claim_output_dir(folder, other, resume=False, overwrite=True)
+    assert checkpoint.newest_good(folder)[0] is None
+
+
+def test_a_model_of_another_program_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ForgeError, match="not of a run of this program"):
+        checkpoint.claim_output_dir(tmp_path, {}, resume=False, overwrite=False)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ForgeError, match="cannot be written"):
+        checkpoint.claim_output_dir(tmp_path / "file" / "run", {}, resume=False, overwrite=False)
