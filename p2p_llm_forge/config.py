@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,39 +27,88 @@ def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> 
 
 @dataclass
 class PrepareConfig:
-    """One preparation: which text, which tokenizer, which blocks. See `python prepare_data.py --help`."""
+    """One preparation: which text, which tokenizer, which blocks."""
 
     dataset_path: list[str] = flag([], "text to prepare: a .txt file", "--input")
-    output_dir: str = flag("", "folder of the prepared dataset; must be new, empty or the same dataset")
-    tokenizer: str | None = flag(
-        None, "tokenizer to use: a folder or a name of the Hub; without it one is trained on the text"
+    output_dir: str = flag(
+        "", "folder of the prepared dataset; must be new, empty or the same dataset"
     )
-    vocab_size: int = flag(8192, "entries of a tokenizer that is trained here (ignored with --tokenizer)")
+    tokenizer: str | None = flag(
+        None, "tokenizer: a folder or a name of the Hub; without it one is trained on the text"
+    )
+    vocab_size: int = flag(8192, "entries of a tokenizer that is trained here")
     sequence_length: int = flag(256, "tokens in a block", "--block_size", "--block-size")
     validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
-    document_separator: str = flag("\\n\\n", "what ends a document in a text file; escapes like \\n are understood")
+    document_separator: str = flag(
+        "\\n\\n", "what ends a document; \\n\\n: blank lines; escapes like \\n are understood"
+    )
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
     )
-    num_workers: int = flag(0, "processes that tokenize; 0: one per core; any number gives the same bytes")
+    num_workers: int = flag(
+        0, "threads that tokenize; 0: one per core; any number gives the same bytes"
+    )
+    tokenizer_backend: Literal["auto", "fast", "reference"] = flag(
+        "auto", "encode by gigatoken where it answers as the tokenizer does (auto), always or never"
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that comes with a tokenizer of the Hub"
+    )
     seed: int = flag(0, "chooses the documents that are held out")
     overwrite: bool = flag(False, "replace a dataset that the output directory already holds")
     config: str | None = flag(None, "recipe: a YAML file whose keys are these flags; the command line wins")
+
+    def __post_init__(self) -> None:
+        # From a notebook, one path is most naturally given as a string or a Path.
+        if isinstance(self.dataset_path, (str, os.PathLike)):
+            self.dataset_path = [os.fspath(self.dataset_path)]
 
     def check(self) -> None:
         """Raise ForgeError with every problem that can be seen without reading the text."""
         problems = Problems()
         problems.require(bool(self.dataset_path), "no text given: add --dataset-path FILE")
         problems.require(bool(self.output_dir), "no place for the result: add --output-dir FOLDER")
-        problems.require(self.sequence_length >= 2, f"--sequence-length is {self.sequence_length}: use 2 or more")
-        problems.require(self.vocab_size >= 257, f"--vocab-size is {self.vocab_size}: use 257 (256 bytes and EOS) or more")
+        problems.require(
+            self.sequence_length >= 2,
+            f"--sequence-length is {self.sequence_length}: use 2 or more",
+        )
+        problems.require(
+            self.vocab_size >= 257,
+            f"--vocab-size is {self.vocab_size}: use 257 (256 bytes and EOS) or more",
+        )
         problems.require(
             0 <= self.validation_fraction < 1,
-            f"--validation-fraction is {self.validation_fraction}: use a share from 0 up to, not including, 1",
+            f"--validation-fraction is {self.validation_fraction}: use a share from 0 to below 1",
         )
-        problems.require(self.num_workers >= 0, f"--num-workers is {self.num_workers}: use 0 (one per core) or more")
-        problems.require(self.document_separator != "", "--document-separator is empty: give the text that ends a document")
+        problems.require(
+            self.num_workers >= 0,
+            f"--num-workers is {self.num_workers}: use 0 (one per core) or more",
+        )
+        problems.require(
+            self.document_separator != "",
+            "--document-separator is empty: give the text that ends a document",
+        )
+        try:
+            self.separator().encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            problems.require(
+                False,
+                f"--document-separator {self.document_separator!r}: {error.reason} "
+                "(write \\\\ for a backslash)",
+            )
         problems.raise_any()
+
+    def separator(self) -> str:
+        """The document separator with its escapes resolved."""
+        # unicode_escape reads Latin-1; everything beyond it is first written as an escape itself.
+        latin = self.document_separator.encode("latin-1", "backslashreplace")
+        return latin.decode("unicode_escape")
+
+    def workers(self) -> int:
+        """How many threads tokenize: as asked, or one per core that this process may use."""
+        if hasattr(os, "sched_getaffinity"):
+            return self.num_workers or len(os.sched_getaffinity(0))
+        return self.num_workers or os.cpu_count() or 1
 
 
 def parse(config_class: type[Config], argv: list[str], script: str) -> Config:
