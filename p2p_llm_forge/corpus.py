@@ -1,0 +1,548 @@
+"""From text to packed blocks on disk and back: documents, splits, blocks, manifest, reader."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from p2p_llm_forge.errors import ForgeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
+TRAIN, VALIDATION = "train", "validation"
+
+UNIT_BYTES = 8 << 20  # text that is read, tokenized and counted as one piece of work
+BATCH_BYTES = 4 << 20  # tokens in one record batch of an Arrow file
+BATCHES_PER_SHARD = 128
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a text file, bytes `start` to `end`, that begins and ends with whole documents."""
+
+    path: Path
+    start: int
+    end: int
+
+
+def units_of(path: Path, separator: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """Divide a text file into units of about `unit_bytes`, reading only around the cuts.
+
+    The cuts depend on the file and the separator alone, so work can be shared by units among any
+    number of workers and the result is the same.
+    """
+    size = path.stat().st_size
+    cuts = [0]
+    with path.open("rb") as file:
+        for place in range(unit_bytes, size, unit_bytes):
+            if place > cuts[-1]:
+                cuts.append(_end_of_document(file, place, size, _separator_pattern(separator)))
+    if cuts[-1] < size:
+        cuts.append(size)
+    return [Unit(path, start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
+def _end_of_document(file: Any, place: int, size: int, pattern: re.Pattern[bytes]) -> int:
+    """The byte after the first separator at or after `place`, or the end of the file."""
+    window = 64 << 10
+    while True:
+        file.seek(place)
+        text = file.read(window)
+        found = pattern.search(text)
+        # A separator that touches the end of the window may go on behind it.
+        if found and (found.end() < len(text) or place + len(text) >= size):
+            return place + found.end()
+        if place + len(text) >= size or not text:
+            return size
+        window *= 4
+
+
+def read_unit(unit: Unit) -> bytes:
+    """The bytes of a unit. Raises ForgeError when the file has become shorter meanwhile."""
+    with unit.path.open("rb") as file:
+        file.seek(unit.start)
+        raw = file.read(unit.end - unit.start)
+    if len(raw) != unit.end - unit.start:
+        raise ForgeError(f"{unit.path} became shorter while it was read: start again")
+    return raw
+
+
+def as_utf8(raw: bytes, unit: Unit, errors: str) -> bytes:
+    """The text of a unit as valid UTF-8, without the byte order mark that some editors add.
+
+    errors: `strict` raises a ForgeError that names the byte, `replace` puts U+FFFD in its place.
+    """
+    if unit.start == 0 and raw.startswith(b"\xef\xbb\xbf"):
+        raw = raw[3:]
+        unit = dataclasses.replace(unit, start=3)
+    if raw.isascii():
+        return raw
+    try:
+        raw.decode("utf-8")
+        return raw
+    except UnicodeDecodeError as error:
+        if errors == "replace":
+            return raw.decode("utf-8", errors="replace").encode()
+        raise ForgeError(
+            f"{unit.path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
+            f"{unit.start + error.start} ({error.reason}). Convert the file to UTF-8, or use "
+            "--encoding-errors replace to put U+FFFD in the place of such bytes."
+        ) from error
+
+
+def split_documents(text: bytes, separator: str) -> list[bytes]:
+    r"""The documents of a text, in order, without the separators; empty ones are left out.
+
+    The separator `\n\n` means blank lines: one or more empty lines end a document, whether lines
+    end in LF or CRLF, and line ends at the borders of a document are not part of it. A line of
+    spaces is not empty. Inside a document every byte stays as it is, CRLF too. Any other separator
+    is taken literally: what lies between two of them is the document, to the byte.
+    """
+    if separator != "\n\n":
+        return [document for document in text.split(separator.encode()) if document]
+    pieces = _separator_pattern(separator).split(text)
+    return [document for piece in pieces if (document := piece.strip(b"\r\n"))]
+
+
+def _separator_pattern(separator: str) -> re.Pattern[bytes]:
+    # A pattern that begins with a literal byte is found at 490 MB/s, one that begins with an
+    # optional \r several times slower; the \r before it falls to the strip in split_documents.
+    return re.compile(rb"\n\r?\n[\r\n]*" if separator == "\n\n" else re.escape(separator.encode()))
+
+
+def held_out(unit_number: int, documents: int, fraction: float, seed: int) -> np.ndarray:
+    """Which of a unit's documents are for validation (bool): a seeded hash of each one's number.
+
+    A document's number is its unit's number and its place there, so no worker needs to know what
+    the others have counted. The hash is SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    import numpy as np
+
+    if fraction == 0:
+        return np.zeros(documents, bool)
+    of_unit = _mixed(_mixed(np.array([seed % 2**64], np.uint64)) + np.uint64(unit_number))
+    numbers = _mixed(of_unit + np.arange(documents, dtype=np.uint64))
+    return numbers < np.uint64(int(fraction * 2**64))
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's step and finalizer on uint64, wrapping around."""
+    import numpy as np
+
+    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+# --- tokens of a unit -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a unit adds to a split: tokens (EOS after every document), documents, bytes of text."""
+
+    tokens: np.ndarray
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """A unit's share of each split, and the sha256 of its bytes as they stood in the file."""
+
+    parts: dict[str, Part]
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How text becomes splits of tokens: what a worker must know besides the text."""
+
+    encode: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]
+    eos_token_id: int
+    dtype: str
+    separator: str
+    encoding_errors: str
+    validation_fraction: float
+    seed: int
+
+
+def documents_of(unit: Unit, raw: bytes, separator: str, encoding_errors: str) -> list[bytes]:
+    """The documents of a unit whose bytes in the file are `raw`."""
+    return split_documents(as_utf8(raw, unit, encoding_errors), separator)
+
+
+def encode_unit(number: int, unit: Unit, rules: Rules) -> EncodedUnit:
+    """Read a unit, tokenize its documents and divide them between the splits."""
+    import numpy as np
+
+    raw = read_unit(unit)
+    documents = documents_of(unit, raw, rules.separator, rules.encoding_errors)
+    tokens, lengths = rules.encode(documents)
+    tokens = with_document_ends(tokens, lengths, rules.eos_token_id, rules.dtype)
+    document_bytes = np.fromiter(map(len, documents), np.int64, len(documents))
+    is_held_out = held_out(number, len(documents), rules.validation_fraction, rules.seed)
+    token_is_held_out = np.repeat(is_held_out, lengths + 1)
+    parts = {
+        split: Part(
+            tokens[of_token], int(of_document.sum()), int(document_bytes[of_document].sum())
+        )
+        for split, of_document, of_token in (
+            (TRAIN, ~is_held_out, ~token_is_held_out),
+            (VALIDATION, is_held_out, token_is_held_out),
+        )
+    }
+    return EncodedUnit(parts, hashlib.sha256(raw).digest())
+
+
+def with_document_ends(
+    tokens: np.ndarray, lengths: np.ndarray, eos_token_id: int, dtype: str
+) -> np.ndarray:
+    """The documents' tokens with EOS after each document, as `dtype`."""
+    import numpy as np
+
+    joined = np.empty(len(tokens) + len(lengths), dtype)
+    is_text = np.ones(len(joined), bool)
+    ends = np.cumsum(lengths + 1) - 1
+    is_text[ends] = False
+    joined[is_text] = tokens
+    joined[ends] = eos_token_id
+    return joined
+
+
+# --- blocks on disk -------------------------------------------------------------------------------
+
+
+class BlockWriter:
+    """Packs a stream of tokens into blocks and writes them as Arrow files that `datasets` reads.
+
+    The files depend on the tokens alone, not on the pieces in which they came: every record batch
+    holds the same number of blocks, every file the same number of batches. No more than a batch is
+    kept in memory.
+    """
+
+    def __init__(self, folder: Path, sequence_length: int, dtype: str) -> None:
+        import numpy as np
+        from datasets import Features, List, Value
+
+        self.blocks = 0
+        self._folder = folder
+        self._features = Features({"input_ids": List(Value(dtype), length=sequence_length)})
+        self._sequence_length = sequence_length
+        block_bytes = sequence_length * np.dtype(dtype).itemsize
+        self._batch_tokens = max(1, BATCH_BYTES // block_bytes) * sequence_length
+        self._batches = 0
+        self._pending: list[np.ndarray] = [np.empty(0, dtype)]
+        self._shards: list[Path] = []
+        self._stream: Any = None
+        folder.mkdir(parents=True)
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add tokens to the stream; whole record batches go to disk."""
+        self._pending.append(tokens)
+        if sum(map(len, self._pending)) >= self._batch_tokens:
+            self._write_batches()
+
+    def finish(self) -> np.ndarray:
+        """Write the whole blocks that are left; return the tokens that fill no block."""
+        tail = self._write_batches()
+        whole = len(tail) // self._sequence_length * self._sequence_length
+        if whole:
+            self._write_batch(tail[:whole])
+        self._close_shard()
+        return tail[whole:]
+
+    def describe(self, split: str, fingerprint: str) -> None:
+        """Write the JSON files of `datasets`, without which it does not open the folder.
+
+        fingerprint: names this content to the caches of `datasets`.
+        """
+        names = [f"data-{n:05d}-of-{len(self._shards):05d}.arrow" for n in range(len(self._shards))]
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.rename(self._folder / name)
+        state = {
+            "_data_files": [{"filename": name} for name in names],
+            "_fingerprint": fingerprint,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        info = {"citation": "", "description": "", "homepage": "", "license": ""}
+        write_json(self._folder / "state.json", state)
+        write_json(
+            self._folder / "dataset_info.json", info | {"features": self._features.to_dict()}
+        )
+
+    def _write_batches(self) -> np.ndarray:
+        import numpy as np
+
+        tokens = np.concatenate(self._pending)
+        whole = len(tokens) // self._batch_tokens * self._batch_tokens
+        for start in range(0, whole, self._batch_tokens):
+            self._write_batch(tokens[start : start + self._batch_tokens])
+        self._pending = [tokens[whole:].copy()]
+        return self._pending[0]
+
+    def _write_batch(self, tokens: np.ndarray) -> None:
+        import pyarrow as pa
+
+        if self._stream is None:
+            self._shards.append(self._folder / f"data-{len(self._shards):05d}.arrow")
+            self._stream = pa.ipc.new_stream(self._shards[-1], self._features.arrow_schema)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._sequence_length)
+        self._stream.write_batch(pa.record_batch([column], schema=self._features.arrow_schema))
+        self.blocks += len(column)
+        self._batches += 1
+        if self._batches % BATCHES_PER_SHARD == 0:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that is the same for the same content."""
+    path.write_text(
+        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
+    )
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Move a finished dataset from `unfinished` (inside `folder`) to its place in `folder`.
+
+    At any moment `folder` holds a manifest only if it holds the whole dataset that it describes.
+    """
+    for path in sorted(unfinished.rglob("*")):
+        _fsync(path)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _fsync(folder)
+    for path in folder.iterdir():
+        if path != unfinished:
+            _remove(path)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == MANIFEST):
+        if path.name == MANIFEST:
+            _fsync(folder)
+        path.rename(folder / path.name)
+    unfinished.rmdir()
+    _fsync(folder)
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What a split holds.
+
+    bytes: UTF-8 bytes of the text of just the tokens in the blocks. EOS stands for no text, and
+    the separators between documents count nowhere, so bits per byte pays for predicting the ends
+    of documents without being credited for them: never too low. dropped_tokens: the tail of the
+    split that fills no block; its bytes are not counted.
+    """
+
+    documents: int
+    blocks: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared dataset is and from what it was made; written last, so it proves the rest.
+
+    It holds no time, machine or absolute path: the same input and arguments give the same bytes.
+    """
+
+    sequence_length: int
+    vocab_size: int
+    eos_token_id: int
+    dtype: str
+    splits: dict[str, SplitFacts]
+    tokenizer_fingerprint: str
+    content_fingerprint: str
+    arguments: dict[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the blocks: equal for two datasets that hold the same (64 hex digits)."""
+        content = dataclasses.asdict(self) | {"arguments": None}
+        # Names of files may differ where the text does not; the rest is in the fields already
+        # but for how documents were divided.
+        for key in ("seed", "validation_fraction", "document_separator", "encoding_errors"):
+            content[key] = self.arguments.get(key)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`."""
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """The manifest in `folder`. Raises ForgeError when there is none that can be read."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            if content["format_version"] != FORMAT_VERSION:
+                raise ForgeError(
+                    f"{path} has format version {content['format_version']}, this program reads "
+                    f"{FORMAT_VERSION}: prepare the text again with --overwrite"
+                )
+            splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
+            return cls(splits=splits, **content)
+        except FileNotFoundError as error:
+            raise ForgeError(_no_manifest(folder)) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ForgeError(
+                f"{path} cannot be read as a manifest ({error}): prepare the text again with "
+                "--overwrite"
+            ) from error
+
+
+def _no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder}: no such folder. Prepare it: python prepare_data.py --output-dir {folder}"
+    found = (
+        "a preparation that did not finish"
+        if (folder / UNFINISHED).exists()
+        else "no manifest.json"
+    )
+    return (
+        f"{folder} is not a prepared dataset: found {found}. Prepare it: "
+        f"python prepare_data.py --dataset-path TEXT --output-dir {folder}"
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def looks_like_prepared(path: str | Path) -> bool:
+    """Whether `path` is meant as a prepared dataset, complete or not, rather than as text."""
+    marks = (MANIFEST, UNFINISHED, "dataset_dict.json", "state.json")
+    return any((Path(path) / mark).exists() for mark in marks)
+
+
+def open_prepared(path: str | Path) -> PreparedDataset:
+    """Open a prepared dataset; its blocks stay on disk. Raises ForgeError when it is not one."""
+    folder = Path(path)
+    return PreparedDataset(folder, Manifest.load(folder))
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared dataset on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer, as `AutoTokenizer.from_pretrained` reads it."""
+        return self.path / "tokenizer"
+
+    def blocks(self, split: str) -> Blocks | None:
+        """The blocks of `train` or `validation`; None when the dataset has no such split."""
+        if split not in self.manifest.splits:
+            return None
+        blocks = Blocks(
+            self.path / split, self.manifest.sequence_length, self.manifest.eos_token_id
+        )
+        if len(blocks) != self.manifest.splits[split].blocks:
+            raise ForgeError(
+                f"{self.path / split} holds {len(blocks)} blocks where the manifest promises "
+                f"{self.manifest.splits[split].blocks}: prepare the text again with --overwrite"
+            )
+        return blocks
+
+
+class Blocks:
+    """The blocks of one split, read from memory-mapped files without copying the table."""
+
+    def __init__(self, folder: Path, sequence_length: int, eos_token_id: int) -> None:
+        import datasets
+
+        self._arguments = (folder, sequence_length, eos_token_id)
+        self._eos_token_id = eos_token_id
+        self._sequence_length = sequence_length
+        try:
+            self._dataset = datasets.load_from_disk(str(folder))
+        except (
+            Exception
+        ) as error:  # what datasets and Arrow raise for damaged files is not one class
+            raise ForgeError(
+                f"{folder} cannot be read ({error}): prepare the text again with --overwrite"
+            ) from error
+        self._chunks = [
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
+            for chunk in self._dataset.data.column("input_ids").chunks
+        ]
+        self._first_blocks = [0]
+        for chunk in self._chunks:
+            self._first_blocks.append(self._first_blocks[-1] + len(chunk))
+
+    def __len__(self) -> int:
+        return self._first_blocks[-1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the files itself instead of receiving a copy of them.
+        return Blocks, self._arguments
+
+    def inputs_and_targets(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the blocks `indices`, each int64 of len(indices) x sequence_length.
+
+        Targets are the block's own tokens. Inputs are the token before the block (the last of the
+        previous block of the split; EOS before the first) and its tokens but the last.
+        """
+        import numpy as np
+
+        targets = np.empty((len(indices), self._sequence_length), np.int64)
+        inputs = np.empty_like(targets)
+        for row, index in enumerate(indices):
+            targets[row] = self._block(index)
+            inputs[row, 0] = self._block(index - 1)[-1] if index else self._eos_token_id
+        inputs[:, 1:] = targets[:, :-1]
+        return inputs, targets
+
+    def _block(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        chunk = bisect.bisect_right(self._first_blocks, index) - 1
+        return self._chunks[chunk][index - self._first_blocks[chunk]]

@@ -1,0 +1,339 @@
+"""Tokenizers: load or train one, encode fast, and prove it equals the tokenizer's own answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from p2p_llm_forge.errors import ForgeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Documents (UTF-8) in; all their tokens, one after the other, and the number of tokens of each out.
+Encode = Callable[[list[bytes]], "tuple[np.ndarray, np.ndarray]"]
+Backend = Literal["auto", "fast", "reference"]
+
+# Text on which tokenizers have been seen to disagree. Every fast encoder must get these right.
+HARD_TEXTS = (
+    # combining marks and compatibility forms
+    "e\u0301 n\u0303 Z\u0351\u036b\u0343 \u1e9b\u0323 \u212b \ufb01",
+    # joined emoji, skin tones, flags, variation selectors
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308",
+    "\U0001f44d\U0001f3fd \U0001f1f9\U0001f1f7\U0001f1e9\U0001f1ea \u263a\ufe0f",
+    # every kind of line end; long runs of white space
+    "one\r\ntwo\rthree\n\n\nfour\u2028five\x0bsix\x85seven",
+    " " * 200 + "x" + "\t" * 50 + "\n" * 50 + " \n \n\t ",
+    # replacement, edges of the planes, controls
+    "\ufffd\ud7ff\ue000\ufffe\U0010ffff\x00\x01\x7f\x80",
+    # right to left, with marks
+    "\u0645\u0631\u062d\u064e\u0628\u0627 \u202b\u05e9\u05c1\u05dc\u05d5\u05dd\u202c 12\u200f!",
+    # very long words and numbers
+    "Donaudampfschifffahrtsgesellschaft" * 60 + " " + "9" * 300,
+    # contractions
+    "I'll you're it'S WE'VE don\u2019t 'tis ''quoted''",
+    # scripts without spaces; unusual spaces
+    "汉字かな交じり文、한국어 ภาษาไทย हिन्दी \u3000wide\u00a0fixed\u200bzero",
+    # code, symbols, numerals
+    "x=1;y+=2 //=-> {[(<|>)]} ___init___ 3.14e-10 $£€ ½²ⅷ\u0663",
+    # letters whose other case has another length
+    "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
+)
+
+
+class FastPathDiffers(Exception):
+    """The fast encoder gave other tokens than the tokenizer itself."""
+
+
+# --- loading and training -------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in folder `name`, or of that name on the Hub, as transformers loads it.
+
+    Raises ForgeError when it cannot be loaded or has no token to end a document with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ForgeError(
+            f"--tokenizer {name} could not be loaded: {reason}\n"
+            "Give a folder that holds a tokenizer (as save_pretrained writes it) or a name of the "
+            "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
+            "train one on the text."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ForgeError(
+            f"--tokenizer {name} names no end-of-text token (eos_token), and every document must "
+            "end with one: choose a tokenizer for causal language models, or set eos_token in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer of at most `vocab_size` entries, `<|endoftext|>` included.
+
+    The documents are streamed; only the counts of their words stay in memory. The same documents
+    give the same tokenizer. A small text may have fewer pairs to merge than were asked for.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
+    )
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Rows that an embedding needs: one more than the largest id, added tokens included."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of all that decides what the tokenizer answers, and of its end-of-text token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = (
+        _without_truncation(backend).to_str()
+        if backend is not None
+        else json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    )
+    return hashlib.sha256(f"{rules}\0{tokenizer.eos_token}".encode()).hexdigest()
+
+
+def bytes_of_text(tokenizer: Any, tokens: list[int]) -> int:
+    """UTF-8 bytes of the text that `tokens` stand for; control tokens stand for none.
+
+    Exact for byte-level tokenizers, even where the tokens begin inside a character; for others it
+    is the length of the decoded text, which a normalizer can make differ by some bytes.
+    """
+    control = set(_control_tokens(tokenizer).values())
+    tokens = [token for token in tokens if token not in control]
+    if _is_byte_level(tokenizer):
+        # One character of a byte-level token stands for one byte.
+        return sum(len(token) for token in tokenizer.convert_ids_to_tokens(tokens))
+    return len(tokenizer.decode(tokens, clean_up_tokenization_spaces=False).encode())
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and type(backend.decoder).__name__ == "ByteLevel"
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that no text may produce, by their spelling; the unknown token is not one."""
+    added = tokenizer.added_tokens_decoder
+    control = {token.content: number for number, token in added.items() if token.special}
+    control[tokenizer.eos_token] = tokenizer.eos_token_id
+    if tokenizer.unk_token != tokenizer.eos_token:
+        control.pop(tokenizer.unk_token, None)
+    return control
+
+
+def _without_truncation(backend: Any) -> Any:
+    """A copy of the `tokenizers.Tokenizer` that neither truncates nor pads, so nothing is lost."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+class Encoders:
+    """Hands out encoders of one tokenizer and remembers which way they take.
+
+    backend: `fast` and `auto` encode by gigatoken where it answers as the tokenizer does, `auto`
+    falling back to the tokenizer itself; `reference` always asks the tokenizer. After creation,
+    `is_fast` says which way was taken and `reason` why not the fast one.
+
+    In text, the spelling of a control token (`<|endoftext|>`) is text like any other: it never
+    becomes that token.
+    """
+
+    def __init__(self, tokenizer: Any, backend: Backend = "auto") -> None:
+        self._tokenizer = tokenizer
+        self._reference = reference_encoder(tokenizer)
+        self._guard = control_token_guard(tokenizer)
+        self._of_this_thread = threading.local()
+        self.reason = "" if backend != "reference" else "asked for by --tokenizer-backend"
+        if backend != "reference":
+            self.reason = self._why_not_fast()
+        self.is_fast = not self.reason
+        if backend == "fast" and self.reason:
+            raise ForgeError(
+                f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}. "
+                "Use --tokenizer-backend auto."
+            )
+
+    def _why_not_fast(self) -> str:
+        spellings = [f"a {text}{text} b" for text in _control_tokens(self._tokenizer)]
+        texts = [text.encode() for text in (*HARD_TEXTS, *spellings)]
+        try:
+            self._rules = rules_of_text(self._tokenizer)
+            require_same(fast_encoder(self._rules), self._reference, texts)
+        except FastPathDiffers as difference:
+            return str(difference)
+        except (
+            Exception
+        ) as error:  # gigatoken says in its own ways that it does not know a tokenizer
+            return f"gigatoken does not support it ({str(error) or type(error).__name__})"
+        return ""
+
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all documents (uint32, one after the other) and the length of each (int64).
+
+        Any thread may call this. On the fast way a few texts of every call are encoded by the
+        tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
+        cannot be told from a control token.
+        """
+        if not self.is_fast:
+            tokens, lengths = self._reference(documents)
+        else:
+            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
+            if not hasattr(self._of_this_thread, "encode"):
+                self._of_this_thread.encode = fast_encoder(self._rules)
+            tokens, lengths = self._of_this_thread.encode(documents)
+            require_same(self._of_this_thread.encode, self._reference, sample(documents))
+        self._guard(tokens, lengths, documents)
+        return tokens, lengths
+
+
+def reference_encoder(tokenizer: Any) -> Encode:
+    """Encode by the tokenizer itself."""
+    import numpy as np
+
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        backend = _without_truncation(tokenizer.backend_tokenizer)
+        backend.encode_special_tokens = True  # the spelling of a special token is plain text
+
+        def encode_texts(texts: list[str]) -> list[list[int]]:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+    else:
+
+        def encode_texts(texts: list[str]) -> list[list[int]]:
+            ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return [tokenizer(text, **ask)["input_ids"] for text in texts]
+
+    def encode(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids = encode_texts([document.decode() for document in documents])
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = (token for document in ids for token in document)
+        return np.fromiter(flat, np.uint32, int(lengths.sum())), lengths
+
+    return encode
+
+
+def rules_of_text(tokenizer: Any) -> str:
+    """The tokenizer as JSON (`tokenizer.json`), without its special tokens.
+
+    gigatoken 0.10, like tokenizers, turns the spelling of a special token into that token, but has
+    no setting against it: it must not know them.
+    """
+    rules = json.loads(_without_truncation(tokenizer.backend_tokenizer).to_str())
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["special"]]
+    return json.dumps(rules)
+
+
+def fast_encoder(rules: str) -> Encode:
+    """Encode by gigatoken. rules: from `rules_of_text`.
+
+    Raises what gigatoken raises for a tokenizer that it does not know.
+    """
+    import gigatoken
+    import numpy as np
+
+    backend = gigatoken.Tokenizer.from_json(rules)
+
+    def encode(documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if not documents:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        layout = backend.encode_batch(documents, parallel=False).layout
+        offsets = np.asarray(layout.offsets.data)
+        tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return tokens, np.diff(offsets).astype(np.int64, copy=False)
+
+    return encode
+
+
+def sample(documents: list[bytes], count: int = 4, longest: int = 1000) -> list[bytes]:
+    """A few texts that stand for `documents`: some of all and, as mistakes hide there, some of
+    those that are not plain ASCII; each cut to `longest` bytes."""
+    unusual = [document for document in documents if not document.isascii()]
+    chosen = [
+        some[len(some) * place // count]
+        for some in (documents, unusual)
+        if some
+        for place in range(count)
+    ]
+    return [text[:longest].decode(errors="ignore").encode() for text in chosen]
+
+
+def require_same(fast: Encode, reference: Encode, texts: list[bytes]) -> None:
+    """Raise FastPathDiffers, naming the text, unless both encoders give the same tokens."""
+    import numpy as np
+
+    for text, ours, expected in zip(
+        texts, _per_document(*fast(texts)), _per_document(*reference(texts)), strict=True
+    ):
+        if not np.array_equal(ours, expected):
+            raise FastPathDiffers(
+                f"gigatoken and the tokenizer differ on {text[:60].decode(errors='ignore')!r}"
+            )
+
+
+def _per_document(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    import numpy as np
+
+    return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+def control_token_guard(
+    tokenizer: Any,
+) -> Callable[[np.ndarray, np.ndarray, list[bytes]], None]:
+    """A check of encoded documents (tokens, lengths, documents): ForgeError for a control token.
+
+    Encoders here read the spelling of one as text, but some vocabularies list it among their
+    ordinary entries and cannot tell the two apart.
+    """
+    import numpy as np
+
+    # A table of booleans answers for 27 million tokens in 30 ms.
+    is_control = np.zeros(vocabulary_size(tokenizer), bool)
+    is_control[list(_control_tokens(tokenizer).values())] = True
+
+    def guard(tokens: np.ndarray, lengths: np.ndarray, documents: list[bytes]) -> None:
+        places = np.flatnonzero(is_control[tokens])
+        if not len(places):
+            return
+        spelling = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
+        document = documents[int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))]
+        raise ForgeError(
+            f"the text holds {spelling!r}, which this tokenizer cannot tell from its control token "
+            f"(in the document that begins {document[:40].decode(errors='ignore')!r}). "
+            "Take it out of the text, or use another --tokenizer."
+        )
+
+    return guard
