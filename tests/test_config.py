@@ -52,7 +52,10 @@ def test_the_recipe_gives_defaults_and_the_command_line_wins(tmp_path):
     ("text", "told"),
     [
         ("batch_sise: 3\nlerning_rate: 1", "unknown key 'batch_sise': did you mean batch_size"),
-        ("batch_sise: 3\nlerning_rate: 1", "unknown key 'lerning_rate': did you mean learning_rate"),
+        (
+            "batch_sise: 3\nlerning_rate: 1",
+            "unknown key 'lerning_rate': did you mean learning_rate",
+        ),
         ("batch_size: [", "is not YAML"),
         ("- batch_size", "must hold `key: value` lines, found a list"),
         ("batch_size: many", "invalid int value: 'many'"),

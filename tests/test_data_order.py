@@ -70,7 +70,10 @@ def test_the_batch_size_does_not_change_with_the_number_of_processes():
     config = TrainConfig(batch_size=24)
     plans = [data_order.plan_updates(config, 100, 32, world) for world in (1, 2, 3, 4)]
     assert {plan.batch_size for plan in plans} == {24}
-    assert [plan.accumulation * plan.micro_batch_size * world for plan, world in zip(plans, (1, 2, 3, 4), strict=True)] == [24] * 4
+    assert [
+        plan.accumulation * plan.micro_batch_size * world
+        for plan, world in zip(plans, (1, 2, 3, 4), strict=True)
+    ] == [24] * 4
     assert {plan.total_steps for plan in plans} == {5}
 
 
@@ -78,7 +81,9 @@ def test_a_batch_size_that_does_not_divide_names_those_that_do():
     with pytest.raises(ForgeError, match="--batch-size 10 .* 4 processes .* use 8 or 12"):
         data_order.plan_updates(TrainConfig(batch_size=10), 100, 32, world_size=4)
     with pytest.raises(ForgeError, match="use 24$"):
-        data_order.plan_updates(TrainConfig(batch_size=10, micro_batch_size=6), 100, 32, world_size=4)
+        data_order.plan_updates(
+            TrainConfig(batch_size=10, micro_batch_size=6), 100, 32, world_size=4
+        )
 
 
 def test_the_batch_size_may_be_said_as_users_of_run_clm_say_it():
