@@ -113,6 +113,204 @@ class PrepareConfig:
         return self.num_workers or os.cpu_count() or 1
 
 
+@dataclass
+class TrainConfig:
+    """One training run: what it learns from, what it builds, how long."""
+
+    dataset_path: str = flag(
+        "",
+        "folder made by prepare_data.py, or a text file, which is prepared first",
+        "--dataset_name",
+        "--dataset-name",
+    )
+    output_dir: str = flag("", "folder of the run: checkpoints, figures, the final model")
+    model_name: str | None = flag(
+        None,
+        "model to fine-tune: a folder or a name of the Hub",
+        "--model_name_or_path",
+        "--model-name-or-path",
+    )
+    model_type: str | None = flag(
+        None, "family of a model trained from scratch, such as llama; without it a small GPT-2"
+    )
+    config_overrides: str | None = flag(
+        None, "sizes of a model trained from scratch", metavar="KEY=VALUE,..."
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that the model's author ships with it"
+    )
+    tokenizer: str | None = flag(
+        None, "for a text file: tokenizer to use; without it that of --model-name, or a new one"
+    )
+    vocab_size: int = flag(8192, "for a text file: entries of a tokenizer that is trained on it")
+    sequence_length: int | None = flag(
+        None,
+        "tokens in a block; must be that of the prepared data; for a text file 256",
+        "--block_size",
+        "--block-size",
+    )
+
+    epochs: float = flag(1.0, "passes over the blocks", "--num_train_epochs", "--num-train-epochs")
+    max_steps: int | None = flag(
+        None, "updates; if given, --epochs does not count", "--max_train_steps", "--max-train-steps"
+    )
+    batch_size: int | None = flag(
+        None, "blocks in one update over all processes together; 16 if nothing else says it"
+    )
+    micro_batch_size: int | None = flag(
+        None,
+        "blocks in one forward of one process; without it the largest that divides, at most 8",
+        "--per_device_train_batch_size",
+        "--per-device-train-batch-size",
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None,
+        "forwards in one update; follows from the batch size, given only to state the batch size"
+        " that other way",
+    )
+    learning_rate: float = flag(1e-3, "peak learning rate")
+    warmup_steps: int = flag(
+        0, "updates until the peak", "--num_warmup_steps", "--num-warmup-steps"
+    )
+    lr_scheduler: str = flag(
+        "cosine",
+        "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers",
+        "--lr_scheduler_type",
+        "--lr-scheduler-type",
+    )
+    optimizer: str = flag("adamw", "adamw, sgd or adafactor")
+    weight_decay: float = flag(
+        0.1, "decay of the matrices; vectors (biases, norms) are never decayed"
+    )
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
+        "auto", "auto: what the launcher's config says, else bf16 on hardware that has it"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in backward: less memory, slower"
+    )
+    compile: bool = flag(False, "compile the model with torch.compile")
+    seed: int = flag(0, "chooses initial weights, order of data and dropout")
+
+    eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
+    eval_only: bool = flag(False, "evaluate the model of --output-dir (or --model-name) and stop")
+    log_every: int = flag(10, "updates between lines of metrics.jsonl")
+    save_every: int = flag(
+        500,
+        "updates between checkpoints; the last update is always saved",
+        "--checkpointing_steps",
+        "--checkpointing-steps",
+    )
+    keep_checkpoints: int = flag(2, "newest checkpoints that are kept")
+    resume: str | None = flag(
+        None,
+        "auto: go on from the newest complete checkpoint of --output-dir, or start; or a"
+        " checkpoint's folder",
+        "--resume_from_checkpoint",
+        "--resume-from-checkpoint",
+    )
+    overwrite: bool = flag(False, "throw away the run that --output-dir holds")
+    report_to: str = flag(
+        "tensorboard",
+        "trackers beside metrics.jsonl, comma-separated: tensorboard, wandb, ...; none",
+    )
+    sample_prompt: str = flag("", "text that the sample after training continues")
+
+    backend: Literal["auto", "gloo", "nccl"] = flag(
+        "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
+    )
+    peer_timeout: float = flag(
+        300.0, "seconds that an exchange waits for a peer before the run ends"
+    )
+    cpu_threads: int = flag(
+        0, "threads of a process on the CPU; 0: the machine's cores over its processes"
+    )
+    rank: int | None = flag(None, "launch by hand: number of this process, from 0")
+    world_size: int | None = flag(
+        None, "launch by hand: processes in all; 1: train alone whatever the environment says"
+    )
+    master_addr: str | None = flag(None, "launch by hand: address of the machine of rank 0")
+    master_port: int | None = flag(None, "launch by hand: a free port on that machine")
+
+    dry_run: bool = flag(False, "check everything, say what would be done, and stop")
+    config: str | None = flag(
+        None, "recipe: a YAML file whose keys are these flags; the command line wins"
+    )
+
+    # What may differ between the ranks of one run: places and addresses, not what is computed.
+    PER_RANK = (
+        *("dataset_path", "output_dir", "model_name", "tokenizer", "resume", "config", "report_to"),
+        *("rank", "world_size", "master_addr", "master_port", "cpu_threads"),
+        *("micro_batch_size", "gradient_checkpointing", "compile"),
+    )
+
+    def problems(self) -> Problems:
+        """Every problem that can be seen without touching a file or a library."""
+        problems = Problems()
+        problems.require(
+            bool(self.dataset_path),
+            "no data given: add --dataset-path FOLDER (made by prepare_data.py) or a text file",
+        )
+        problems.require(bool(self.output_dir), "no place for the run: add --output-dir FOLDER")
+        for name in ("epochs", "learning_rate", "log_every", "peer_timeout"):
+            problems.require(
+                getattr(self, name) > 0,
+                f"{option(name)} is {getattr(self, name)}: use a number above 0",
+            )
+        for name in (
+            "max_steps",
+            "batch_size",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "keep_checkpoints",
+        ):
+            value = getattr(self, name)
+            problems.require(
+                value is None or value >= 1, f"{option(name)} is {value}: use 1 or more"
+            )
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_every",
+            "save_every",
+            "cpu_threads",
+        ):
+            problems.require(
+                getattr(self, name) >= 0, f"{option(name)} is {getattr(self, name)}: use 0 or more"
+            )
+        problems.require(
+            self.sequence_length is None or self.sequence_length >= 2,
+            f"--sequence-length is {self.sequence_length}: use 2 or more",
+        )
+        problems.require(
+            not (self.model_name and (self.model_type or self.config_overrides)),
+            "--model-name loads a model with its own sizes; --model-type and --config-overrides"
+            " build a new one: give one or the other",
+        )
+        problems.require(
+            not (self.resume and self.overwrite),
+            "--resume goes on with the run that --overwrite would throw away: give one of them",
+        )
+        problems.require(
+            self.optimizer in OPTIMIZERS,
+            f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
+        )
+        return problems
+
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings that must be the same on every rank of a run."""
+        return {key: value for key, value in as_dict(self).items() if key not in self.PER_RANK}
+
+
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
+
+
+def option(field_name: str) -> str:
+    """A field's name as its flag is written."""
+    return "--" + field_name.replace("_", "-")
+
+
 def parse(config_class: type[Config], argv: list[str], script: str) -> Config:
     """Read a config from the command line and the recipe that `--config` names.
 
