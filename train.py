@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
     from p2p_llm_forge.cluster import Cluster
     from p2p_llm_forge.corpus import PreparedDataset
     from p2p_llm_forge.sync import AllReduce
-    from p2p_llm_forge.tracking import Silent
+    from p2p_llm_forge.tracking import LossWindow, Silent
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -42,7 +42,9 @@ class Run:
     learning_rate_factor: Any
     sync: AllReduce
     tracking: Silent
+    window: LossWindow
     first_step: int
+    train_loss: float | None = None  # of the last line in metrics.jsonl
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -76,55 +78,49 @@ def train(config: TrainConfig) -> TrainResult:
 
 def loop(run: Run) -> tuple[float | None, float | None]:
     """Take the updates of the run. Returns the last loss and all peers' tokens per second."""
-    import torch
-
-    config, plan = run.config, run.plan
-    nats = torch.zeros((), device=run.cluster.device)
-    first_bad = torch.full((), -1, device=run.cluster.device)
-    loss, logged_at, training_s = None, run.first_step, 0.0
+    config, plan, window = run.config, run.plan, run.window
+    training_s, started = 0.0, time.perf_counter()
     run.tracking.start(run.first_step, plan.total_steps)
-    resumed_at, started = run.first_step, time.perf_counter()
     for step in range(run.first_step, plan.total_steps):
-        update_nats, grad_norm = take_update(run, step)
-        nats += update_nats
-        first_bad = torch.where((first_bad < 0) & ~torch.isfinite(update_nats), step, first_bad)
+        nats, grad_norm = take_update(run, step)
+        window.add(nats)
         report = run.sync.after_update(step)
         run.tracking.step()
 
         done = step + 1
         is_last = done == plan.total_steps
-        should_log = is_last or done % config.log_every == 0
-        should_evaluate = bool(config.eval_every) and done % config.eval_every == 0 and not is_last
-        should_save = is_last or (bool(config.save_every) and done % config.save_every == 0)
-        if not (should_log or should_evaluate or should_save):
-            continue
-        stop_if_not_finite(run, first_bad)
-        if should_log:
-            tokens = (done - logged_at) * plan.tokens_per_update
-            loss = run.cluster.sum_across([nats.item()])[0] / tokens
+        if is_last or done % config.log_every == 0:
+            run.train_loss = window.mean(plan.tokens_per_update)
             spent = training_s + time.perf_counter() - started
             run.tracking.log(
                 {
                     "step": done,
-                    "loss": loss,
+                    "loss": run.train_loss,
                     "learning_rate": config.learning_rate * run.learning_rate_factor(step),
                     "grad_norm": float(grad_norm),
                     "tokens": done * plan.tokens_per_update,
                     "epoch": done * plan.batch_size / len(run.data.blocks("train")),
-                    "tokens_per_second": (done - resumed_at) * plan.tokens_per_update / spent,
+                    "tokens_per_second": (done - run.first_step) * plan.tokens_per_update / spent,
                     "peers": report.peers,
                 }
             )
-            nats.zero_()
-            logged_at = done
-        training_s += time.perf_counter() - started
-        if should_save:
-            save(run, done)
-        if should_evaluate:
-            run.tracking.log({"step": done, **evaluate(run)})
-        started = time.perf_counter()
-    updates = plan.total_steps - resumed_at
-    return loss, updates * plan.tokens_per_update / training_s if updates else None
+        should_save = is_last or is_due(done, config.save_every)
+        should_evaluate = is_due(done, config.eval_every) and not is_last
+        if should_save or should_evaluate:
+            since_log = window.collect()  # ends the run before bad weights could be saved
+            training_s += time.perf_counter() - started
+            if should_save:
+                save(run, done, since_log)
+            if should_evaluate:
+                run.tracking.log({"step": done, **evaluate(run)})
+            started = time.perf_counter()
+    updates = plan.total_steps - run.first_step
+    return run.train_loss, updates * plan.tokens_per_update / training_s if updates else None
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps (0: never) is done now."""
+    return bool(every) and step % every == 0
 
 
 def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,8 +257,9 @@ def set_up(
     from p2p_llm_forge.checkpoint import load_optimizer, read_state
     from p2p_llm_forge.loss import NextTokenLoss
     from p2p_llm_forge.sync import AllReduce
-    from p2p_llm_forge.tracking import Silent, Tracking
+    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking
 
+    models.without_progress_bars()
     if checkpoint:
         lm = cluster.together(
             lambda: models.load_model(str(checkpoint), data, config.trust_remote_code)
@@ -275,9 +272,9 @@ def set_up(
     if config.compile:
         lm.base_model.compile()
     optimizer = models.build_optimizer(config, lm)
-    first_step = 0
+    state = {"step": 0, "train_loss": None, "since_log": {"nats": [], "updates": 0}}
     if checkpoint:
-        first_step = read_state(checkpoint)["step"]
+        state = read_state(checkpoint)
         cluster.together(lambda: load_optimizer(checkpoint, lm, optimizer))
     model, optimizer = cluster.accelerator.prepare(bare_model, optimizer)
     tracking = Tracking(config, cluster) if cluster.is_main else Silent()
@@ -292,11 +289,13 @@ def set_up(
         models.learning_rate_factor(config, plan.total_steps),
         AllReduce(cluster, model),
         tracking,
-        first_step,
+        LossWindow(cluster, state["step"], state["since_log"]),
+        state["step"],
+        state["train_loss"],
     )
     tracking.say(introduction(cluster, data, plan, lm))
     if checkpoint:
-        tracking.say(f"resuming  after step {first_step} from {checkpoint}")
+        tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
     return run
 
 
@@ -323,20 +322,7 @@ def introduction(cluster: Cluster, data: PreparedDataset, plan: data_order.Plan,
     )
 
 
-def stop_if_not_finite(run: Run, first_bad: torch.Tensor) -> None:
-    """End the run, before anything is saved, if the loss of any rank was not finite at any step."""
-    if not run.cluster.sum_across([float(first_bad.item() >= 0)])[0]:
-        return
-    told = run.cluster.gather_facts({"step": int(first_bad.item())})
-    step, rank = min((fact["step"], rank) for rank, fact in enumerate(told) if fact["step"] >= 0)
-    raise ForgeError(
-        f"the loss became NaN or infinite at step {step + 1} (first on rank {rank}); nothing was"
-        " saved after it and earlier checkpoints are untouched. Lower --learning-rate, raise"
-        " --warmup-steps or set --max-grad-norm 1, then --resume auto"
-    )
-
-
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int, since_log: dict[str, Any]) -> None:
     """Write a checkpoint after `step` updates: everyone calls, the main process writes."""
     from p2p_llm_forge import checkpoint
 
@@ -347,6 +333,8 @@ def save(run: Run, step: int) -> None:
         state = {
             "step": step,
             "tokens": step * run.plan.tokens_per_update,
+            "train_loss": run.train_loss,
+            "since_log": since_log,
             "config": as_dict(run.config),
         }
         checkpoint.write_state(folder, lm, run.optimizer.optimizer, state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import socket
@@ -28,7 +29,7 @@ from p2p_llm_forge.errors import ForgeError
 Result = TypeVar("Result")
 
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-POLL_INTERVAL_S = 0.1
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2  # between looks at the store
 
 
 @dataclass(frozen=True)
@@ -243,13 +244,18 @@ class Cluster:
             "\n".join(f"rank {rank} ({fact['host']}): {fact['failure']}" for rank, fact in failures)
         )
 
-    def sum_across(self, values: list[float]) -> list[float]:
-        """The sums over all ranks of each of `values`, in float64. All ranks must call."""
+    def gather_numbers(self, values: list[float]) -> list[list[float]]:
+        """Every rank's `values` (as many on each), by rank, in float64. All ranks must call."""
         if self._store is None:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+            return [values]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        return [tensor.tolist() for tensor in gathered]
+
+    def sum_across(self, values: list[float]) -> list[float]:
+        """The sums over all ranks of each of `values`. All ranks must call."""
+        return [math.fsum(column) for column in zip(*self.gather_numbers(values), strict=True)]
 
     def _next_talk(self) -> str:
         # Every rank makes the same calls in the same order, so a counter names the conversation.
@@ -259,8 +265,10 @@ class Cluster:
     def _await(self, key: str) -> str:
         assert self._store is not None
         try:
+            pause = SHORTEST_PAUSE_S
             while not self._store.check([key]):
-                time.sleep(POLL_INTERVAL_S)
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             return self._store.get(key).decode()
         except (dist.DistError, RuntimeError) as error:
             raise ForgeError(
@@ -288,6 +296,7 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
 
 def _meet(config: TrainConfig, launch: Launch) -> Cluster:
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate.utils import patch_environment
 
     interface = choose_interface(launch, os.environ)  # type: ignore[arg-type]
     use_cpu = not _has_usable_accelerator(launch)
@@ -296,13 +305,13 @@ def _meet(config: TrainConfig, launch: Launch) -> Cluster:
         raise ForgeError(
             "--backend nccl needs an NVIDIA GPU and none was found: use --backend gloo"
         )
-    if use_cpu:
-        torch.set_num_threads(choose_threads(config, launch, os.environ))
+    threads = choose_threads(config, launch, os.environ)
     try:
         options: dict[str, Any] = {"backend": backend} if backend and launch.world_size > 1 else {}
         if launch.world_size > 1:
             options["timeout"] = datetime.timedelta(seconds=config.peer_timeout)
-        state = PartialState(cpu=use_cpu, **options)
+        with patch_environment(omp_num_threads=threads):  # else Accelerate counts for itself
+            state = PartialState(cpu=use_cpu, **options)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise ForgeError(
             f"rank {launch.rank} could not meet the {launch.world_size} processes at "
@@ -316,6 +325,8 @@ def _meet(config: TrainConfig, launch: Launch) -> Cluster:
             f"{state.num_processes}: training would run as strangers. Start it with torchrun or "
             "with `accelerate launch --multi_gpu`"
         )
+    if use_cpu:
+        torch.set_num_threads(threads)
     store = dist.distributed_c10d._get_default_store() if launch.world_size > 1 else None
     precision = _agree_on_precision(config, launch, state, store)
     accelerator = Accelerator(

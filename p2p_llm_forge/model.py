@@ -25,6 +25,13 @@ SMALL_GPT2 = {
 TRAINING_BYTES_PER_PARAMETER = 16
 
 
+def without_progress_bars() -> None:
+    """transformers draws a bar for every file it reads or writes, on every rank."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def check_names(config: TrainConfig) -> None:
     """Raise ForgeError for a model family, size or schedule that does not exist."""
     learning_rate_factor(config, total_steps=1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from p2p_llm_forge.cluster import Cluster
 from p2p_llm_forge.config import TrainConfig, as_dict
@@ -104,6 +107,54 @@ class Tracking(Silent):
             if self._tracker_names:
                 self._accelerator.end_training()
             self._bar = None
+
+
+class LossWindow:
+    """The losses since the last line of metrics.jsonl, kept update by update.
+
+    They are summed without rounding errors, so the line is the same whether or not the run was
+    saved and resumed in between. They leave the device only when asked for, not in every update.
+    """
+
+    def __init__(self, cluster: Cluster, first_step: int, since_log: dict[str, Any]) -> None:
+        self._cluster = cluster
+        self._nats = list(since_log["nats"])  # of all ranks
+        self._updates = since_log["updates"]
+        self._pending: list[torch.Tensor] = []  # of this rank
+        self._next_step = first_step + 1
+
+    def add(self, nats: torch.Tensor) -> None:
+        """This rank's summed loss of one more update: a scalar on the device."""
+        self._pending.append(nats)
+
+    def collect(self) -> dict[str, Any]:
+        """What a later run needs to go on: all ranks' losses since the last line. All must call.
+
+        Raises ForgeError, on all ranks, if one is not finite.
+        """
+        if self._pending:
+            by_rank = self._cluster.gather_numbers(torch.stack(self._pending).tolist())
+            for step, losses in enumerate(zip(*by_rank, strict=True), start=self._next_step):
+                bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+                if bad:
+                    raise ForgeError(
+                        f"the loss became NaN or infinite at step {step} (first on rank {bad[0]});"
+                        " nothing was saved after it and earlier checkpoints are untouched. Lower"
+                        " --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then go"
+                        " on with --resume auto"
+                    )
+                self._nats += losses
+            self._next_step += len(self._pending)
+            self._updates += len(self._pending)
+            self._pending.clear()
+        return {"nats": self._nats, "updates": self._updates}
+
+    def mean(self, tokens_per_update: int) -> float:
+        """Nats per token since the last line; the next line starts anew. All ranks must call."""
+        self.collect()
+        mean = math.fsum(self._nats) / (self._updates * tokens_per_update)
+        self._nats, self._updates = [], 0
+        return mean
 
 
 def tracker_names(report_to: str) -> list[str]:

@@ -25,10 +25,12 @@ TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
 def write_text(path: Path, documents: int, seed: int = 0) -> Path:
     """Sentences of a small grammar, documents separated by blank lines."""
     draw = random.Random(seed)
-    names, verbs, things = ["Mara", "Tobin", "Ines"], ["bakes", "mends", "reads"], ["bread", "nets"]
+    names, verbs = ["Mara", "Tobin", "Ines"], ["bakes", "mends", "reads"]
+    things = ["bread", "nets"]
     texts = [
         " ".join(
-            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} {draw.randint(0, 99)}."
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}"
+            f" {draw.randint(0, 99)}."
             for _ in range(draw.randint(3, 30))
         )
         for _ in range(documents)

@@ -1,4 +1,4 @@
-"""Flags, aliases and recipes: all problems at once, the nearest name, and a --help that is quick."""
+"""Flags, aliases and recipes: all problems at once, the nearest name, and a quick --help."""
 
 from __future__ import annotations
 
@@ -105,11 +105,10 @@ def test_all_problems_of_a_configuration_are_told_at_once():
 @pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
 def test_help_needs_no_heavy_library(script):
     code = (
-        f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
-        f"try: runpy.run_path('{script}', run_name='__main__')\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'evaluate'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}',"
+        " run_name='__main__')\nexcept SystemExit as end: assert end.code == 0\nheavy = {'torch',"
+        " 'transformers', 'datasets', 'accelerate', 'evaluate'} & set(sys.modules)\nassert not"
+        " heavy, heavy\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

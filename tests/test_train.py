@@ -1,0 +1,306 @@
+"""One process, from prepared data to a model: what a run leaves, resumes, refuses and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+from tests.conftest import TINY_MODEL, write_text
+from train import TrainConfig, TrainResult, train
+
+
+@pytest.fixture
+def config(prepared, tmp_path):
+    return TrainConfig(
+        dataset_path=str(prepared),
+        output_dir=str(tmp_path / "run"),
+        config_overrides=TINY_MODEL,
+        batch_size=8,
+        max_steps=6,
+        log_every=2,
+        save_every=3,
+        report_to="none",
+        cpu_threads=1,
+    )
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors
+    return tensors
+
+
+def metrics(config):
+    with open(os.path.join(config.output_dir, "metrics.jsonl")) as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_a_run_leaves_a_model_its_figures_and_its_checkpoints(config, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = train(replace(config, report_to="tensorboard"))
+    assert isinstance(result, TrainResult) and result.steps == 6 and result.processes == 1
+    folder = tmp_path / "run"
+    written = json.loads((folder / "all_results.json").read_text())
+    assert written["eval_loss"] == result.eval_loss < 7
+    for figure in ("perplexity", "bits_per_byte", "train_loss", "steps", "tokens_per_second"):
+        assert written[figure] > 0
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+    assert [line["step"] for line in metrics(config) if "loss" in line] == [2, 4, 6]
+    assert list((folder / "runs").rglob("events.out.tfevents*"))
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == lm.config.vocab_size
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+    assert "bits_per_byte" in (folder / "README.md").read_text()
+
+
+def test_loss_falls(config):
+    train(replace(config, max_steps=40, learning_rate=1e-2, save_every=0))
+    losses = [line["loss"] for line in metrics(config) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"config_overrides": TINY_MODEL + ",resid_pdrop=0.2,attn_pdrop=0.2", "micro_batch_size": 2},
+        {"mixed_precision": "bf16", "optimizer": "sgd", "lr_scheduler": "wsd", "warmup_steps": 2},
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(config, tmp_path, settings):
+    whole = replace(config, **settings, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    parts = replace(config, **settings, output_dir=str(tmp_path / "parts"))
+    train(parts)
+    # As a kill after step 3 leaves it: everything later is gone, metrics reach further.
+    folder = tmp_path / "parts"
+    for name in ("all_results.json", "model.safetensors", "checkpoint-6/manifest.json"):
+        (folder / name).unlink()
+    train(replace(parts, resume="auto"))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+    timeless = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(run)]
+        for run in (whole, parts)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_accumulation_takes_the_same_updates(config, tmp_path):
+    train(config)
+    train(replace(config, output_dir=str(tmp_path / "micro"), micro_batch_size=2))
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weights(tmp_path / "micro")[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(config):
+    """One SGD step moves the weights by minus the rate times a gradient computed here by hand."""
+    from p2p_llm_forge import data_order
+    from p2p_llm_forge.corpus import open_prepared
+    from p2p_llm_forge.model import build_model
+
+    config = replace(
+        config,
+        optimizer="sgd",
+        learning_rate=0.5,
+        lr_scheduler="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        max_steps=1,
+        micro_batch_size=2,
+    )
+    data = open_prepared(config.dataset_path)
+    lm = build_model(config, data)
+    numbers = data_order.blocks_of_update(0, 8, len(data.blocks("train")), config.seed)
+    inputs, targets = (
+        torch.from_numpy(a) for a in data.blocks("train").inputs_and_targets(numbers)
+    )
+    logits = lm(input_ids=inputs).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    expected = {name: p - 0.5 * p.grad for name, p in lm.named_parameters()}
+    train(config)
+    got = weights(config_folder(config))
+    assert set(got) <= set(expected)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def config_folder(config):
+    from pathlib import Path
+
+    return Path(config.output_dir)
+
+
+def test_a_finished_run_is_not_done_again(config, capsys):
+    first = train(config)
+    again = train(replace(config, resume="auto"))
+    assert again == first
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_made_longer(config):
+    train(replace(config, lr_scheduler="constant"))
+    longer = train(replace(config, lr_scheduler="constant", max_steps=8, resume="auto"))
+    assert longer.steps == 8
+    with pytest.raises(ForgeError, match="is after step 8, this run was asked to end at 6"):
+        train(replace(config, lr_scheduler="constant", resume="auto"))
+
+
+def test_an_output_directory_of_another_run_is_refused_and_left_alone(config, prepared, tmp_path):
+    train(config)
+    before = weights(tmp_path / "run")
+    for settings in (
+        {"config_overrides": "n_layer=1,n_head=2,n_embd=32"},
+        {"seed": 5},
+        {"batch_size": 4},
+    ):
+        for resume in (None, "auto"):
+            with pytest.raises(ForgeError, match="holds another run"):
+                train(replace(config, **settings, resume=resume))
+    with pytest.raises(ForgeError, match="go on with --resume auto"):
+        train(config)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, before[name])
+    train(replace(config, seed=5, overwrite=True))
+    assert not torch.equal(
+        next(iter(weights(tmp_path / "run").values())), next(iter(before.values()))
+    )
+
+
+def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(config, tmp_path):
+    from p2p_llm_forge import checkpoint
+
+    train(replace(config, optimizer="sgd", learning_rate=1e-3, lr_scheduler="constant"))
+    with pytest.raises(ForgeError, match=r"NaN or infinite at step \d+ \(first on rank 0\)"):
+        train(
+            replace(
+                config,
+                optimizer="sgd",
+                learning_rate=1e30,
+                lr_scheduler="constant",
+                max_grad_norm=0.0,
+                max_steps=12,
+                resume="auto",
+            )
+        )
+    newest, passed_over = checkpoint.newest_good(tmp_path / "run")
+    assert newest == tmp_path / "run" / "checkpoint-6" and not passed_over
+    assert all(tensor.isfinite().all() for tensor in weights(newest).values())
+
+
+def test_eval_only_gives_the_figures_of_the_run_and_writes_nothing(config, tmp_path):
+    result = train(config)
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    again = train(replace(config, eval_only=True))
+    assert again.eval_loss == pytest.approx(result.eval_loss, rel=1e-6)
+    named = train(
+        replace(config, eval_only=True, model_name=config.output_dir, config_overrides=None)
+    )
+    assert named.bits_per_byte == pytest.approx(result.bits_per_byte, rel=1e-6)
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+    with pytest.raises(ForgeError, match="nothing to evaluate"):
+        train(replace(config, eval_only=True, output_dir=str(tmp_path / "empty")))
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(config, tmp_path, capsys):
+    train(replace(config, dry_run=True))
+    assert "6 of 8 blocks = 1 process(es) x 1 micro-batch(es) x 8" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_of_the_model(config, tmp_path):
+    first = train(replace(config, max_steps=30, learning_rate=1e-2, save_every=0))
+    tuned = train(
+        replace(
+            config,
+            model_name=config.output_dir,
+            config_overrides=None,
+            output_dir=str(tmp_path / "tuned"),
+            max_steps=1,
+            learning_rate=1e-6,
+        )
+    )
+    assert tuned.eval_loss == pytest.approx(first.eval_loss, abs=1e-3)
+
+
+def test_a_text_file_is_prepared_first_and_found_again(config, text_file, tmp_path):
+    config = replace(
+        config, dataset_path=str(text_file), vocab_size=300, sequence_length=32, max_steps=2
+    )
+    train(config)
+    manifest = tmp_path / "run" / "prepared" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    train(replace(config, max_steps=3, resume="auto"))
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_data_without_held_out_documents_trains_without_an_evaluation(config, tmp_path):
+    from p2p_llm_forge.config import PrepareConfig
+    from prepare_data import prepare
+
+    text = write_text(tmp_path / "text.txt", documents=20)
+    folder = tmp_path / "data"
+    prepare(
+        PrepareConfig(
+            [str(text)], str(folder), vocab_size=300, sequence_length=32, validation_fraction=0.0
+        )
+    )
+    result = train(replace(config, dataset_path=str(folder), max_steps=1))
+    assert result.eval_loss is None and result.train_loss is not None
+    with pytest.raises(ForgeError, match="no validation split"):
+        train(replace(config, dataset_path=str(folder), eval_only=True))
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"optimizer": "adafactor"}])
+def test_other_families_and_settings_train(config, family, settings):
+    sizes = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
+    result = train(
+        replace(config, model_type=family, config_overrides=sizes, max_steps=2, **settings)
+    )
+    assert result.train_loss < 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"dataset_path": "nowhere"}, "nowhere"),
+        ({"sequence_length": 64}, "--sequence-length 64 was asked, .* has blocks of 32 tokens"),
+        ({"lr_scheduler": "cosin", "optimizer": "adm"}, "2 problems:.*adm.*cosin"),
+        ({"report_to": "tensorbord"}, "unknown tracker 'tensorbord': did you mean tensorboard"),
+        ({"report_to": "wandb"}, "wandb is not installed"),
+        ({"model_name": "gpt2", "model_type": "gpt2"}, "give one or the other"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"backend": "nccl"}, "--backend nccl needs an NVIDIA GPU"),
+        ({"resume": "nowhere"}, "--resume nowhere: it has no manifest.json"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(config, tmp_path, settings, told):
+    if torch.accelerator.is_available() and {"backend", "mixed_precision"} & set(settings):
+        pytest.skip("a machine without an accelerator shows this")
+    with pytest.raises(ForgeError, match=f"(?s){told}"):
+        train(replace(config, **settings))
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_the_command_line_reports_a_mistake_in_one_message_with_status_2(run, tmp_path):
+    status, output = run(
+        sys.executable, "train.py", "--dataset-path", tmp_path, "--output-dir", tmp_path / "o"
+    )
+    assert status == 2
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1 and "manifest" in output
+    assert not (tmp_path / "o").exists()
