@@ -1,0 +1,193 @@
+"""Real launches of two processes: by Accelerate's files, torchrun and hand; and those refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, TINY_MODEL
+
+pytestmark = pytest.mark.slow
+CONFIGS = ROOT / "accelerate_configs"
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flags(prepared, folder, **settings):
+    settings = {
+        "dataset-path": prepared,
+        "output-dir": folder,
+        "config-overrides": TINY_MODEL,
+        "batch-size": 8,
+        "max-steps": 3,
+        "report-to": "none",
+        "cpu-threads": 1,
+        **settings,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors
+    return tensors
+
+
+def test_two_processes_take_the_same_updates_as_one(run, prepared, tmp_path):
+    """50 updates in fp32, with accumulation and dropout; and the same evaluation."""
+    settings = {
+        "max-steps": 50,
+        "learning-rate": 3e-3,
+        "micro-batch-size": 2,
+        "mixed-precision": "no",
+        "config-overrides": TINY_MODEL + ",resid_pdrop=0.1",
+    }
+    one = run(sys.executable, "train.py", *flags(prepared, tmp_path / "one", **settings))
+    assert one[0] == 0, one[1]
+    two = run(
+        *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "train.py"),
+        *flags(prepared, tmp_path / "two", **settings),
+    )
+    assert two[0] == 0, two[1]
+    assert "50 of 8 blocks = 2 process(es) x 2 micro-batch(es) x 2" in two[1]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
+    a, b = results(tmp_path / "one"), results(tmp_path / "two")
+    assert (a["processes"], b["processes"]) == (1, 2)
+    for figure in ("eval_loss", "perplexity", "bits_per_byte", "train_loss"):
+        assert b[figure] == pytest.approx(a[figure], rel=1e-5)
+    assert a["train_loss"] < 4.5, "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "cpu_2_processes.yaml"])
+def test_a_launch_file_starts_the_processes_it_promises(run, prepared, tmp_path, name):
+    promised = yaml.safe_load((CONFIGS / name).read_text())["num_processes"]
+    status, output = run(
+        *(BIN / "accelerate", "launch", "--config_file", CONFIGS / name, "train.py"),
+        *flags(prepared, tmp_path / "run"),
+    )
+    assert status == 0, output
+    assert results(tmp_path / "run")["processes"] == promised
+    assert f"peers     {promised} process(es) on cpu" in output
+
+
+def test_the_two_machine_files_meet(start, prepared, tmp_path):
+    """Both files, as they are but for the address and port, on this machine."""
+    port, processes = free_port(), []
+    for node in (0, 1):
+        file = tmp_path / f"node{node}.yaml"
+        text = (CONFIGS / "two_machines" / f"node{node}.yaml").read_text()
+        text = text.replace("main_process_ip: 10.0.0.1", "main_process_ip: 127.0.0.1")
+        file.write_text(text.replace("main_process_port: 29500", f"main_process_port: {port}"))
+        assert yaml.safe_load(file.read_text())["main_process_port"] == port
+        command = (BIN / "accelerate", "launch", "--config_file", file, "train.py")
+        processes.append(start(*command, *flags(prepared, tmp_path / "run")))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert results(tmp_path / "run")["processes"] == 2
+
+
+def test_two_machines_by_hand_meet(start, prepared, tmp_path):
+    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
+    processes = [
+        start(
+            *(sys.executable, "train.py"),
+            *flags(prepared, tmp_path / "run", rank=rank, **by_hand),
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert results(tmp_path / "run")["processes"] == 2
+    assert "held out" in outputs[0] and outputs[1].strip() == "", "only rank 0 speaks"
+
+
+def test_peers_that_were_started_differently_are_refused_by_name(start, prepared, tmp_path):
+    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
+    processes = [
+        start(
+            *(sys.executable, "train.py"),
+            *flags(prepared, tmp_path / "run", rank=rank, seed=rank, **by_hand),
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert re.search(r"rank 1 \(.*\) was started with --seed 1, rank 0 with 0", outputs[0])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_wizard_made_multi_cpu_file_is_refused_with_the_mend(run, prepared, tmp_path, machines):
+    """What `accelerate config` (1.15) writes for CPU machines starts strangers without MPI."""
+    file = tmp_path / "default_config.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: MULTI_CPU\n"
+        "downcast_bf16: 'no'\nenable_cpu_affinity: false\nmachine_rank: 0\n"
+        "main_process_ip: 127.0.0.1\nmain_process_port: 29500\nmain_training_function: main\n"
+        f"mixed_precision: 'no'\nnum_machines: {machines}\nnum_processes: 2\n"
+        "rdzv_backend: static\nsame_network: true\ntpu_use_sudo: false\nuse_cpu: true\n"
+    )
+    status, output = run(
+        *(BIN / "accelerate", "launch", "--config_file", file, "train.py"),
+        *flags(prepared, tmp_path / "run"),
+    )
+    assert status != 0
+    assert "would train alone" in output and "distributed_type: MULTI_GPU" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_file_is_prepared_by_the_main_process_alone(run, text_file, tmp_path):
+    # A short --peer-timeout: waiting for the preparation is no exchange and must not time out.
+    status, output = run(
+        *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "train.py"),
+        *flags(text_file, tmp_path / "run", **{"vocab-size": 300, "sequence-length": 32}),
+    )
+    assert status == 0, output
+    assert output.count("training a tokenizer") == 1
+    assert results(tmp_path / "run")["processes"] == 2
+
+
+def test_a_mistake_that_two_processes_make_is_told_once(run, tmp_path):
+    status, output = run(
+        *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "train.py"),
+        *flags(tmp_path / "nowhere", tmp_path / "run"),
+    )
+    assert status != 0
+    assert output.count("error: ") == 1 and "nowhere" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_peer_without_the_data_is_named(start, prepared, tmp_path):
+    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
+    broken = shutil.copytree(prepared, tmp_path / "broken")
+    (broken / "manifest.json").unlink()
+    processes = [
+        start(
+            *(sys.executable, "train.py"),
+            *flags(data, tmp_path / "run", rank=rank, **by_hand),
+        )
+        for rank, data in enumerate((prepared, broken))
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert re.search(r"error: rank 1 \(.*\): .*broken", outputs[0])
