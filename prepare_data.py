@@ -21,6 +21,8 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.corpus import TRAIN, VALIDATION, BlockWriter, Manifest, SplitFacts, Unit
 from p2p_llm_forge.errors import ForgeError, run_script
 
+NOT_PLAIN_TEXT = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst", ".zip", ".arrow"}
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -71,6 +73,8 @@ def find_text(config: PrepareConfig) -> list[Unit]:
             )
         if not path.exists():
             raise ForgeError(f"--dataset-path {path}: no such file. Give the path of a .txt file")
+        if path.suffix in NOT_PLAIN_TEXT:
+            raise ForgeError(f"--dataset-path {path}: {path.suffix} is not plain text: convert it")
         try:
             units += corpus.units_of(path, config.separator())
         except OSError as error:
