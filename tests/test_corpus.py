@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -64,26 +65,29 @@ def test_splitting_loses_nothing_but_separators(text):
 def test_units_cut_a_file_only_between_documents(tmp_path_factory, text, unit_bytes, separator):
     path = tmp_path_factory.mktemp("units") / "text.txt"
     path.write_bytes(text.encode())
-    units = corpus.units_of(path, separator, unit_bytes)
+    with mock.patch.object(corpus, "UNIT_BYTES", unit_bytes):
+        units = corpus.units_of(path, separator)
     raw = [corpus.read_unit(unit) for unit in units]
     assert b"".join(raw) == text.encode()
     whole = corpus.split_documents(text.encode(), separator)
     assert [d for part in raw for d in corpus.split_documents(part, separator)] == whole
 
 
-def test_a_document_longer_than_units_and_windows_stays_whole(tmp_path):
+def test_a_document_longer_than_units_and_windows_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 1_000)
     path = tmp_path / "text.txt"
     long = b"word " * 100_000
     path.write_bytes(b"first\n\n" + long + b"\n\nlast")
-    units = corpus.units_of(path, "\n\n", unit_bytes=1_000)
+    units = corpus.units_of(path, "\n\n")
     documents = [corpus.split_documents(corpus.read_unit(unit), "\n\n") for unit in units]
     assert documents == [[b"first", long], [b"last"]]
 
 
-def test_bytes_that_are_not_utf8_are_named_with_their_place_in_the_file(tmp_path):
+def test_bytes_that_are_not_utf8_are_named_with_their_place_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 3)
     path = tmp_path / "text.txt"
     path.write_bytes(b"fine\n\nnot \xff fine")
-    unit = corpus.units_of(path, "\n\n", unit_bytes=3)[1]
+    unit = corpus.units_of(path, "\n\n")[1]
     assert unit.start == 6
     with pytest.raises(ForgeError, match="0xff at offset 10.*--encoding-errors replace"):
         corpus.as_utf8(corpus.read_unit(unit), unit, "strict")

@@ -1,4 +1,4 @@
-"""prepare_data.py from text to dataset: nothing lost, the same bytes again, mistakes told clearly."""
+"""prepare_data.py: nothing lost, the same bytes again, mistakes told clearly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from p2p_llm_forge.errors import ForgeError
 from prepare_data import prepare
 
 SCRIPT = Path(prepare_data.__file__)
-WORDS = "peers share blocks of text über schöne ağ 模型 👩🏽‍🚀 and <|endoftext|> don't stop 3.14".split()
+WORDS = ["peers", "Blöcke", "ağ", "模型", "👩🏽\u200d🚀", "and", "<|endoftext|>", "don't", "3.14"]
 
 
 def some_text(count: int = 400, seed: int = 3) -> str:
@@ -56,7 +56,7 @@ def prepared(text_file, tmp_path_factory):
 @pytest.fixture
 def small_units(monkeypatch):
     """Many pieces of work, record batches and files, of which a small text would have one."""
-    monkeypatch.setattr(corpus.units_of, "__defaults__", (3_000,))
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 3_000)
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1_000)
     monkeypatch.setattr(corpus, "BATCHES_PER_SHARD", 4)
 
@@ -80,7 +80,7 @@ def stream(folder: Path, split: str) -> list[int]:
 
 
 def decoded_documents(folder: Path, split: str) -> list[str]:
-    """The documents of a split, the last perhaps cut, by the tokenizer that lies with the dataset."""
+    """The documents of a split, the last perhaps cut, by the tokenizer beside the dataset."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     documents: list[list[int]] = [[]]
     for token in stream(folder, split):
@@ -275,11 +275,14 @@ def test_another_text_or_tokenizer_is_another_dataset(text_file, prepared, tmp_p
         prepare(config(text_file, prepared, tokenizer=str(prepared / "tokenizer")))
 
 
-def test_overwrite_replaces_the_dataset_and_nothing_is_left_of_it(text_file, tmp_path):
+def test_overwrite_replaces_the_dataset_and_nothing_else(text_file, tmp_path):
     folder, fresh = tmp_path / "a", tmp_path / "b"
     prepare(config(text_file, folder))
+    (folder / "notes.md").write_text("mine")
     prepare(config(text_file, folder, validation_fraction=0, overwrite=True))
     prepare(config(text_file, fresh, validation_fraction=0))
+    assert (folder / "notes.md").read_text() == "mine"
+    (folder / "notes.md").unlink()
     assert contents(folder) == contents(fresh)
 
 
@@ -323,7 +326,7 @@ def empty_file(tmp_path):
 
 def only_blank_lines(tmp_path):
     (tmp_path / "blank.txt").write_text("\n" * 100)
-    return {"dataset_path": [str(tmp_path / "blank.txt")]}, "too short: 0 documents"
+    return {"dataset_path": [str(tmp_path / "blank.txt")]}, "too short: 0 tokens.*found 0 documents"
 
 
 def a_folder(tmp_path):

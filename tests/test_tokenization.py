@@ -140,7 +140,7 @@ def test_bytes_of_text_are_exact_wherever_the_tokens_begin(tokenizer, first):
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A kind that gigatoken does not know, with a normalizer and its end of text among the words."""
+    """Unknown to gigatoken, with a normalizer, and with its end of text among the words."""
     backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
