@@ -21,6 +21,8 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.corpus import TRAIN, VALIDATION, BlockWriter, Manifest, SplitFacts, Unit
 from p2p_llm_forge.errors import ForgeError, run_script
 
+NOT_PLAIN_TEXT = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst", ".zip", ".arrow"}
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -71,6 +73,8 @@ def find_text(config: PrepareConfig) -> list[Unit]:
             )
         if not path.exists():
             raise ForgeError(f"--dataset-path {path}: no such file. Give the path of a .txt file")
+        if path.suffix in NOT_PLAIN_TEXT:
+            raise ForgeError(f"--dataset-path {path}: {path.suffix} is not plain text: convert it")
         try:
             units += corpus.units_of(path, config.separator())
         except OSError as error:
@@ -280,8 +284,8 @@ def _write_dataset(
     )
     for name, writer in writers.items():
         writer.describe(name, f"{manifest.fingerprint[:16]}-{name}")
-    corpus.write_json(folder / "dataset_dict.json", {"splits": list(names)})
-    tokenizer.save_pretrained(folder / "tokenizer")
+    corpus.write_json(folder / corpus.DATASET_DICT, {"splits": list(names)})
+    tokenizer.save_pretrained(folder / corpus.TOKENIZER)
     manifest.save(folder)
     return manifest
 
@@ -319,21 +323,22 @@ def in_order(
 
 def require_blocks(splits: dict[str, SplitFacts], config: PrepareConfig) -> None:
     """Raise ForgeError when a split has not enough text for one block."""
+    documents = sum(facts.documents for facts in splits.values())
+    found = f"found {documents} documents, divided at {config.separator()!r} (--document-separator)"
     train = splits[TRAIN]
     if not train.blocks:
         raise ForgeError(
-            f"the text is too short: {train.documents} documents of {train.dropped_tokens} tokens "
-            f"to train on do not fill one block of {config.sequence_length}. Add text, or use a "
-            "shorter --sequence-length"
+            f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
+            f"block of {config.sequence_length}; {found}. Add text, or use a shorter "
+            "--sequence-length"
         )
     validation = splits.get(VALIDATION)
     if validation and not validation.blocks:
         raise ForgeError(
-            "the validation split is too short: --validation-fraction "
-            f"{config.validation_fraction} held out {validation.documents} documents of "
-            f"{validation.dropped_tokens} tokens, which do not fill one block of "
-            f"{config.sequence_length}. Use a larger --validation-fraction or a shorter "
-            "--sequence-length; or 0 for no validation split"
+            f"the validation split is too short: {validation.documents} documents, "
+            f"{validation.dropped_tokens} tokens, fill no block of {config.sequence_length}; "
+            f"{found}. Use a larger --validation-fraction (now {config.validation_fraction}), "
+            "--validation-fraction 0 for no such split, or a shorter --sequence-length"
         )
 
 

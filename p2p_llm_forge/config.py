@@ -366,7 +366,7 @@ def _hf_argument_parser() -> type:
 def _option(argv: list[str], name: str) -> str | None:
     """The last value that `argv` gives to option `name`, as `--name value` or `--name=value`."""
     value = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word == name:
             value = following
         elif word.startswith(name + "="):

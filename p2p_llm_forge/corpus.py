@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
+DATASET_DICT = "dataset_dict.json"
 
 UNIT_BYTES = 8 << 20  # text that is read, tokenized and counted as one piece of work
 BATCH_BYTES = 4 << 20  # tokens in one record batch of an Arrow file
@@ -40,8 +42,8 @@ class Unit:
     end: int
 
 
-def units_of(path: Path, separator: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Divide a text file into units of about `unit_bytes`, reading only around the cuts.
+def units_of(path: Path, separator: str) -> list[Unit]:
+    """Divide a text file into units of about UNIT_BYTES, reading only around the cuts.
 
     The cuts depend on the file and the separator alone, so work can be shared by units among any
     number of workers and the result is the same.
@@ -49,7 +51,7 @@ def units_of(path: Path, separator: str, unit_bytes: int = UNIT_BYTES) -> list[U
     size = path.stat().st_size
     cuts = [0]
     with path.open("rb") as file:
-        for place in range(unit_bytes, size, unit_bytes):
+        for place in range(UNIT_BYTES, size, UNIT_BYTES):
             if place > cuts[-1]:
                 cuts.append(_end_of_document(file, place, size, _separator_pattern(separator)))
     if cuts[-1] < size:
@@ -322,23 +324,23 @@ class BlockWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that is the same for the same content."""
-    path.write_text(
-        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
-    )
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode())  # write_text would end lines by the platform's habit
 
 
 def publish(unfinished: Path, folder: Path) -> None:
     """Move a finished dataset from `unfinished` (inside `folder`) to its place in `folder`.
 
     At any moment `folder` holds a manifest only if it holds the whole dataset that it describes.
+    Of what lay in `folder` only an older dataset is removed.
     """
-    for path in sorted(unfinished.rglob("*")):
+    for path in unfinished.rglob("*"):
         _fsync(path)
     (folder / MANIFEST).unlink(missing_ok=True)
     _fsync(folder)
-    for path in folder.iterdir():
-        if path != unfinished:
-            _remove(path)
+    for name in (TRAIN, VALIDATION, TOKENIZER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / DATASET_DICT).unlink(missing_ok=True)
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name == MANIFEST):
         if path.name == MANIFEST:
             _fsync(folder)
@@ -347,16 +349,10 @@ def publish(unfinished: Path, folder: Path) -> None:
     _fsync(folder)
 
 
-def _remove(path: Path) -> None:
-    import shutil
-
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def _fsync(path: Path) -> None:
+    """Have the disk keep a file's content or a folder's names."""
+    if os.name == "nt":  # Windows opens no folder, and no file for this without writing to it
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -456,7 +452,7 @@ def _no_manifest(folder: Path) -> str:
 
 def looks_like_prepared(path: str | Path) -> bool:
     """Whether `path` is meant as a prepared dataset, complete or not, rather than as text."""
-    marks = (MANIFEST, UNFINISHED, "dataset_dict.json", "state.json")
+    marks = (MANIFEST, UNFINISHED, DATASET_DICT, "state.json")
     return any((Path(path) / mark).exists() for mark in marks)
 
 
@@ -476,7 +472,7 @@ class PreparedDataset:
     @property
     def tokenizer_dir(self) -> Path:
         """The tokenizer, as `AutoTokenizer.from_pretrained` reads it."""
-        return self.path / "tokenizer"
+        return self.path / TOKENIZER
 
     def blocks(self, split: str) -> Blocks | None:
         """The blocks of `train` or `validation`; None when the dataset has no such split."""

@@ -307,7 +307,7 @@ def require_same(fast: Encode, reference: Encode, texts: list[bytes]) -> None:
 def _per_document(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     import numpy as np
 
-    return np.split(tokens, np.cumsum(lengths)[:-1])
+    return np.split(tokens, np.cumsum(lengths))[:-1]
 
 
 def control_token_guard(
