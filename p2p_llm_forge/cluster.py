@@ -43,6 +43,19 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
 
+    def environ(self) -> dict[str, str]:
+        """The launch as torch and Accelerate expect to find it; nothing for a process alone."""
+        if self.world_size == 1:
+            return {}
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": str(self.master_addr),
+            "MASTER_PORT": str(self.master_port),
+        }
+
 
 def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
     """The launch as `accelerate launch`, torchrun, notebook_launcher or the four flags describe it.
@@ -136,20 +149,18 @@ def route_to(host: str) -> Route | None:
     return None
 
 
-def choose_interface(launch: Launch, environ: dict[str, str]) -> str | None:
-    """Point gloo and NCCL at the interface of the route to the main process; says which, or None.
+def choose_interface(launch: Launch, environ: Mapping[str, str]) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for the route to the main process.
 
     Gloo (torch 2.13) otherwise binds the address that the hostname resolves to, which on many
-    machines is 127.0.0.1, where no peer can reach it. A choice of the user's is kept.
+    machines is 127.0.0.1, where no peer can reach it. What the user has set is kept; empty where
+    there is nothing to choose.
     """
     if launch.world_size == 1 or launch.local_world_size == launch.world_size:
-        return None
+        return {}
     route = route_to(launch.master_addr or "127.0.0.1")
-    if route is None:
-        return None
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        environ.setdefault(name, route.interface)
-    return f"{environ['GLOO_SOCKET_IFNAME']} ({route.address})"
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: environ.get(name, route.interface) for name in names} if route else {}
 
 
 def choose_threads(config: TrainConfig, launch: Launch, environ: Mapping[str, str]) -> int:
@@ -280,38 +291,34 @@ class Cluster:
 @contextlib.contextmanager
 def join(config: TrainConfig) -> Iterator[Cluster]:
     """Meet the peers of this launch; leave them at the end, so that a notebook can train again."""
-    launch = read_launch(config, os.environ)
-    if launch.world_size > 1:
-        os.environ.update(
-            RANK=str(launch.rank),
-            WORLD_SIZE=str(launch.world_size),
-            LOCAL_RANK=str(launch.local_rank),
-            LOCAL_WORLD_SIZE=str(launch.local_world_size),
-        )
-        if launch.master_addr and launch.master_port:
-            os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
-    with _own_accelerator_state():
-        yield _meet(config, launch)
-
-
-def _meet(config: TrainConfig, launch: Launch) -> Cluster:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     from accelerate.utils import patch_environment
 
-    interface = choose_interface(launch, os.environ)  # type: ignore[arg-type]
+    launch = read_launch(config, os.environ)
+    interface = choose_interface(launch, os.environ)
+    threads = choose_threads(config, launch, os.environ)
+    # Accelerate and torch read these; whatever they were before is put back at the end.
+    environ = {**launch.environ(), **interface, "OMP_NUM_THREADS": str(threads)}
+    with patch_environment(**environ), _own_accelerator_state():
+        if interface and launch.local_rank == 0:
+            name = interface["GLOO_SOCKET_IFNAME"]
+            print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
+        yield _meet(config, launch, threads)
+
+
+def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
     use_cpu = not _has_usable_accelerator(launch)
     backend = None if config.backend == "auto" else config.backend
     if backend == "nccl" and use_cpu:
         raise ForgeError(
             "--backend nccl needs an NVIDIA GPU and none was found: use --backend gloo"
         )
-    threads = choose_threads(config, launch, os.environ)
     try:
         options: dict[str, Any] = {"backend": backend} if backend and launch.world_size > 1 else {}
         if launch.world_size > 1:
             options["timeout"] = datetime.timedelta(seconds=config.peer_timeout)
-        with patch_environment(omp_num_threads=threads):  # else Accelerate counts for itself
-            state = PartialState(cpu=use_cpu, **options)
+        state = PartialState(cpu=use_cpu, **options)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise ForgeError(
             f"rank {launch.rank} could not meet the {launch.world_size} processes at "
@@ -336,10 +343,7 @@ def _meet(config: TrainConfig, launch: Launch) -> Cluster:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    cluster = Cluster(launch, accelerator, store)
-    if interface and launch.local_rank == 0:
-        print(f"rank {launch.rank}: reaching the peers by {interface}", flush=True)
-    return cluster
+    return Cluster(launch, accelerator, store)
 
 
 def _has_usable_accelerator(launch: Launch) -> bool:

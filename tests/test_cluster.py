@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -67,9 +68,9 @@ def test_the_users_choice_of_interface_is_kept(monkeypatch):
     monkeypatch.setattr(cluster, "route_to", lambda host: cluster.Route("10.0.0.2", "eth7"))
     launch = Launch(1, 2, 0, 1, "10.0.0.1", 29500)
     environ = {"NCCL_SOCKET_IFNAME": "ib0"}
-    assert cluster.choose_interface(launch, environ) == "eth7 (10.0.0.2)"
-    assert environ == {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth7"}
-    assert cluster.choose_interface(Launch(1, 2, 1, 2, "10.0.0.1"), {}) is None
+    chosen = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth7"}
+    assert cluster.choose_interface(launch, environ) == chosen
+    assert cluster.choose_interface(Launch(1, 2, 1, 2, "10.0.0.1"), {}) == {}
 
 
 def test_threads_are_the_machines_share_unless_the_user_chose(monkeypatch):
@@ -88,8 +89,10 @@ def test_a_main_address_that_nobody_serves_is_one_message():
     config = TrainConfig(
         rank=1, world_size=2, master_addr="127.0.0.1", master_port=port, peer_timeout=2
     )
+    before = dict(os.environ)
     with (
         pytest.raises(ForgeError, match=f"rank 1 could not meet .* 127.0.0.1:{port}"),
         cluster.join(config),
     ):
         pass
+    assert dict(os.environ) == before
