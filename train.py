@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
     import torch
 
     from p2p_llm_forge.cluster import Cluster
-    from p2p_llm_forge.corpus import PreparedDataset
+    from p2p_llm_forge.corpus import Blocks, PreparedDataset
     from p2p_llm_forge.sync import AllReduce
     from p2p_llm_forge.tracking import LossWindow, Silent
 
@@ -35,6 +35,7 @@ class Run:
     config: TrainConfig
     cluster: Cluster
     data: PreparedDataset
+    blocks: Blocks  # of the training split
     plan: data_order.Plan
     model: Any  # NextTokenLoss as Accelerate wraps it
     bare_model: Any  # the same without DDP
@@ -59,8 +60,9 @@ def train(config: TrainConfig) -> TrainResult:
         data = open_data(config, cluster)
         if config.eval_only:
             return evaluate_only(config, cluster, data)
+        manifest = data.manifest
         plan = data_order.plan_updates(
-            config, len(data.blocks("train")), data.manifest.sequence_length, cluster.world_size
+            config, manifest.splits["train"].blocks, manifest.sequence_length, cluster.world_size
         )
         if config.dry_run:
             return describe(config, cluster, data, plan)
@@ -99,7 +101,7 @@ def loop(run: Run) -> tuple[float | None, float | None]:
                     "learning_rate": config.learning_rate * run.learning_rate_factor(step),
                     "grad_norm": float(grad_norm),
                     "tokens": done * plan.tokens_per_update,
-                    "epoch": done * plan.batch_size / len(run.data.blocks("train")),
+                    "epoch": done * plan.batch_size / len(run.blocks),
                     "tokens_per_second": (done - run.first_step) * plan.tokens_per_update / spent,
                     "peers": report.peers,
                 }
@@ -130,15 +132,12 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     config, plan, cluster = run.config, run.plan, run.cluster
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.learning_rate_factor(step)
-    blocks = data_order.blocks_of_update(
-        step, plan.batch_size, len(run.data.blocks("train")), config.seed
-    )
+    blocks = data_order.blocks_of_update(step, plan.batch_size, len(run.blocks), config.seed)
     own = data_order.share_of_rank(blocks, cluster.rank, cluster.world_size)
     nats = torch.zeros((), device=cluster.device)
     for number, numbers in enumerate(data_order.micro_batches(own, plan.micro_batch_size), start=1):
         inputs, targets = (
-            torch.from_numpy(a).to(cluster.device)
-            for a in run.data.blocks("train").inputs_and_targets(numbers)
+            torch.from_numpy(a).to(cluster.device) for a in run.blocks.inputs_and_targets(numbers)
         )
         # A resumed run repeats its dropout without any saved generator.
         offset = cluster.rank * len(own) + (number - 1) * plan.micro_batch_size
@@ -203,6 +202,7 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
             output_dir=str(folder),
             tokenizer=config.tokenizer or config.model_name,
             vocab_size=config.vocab_size,
+            trust_remote_code=config.trust_remote_code,
             sequence_length=config.sequence_length or 256,
             overwrite=config.overwrite,
         )
@@ -226,19 +226,7 @@ def claim_output(
     }
 
     def claim() -> str | None:
-        checkpoint.claim_output_dir(output_dir, identity, bool(config.resume), config.overwrite)
-        if not config.resume:
-            return None
-        if config.resume != "auto":
-            wrong = checkpoint.damage(Path(config.resume))
-            if wrong:
-                raise ForgeError(
-                    f"--resume {config.resume}: {wrong}. Use --resume auto for the newest good one"
-                )
-            return config.resume
-        found, passed_over = checkpoint.newest_good(output_dir)
-        for line in passed_over:
-            print(line, file=sys.stderr, flush=True)
+        found = checkpoint.claim(output_dir, identity, config.resume, config.overwrite)
         return str(found) if found else None
 
     found = cluster.main_only(claim)
@@ -257,7 +245,7 @@ def set_up(
     from p2p_llm_forge.checkpoint import load_optimizer, read_state
     from p2p_llm_forge.loss import NextTokenLoss
     from p2p_llm_forge.sync import AllReduce
-    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking
+    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
 
     models.without_progress_bars()
     if checkpoint:
@@ -267,12 +255,12 @@ def set_up(
     else:
         lm = cluster.together(lambda: models.build_model(config, data))
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False})
     bare_model = NextTokenLoss(lm.to(cluster.device)).train()
     if config.compile:
         lm.base_model.compile()
     optimizer = models.build_optimizer(config, lm)
-    state = {"step": 0, "train_loss": None, "since_log": {"nats": [], "updates": 0}}
+    state: dict[str, Any] = {"step": 0, "train_loss": None, "since_log": {"nats": [], "updates": 0}}
     if checkpoint:
         state = read_state(checkpoint)
         cluster.together(lambda: load_optimizer(checkpoint, lm, optimizer))
@@ -282,6 +270,7 @@ def set_up(
         config,
         cluster,
         data,
+        cluster.together(lambda: data.train_blocks()),
         plan,
         model,
         bare_model,
@@ -297,29 +286,6 @@ def set_up(
     if checkpoint:
         tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
     return run
-
-
-def introduction(cluster: Cluster, data: PreparedDataset, plan: data_order.Plan, lm: Any) -> str:
-    """What is about to happen, in a few lines."""
-    parameters = sum(p.numel() for p in lm.parameters())
-    world, manifest = cluster.world_size, data.manifest
-    return "\n".join(
-        [
-            f"model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters",
-            (
-                f"data      {len(data.blocks('train')):,} blocks of {manifest.sequence_length}"
-                f" tokens, vocabulary {manifest.vocab_size:,}"
-            ),
-            (
-                f"peers     {world} process(es) on {cluster.device.type}, precision"
-                f" {cluster.accelerator.mixed_precision}"
-            ),
-            (
-                f"updates   {plan.total_steps:,} of {plan.batch_size} blocks = {world} process(es)"
-                f" x {plan.accumulation} micro-batch(es) x {plan.micro_batch_size}"
-            ),
-        ]
-    )
 
 
 def save(run: Run, step: int, since_log: dict[str, Any]) -> None:
@@ -429,23 +395,22 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
             f"{config.dataset_path} has no validation split: prepare it with"
             " --validation-fraction 0.1"
         )
-    output_dir, name, steps = Path(config.output_dir), config.model_name, 0
-    if name is None:
-        found = cluster.main_only(
-            lambda: (path := checkpoint.newest_good(output_dir)[0]) and str(path)
+    output_dir, steps = Path(config.output_dir), 0
+    name = config.model_name or cluster.main_only(
+        lambda: str(checkpoint.newest_good(output_dir)[0] or "")
+    )
+    if not name:
+        raise ForgeError(
+            f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was given"
         )
-        if found is None:
-            raise ForgeError(
-                f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was"
-                " given"
-            )
-        name, steps = found, checkpoint.read_state(Path(found))["step"]
-    lm = cluster.together(lambda: load_model(str(name), data, config.trust_remote_code))
+    if not config.model_name:
+        steps = checkpoint.read_state(Path(name))["step"]
+    lm = cluster.together(lambda: load_model(name, data, config.trust_remote_code))
     size = data.manifest.splits["validation"].bytes
     figures = evaluate_split(
         NextTokenLoss(lm.to(cluster.device)), blocks, size, config.micro_batch_size or 8, cluster
     )
-    result = TrainResult(str(name), steps, 0, None, None, cluster.world_size, **figures)
+    result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:
         print(result.summary(), flush=True)
     return result
@@ -456,6 +421,7 @@ def describe(
 ) -> TrainResult:
     """What a run would do; builds the model, takes no update and writes nothing."""
     from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.tracking import introduction
 
     lm = cluster.together(lambda: build_model(config, data))
     if cluster.is_main:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def damage(path: Path) -> str | None:
 
 def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a line for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for step in steps_saved(output_dir):
         path = checkpoint_dir(output_dir, step)
         wrong = damage(path)
@@ -240,6 +241,27 @@ def claim_output_dir(
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}"
         ) from error
+
+
+def claim(
+    output_dir: Path, identity: dict[str, Any], resume: str | None, overwrite: bool
+) -> Path | None:
+    """Make `output_dir` this run's own; the checkpoint that `--resume` means, None to start.
+
+    Says which damaged checkpoints were passed over. Raises ForgeError as `claim_output_dir` does,
+    and for a checkpoint that was named and is damaged.
+    """
+    if resume not in (None, "auto"):
+        wrong = damage(Path(resume))
+        if wrong:
+            raise ForgeError(f"--resume {resume}: {wrong}. --resume auto takes the newest good one")
+    claim_output_dir(output_dir, identity, bool(resume), overwrite)
+    if resume != "auto":
+        return Path(resume) if resume else None
+    found, passed_over = newest_good(output_dir)
+    for line in passed_over:
+        print(line, file=sys.stderr, flush=True)
+    return found
 
 
 def _remove_run(output_dir: Path) -> None:

@@ -373,7 +373,7 @@ def _agree_on_precision(
 
     `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
     """
-    wanted = config.mixed_precision
+    wanted: str = config.mixed_precision
     if wanted == "auto":
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
     facts = {

@@ -278,7 +278,7 @@ class BlockWriter:
         names = [f"data-{n:05d}-of-{len(self._shards):05d}.arrow" for n in range(len(self._shards))]
         for shard, name in zip(self._shards, names, strict=True):
             shard.rename(self._folder / name)
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in names],
             "_fingerprint": fingerprint,
             "_format_columns": None,
@@ -486,6 +486,13 @@ class PreparedDataset:
                 f"{self.path / split} holds {len(blocks)} blocks where the manifest promises "
                 f"{self.manifest.splits[split].blocks}: prepare the text again with --overwrite"
             )
+        return blocks
+
+    def train_blocks(self) -> Blocks:
+        """The blocks to learn from. Raises ForgeError when the dataset has none."""
+        blocks = self.blocks(TRAIN)
+        if not blocks:
+            raise ForgeError(f"{self.path} has no blocks to train on: prepare a longer text")
         return blocks
 
 
