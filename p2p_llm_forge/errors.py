@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 class ForgeError(Exception):
     """A user's mistake or a failure of their machine, worded for them: asked, found, mend."""
 
+    status = 2  # of the process that it ends
+    is_of_this_rank = False  # only this rank knows it, so this rank prints it
+
 
 class Problems:
     """Collects every problem of a configuration, so that all are told at once."""
@@ -49,12 +52,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except ForgeError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or error.is_of_this_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             # A launcher ends all ranks as soon as one exits: give rank 0 the time to print.
             time.sleep(3)
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
