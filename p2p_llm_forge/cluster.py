@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
 LOST_PEER_WORDS = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
+GOODBYE_S = 3.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2  # between looks at the store
 
 
@@ -301,6 +302,22 @@ class Cluster:
                 f"({str(error).splitlines()[0]}). Its own output says why it ended"
             ) from error
 
+    def leave(self) -> None:
+        """Say goodbye: the main process, which may serve the store, goes last.
+
+        A peer that has died says nothing, so the main process waits for a few seconds only.
+        """
+        if self._store is None:
+            return
+        deadline = time.monotonic() + GOODBYE_S
+        with contextlib.suppress(RuntimeError):  # the main process, or the store, is gone already
+            if not self.is_main:
+                self._store.set(f"forge/left/{self.rank}", "")
+                return
+            left = [f"forge/left/{rank}" for rank in range(1, self.world_size)]
+            while not self._store.check(left) and time.monotonic() < deadline:
+                time.sleep(SHORTEST_PAUSE_S)
+
     def failure(self, error: BaseException) -> ForgeError | None:
         """An error of a library or the machine as this rank's message; None if it is a bug.
 
@@ -341,7 +358,14 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         if interface and launch.local_rank == 0:
             name = interface["GLOO_SOCKET_IFNAME"]
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
-        yield _meet(config, launch, threads)
+        cluster = _meet(config, launch, threads)
+        try:
+            yield cluster
+        except ForgeError as error:
+            if not error.is_of_this_rank:  # what all ranks know, all have to hear
+                cluster.leave()
+            raise
+        cluster.leave()
 
 
 def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:

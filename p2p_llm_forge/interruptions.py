@@ -11,8 +11,9 @@ from types import FrameType
 
 from p2p_llm_forge.errors import ForgeError
 
-# What a rank asks for, as a number, so that the ranks can agree on the largest.
-NOTHING, SAVE_NOW, OUT_OF_TIME = 0, 1, 2
+# What a rank asks for, as a number, so that the ranks can agree on the largest: these, or the
+# number of a stop signal (SIGINT is 2, SIGTERM 15).
+NOTHING, SAVE_NOW, OUT_OF_TIME = 0, 1, 3
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # torchrun passes a signal on to workers that the terminal has signalled too: not a second wish.
@@ -21,6 +22,8 @@ REPEAT_S = 1.0
 
 class Interrupted(ForgeError):
     """The run was asked to stop, has saved, and can go on from there."""
+
+    label = "stopped"
 
 
 class Interruptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -13,17 +12,11 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import ROOT, TINY_MODEL, free_port
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flags(prepared, folder, **settings):
