@@ -365,6 +365,28 @@ def _parser(config_class: type, script: str) -> Any:
     return Parser(config_class, prog=script, description=description, allow_abbrev=False)
 
 
+def flags_table(config_class: type) -> str:
+    """All flags of a script as a Markdown table, read from the parser itself, for the README."""
+    rows = ["| flag | default | what it does |", "|---|---|---|"]
+    for action in _parser(config_class, "")._actions:
+        if action.dest == "help":
+            continue
+        # Spellings with dashes and with underscores are one name: ours is shown with dashes, an
+        # alias with underscores, as the users of Hugging Face's scripts know it.
+        name, *aliases = dict.fromkeys(
+            word.removeprefix("--").replace("-", "_") for word in action.option_strings
+        )
+        shown = [f"{option(name)} {action.metavar or ''}".strip(), *(f"--{a}" for a in aliases)]
+        default = "" if action.default in (None, "", []) else f"`{action.default}`"
+        if isinstance(action.default, bool):
+            default = "on" if action.default else "off"
+        told = action.help
+        if action.choices:
+            told += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"
+        rows.append(f"| {'<br>'.join(f'`{word}`' for word in shown)} | {default} | {told} |")
+    return "\n".join(rows) + "\n"
+
+
 def _hf_argument_parser() -> type:
     """transformers.HfArgumentParser without the package around it.
 
