@@ -368,8 +368,9 @@ def _parser(config_class: type, script: str) -> Any:
 def flags_table(config_class: type) -> str:
     """All flags of a script as a Markdown table, read from the parser itself, for the README."""
     rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for action in _parser(config_class, "")._actions:
-        if action.dest == "help":
+    actions = _parser(config_class, "")._actions
+    for action in actions:
+        if action.dest == "help" or action.const is False:  # --no-x stands in the row of --x
             continue
         # Spellings with dashes and with underscores are one name: ours is shown with dashes, an
         # alias with underscores, as the users of Hugging Face's scripts know it.
@@ -377,6 +378,8 @@ def flags_table(config_class: type) -> str:
             word.removeprefix("--").replace("-", "_") for word in action.option_strings
         )
         shown = [f"{option(name)} {action.metavar or ''}".strip(), *(f"--{a}" for a in aliases)]
+        if action.default is True:
+            shown.append(option(f"no_{name}"))
         default = "" if action.default in (None, "", []) else f"`{action.default}`"
         if isinstance(action.default, bool):
             default = "on" if action.default else "off"
