@@ -123,6 +123,7 @@ def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | 
                     "epoch": (position_of(run, done)) / len(run.blocks),
                     "tokens_per_second": (done - run.first_step) * plan.tokens_per_update / spent,
                     "peers": report.peers,
+                    **({"shares": run.balance.shares} if config.balance == "auto" else {}),
                 }
             )
         told = run.cluster.gather_numbers([interruptions.asked(), forward_s])

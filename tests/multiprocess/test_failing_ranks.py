@@ -1,0 +1,89 @@
+"""What one rank lacks (speed, memory, data) is told by that rank, and is never a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.conftest import free_port
+from tests.multiprocess.conftest import flags, lines
+from tests.multiprocess.test_interruptions import LONG, step_logged, wait_until
+from tests.multiprocess.test_kill_and_resume import read, start_ranks
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def slowed(pid: int, share: float, period_s: float = 0.05) -> Iterator[None]:
+    """Let the process run for only this share of the time, by stopping and continuing it."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(period_s * (1 - share))
+            os.kill(pid, signal.SIGCONT)
+            over.wait(period_s * share)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_slow_rank_gets_fewer_blocks(zygote, prepared, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = flags(prepared, folder, **LONG, batch_size=32, micro_batch_size=4, balance="auto")
+    ranks = start_ranks(zygote, words, 2, log)
+    wait_until(lambda: step_logged(folder) >= 1)
+    with slowed(ranks[1], share=0.2):
+
+        def last_shares() -> list[int]:
+            return lines(folder)[-1]["shares"]
+
+        wait_until(lambda: last_shares()[0] > 2 * last_shares()[1])
+    os.kill(ranks[0], signal.SIGTERM)
+    assert [zygote.wait(pid) for pid in ranks] == [143, 143], read(log)
+    assert all(sum(line["shares"]) == 32 for line in lines(folder))
+
+
+def test_a_rank_without_memory_says_so_and_the_others_end(zygote, prepared, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    large = {"batch_size": 2048, "micro_batch_size": 1024}
+    large["config_overrides"] = "n_layer=2,n_head=2,n_embd=256"
+    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **large}), 2, log)
+    # Enough to start with, not enough for a forward, which needs over a gigabyte.
+    limit = psutil.Process(ranks[1]).memory_info().vms + 800 * 2**20
+    resource.prlimit(ranks[1], resource.RLIMIT_AS, (limit, limit))
+    assert [zygote.wait(pid) for pid in ranks] == [1, 1], read(log)
+    told = read(log)
+    assert "rank 1 (" in told and "is out of memory: lower --micro-batch-size" in told
+    assert "Traceback" not in told
+
+
+def test_a_rank_whose_blocks_are_gone_says_so(zygote, prepared, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    broken = shutil.copytree(prepared, tmp_path / "broken")
+    shutil.rmtree(broken / "train")
+    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    ranks = [
+        zygote.start(flags(data, folder, **LONG, rank=rank, **by_hand), log)
+        for rank, data in enumerate((prepared, broken))
+    ]
+    began = time.monotonic()
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    assert time.monotonic() - began < 30, "it waited for a timeout"
+    assert "rank 1 (" in read(log) and "broken" in read(log)
