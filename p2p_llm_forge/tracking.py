@@ -121,8 +121,15 @@ def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -
 model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters
 data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
 peers     {world} process(es) on {cluster.device.type}, precision {accelerator.mixed_precision}
-updates   {plan.total_steps:,} of {plan.batch_size} blocks = {world} process(es) x \
-{plan.accumulation} micro-batch(es) x {plan.micro_batch_size}"""
+updates   {plan.total_steps:,} of {plan.batch_size} blocks, {told_shares(plan.shares)}, \
+micro-batches of {plan.micro_batch_size}"""
+
+
+def told_shares(shares: list[int]) -> str:
+    """Who takes how many blocks of an update, in words."""
+    if len(set(shares)) == 1:
+        return f"{shares[0]} on each of {len(shares)} process(es)"
+    return f"{' + '.join(map(str, shares))} on {len(shares)} processes"
 
 
 class LossWindow:
