@@ -97,6 +97,14 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
             )
         return Launch(config.rank, config.world_size, 0, 1, config.master_addr, config.master_port)
     if "RANK" in environ:
+        is_elastic = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        if is_elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # Seen with torch 2.13: after a restart peers read the dead ones' addresses from it.
+            raise ForgeError(
+                "torchrun with --max-restarts keeps one store over all restarts, in which peers"
+                " would find the addresses of those that are gone: start torchrun, on every"
+                " machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            )
         return Launch(
             rank=int(environ["RANK"]),
             world_size=int(environ.get("WORLD_SIZE", "1")),
@@ -104,7 +112,7 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
             master_addr=environ.get("MASTER_ADDR"),
             master_port=int(environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else None,
-            is_elastic=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0,
+            is_elastic=is_elastic,
         )
     if any(name in environ for name in MPI_WORLD_SIZES):
         raise ForgeError(
