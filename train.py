@@ -225,6 +225,7 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
         folder = Path(config.output_dir) / "prepared"
         cluster.main_only(lambda: prepare_text(config, folder))
     data = cluster.together(lambda: open_prepared(folder))
+    refuse_different_data(cluster, data)
     asked, found = config.sequence_length, data.manifest.sequence_length
     if asked not in (None, found):
         raise ForgeError(
@@ -232,6 +233,21 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
             " flag out, or prepare the data again with it"
         )
     return data
+
+
+def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
+    """Raise ForgeError, naming them, if ranks have other data than rank 0 under the same name."""
+    told = cluster.gather_facts({"data": data.manifest.fingerprint, "path": str(data.path)})
+    others = [
+        f"rank {rank} has {fact['data'][:12]} in {fact['path']}"
+        for rank, fact in enumerate(told)
+        if fact["data"] != told[0]["data"]
+    ]
+    if others:
+        raise ForgeError(
+            f"the peers of a run must have the same data; rank 0 has {told[0]['data'][:12]} in"
+            f" {told[0]['path']}, but {', '.join(others)}: copy rank 0's folder, or share it"
+        )
 
 
 def prepare_text(config: TrainConfig, folder: Path) -> None:
@@ -283,13 +299,11 @@ def only_run(config: TrainConfig, cluster: Cluster) -> Iterator[None]:
         yield
 
 
-def claim_output(
-    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
-) -> Path | None:
-    """Make the output directory this run's own; returns the checkpoint to go on from, if any."""
-    from p2p_llm_forge import checkpoint
-
-    identity = {
+def run_identity(
+    config: TrainConfig, data: PreparedDataset, plan: data_order.Plan
+) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return {
         "dataset": data.manifest.fingerprint,
         "tokenizer": data.manifest.tokenizer_fingerprint,
         "sequence_length": data.manifest.sequence_length,
@@ -300,6 +314,15 @@ def claim_output(
         "seed": config.seed,
         "batch_size": plan.batch_size,
     }
+
+
+def claim_output(
+    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
+) -> Path | None:
+    """Make the output directory this run's own; returns the checkpoint to go on from, if any."""
+    from p2p_llm_forge import checkpoint
+
+    identity = run_identity(config, data, plan)
 
     def claim() -> str | None:
         found = checkpoint.claim(
@@ -330,12 +353,18 @@ def set_up(
     from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
 
     models.without_progress_bars()
-    if checkpoint:
-        lm = cluster.together(
-            lambda: models.load_model(str(checkpoint), data, config.trust_remote_code)
-        )
-    else:
-        lm = cluster.together(lambda: models.build_model(config, data))
+
+    def build_or_load() -> Any:
+        if checkpoint is None:
+            return models.build_model(config, data)
+        if not checkpoint.is_dir():
+            raise ForgeError(
+                f"{checkpoint} is not seen from here: to resume, every machine must see the"
+                " --output-dir of rank 0; share it, or copy it over"
+            )
+        return models.load_model(str(checkpoint), data, config.trust_remote_code)
+
+    lm = cluster.together(build_or_load)
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     bare_model = NextTokenLoss(lm.to(cluster.device)).train()
@@ -483,11 +512,12 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
 
 def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting of what is computed that is another one than at the checkpoint."""
-    computed = set(TrainConfig().shared_settings()) - {"resume_changed", "overwrite"}
+    computed = (
+        *("learning_rate", "lr_scheduler", "warmup_steps", "epochs", "max_steps", "seed"),
+        *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision"),
+    )
     return [
-        f"{key}: {before[key]} -> {now[key]}"
-        for key in sorted(computed & set(before))
-        if before[key] != now[key]
+        f"{key}: {before.get(key)} -> {now[key]}" for key in computed if before.get(key) != now[key]
     ]
 
 
@@ -522,8 +552,9 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
     from p2p_llm_forge import checkpoint
     from p2p_llm_forge.evaluation import evaluate_split
     from p2p_llm_forge.loss import NextTokenLoss
-    from p2p_llm_forge.model import load_model
+    from p2p_llm_forge.model import load_model, without_progress_bars
 
+    without_progress_bars()
     blocks = data.blocks("validation")
     if blocks is None:
         raise ForgeError(
@@ -555,9 +586,17 @@ def describe(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
 ) -> TrainResult:
     """What a run would do; builds the model, takes no update and writes nothing."""
+    from p2p_llm_forge.checkpoint import refuse_another_run
     from p2p_llm_forge.model import build_model
     from p2p_llm_forge.tracking import introduction
 
+    output_dir, identity = Path(config.output_dir), run_identity(config, data, plan)
+    if not config.overwrite:
+        cluster.main_only(
+            lambda: refuse_another_run(
+                output_dir, identity, bool(config.resume), config.resume_changed
+            )
+        )
     lm = cluster.together(lambda: build_model(config, data))
     if cluster.is_main:
         print(

@@ -295,7 +295,7 @@ def claim(
     if resume not in (None, "auto") and (wrong := damage(Path(resume))):
         raise ForgeError(f"--resume {resume}: {wrong}. --resume auto takes the newest good one")
     if not overwrite:
-        _refuse_another_run(output_dir, identity, bool(resume), resume_changed)
+        refuse_another_run(output_dir, identity, bool(resume), resume_changed)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -313,9 +313,10 @@ def claim(
     return found
 
 
-def _refuse_another_run(
+def refuse_another_run(
     output_dir: Path, identity: dict[str, Any], resume: bool, resume_changed: bool
 ) -> None:
+    """Raise ForgeError if `output_dir` holds another run, or this one without `resume`."""
     if not (output_dir / RUN).exists():
         if (output_dir / "config.json").exists():
             raise ForgeError(

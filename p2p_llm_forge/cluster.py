@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
 import platform
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
 LOST_PEER_WORDS = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
 GOODBYE_S = 3.0
+HEARTBEAT_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2  # between looks at the store
 
 
@@ -201,31 +204,35 @@ class Cluster:
     def __init__(
         self,
         launch: Launch,
-        accelerator: Any,
+        device: torch.device,
         store: dist.Store | None,
         control: dist.ProcessGroup | None = None,
+        peer_timeout_s: float = 30.0,
     ) -> None:
         self.launch = launch
-        self.accelerator = accelerator
+        self.accelerator: Any = None  # Accelerate's, once the precision is agreed on
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.is_main = launch.rank == 0
-        self.device: torch.device = accelerator.device
+        self.device = device
         self._store = store
         self._control = control
+        self._peer_timeout_s = peer_timeout_s
         self._talks = 0
+        self._left = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
     def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's facts, by rank. Facts are plain JSON values; all ranks must call.
 
-        Waits for as long as a slower rank needs; a rank that has died ends the wait by its
-        launcher, or by the store's connection breaking.
+        Waits for as long as a slower rank needs, but not for one that shows no sign of life.
         """
         if self._store is None:
             return [facts]
         talk = self._next_talk()
         self._store.set(f"{talk}/{self.rank}", json.dumps(facts))
-        return [json.loads(self._await(f"{talk}/{rank}")) for rank in range(self.world_size)]
+        return [json.loads(self._await(f"{talk}/{rank}", rank)) for rank in range(self.world_size)]
 
     def main_only(self, act: Callable[[], Result]) -> Result:
         """Run `act` on the main process and return its (JSON) result on every rank.
@@ -236,7 +243,7 @@ class Cluster:
             return act()
         talk = self._next_talk()
         if not self.is_main:
-            answer = json.loads(self._await(talk))
+            answer = json.loads(self._await(talk, 0))
             if "error" in answer:
                 raise ForgeError(answer["error"])
             return answer["result"]
@@ -296,13 +303,23 @@ class Cluster:
         self._talks += 1
         return f"forge/{self._talks}"
 
-    def _await(self, key: str) -> str:
+    def _await(self, key: str, rank: int) -> str:
+        """The value that `rank` will set, as soon as it is there."""
         assert self._store is not None
+        pause, pulse, seen_at = SHORTEST_PAUSE_S, b"", time.monotonic()
         try:
-            pause = SHORTEST_PAUSE_S
             while not self._store.check([key]):
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+                alive = f"forge/alive/{rank}"
+                beat = self._store.get(alive) if self._store.check([alive]) else b""
+                if beat != pulse:
+                    pulse, seen_at = beat, time.monotonic()
+                elif time.monotonic() - seen_at > max(self._peer_timeout_s, 3 * HEARTBEAT_S):
+                    raise ForgeError(
+                        f"lost a peer: rank {rank} has shown no sign of life for "
+                        f"{time.monotonic() - seen_at:.0f} s. Its own output says why"
+                    )
             return self._store.get(key).decode()
         except (dist.DistError, RuntimeError) as error:
             raise ForgeError(
@@ -310,11 +327,21 @@ class Cluster:
                 f"({str(error).splitlines()[0]}). Its own output says why it ended"
             ) from error
 
+    def _beat(self) -> None:
+        """Show the others, from a thread of its own, that this process lives while it works."""
+        assert self._store is not None
+        with contextlib.suppress(RuntimeError):  # the store has ended, and so will the run
+            for count in itertools.count():
+                self._store.set(f"forge/alive/{self.rank}", str(count))
+                if self._left.wait(HEARTBEAT_S):
+                    return
+
     def leave(self) -> None:
         """Say goodbye: the main process, which may serve the store, goes last.
 
         A peer that has died says nothing, so the main process waits for a few seconds only.
         """
+        self._left.set()
         if self._store is None:
             return
         deadline = time.monotonic() + GOODBYE_S
@@ -379,7 +406,7 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
 def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
-    use_cpu = not _has_usable_accelerator(launch)
+    use_cpu = config.cpu or not _has_usable_accelerator(launch)
     backend = None if config.backend == "auto" else config.backend
     if backend == "nccl" and use_cpu:
         raise ForgeError(
@@ -405,19 +432,20 @@ def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
         )
     if use_cpu:
         torch.set_num_threads(threads)
-    store = dist.distributed_c10d._get_default_store() if launch.world_size > 1 else None
-    precision = _agree_on_precision(config, launch, state, store)
-    accelerator = Accelerator(
+    store, control = None, None
+    if launch.world_size > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if state.backend != "gloo":
+            control = dist.new_group(backend="gloo", timeout=options["timeout"])
+    cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
+    cluster.accelerator = Accelerator(
         cpu=use_cpu,
-        mixed_precision=precision,
+        mixed_precision=_agree_on_precision(config, cluster, state.backend),
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    control = None
-    if store is not None and state.backend != "gloo":
-        control = dist.new_group(backend="gloo", timeout=options["timeout"])
-    return Cluster(launch, accelerator, store, control)
+    return cluster
 
 
 def _has_usable_accelerator(launch: Launch) -> bool:
@@ -426,23 +454,25 @@ def _has_usable_accelerator(launch: Launch) -> bool:
         return False
     if not torch.accelerator.is_available():
         return False
+    if launch.world_size == 1:
+        return True
     # Accelerate (1.15) starts strangers for several processes on Apple's GPUs, which have no
-    # collectives: such a peer trains on its CPU.
-    return launch.world_size == 1 or torch.accelerator.current_accelerator().type != "mps"  # type: ignore[union-attr]
+    # collectives, and gives one GPU to two processes, which NCCL refuses: then it is the CPU.
+    device = torch.accelerator.current_accelerator()
+    has_collectives = device is not None and device.type != "mps"
+    return has_collectives and torch.accelerator.device_count() >= launch.local_world_size
 
 
-def has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
+    if device.type != "cpu":
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _agree_on_precision(
-    config: TrainConfig, launch: Launch, state: Any, store: dist.Store | None
-) -> str:
+def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | None) -> str:
     """The precision all ranks compute in; refuses peers that differ in what must be equal.
 
     `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
@@ -452,26 +482,22 @@ def _agree_on_precision(
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
     facts = {
         "precision": wanted,
-        "backend": state.backend,
-        "bf16": (
-            has_bf16() if state.device.type != "cpu" or not torch.cuda.is_available() else False
-        ),
+        "backend": backend,
+        "bf16": has_bf16(cluster.device),
         "recipe": config.shared_settings(),
         "torch": torch.__version__.split("+")[0],
         "forge": __version__,
         "host": platform.node(),
     }
-    # A bare Cluster serves for this first talk: the Accelerator needs its answer.
-    told = Cluster(launch, state, store).gather_facts(facts) if store else [facts]
-    if store:
-        _refuse_different(told)
+    told = cluster.gather_facts(facts)
+    _refuse_different(told)
     if wanted == "auto":
         return "bf16" if all(fact["bf16"] for fact in told) else "no"
     if wanted not in ("no", "bf16", "fp16"):
         raise ForgeError(
             f"mixed precision {wanted} comes from the launcher's config; use no, bf16 or fp16"
         )
-    if wanted == "fp16" and state.device.type == "cpu":
+    if wanted == "fp16" and cluster.device.type == "cpu":
         raise ForgeError(
             "fp16 needs a GPU, and this run is on the CPU: use --mixed-precision bf16 or no"
         )

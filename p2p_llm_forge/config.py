@@ -235,6 +235,7 @@ class TrainConfig:
     peer_timeout: float = flag(
         30.0, "seconds that an exchange waits for a peer before the run ends"
     )
+    cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
     cpu_threads: int = flag(
         0, "threads of a process on the CPU; 0: the machine's cores over its processes"
     )
@@ -264,7 +265,10 @@ class TrainConfig:
             bool(self.dataset_path),
             "no data given: add --dataset-path FOLDER (made by prepare_data.py) or a text file",
         )
-        problems.require(bool(self.output_dir), "no place for the run: add --output-dir FOLDER")
+        problems.require(
+            bool(self.output_dir or (self.eval_only and self.model_name)),
+            "no place for the run: add --output-dir FOLDER",
+        )
         for name in ("epochs", "learning_rate", "log_every", "peer_timeout"):
             problems.require(
                 getattr(self, name) > 0,
@@ -443,7 +447,8 @@ def _recipe_as_flags(path: Path, parser: Any) -> list[str]:
         option.removeprefix("--").replace("-", "_")
         for action in parser._actions
         for option in action.option_strings
-    } - {"help", "h", "config"}
+        if option.startswith("--")
+    } - {"help", "config"}
     problems = Problems()
     words: list[str] = []
     for key, value in recipe.items():

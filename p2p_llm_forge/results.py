@@ -39,9 +39,8 @@ class TrainResult:
 
     def summary(self) -> str:
         """The result for a person, in a few lines."""
-        lines = [
-            f"model     {self.output_dir} after {self.steps:,} updates ({self.tokens:,} tokens)"
-        ]
+        tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
+        lines = [f"model     {self.output_dir} after {self.steps:,} updates{tokens}"]
         if self.train_loss is not None:
             lines.append(f"training  loss {self.train_loss:.4f} nats per token")
         if self.tokens_per_second is not None:

@@ -231,6 +231,7 @@ def reference_encoder(tokenizer: Any) -> Encode:
         def encode_texts(texts: list[str]) -> list[list[int]]:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
+
     else:
 
         def encode_texts(texts: list[str]) -> list[list[int]]:

@@ -221,6 +221,9 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(config, tmp_path, capsys):
         "6 of 8 blocks, 8 on each of 1 process(es), micro-batches of 8" in capsys.readouterr().out
     )
     assert not (tmp_path / "run").exists()
+    train(config)
+    with pytest.raises(ForgeError, match="holds this run already"):
+        train(replace(config, dry_run=True))
 
 
 def test_fine_tuning_starts_from_the_weights_of_the_model(config, tmp_path):

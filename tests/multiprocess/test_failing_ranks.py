@@ -14,7 +14,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.conftest import free_port
+from p2p_llm_forge.config import PrepareConfig
+from prepare_data import prepare
+from tests.conftest import free_port, write_text
 from tests.multiprocess.conftest import flags, lines
 from tests.multiprocess.test_interruptions import LONG, step_logged, wait_until
 from tests.multiprocess.test_kill_and_resume import read, start_ranks
@@ -87,3 +89,29 @@ def test_a_rank_whose_blocks_are_gone_says_so(zygote, prepared, tmp_path):
     assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
     assert time.monotonic() - began < 30, "it waited for a timeout"
     assert "rank 1 (" in read(log) and "broken" in read(log)
+
+
+def test_ranks_with_different_data_are_refused_by_name(zygote, prepared, tmp_path):
+    folder, log, other = tmp_path / "run", tmp_path / "log", tmp_path / "other"
+    text = write_text(tmp_path / "text.txt", documents=200, seed=7)
+    prepare(PrepareConfig([str(text)], str(other), vocab_size=300, sequence_length=32))
+    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    ranks = [
+        zygote.start(flags(data, folder, **LONG, rank=rank, **by_hand), log)
+        for rank, data in enumerate((prepared, other))
+    ]
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    assert "rank 1 has" in read(log) and str(other) in read(log)
+    assert not folder.exists()
+
+
+def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(zygote, prepared, tmp_path):
+    """The others wait for its facts then, and no exchange with a timeout is under way."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(zygote, flags(prepared, folder, **LONG, peer_timeout=4), 2, log)
+    time.sleep(0.3)
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert zygote.wait(ranks[0], timeout_s=30) in (1, 2), read(log)
+    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGCONT)
+    zygote.wait(ranks[1])
