@@ -37,9 +37,6 @@ class PrepareConfig:
         "--input",
         metavar="PATH[:WEIGHT]",
     )
-    validation_path: list[str] = flag(
-        [], "text that is held out for evaluation, instead of a share of the documents"
-    )
     output_dir: str = flag(
         "", "folder of the prepared dataset; must be new, empty or the same dataset"
     )
@@ -52,6 +49,9 @@ class PrepareConfig:
     vocab_size: int = flag(8192, "entries of a tokenizer that is trained here")
     sequence_length: int = flag(256, "tokens in a block", "--block_size", "--block-size")
     validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
+    validation_path: list[str] = flag(
+        [], "text that is held out for evaluation, instead of a share of the documents"
+    )
     document_separator: str = flag(
         "\\n\\n", "what ends a document; \\n\\n: blank lines; escapes like \\n are understood"
     )

@@ -194,7 +194,7 @@ class BlockWriter:
         names = [f"data-{n:05d}-of-{len(self._shards):05d}.arrow" for n in range(len(self._shards))]
         for shard, name in zip(self._shards, names, strict=True):
             shard.rename(self._folder / name)
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in names],
             "_fingerprint": fingerprint,
             "_format_columns": None,

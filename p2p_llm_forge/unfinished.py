@@ -218,7 +218,7 @@ class Pieces:
 
     def records(self, number: int, part: Part) -> list[Record]:
         """The records of a part's pieces from its first to its last; empty unless all are done."""
-        found = []
+        found: list[Record] = []
         while record := self.record(number, part, len(found)):
             found.append(record)
             if record.is_last:
