@@ -268,7 +268,7 @@ def set_up(
         lm = cluster.together(lambda: models.build_model(config, data))
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    bare_model = NextTokenLoss(lm.to(cluster.device)).train()
+    bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
     if config.compile:
         lm.base_model.compile()
     optimizer = models.build_optimizer(config, lm)
@@ -297,6 +297,11 @@ def set_up(
     if checkpoint:
         tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
     return run
+
+
+def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
+    """The token that attention does not cross; None where it reads a block as one text."""
+    return data.manifest.eos_token_id if config.document_mask else None
 
 
 def introduction(cluster: Cluster, data: PreparedDataset, plan: data_order.Plan, lm: Any) -> str:
@@ -443,7 +448,11 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
     lm = cluster.together(lambda: load_model(str(name), data, config.trust_remote_code))
     size = data.manifest.splits["validation"].bytes
     figures = evaluate_split(
-        NextTokenLoss(lm.to(cluster.device)), blocks, size, config.micro_batch_size or 8, cluster
+        NextTokenLoss(lm.to(cluster.device), document_end(config, data)),
+        blocks,
+        size,
+        config.micro_batch_size or 8,
+        cluster,
     )
     result = TrainResult(str(name), steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:

@@ -225,6 +225,9 @@ class TrainConfig:
         False, "recompute activations in backward: less memory, slower"
     )
     compile: bool = flag(False, "compile the model with torch.compile")
+    document_mask: bool = flag(
+        False, "keep attention inside documents, in training and in evaluation"
+    )
     seed: int = flag(0, "chooses initial weights, order of data and dropout")
 
     eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
