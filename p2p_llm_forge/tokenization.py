@@ -47,6 +47,8 @@ HARD_TEXTS = (
     "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
 )
 
+SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
+
 
 class FastPathDiffers(Exception):
     """The fast encoder gave other tokens than the tokenizer itself."""
@@ -170,9 +172,11 @@ def _control_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def _without_truncation(backend: Any) -> Any:
-    """A copy of the `tokenizers.Tokenizer` that neither truncates nor pads, so nothing is lost."""
+    """The `tokenizers.Tokenizer` or a copy that neither truncates nor pads, so nothing is lost."""
     from tokenizers import Tokenizer
 
+    if backend.truncation is None and backend.padding is None:
+        return backend
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
@@ -216,7 +220,8 @@ class Encoders:
         column = pa.array(texts, pa.large_binary())
         try:
             self._rules = rules_of_text(self._tokenizer)
-            require_same(fast_encoder(self._rules), self._reference, column)
+            self._spare = [fast_encoder(self._rules)]
+            require_same(self._spare[0], self._reference, column)
         except FastPathDiffers as difference:
             return str(difference)
         except (
@@ -237,7 +242,8 @@ class Encoders:
         else:
             # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
             if not hasattr(self._of_this_thread, "encode"):
-                self._of_this_thread.encode = fast_encoder(self._rules)
+                made = self._spare.pop() if self._spare else fast_encoder(self._rules)
+                self._of_this_thread.encode = made
             tokens, lengths = self._of_this_thread.encode(documents)
             require_same(self._of_this_thread.encode, self._reference, sample(documents))
         self._guard(tokens, lengths, documents)
@@ -249,7 +255,10 @@ def reference_encoder(tokenizer: Any) -> Encode:
     import numpy as np
 
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        from tokenizers import Tokenizer
+
         backend = _without_truncation(tokenizer.backend_tokenizer)
+        backend = Tokenizer.from_str(backend.to_str())  # what is set next is for this one alone
         backend.encode_special_tokens = True  # the spelling of a special token is plain text
 
         def encode_texts(texts: list[str]) -> list[list[int]]:
@@ -315,9 +324,10 @@ def sample(
     from p2p_llm_forge.sources import values_and_offsets
 
     text, ends = values_and_offsets(documents)
-    unusual = np.flatnonzero(text >= 0x80)
     places = [ends[len(documents) * n // count] for n in range(count) if len(documents)]
-    places += [unusual[len(unusual) * n // count] for n in range(count) if len(unusual)]
+    for window in (len(text) * n // count for n in range(count)):
+        unusual = np.flatnonzero(text[window : window + SAMPLE_WINDOW] >= 0x80)
+        places += [window + unusual[len(unusual) // 2]] if len(unusual) else []
     chosen = []
     for place in (place for place in places if place < len(text)):
         document = np.searchsorted(ends, place, side="right")
