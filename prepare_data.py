@@ -544,6 +544,7 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
+        + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
     )
 
 
