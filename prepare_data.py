@@ -68,6 +68,7 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     prepared = already_prepared(config, output_dir, found, tokenizer)
     if prepared:
         if ranks.is_main:
+            unfinished.remove_leftovers(output_dir)
             print(f"{output_dir} is already prepared: {_summary(prepared)}")
         return prepared
     if not ranks.is_main:

@@ -5,7 +5,8 @@
 The corpus is every distinct .py, .md, .txt and .rst file below this Python and its packages. Where
 that is less than --megabytes, the files come again in another order until it is reached, and the
 table says how much is distinct. Every figure is the median of --repeats runs, each in a fresh
-process. Imports are not timed, but in a row of its own: the whole command.
+process; the measurements take turns, so that a machine that others use too is as fair to each as it
+can be. Imports are not timed, but in a row of its own: the whole command.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     facts = make_corpus(folder, arguments.megabytes * 10**6, arguments.usual_megabytes * 10**6)
-    found = {name: median_of(name, folder, arguments.repeats) for name in MEASUREMENTS}
+    found = medians(folder, arguments.repeats)
     print(table(facts, found, arguments))
 
 
@@ -151,17 +152,27 @@ def prepared(folder: Path, kind: str) -> dict[str, float]:
         sequence_length=SEQUENCE_LENGTH,
         overwrite=True,
     )
-    started = time.perf_counter()
+    started = clock()
     manifest = prepare(config)
-    seconds = time.perf_counter() - started
+    times = since(started)
     tokens = sum(facts.tokens for facts in manifest.splits.values())
     arrow = sum(path.stat().st_size for path in out.rglob("*.arrow"))
     return {
         "bytes": text_bytes(folder / "text"),
-        "seconds": seconds,
+        **times,
         "disk_per_token": arrow / tokens,
         "tokens": tokens,
     }
+
+
+def clock() -> tuple[float, float]:
+    """Seconds on the wall, and of this process and its children on the cores."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def since(started: tuple[float, float]) -> dict[str, float]:
+    wall, cores = (now - then for now, then in zip(clock(), started, strict=True))
+    return {"seconds": wall, "core_seconds": cores}
 
 
 def text_bytes(folder: Path) -> int:
@@ -175,9 +186,9 @@ def whole_command(folder: Path) -> dict[str, float]:
         "--output-dir", str(folder / "out" / "text"), "--tokenizer", str(folder / "tokenizer"),
         "--sequence-length", str(SEQUENCE_LENGTH), "--overwrite",
     ]  # fmt: skip
-    started = time.perf_counter()
+    started = clock()
     subprocess.run(command, check=True, capture_output=True)
-    return {"bytes": text_bytes(folder / "text"), "seconds": time.perf_counter() - started}
+    return {"bytes": text_bytes(folder / "text"), **since(started)}
 
 
 def gigatoken_alone(folder: Path) -> dict[str, float]:
@@ -190,10 +201,10 @@ def gigatoken_alone(folder: Path) -> dict[str, float]:
     rules = tokenization.rules_of_text(AutoTokenizer.from_pretrained(folder / "tokenizer"))
     encoder = gigatoken.Tokenizer.from_json(rules)
     files = sorted((folder / "text").iterdir())
-    started = time.perf_counter()
+    started = clock()
     for file in files:  # one by one, or all tokens would have to fit into memory
         encoder.encode_files([file])
-    return {"bytes": text_bytes(folder / "text"), "seconds": time.perf_counter() - started}
+    return {"bytes": text_bytes(folder / "text"), **since(started)}
 
 
 def usual_way(folder: Path) -> dict[str, float]:
@@ -228,16 +239,16 @@ def usual_way(folder: Path) -> dict[str, float]:
 
     workers = len(os.sched_getaffinity(0))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    started = time.perf_counter()
+    started = clock()
     tokens = rows.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
     blocks = tokens.map(
         group_texts, batched=True, num_proc=workers, remove_columns=tokens.column_names
     )
     blocks.save_to_disk(folder / "small" / "blocks")
-    seconds = time.perf_counter() - started
+    times = since(started)
     size = sum(path.stat().st_size for path in (folder / "small" / "blocks").rglob("*.arrow"))
     per_token = size / (len(blocks) * SEQUENCE_LENGTH)
-    return {"bytes": len(raw), "seconds": seconds, "disk_per_token": per_token}
+    return {"bytes": len(raw), **times, "disk_per_token": per_token}
 
 
 def reader(folder: Path) -> dict[str, float]:
@@ -264,23 +275,34 @@ MEASUREMENTS = {
 }
 
 
-def median_of(name: str, folder: Path, repeats: int) -> dict[str, float]:
-    """The medians of a measurement's figures, and the largest memory that its process took."""
-    results = []
+def medians(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """The medians of every measurement's figures."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in MEASUREMENTS}
     for _ in range(repeats):
-        command = [sys.executable, __file__, "--work-dir", str(folder), "--measure", name]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout
-        output = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = status
-        assert status == 0, f"{name} failed"
-        result = json.loads(output.splitlines()[-1])
-        if "bytes" in result:
-            result["mb_per_second"] = result["bytes"] / 1e6 / result["seconds"]
-        results.append({**result, "rss_gb": usage.ru_maxrss / 1e6})
-        print(name, {key: round(value, 3) for key, value in results[-1].items()}, file=sys.stderr)
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for name, found in results.items():
+            found.append(measured(name, folder))
+            told = {key: round(value, 3) for key, value in found[-1].items()}
+            print(name, told, file=sys.stderr, flush=True)
+    return {
+        name: {key: statistics.median(one[key] for one in found) for key in found[0]}
+        for name, found in results.items()
+    }
+
+
+def measured(name: str, folder: Path) -> dict[str, float]:
+    """One measurement in a fresh process, and the largest memory that the process took."""
+    command = [sys.executable, __file__, "--work-dir", str(folder), "--measure", name]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = status
+    assert status == 0, f"{name} failed"
+    result = json.loads(output.splitlines()[-1])
+    if "bytes" in result:
+        result["mb_per_second"] = result["bytes"] / 1e6 / result["seconds"]
+        result["mb_per_core_second"] = result["bytes"] / 1e6 / result["core_seconds"]
+    return {**result, "rss_gb": usage.ru_maxrss / 1e6}
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -305,15 +327,17 @@ def table(
         f"Byte-level BPE of {VOCAB_SIZE}, blocks of {SEQUENCE_LENGTH}. Medians of "
         f"{arguments.repeats} runs.",
         "",
-        "| | MB/s | x the usual way | x gigatoken alone | disk, bytes/token | peak RSS, GB |",
-        "|---|---|---|---|---|---|",
+        "| | MB/s | x the usual way | x gigatoken alone | MB per core-second | disk, bytes/token "
+        "| peak RSS, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label, name in rows.items():
         row = found[name]
         speed = row["mb_per_second"]
         disk = f"{row['disk_per_token']:.3f}" if "disk_per_token" in row else "-"
         lines.append(
-            f"| {label} | {speed:.1f} | {speed / usual:.1f} | {speed / alone:.2f} | {disk} | "
+            f"| {label} | {speed:.1f} | {speed / usual:.1f} | {speed / alone:.2f} | "
+            f"{row['mb_per_core_second']:.1f} | {disk} | "
             f"{row['rss_gb']:.2f} |"
         )
     speed = found["reader"]["blocks_per_second"]

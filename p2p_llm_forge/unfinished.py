@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -87,13 +88,20 @@ def claim(output_dir: Path, ranks: Ranks) -> Iterator[Path]:
         mark.unlink(missing_ok=True)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove the folder of a run that was killed just after it had published its dataset."""
+    folder = output_dir / UNFINISHED
+    if folder.exists() and not holder_of(folder / "lock"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _take_lock(lock: Path, output_dir: Path) -> None:
     holder = json.dumps({"host": socket.gethostname(), **_this_process()})
     for _ in range(3):
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
-            told = _who_holds(lock)
+            told = holder_of(lock)
             if told:
                 raise ForgeError(
                     f"--output-dir {output_dir} is being prepared by {told}: wait for it, or give "
@@ -117,7 +125,7 @@ def _this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
-def _who_holds(lock: Path) -> str:
+def holder_of(lock: Path) -> str:
     """Who lives and holds the lock, in words; empty when nobody does."""
     import psutil
 

@@ -253,6 +253,14 @@ def ready_tokenizer(text: Path, tmp_path: Path) -> Path:
     return tmp_path / "first" / "tokenizer"
 
 
+def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(text, tmp_path, undisturbed):
+    with mock.patch.object(shutil, "rmtree"):
+        prepare(config(text, tmp_path / "out"))
+    assert any((tmp_path / "out" / "unfinished" / "pieces").iterdir())
+    prepare(config(text, tmp_path / "out"))
+    assert contents(tmp_path / "out") == undisturbed
+
+
 # --- several ranks --------------------------------------------------------------------------------
 
 
