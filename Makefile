@@ -1,5 +1,5 @@
 # make demo: from nothing to a small trained model.   make test: everything that is promised.
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format readme clean
 PYTHON ?= python3
 RUN := .venv/bin
 
@@ -20,6 +20,10 @@ lint: .venv/installed
 format: .venv/installed
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+# The tables of flags in README.md and README.tr.md, from what the scripts parse.
+readme: .venv/installed
+	$(RUN)/python -m tests.test_readme
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \

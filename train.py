@@ -6,22 +6,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2p_llm_forge import data_order
+from p2p_llm_forge.balance import Balance
 from p2p_llm_forge.config import PrepareConfig, TrainConfig, as_dict, parse
 from p2p_llm_forge.errors import ForgeError, run_script
+from p2p_llm_forge.interruptions import NOTHING, SAVE_NOW, Interruptions, interruption
 from p2p_llm_forge.results import RESULTS, TrainResult
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     import torch
 
+    from p2p_llm_forge.checkpoint import Writer
     from p2p_llm_forge.cluster import Cluster
-    from p2p_llm_forge.corpus import PreparedDataset
+    from p2p_llm_forge.corpus import Blocks, PreparedDataset
     from p2p_llm_forge.sync import AllReduce
     from p2p_llm_forge.tracking import LossWindow, Silent
 
@@ -35,6 +41,7 @@ class Run:
     config: TrainConfig
     cluster: Cluster
     data: PreparedDataset
+    blocks: Blocks  # of the training split
     plan: data_order.Plan
     model: Any  # NextTokenLoss as Accelerate wraps it
     bare_model: Any  # the same without DDP
@@ -43,46 +50,60 @@ class Run:
     sync: AllReduce
     tracking: Silent
     window: LossWindow
+    writer: Writer
+    balance: Balance
     first_step: int
+    first_position: int  # of update `first_step` in the stream of blocks
     train_loss: float | None = None  # of the last line in metrics.jsonl
+    saved_step: int = -1
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train as `config` says, on every rank of the launch that this process belongs to.
 
-    Returns the same TrainResult on every rank. Raises ForgeError for what the user can mend.
+    Returns the same TrainResult on every rank. Raises ForgeError for what the user can mend, and
+    Interrupted when the run was asked to stop and has saved.
     """
     check(config)
     from p2p_llm_forge.cluster import join
 
-    with join(config) as cluster:
-        data = open_data(config, cluster)
-        if config.eval_only:
-            return evaluate_only(config, cluster, data)
-        plan = data_order.plan_updates(
-            config, len(data.blocks("train")), data.manifest.sequence_length, cluster.world_size
-        )
-        if config.dry_run:
-            return describe(config, cluster, data, plan)
-        checkpoint = claim_output(config, cluster, data, plan)
-        done = finished_result(config, cluster, checkpoint, plan)
-        if done:
-            return done
-        run = set_up(config, cluster, data, plan, checkpoint)
+    with Interruptions(config.max_seconds) as interruptions, join(config) as cluster:
         try:
-            train_loss, tokens_per_second = loop(run)
-            return conclude(run, train_loss, tokens_per_second)
-        finally:
-            run.tracking.finish()
+            data = open_data(config, cluster)
+            if config.eval_only:
+                return evaluate_only(config, cluster, data)
+            plan = make_plan(config, cluster, data)
+            if config.dry_run:
+                return describe(config, cluster, data, plan)
+            with only_run(config, cluster):
+                checkpoint = claim_output(config, cluster, data, plan)
+                return finished_result(config, cluster, checkpoint, plan) or learn(
+                    set_up(config, cluster, data, plan, checkpoint), interruptions
+                )
+        except (RuntimeError, OSError, MemoryError) as error:
+            failure = cluster.failure(error)
+            if failure is None:
+                raise
+            raise failure from error
 
 
-def loop(run: Run) -> tuple[float | None, float | None]:
+def learn(run: Run, interruptions: Interruptions) -> TrainResult:
+    """The updates, the evaluation and the results; what is being written is always finished."""
+    try:
+        train_loss, tokens_per_second = loop(run, interruptions)
+        return conclude(run, train_loss, tokens_per_second)
+    finally:
+        run.writer.wait()
+        run.tracking.finish()
+
+
+def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | None]:
     """Take the updates of the run. Returns the last loss and all peers' tokens per second."""
     config, plan, window = run.config, run.plan, run.window
     training_s, started = 0.0, time.perf_counter()
     run.tracking.start(run.first_step, plan.total_steps)
     for step in range(run.first_step, plan.total_steps):
-        nats, grad_norm = take_update(run, step)
+        nats, grad_norm, forward_s = take_update(run, step)
         window.add(nats)
         report = run.sync.after_update(step)
         run.tracking.step()
@@ -99,21 +120,30 @@ def loop(run: Run) -> tuple[float | None, float | None]:
                     "learning_rate": config.learning_rate * run.learning_rate_factor(step),
                     "grad_norm": float(grad_norm),
                     "tokens": done * plan.tokens_per_update,
-                    "epoch": done * plan.batch_size / len(run.data.blocks("train")),
+                    "epoch": (position_of(run, done)) / len(run.blocks),
                     "tokens_per_second": (done - run.first_step) * plan.tokens_per_update / spent,
                     "peers": report.peers,
                 }
             )
-        should_save = is_last or is_due(done, config.save_every)
-        should_evaluate = is_due(done, config.eval_every) and not is_last
+        told = run.cluster.gather_numbers([interruptions.asked(), forward_s])
+        run.balance.measured([seconds for _, seconds in told])
+        asked = int(max(wish for wish, _ in told))
+        should_stop = asked not in (NOTHING, SAVE_NOW) and not is_last
+        should_save = is_last or should_stop or asked == SAVE_NOW or is_due(done, config.save_every)
+        should_evaluate = is_due(done, config.eval_every) and not is_last and not should_stop
         if should_save or should_evaluate:
             since_log = window.collect()  # ends the run before bad weights could be saved
             training_s += time.perf_counter() - started
-            if should_save:
-                save(run, done, since_log)
+            figures = evaluate(run) if should_evaluate else {}
             if should_evaluate:
-                run.tracking.log({"step": done, **evaluate(run)})
+                run.tracking.log({"step": done, **figures})
+            if should_save:
+                save(run, done, since_log, figures.get("eval_loss"))
+                interruptions.saved()
             started = time.perf_counter()
+        if should_stop:
+            finish_saving(run)
+            raise interruption(asked, done, run.cluster.launch.is_elastic)
     updates = plan.total_steps - run.first_step
     return run.train_loss, updates * plan.tokens_per_update / training_s if updates else None
 
@@ -123,28 +153,38 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer update. Returns this rank's summed loss (nats) and the norm of the gradient."""
+def position_of(run: Run, step: int) -> int:
+    """Where update `step` begins in the stream of blocks."""
+    return run.first_position + (step - run.first_step) * run.plan.batch_size
+
+
+def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One optimizer update. Returns this rank's summed loss (nats), the norm of the gradient and
+    the seconds that this rank's forwards took."""
     import torch
 
     config, plan, cluster = run.config, run.plan, run.cluster
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * run.learning_rate_factor(step)
-    blocks = data_order.blocks_of_update(
-        step, plan.batch_size, len(run.data.blocks("train")), config.seed
+    blocks = data_order.blocks_at(
+        position_of(run, step), plan.batch_size, len(run.blocks), config.seed
     )
-    own = data_order.share_of_rank(blocks, cluster.rank, cluster.world_size)
+    own = data_order.share_of_rank(blocks, run.balance.shares, cluster.rank)
+    offset = sum(run.balance.shares[: cluster.rank])
+    micro_batches = data_order.micro_batches(own, plan.micro_batch_size)
     nats = torch.zeros((), device=cluster.device)
-    for number, numbers in enumerate(data_order.micro_batches(own, plan.micro_batch_size), start=1):
+    forward_s = 0.0
+    for number, numbers in enumerate(micro_batches, start=1):
         inputs, targets = (
-            torch.from_numpy(a).to(cluster.device)
-            for a in run.data.blocks("train").inputs_and_targets(numbers)
+            torch.from_numpy(a).to(cluster.device) for a in run.blocks.inputs_and_targets(numbers)
         )
         # A resumed run repeats its dropout without any saved generator.
-        offset = cluster.rank * len(own) + (number - 1) * plan.micro_batch_size
         torch.manual_seed(data_order.dropout_seed(config.seed, step, offset))
-        with run.sync.context(is_last_micro_batch=number == plan.accumulation):
-            micro_nats, _ = run.model(inputs, targets)
+        offset += len(numbers)
+        with run.sync.context(is_last_micro_batch=number == len(micro_batches)):
+            with run.balance.stopwatch() as watch:
+                micro_nats, _ = run.model(inputs, targets)
+            forward_s += watch.seconds
             # DDP averages over the ranks; what is wanted is the sum over all tokens of the update.
             cluster.accelerator.backward(micro_nats * (cluster.world_size / plan.tokens_per_update))
         nats += micro_nats.detach()
@@ -153,7 +193,7 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return nats, grad_norm
+    return nats, grad_norm, forward_s
 
 
 def check(config: TrainConfig) -> None:
@@ -203,10 +243,43 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
             output_dir=str(folder),
             tokenizer=config.tokenizer or config.model_name,
             vocab_size=config.vocab_size,
+            trust_remote_code=config.trust_remote_code,
             sequence_length=config.sequence_length or 256,
             overwrite=config.overwrite,
         )
     )
+
+
+def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> data_order.Plan:
+    """How the updates are made up, for as many peers as there are."""
+    from p2p_llm_forge.checkpoint import steps_saved
+
+    goes_on = bool(config.resume) and cluster.main_only(
+        lambda: bool(steps_saved(Path(config.output_dir)))
+    )
+    return data_order.plan_updates(
+        config,
+        data.manifest.splits["train"].blocks,
+        data.manifest.sequence_length,
+        cluster.world_size,
+        may_be_uneven=goes_on or cluster.launch.is_elastic or config.balance == "auto",
+    )
+
+
+@contextlib.contextmanager
+def only_run(config: TrainConfig, cluster: Cluster) -> Iterator[None]:
+    """Hold the output directory against other runs: the main process has the lock."""
+    from p2p_llm_forge.lock import only_writer
+
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            folder = Path(config.output_dir)
+            run_id = os.environ.get("TORCHELASTIC_RUN_ID") if cluster.launch.is_elastic else None
+            held.enter_context(only_writer(folder / "run.lock", f"--output-dir {folder}", run_id))
+
+        cluster.main_only(lock)
+        yield
 
 
 def claim_output(
@@ -215,30 +288,26 @@ def claim_output(
     """Make the output directory this run's own; returns the checkpoint to go on from, if any."""
     from p2p_llm_forge import checkpoint
 
-    output_dir = Path(config.output_dir)
     identity = {
         "dataset": data.manifest.fingerprint,
+        "tokenizer": data.manifest.tokenizer_fingerprint,
+        "sequence_length": data.manifest.sequence_length,
         "model_name": config.model_name,
         "model_type": config.model_type,
         "config_overrides": sorted((config.config_overrides or "").split(",")),
+        "optimizer": config.optimizer,
         "seed": config.seed,
         "batch_size": plan.batch_size,
     }
 
     def claim() -> str | None:
-        checkpoint.claim_output_dir(output_dir, identity, bool(config.resume), config.overwrite)
-        if not config.resume:
-            return None
-        if config.resume != "auto":
-            wrong = checkpoint.damage(Path(config.resume))
-            if wrong:
-                raise ForgeError(
-                    f"--resume {config.resume}: {wrong}. Use --resume auto for the newest good one"
-                )
-            return config.resume
-        found, passed_over = checkpoint.newest_good(output_dir)
-        for line in passed_over:
-            print(line, file=sys.stderr, flush=True)
+        found = checkpoint.claim(
+            Path(config.output_dir),
+            identity,
+            resume=config.resume,
+            resume_changed=config.resume_changed,
+            overwrite=config.overwrite,
+        )
         return str(found) if found else None
 
     found = cluster.main_only(claim)
@@ -254,10 +323,10 @@ def set_up(
 ) -> Run:
     """Build the model and optimizer, or load them, and hand them to Accelerate."""
     from p2p_llm_forge import model as models
-    from p2p_llm_forge.checkpoint import load_optimizer, read_state
+    from p2p_llm_forge.checkpoint import Writer, load_optimizer, read_state
     from p2p_llm_forge.loss import NextTokenLoss
     from p2p_llm_forge.sync import AllReduce
-    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking
+    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
 
     models.without_progress_bars()
     if checkpoint:
@@ -267,12 +336,15 @@ def set_up(
     else:
         lm = cluster.together(lambda: models.build_model(config, data))
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False})
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
     if config.compile:
         lm.base_model.compile()
     optimizer = models.build_optimizer(config, lm)
-    state = {"step": 0, "train_loss": None, "since_log": {"nats": [], "updates": 0}}
+    state: dict[str, Any] = {
+        **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
+        "since_log": {"nats": [], "updates": 0},
+    }
     if checkpoint:
         state = read_state(checkpoint)
         cluster.together(lambda: load_optimizer(checkpoint, lm, optimizer))
@@ -282,6 +354,7 @@ def set_up(
         config,
         cluster,
         data,
+        cluster.together(lambda: data.train_blocks()),
         plan,
         model,
         bare_model,
@@ -290,12 +363,20 @@ def set_up(
         AllReduce(cluster, model),
         tracking,
         LossWindow(cluster, state["step"], state["since_log"]),
-        state["step"],
-        state["train_loss"],
+        Writer(config.save_in_background),
+        Balance(plan.shares, config.balance == "auto"),
+        first_step=state["step"],
+        first_position=state["blocks_read"],
+        train_loss=state["train_loss"],
+        saved_step=state["step"],
     )
+    if cluster.accelerator.scaler is not None and state.get("scaler"):
+        cluster.accelerator.scaler.load_state_dict(state["scaler"])
     tracking.say(introduction(cluster, data, plan, lm))
     if checkpoint:
         tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
+        for line in settings_changed(state["config"], as_dict(config)):
+            tracking.say(f"changed   {line}")
     return run
 
 
@@ -304,50 +385,58 @@ def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
     return data.manifest.eos_token_id if config.document_mask else None
 
 
-def introduction(cluster: Cluster, data: PreparedDataset, plan: data_order.Plan, lm: Any) -> str:
-    """What is about to happen, in a few lines."""
-    parameters = sum(p.numel() for p in lm.parameters())
-    world, manifest = cluster.world_size, data.manifest
-    return "\n".join(
-        [
-            f"model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters",
-            (
-                f"data      {len(data.blocks('train')):,} blocks of {manifest.sequence_length}"
-                f" tokens, vocabulary {manifest.vocab_size:,}"
-            ),
-            (
-                f"peers     {world} process(es) on {cluster.device.type}, precision"
-                f" {cluster.accelerator.mixed_precision}"
-            ),
-            (
-                f"updates   {plan.total_steps:,} of {plan.batch_size} blocks = {world} process(es)"
-                f" x {plan.accumulation} micro-batch(es) x {plan.micro_batch_size}"
-            ),
-        ]
-    )
-
-
-def save(run: Run, step: int, since_log: dict[str, Any]) -> None:
-    """Write a checkpoint after `step` updates: everyone calls, the main process writes."""
+def save(run: Run, step: int, since_log: dict[str, Any], eval_loss: float | None) -> None:
+    """Save a checkpoint after `step` updates; in the background, training goes on meanwhile."""
     from p2p_llm_forge import checkpoint
 
-    lm = run.bare_model.lm
+    run.saved_step = step
+    config, scaler = run.config, run.cluster.accelerator.scaler
+    state = {
+        "step": step,
+        "blocks_read": position_of(run, step),
+        "tokens": step * run.plan.tokens_per_update,
+        "train_loss": run.train_loss,
+        "eval_loss": eval_loss,
+        "since_log": since_log,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "config": as_dict(config),
+    }
 
-    def write(folder: Path) -> None:
-        checkpoint.write_model(folder, lm, run.data.tokenizer_dir)
-        state = {
-            "step": step,
-            "tokens": step * run.plan.tokens_per_update,
-            "train_loss": run.train_loss,
-            "since_log": since_log,
-            "config": as_dict(run.config),
-        }
-        checkpoint.write_state(folder, lm, run.optimizer.optimizer, state)
+    def start() -> None:
+        run.writer.wait()
+        tell_failed_save(run)
+        lm = run.bare_model.lm
+        snapshot = checkpoint.Snapshot.take(lm, run.optimizer.optimizer, state)
 
-    def commit() -> None:
-        checkpoint.commit(Path(run.config.output_dir), step, write, run.config.keep_checkpoints)
+        def write(folder: Path) -> None:
+            snapshot.write(folder, lm, run.data.tokenizer_dir)
 
-    run.cluster.main_only(commit)
+        run.writer.start(
+            lambda: checkpoint.commit(
+                Path(config.output_dir), step, write, config.keep_checkpoints, config.keep_best
+            )
+        )
+
+    run.cluster.main_only(start)
+
+
+def tell_failed_save(run: Run) -> None:
+    """Say that a save has failed: the run goes on, its older checkpoints are untouched."""
+    failure = run.writer.failure()
+    if failure:
+        run.tracking.say(f"warning: {failure}; training goes on")
+
+
+def finish_saving(run: Run) -> None:
+    """Return when the last checkpoint is on disk. Raises ForgeError, everywhere, if it is not."""
+
+    def finish() -> None:
+        run.writer.wait()
+        failure = run.writer.failure()
+        if failure:
+            raise ForgeError(f"{failure}, then go on with --resume auto")
+
+    run.cluster.main_only(finish)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -368,6 +457,7 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
 
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
     figures = evaluate(run)
+    finish_saving(run)
 
     def publish() -> dict[str, Any]:
         checkpoint.publish(checkpoint.checkpoint_dir(output_dir, steps), output_dir)
@@ -393,6 +483,16 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
         return result.as_dict()
 
     return TrainResult(**run.cluster.main_only(publish))
+
+
+def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each setting of what is computed that is another one than at the checkpoint."""
+    computed = set(TrainConfig().shared_settings()) - {"resume_changed", "overwrite"}
+    return [
+        f"{key}: {before[key]} -> {now[key]}"
+        for key in sorted(computed & set(before))
+        if before[key] != now[key]
+    ]
 
 
 def finished_result(
@@ -434,18 +534,17 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
             f"{config.dataset_path} has no validation split: prepare it with"
             " --validation-fraction 0.1"
         )
-    output_dir, name, steps = Path(config.output_dir), config.model_name, 0
-    if name is None:
-        found = cluster.main_only(
-            lambda: (path := checkpoint.newest_good(output_dir)[0]) and str(path)
+    output_dir, steps = Path(config.output_dir), 0
+    name = config.model_name or cluster.main_only(
+        lambda: str(checkpoint.newest_good(output_dir)[0] or "")
+    )
+    if not name:
+        raise ForgeError(
+            f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was given"
         )
-        if found is None:
-            raise ForgeError(
-                f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was"
-                " given"
-            )
-        name, steps = found, checkpoint.read_state(Path(found))["step"]
-    lm = cluster.together(lambda: load_model(str(name), data, config.trust_remote_code))
+    if not config.model_name:
+        steps = checkpoint.read_state(Path(name))["step"]
+    lm = cluster.together(lambda: load_model(name, data, config.trust_remote_code))
     size = data.manifest.splits["validation"].bytes
     figures = evaluate_split(
         NextTokenLoss(lm.to(cluster.device), document_end(config, data)),
@@ -454,7 +553,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
         config.micro_batch_size or 8,
         cluster,
     )
-    result = TrainResult(str(name), steps, 0, None, None, cluster.world_size, **figures)
+    result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:
         print(result.summary(), flush=True)
     return result
@@ -465,6 +564,7 @@ def describe(
 ) -> TrainResult:
     """What a run would do; builds the model, takes no update and writes nothing."""
     from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.tracking import introduction
 
     lm = cluster.together(lambda: build_model(config, data))
     if cluster.is_main:

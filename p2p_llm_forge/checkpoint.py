@@ -7,16 +7,22 @@ are stored as safetensors, everything else as JSON; nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from p2p_llm_forge.errors import ForgeError
 
@@ -25,6 +31,10 @@ MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 RUN = "run.json"
+
+# Of a run's identity: what --resume-changed may change. Another model or tokenizer would give the
+# saved numbers another meaning.
+MAY_CHANGE = ("dataset", "seed", "batch_size")
 
 
 def checkpoint_dir(output_dir: Path, step: int) -> Path:
@@ -40,12 +50,14 @@ def steps_saved(output_dir: Path) -> list[int]:
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def commit(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def commit(
+    output_dir: Path, step: int, write: Callable[[Path], None], keep: int, keep_best: bool = False
+) -> Path:
     """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
 
     The folder becomes visible by one rename after everything in it is on disk; the `keep` newest
-    are kept, and none is removed before the new one is durable. Raises ForgeError when the disk
-    does not take it, with the older checkpoints untouched.
+    are kept (and the best), and none is removed before the new one is durable. Raises ForgeError
+    when the disk does not take it, with the older checkpoints untouched.
     """
     final, partial = checkpoint_dir(output_dir, step), output_dir / f"tmp-checkpoint-{step}"
     try:
@@ -59,33 +71,114 @@ def commit(output_dir: Path, step: int, write: Callable[[Path], None], keep: int
                 "size": path.stat().st_size,
                 "sha256": sha256_of(path),
             }
-        write_json(
-            partial / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files}
-        )
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        write_json(partial / MANIFEST, manifest)
         _fsync(partial)
         if final.exists():
             shutil.rmtree(final)  # a damaged one: a good one would have been resumed from
         partial.rename(final)
         _fsync(output_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
         raise ForgeError(
-            f"checkpoint {final} could not be written: {error.strerror or error}. Older checkpoints"
-            " are untouched; make room or mend the disk, then go on with --resume auto"
+            f"checkpoint {final} could not be written: {reason}. Older checkpoints are untouched: "
+            "make room on the disk"
         ) from error
-    prune(output_dir, keep)
+    prune(output_dir, keep, keep_best)
     return final
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and leftovers of saves that did not finish."""
-    for step in steps_saved(output_dir)[keep:]:
+def prune(output_dir: Path, keep: int, keep_best: bool = False) -> None:
+    """Remove all but the `keep` newest checkpoints (and the best), and unfinished saves."""
+    steps = steps_saved(output_dir)
+    kept = set(steps[:keep])
+    if keep_best and (best := best_step(output_dir)) is not None:
+        kept.add(best)
+    for step in set(steps) - kept:
         # Renamed first, so that a half-removed checkpoint is not met as a damaged one.
         doomed = checkpoint_dir(output_dir, step).rename(output_dir / f"tmp-pruned-{step}")
         shutil.rmtree(doomed, ignore_errors=True)
     for leftover in output_dir.glob("tmp-*"):
         if re.fullmatch(r"tmp-(checkpoint|pruned)-\d+", leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def best_step(output_dir: Path) -> int | None:
+    """The step of the saved checkpoint with the lowest evaluation loss; None if none has one."""
+    losses = {}
+    for step in steps_saved(output_dir):
+        with contextlib.suppress(OSError, ValueError):
+            losses[step] = read_state(checkpoint_dir(output_dir, step)).get("eval_loss")
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(known, key=lambda step: (known[step], step)) if known else None
+
+
+class Writer:
+    """Runs one save at a time, in a thread of its own unless told otherwise."""
+
+    def __init__(self, in_background: bool) -> None:
+        self._in_background = in_background
+        self._thread: threading.Thread | None = None
+        self._failure: ForgeError | BaseException | None = None
+
+    def start(self, save: Callable[[], object]) -> None:
+        """Run `save` once the one before it is done; its failure is told by `failure`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint writer")
+        self._thread.start()
+        if not self._in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> str | None:
+        """What went wrong in the saves finished since the last call, for the user; usually None.
+
+        Anything but a full or broken disk is a mistake of ours and is raised.
+        """
+        failed, self._failure = self._failure, None
+        if failed is not None and not isinstance(failed, ForgeError):
+            raise failed
+        return str(failed) if failed else None
+
+    def _run(self, save: Callable[[], object]) -> None:
+        try:
+            save()
+        except BaseException as error:  # handed to the thread that asks, which raises it
+            self._failure = error
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in memory of everything that a checkpoint holds."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @staticmethod
+    def take(lm: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+        """Copy now; the originals may change as soon as this returns."""
+        copies: dict[int, torch.Tensor] = {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # Tied weights stay one tensor, which save_pretrained writes once.
+            return copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
+
+        model = {name: copy(tensor) for name, tensor in lm.state_dict().items()}
+        return Snapshot(model, optimizer_tensors(lm, optimizer), state)
+
+    def write(self, folder: Path, lm: Any, tokenizer_dir: Path) -> None:
+        """Write all files of a checkpoint: the model (the class and sizes of `lm`), the state."""
+        lm.save_pretrained(folder, state_dict=self.model)
+        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+        save_file(self.optimizer, folder / OPTIMIZER)
+        write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **self.state})
 
 
 def damage(path: Path) -> str | None:
@@ -117,7 +210,7 @@ def damage(path: Path) -> str | None:
 
 def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a line for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for step in steps_saved(output_dir):
         path = checkpoint_dir(output_dir, step)
         wrong = damage(path)
@@ -125,22 +218,6 @@ def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.append(f"passed over {path}: {wrong}")
     return None, passed_over
-
-
-def write_model(folder: Path, lm: Any, tokenizer_dir: Path) -> None:
-    """The model and its tokenizer, as `from_pretrained` reads them."""
-    lm.save_pretrained(folder)
-    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
-
-
-def write_state(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """The optimizer's tensors by parameter name, and the trainer's state as JSON."""
-    from safetensors.torch import save_file
-
-    save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-    write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **state})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -156,15 +233,13 @@ def optimizer_tensors(
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            tensors[f"{name}.{entry}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{name}.{entry}"] = tensor.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the tensors of a verified checkpoint into the optimizer. Raises ForgeError where they do
     not belong to this model and optimizer."""
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in model.named_parameters():
         entries = [key for key in tensors if key.rpartition(".")[0] == name]
@@ -193,53 +268,75 @@ def publish(checkpoint: Path, output_dir: Path) -> None:
             partial.rename(output_dir / source.name)
 
 
-def identity_differences(recorded: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One line for each setting in which the run on disk is not the run that was asked for."""
-    return [
-        f"{key}: the run has {recorded.get(key)}, asked was {asked.get(key)}"
+def identity_differences(recorded: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+    """Each setting in which the run on disk is not the run that was asked for, with both values."""
+    return {
+        key: f"{key}: the run has {recorded.get(key)}, asked was {asked.get(key)}"
         for key in sorted({*recorded, *asked})
         if recorded.get(key) != asked.get(key)
-    ]
+    }
 
 
-def claim_output_dir(
-    output_dir: Path, identity: dict[str, Any], resume: bool, overwrite: bool
-) -> None:
-    """Make sure that `output_dir` is this run's own and can be written; record the run in it.
+def claim(
+    output_dir: Path,
+    identity: dict[str, Any],
+    *,
+    resume: str | None = None,
+    resume_changed: bool = False,
+    overwrite: bool = False,
+) -> Path | None:
+    """Make `output_dir` this run's own; returns the checkpoint that `resume` means, if any.
 
-    Raises ForgeError when it holds another run, or this one and neither --resume nor --overwrite
-    was said. Only --overwrite removes anything, and only what a run writes.
+    identity: what makes a run this run and no other, recorded in run.json. Raises ForgeError when
+    the folder holds another run (`resume_changed` allows some differences), or this one and neither
+    `resume` nor `overwrite` was said, or when it cannot be written; only `overwrite` removes
+    anything, and only what a run writes. Damaged checkpoints are passed over by name.
     """
-    run_file = output_dir / RUN
-    if run_file.exists():
-        recorded = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-        differences = identity_differences(recorded, identity)
-        if differences and not overwrite:
-            raise ForgeError(
-                f"{output_dir} holds another run:\n  "
-                + "\n  ".join(differences)
-                + "\n  Choose another --output-dir, or throw that run away with --overwrite"
-            )
-        if not resume and not overwrite:
-            raise ForgeError(
-                f"{output_dir} holds this run already: go on with --resume auto, or start it anew "
-                "with --overwrite"
-            )
-    elif not overwrite and (output_dir / "config.json").exists():
-        raise ForgeError(
-            f"{output_dir} holds a model that is not of a run of this program: choose another "
-            "--output-dir, or replace it with --overwrite"
-        )
+    if resume not in (None, "auto") and (wrong := damage(Path(resume))):
+        raise ForgeError(f"--resume {resume}: {wrong}. --resume auto takes the newest good one")
+    if not overwrite:
+        _refuse_another_run(output_dir, identity, bool(resume), resume_changed)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove_run(output_dir)
-        if not run_file.exists():
-            write_json(run_file, {"format_version": FORMAT_VERSION, "identity": identity})
+        write_json(output_dir / RUN, {"format_version": FORMAT_VERSION, "identity": identity})
     except OSError as error:
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}"
         ) from error
+    if resume != "auto":
+        return Path(resume) if resume else None
+    found, passed_over = newest_good(output_dir)
+    for line in passed_over:
+        print(line, file=sys.stderr, flush=True)
+    return found
+
+
+def _refuse_another_run(
+    output_dir: Path, identity: dict[str, Any], resume: bool, resume_changed: bool
+) -> None:
+    if not (output_dir / RUN).exists():
+        if (output_dir / "config.json").exists():
+            raise ForgeError(
+                f"{output_dir} holds a model that is not of a run of this program: choose another "
+                "--output-dir, or replace it with --overwrite"
+            )
+        return
+    recorded = json.loads((output_dir / RUN).read_text(encoding="utf-8"))["identity"]
+    differences = identity_differences(recorded, identity)
+    fixed = [line for key, line in differences.items() if key not in MAY_CHANGE]
+    if differences and (fixed or not (resume and resume_changed)):
+        mend = "Choose another --output-dir, or throw that run away with --overwrite"
+        if not fixed:
+            mend += ", or go on with these changes by --resume auto --resume-changed"
+        told = "\n  ".join(fixed if resume_changed else differences.values())
+        raise ForgeError(f"{output_dir} holds another run:\n  {told}\n  {mend}")
+    if not resume:
+        raise ForgeError(
+            f"{output_dir} holds this run already: go on with --resume auto, or start it anew "
+            "with --overwrite"
+        )
 
 
 def _remove_run(output_dir: Path) -> None:

@@ -29,6 +29,9 @@ from p2p_llm_forge.errors import ForgeError
 Result = TypeVar("Result")
 
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
+LOST_PEER_WORDS = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
+GOODBYE_S = 3.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2  # between looks at the store
 
 
@@ -42,6 +45,7 @@ class Launch:
     local_world_size: int = 1
     master_addr: str | None = None
     master_port: int | None = None
+    is_elastic: bool = False  # torchrun starts it again, perhaps with other peers, when it fails
 
     def environ(self) -> dict[str, str]:
         """The launch as torch and Accelerate expect to find it; nothing for a process alone."""
@@ -93,6 +97,14 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
             )
         return Launch(config.rank, config.world_size, 0, 1, config.master_addr, config.master_port)
     if "RANK" in environ:
+        is_elastic = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        if is_elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # Seen with torch 2.13: after a restart peers read the dead ones' addresses from it.
+            raise ForgeError(
+                "torchrun with --max-restarts keeps one store over all restarts, in which peers"
+                " would find the addresses of those that are gone: start torchrun, on every"
+                " machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            )
         return Launch(
             rank=int(environ["RANK"]),
             world_size=int(environ.get("WORLD_SIZE", "1")),
@@ -100,6 +112,7 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str]) -> Launch:
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
             master_addr=environ.get("MASTER_ADDR"),
             master_port=int(environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else None,
+            is_elastic=is_elastic,
         )
     if any(name in environ for name in MPI_WORLD_SIZES):
         raise ForgeError(
@@ -185,7 +198,13 @@ def choose_threads(config: TrainConfig, launch: Launch, environ: Mapping[str, st
 class Cluster:
     """All processes of a run, seen from one of them."""
 
-    def __init__(self, launch: Launch, accelerator: Any, store: dist.Store | None) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        accelerator: Any,
+        store: dist.Store | None,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
         self.launch = launch
         self.accelerator = accelerator
         self.rank = launch.rank
@@ -193,6 +212,7 @@ class Cluster:
         self.is_main = launch.rank == 0
         self.device: torch.device = accelerator.device
         self._store = store
+        self._control = control
         self._talks = 0
 
     def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -256,12 +276,15 @@ class Cluster:
         )
 
     def gather_numbers(self, values: list[float]) -> list[list[float]]:
-        """Every rank's `values` (as many on each), by rank, in float64. All ranks must call."""
+        """Every rank's `values` (as many on each), by rank, in float64. All ranks must call.
+
+        They travel by gloo between the CPUs, also between GPUs: no device has to be waited for.
+        """
         if self._store is None:
             return [values]
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        own = torch.tensor(values, dtype=torch.float64)
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(gathered, own)
+        dist.all_gather(gathered, own, group=self._control)
         return [tensor.tolist() for tensor in gathered]
 
     def sum_across(self, values: list[float]) -> list[float]:
@@ -287,6 +310,47 @@ class Cluster:
                 f"({str(error).splitlines()[0]}). Its own output says why it ended"
             ) from error
 
+    def leave(self) -> None:
+        """Say goodbye: the main process, which may serve the store, goes last.
+
+        A peer that has died says nothing, so the main process waits for a few seconds only.
+        """
+        if self._store is None:
+            return
+        deadline = time.monotonic() + GOODBYE_S
+        with contextlib.suppress(RuntimeError):  # the main process, or the store, is gone already
+            if not self.is_main:
+                self._store.set(f"forge/left/{self.rank}", "")
+                return
+            left = [f"forge/left/{rank}" for rank in range(1, self.world_size)]
+            while not self._store.check(left) and time.monotonic() < deadline:
+                time.sleep(SHORTEST_PAUSE_S)
+
+    def failure(self, error: BaseException) -> ForgeError | None:
+        """An error of a library or the machine as this rank's message; None if it is a bug.
+
+        Every rank prints its own: the one that has failed says why, the others whom they lost.
+        """
+        where, text = f"rank {self.rank} ({platform.node()})", str(error).strip()
+        first_line = text.splitlines()[0] if text else type(error).__name__
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+            told = (
+                f"{where} is out of memory: lower --micro-batch-size (the batch stays the same), or"
+                f" add --gradient-checkpointing ({first_line})"
+            )
+        elif isinstance(error, dist.DistError) or any(word in text for word in LOST_PEER_WORDS):
+            told = (
+                f"{where} lost a peer: no exchange came about within --peer-timeout, or the peer"
+                f" ended; what it printed says why. Go on with --resume auto ({first_line})"
+            )
+        elif isinstance(error, OSError):
+            told = f"{where} could not read or write: {error}. Mend it, then --resume auto"
+        else:
+            return None
+        failure = ForgeError(told)
+        failure.status, failure.is_of_this_rank = 1, True
+        return failure
+
 
 @contextlib.contextmanager
 def join(config: TrainConfig) -> Iterator[Cluster]:
@@ -302,7 +366,14 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         if interface and launch.local_rank == 0:
             name = interface["GLOO_SOCKET_IFNAME"]
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
-        yield _meet(config, launch, threads)
+        cluster = _meet(config, launch, threads)
+        try:
+            yield cluster
+        except ForgeError as error:
+            if not error.is_of_this_rank:  # what all ranks know, all have to hear
+                cluster.leave()
+            raise
+        cluster.leave()
 
 
 def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
@@ -343,7 +414,10 @@ def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    return Cluster(launch, accelerator, store)
+    control = None
+    if store is not None and state.backend != "gloo":
+        control = dist.new_group(backend="gloo", timeout=options["timeout"])
+    return Cluster(launch, accelerator, store, control)
 
 
 def _has_usable_accelerator(launch: Launch) -> bool:
@@ -373,7 +447,7 @@ def _agree_on_precision(
 
     `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
     """
-    wanted = config.mixed_precision
+    wanted: str = config.mixed_precision
     if wanted == "auto":
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
     facts = {

@@ -240,12 +240,22 @@ class TrainConfig:
         "--checkpointing-steps",
     )
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept")
+    keep_best: bool = flag(False, "keep the checkpoint with the lowest evaluation loss as well")
+    save_in_background: bool = flag(
+        True, "copy the state to memory and write it while training goes on"
+    )
+    max_seconds: float | None = flag(
+        None, "stop, save and exit with status 124 after so many seconds"
+    )
     resume: str | None = flag(
         None,
         "auto: go on from the newest complete checkpoint of --output-dir, or start; or a"
         " checkpoint's folder",
         "--resume_from_checkpoint",
         "--resume-from-checkpoint",
+    )
+    resume_changed: bool = flag(
+        False, "go on although the data, the seed or the batch size is another one than before"
     )
     overwrite: bool = flag(False, "throw away the run that --output-dir holds")
     report_to: str = flag(
@@ -257,8 +267,11 @@ class TrainConfig:
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
     )
+    balance: Literal["none", "auto"] = flag(
+        "none", "auto: faster processes get more blocks of an update, slower ones fewer"
+    )
     peer_timeout: float = flag(
-        300.0, "seconds that an exchange waits for a peer before the run ends"
+        30.0, "seconds that an exchange waits for a peer before the run ends"
     )
     cpu_threads: int = flag(
         0, "threads of a process on the CPU; 0: the machine's cores over its processes"
@@ -331,6 +344,15 @@ class TrainConfig:
             "--resume goes on with the run that --overwrite would throw away: give one of them",
         )
         problems.require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"--max-seconds is {self.max_seconds}: use a number above 0",
+        )
+        problems.require(
+            not (self.keep_best and not self.eval_every),
+            "--keep-best needs evaluations to choose by: add --eval-every (a multiple of"
+            " --save-every)",
+        )
+        problems.require(
             self.optimizer in OPTIMIZERS,
             f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
         )
@@ -379,6 +401,31 @@ def _parser(config_class: type, script: str) -> Any:
 
     description = (config_class.__doc__ or "").split(":")[0]
     return Parser(config_class, prog=script, description=description, allow_abbrev=False)
+
+
+def flags_table(config_class: type) -> str:
+    """All flags of a script as a Markdown table, read from the parser itself, for the README."""
+    rows = ["| flag | default | what it does |", "|---|---|---|"]
+    actions = _parser(config_class, "")._actions
+    for action in actions:
+        if action.dest == "help" or action.const is False:  # --no-x stands in the row of --x
+            continue
+        # Spellings with dashes and with underscores are one name: ours is shown with dashes, an
+        # alias with underscores, as the users of Hugging Face's scripts know it.
+        name, *aliases = dict.fromkeys(
+            word.removeprefix("--").replace("-", "_") for word in action.option_strings
+        )
+        shown = [f"{option(name)} {action.metavar or ''}".strip(), *(f"--{a}" for a in aliases)]
+        if action.default is True:
+            shown.append(option(f"no_{name}"))
+        default = "" if action.default in (None, "", []) else f"`{action.default}`"
+        if isinstance(action.default, bool):
+            default = "on" if action.default else "off"
+        told = action.help
+        if action.choices:
+            told += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"
+        rows.append(f"| {'<br>'.join(f'`{word}`' for word in shown)} | {default} | {told} |")
+    return "\n".join(rows) + "\n"
 
 
 def _hf_argument_parser() -> type:

@@ -435,6 +435,13 @@ class PreparedDataset:
             )
         return blocks
 
+    def train_blocks(self) -> Blocks:
+        """The blocks to learn from. Raises ForgeError when the dataset has none."""
+        blocks = self.blocks(TRAIN)
+        if not blocks:
+            raise ForgeError(f"{self.path} has no blocks to train on: prepare a longer text")
+        return blocks
+
 
 class Blocks:
     """The blocks of one split, read from memory-mapped files without copying the table."""

@@ -52,26 +52,44 @@ def permute(index: int, size: int, seed: int, epoch: int) -> int:
             return index
 
 
-def blocks_of_update(step: int, batch_size: int, num_blocks: int, seed: int) -> list[int]:
-    """The block numbers of update `step` (counted from 0) over all ranks, in order.
-
-    Positions step*batch_size to (step+1)*batch_size of the stream, across an epoch's end too.
-    """
+def blocks_at(position: int, count: int, num_blocks: int, seed: int) -> list[int]:
+    """The block numbers at `count` positions of the stream, across an epoch's end too."""
     blocks = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(position, num_blocks)
+    for place in range(position, position + count):
+        epoch, index = divmod(place, num_blocks)
         blocks.append(permute(index, num_blocks, seed, epoch))
     return blocks
 
 
-def share_of_rank(blocks: list[int], rank: int, world_size: int) -> list[int]:
+def equal_shares(batch_size: int, world_size: int) -> list[int]:
+    """Blocks of an update for each rank, as equal as they can be; the first get one more."""
+    size, left = divmod(batch_size, world_size)
+    return [size + (rank < left) for rank in range(world_size)]
+
+
+def shares_by_speed(batch_size: int, speeds: list[float]) -> list[int]:
+    """Blocks of an update for each rank, in proportion to the ranks' speeds, at least one each.
+
+    Largest remainders: no rank is more than one block from its exact share (but for the one that
+    it gets at least).
+    """
+    left = batch_size - len(speeds)
+    exact = [left * speed / sum(speeds) for speed in speeds]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(speeds)), key=lambda rank: (shares[rank] - exact[rank], rank))
+    for rank in by_remainder[: left - sum(shares)]:
+        shares[rank] += 1
+    return [1 + share for share in shares]
+
+
+def share_of_rank(blocks: list[int], shares: list[int], rank: int) -> list[int]:
     """The rank's slice of an update's blocks; the slices of all ranks make up the list."""
-    size = len(blocks) // world_size
-    return blocks[rank * size : (rank + 1) * size]
+    start = sum(shares[:rank])
+    return blocks[start : start + shares[rank]]
 
 
 def micro_batches(blocks: list[int], micro_batch_size: int) -> list[list[int]]:
-    """A rank's blocks cut into micro-batches."""
+    """A rank's blocks cut into micro-batches; the last one takes what is left."""
     return [
         blocks[start : start + micro_batch_size]
         for start in range(0, len(blocks), micro_batch_size)
@@ -110,34 +128,42 @@ class Plan:
 
     batch_size: int
     micro_batch_size: int
-    accumulation: int
+    shares: list[int]  # of each rank, adding up to the batch
     tokens_per_update: int
     total_steps: int
 
 
 def plan_updates(
-    config: TrainConfig, num_blocks: int, sequence_length: int, world_size: int
+    config: TrainConfig,
+    num_blocks: int,
+    sequence_length: int,
+    world_size: int,
+    may_be_uneven: bool = False,
 ) -> Plan:
-    """Batch, micro-batch and steps; sizes that do not divide raise a ForgeError."""
+    """Batch, micro-batch and steps; sizes that do not divide raise a ForgeError.
+
+    may_be_uneven: the number of peers was not chosen but came about (elastic launches, resuming
+    elsewhere), so ranks may have a block more or less than others.
+    """
     batch_size, micro = config.batch_size, config.micro_batch_size
     if config.gradient_accumulation_steps is not None:
         told = (micro or 8) * config.gradient_accumulation_steps * world_size
         if batch_size not in (None, told):
             raise ForgeError(
-                f"--batch-size {batch_size} is not micro-batch {micro or 8} x accumulation"
-                f" {config.gradient_accumulation_steps} x {world_size} processes = {told}: leave"
-                " out --gradient-accumulation-steps"
+                f"--batch-size {batch_size} is not micro-batch {micro or 8} x accumulation "
+                f"{config.gradient_accumulation_steps} x {world_size} processes = {told}: leave out"
+                " --gradient-accumulation-steps"
             )
         batch_size, micro = told, micro or 8
     batch_size = batch_size or max(16, (micro or 1) * world_size)
     unit = world_size * (micro or 1)
-    if batch_size % unit:
+    if batch_size < world_size or (batch_size % unit and not may_be_uneven):
         sizes = " or ".join(map(str, sizes_that_divide(batch_size, unit)))
         raise ForgeError(
             f"--batch-size {batch_size} cannot be dealt to {world_size} processes in micro-batches"
             f" of {micro or 1}: use {sizes}"
         )
-    share = batch_size // world_size
-    micro = micro or largest_micro_batch(share, limit=8)
+    shares = equal_shares(batch_size, world_size)
+    micro = micro or largest_micro_batch(shares[0], limit=8)
     steps = config.max_steps or steps_of_epochs(config.epochs, num_blocks, batch_size)
-    return Plan(batch_size, micro, share // micro, batch_size * sequence_length, steps)
+    return Plan(batch_size, micro, shares, batch_size * sequence_length, steps)

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable
 class ForgeError(Exception):
     """A user's mistake or a failure of their machine, worded for them: asked, found, mend."""
 
+    label = "error"  # what its message begins with
+    status = 2  # of the process that it ends
+    is_of_this_rank = False  # only this rank knows it, so this rank prints it
+
 
 class Problems:
     """Collects every problem of a configuration, so that all are told at once."""
@@ -43,18 +47,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status; a ForgeError is one message, status 2.
 
-    When a launcher has started several ranks, they usually fail alike and only rank 0 prints; a
-    failure of one rank alone must name that rank (`cluster.together` does) before it gets here.
+    Ranks usually fail alike, so one on each machine prints; a failure of one rank alone must name
+    that rank (`cluster.together` does) before it gets here.
     """
     try:
         status = main()
     except ForgeError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or error.is_of_this_rank:
+            print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         else:
-            # A launcher ends all ranks as soon as one exits: give rank 0 the time to print.
+            # A launcher ends all ranks as soon as one exits: give the other the time to print.
             time.sleep(3)
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130

@@ -18,7 +18,7 @@ def evaluate_split(
     bytes_of_text: int,
     micro_batch_size: int,
     cluster: Cluster,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Figures of the model on all `blocks`: eval_loss, perplexity, bits_per_byte, token_accuracy.
 
     model: not wrapped by DDP, since ranks run different numbers of forwards. The micro-batches are
@@ -39,17 +39,17 @@ def evaluate_split(
         tokens += targets.numel()
         correct += int(batch_correct.item())
     model.train()
-    totals = cluster.sum_across([nats, float(tokens), float(correct)])
-    return cluster.main_only(lambda: _figures(*totals, bytes_of_text))
+    sums = cluster.sum_across([nats, float(tokens), float(correct)])
+    return cluster.main_only(lambda: _figures(sums[0], int(sums[1]), int(sums[2]), bytes_of_text))
 
 
-def _figures(nats: float, tokens: float, correct: float, bytes_of_text: int) -> dict[str, Any]:
+def _figures(nats: float, tokens: int, correct: int, bytes_of_text: int) -> dict[str, Any]:
     # evaluate takes seconds to import: only when, and where, figures are made.
     from p2p_llm_forge.language_modeling_metric import LanguageModelingMetric
 
     metric = LanguageModelingMetric()
     return metric.compute(
-        nats=[nats], tokens=[int(tokens)], correct=[int(correct)], bytes_of_text=bytes_of_text
+        nats=[nats], tokens=[tokens], correct=[correct], bytes_of_text=bytes_of_text
     )
 
 
@@ -80,4 +80,4 @@ def sample_text(
         pad_token_id=data.manifest.eos_token_id,
     )
     lm.train(was_training)
-    return tokenizer.decode(drawn[0], skip_special_tokens=True)
+    return str(tokenizer.decode(drawn[0], skip_special_tokens=True))

@@ -32,11 +32,9 @@ class _ChunkedNats(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         matrix = weight.to(dtype)
         nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if learns else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if learns and bias is not None else None
-        )
+        grad_hidden = torch.empty_like(hidden if learns else nats)
+        grad_weight = torch.zeros_like(weight if learns else nats, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for chunk in torch.arange(len(targets), device="cpu").split(chunk_tokens(len(weight))):
             rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
             part, wanted = hidden[rows].to(dtype), targets[rows].unsqueeze(1)

@@ -13,6 +13,8 @@ import torch
 
 from p2p_llm_forge.cluster import Cluster
 from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.corpus import PreparedDataset
+from p2p_llm_forge.data_order import Plan
 from p2p_llm_forge.errors import ForgeError, nearest
 
 METRICS = "metrics.jsonl"
@@ -107,6 +109,27 @@ class Tracking(Silent):
             if self._tracker_names:
                 self._accelerator.end_training()
             self._bar = None
+
+
+def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:
+    """What is about to happen, in a few lines."""
+    parameters = sum(p.numel() for p in lm.parameters())
+    world, manifest = cluster.world_size, data.manifest
+    blocks, length = manifest.splits["train"].blocks, manifest.sequence_length
+    accelerator = cluster.accelerator
+    return f"""\
+model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters
+data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
+peers     {world} process(es) on {cluster.device.type}, precision {accelerator.mixed_precision}
+updates   {plan.total_steps:,} of {plan.batch_size} blocks, {told_shares(plan.shares)}, \
+micro-batches of {plan.micro_batch_size}"""
+
+
+def told_shares(shares: list[int]) -> str:
+    """Who takes how many blocks of an update, in words."""
+    if len(set(shares)) == 1:
+        return f"{shares[0]} on each of {len(shares)} process(es)"
+    return f"{' + '.join(map(str, shares))} on {len(shares)} processes"
 
 
 class LossWindow:

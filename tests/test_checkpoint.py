@@ -28,6 +28,15 @@ def truncate(folder):
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
+def save(folder, model, optimizer, state):
+    from safetensors.torch import save_file
+
+    tensors = checkpoint.optimizer_tensors(model, optimizer)
+    assert tensors or isinstance(optimizer, torch.optim.SGD)
+    save_file(tensors, folder / checkpoint.OPTIMIZER)
+    checkpoint.write_json(folder / checkpoint.TRAINER_STATE, state)
+
+
 DAMAGES = {
     "has changed since it was written": flip_a_byte,
     "has 7 bytes instead of 7000": truncate,
@@ -104,7 +113,7 @@ def test_an_optimizer_goes_on_from_its_saved_state(tmp_path, kind):
     first = model_and_optimizer()
     for step in range(3):
         update(*first, step)
-    checkpoint.write_state(tmp_path, *first, {"step": 3})
+    save(tmp_path, *first, {"step": 3})
     second = model_and_optimizer()
     second[0].load_state_dict(first[0].state_dict())
     checkpoint.load_optimizer(tmp_path, *second)
@@ -120,7 +129,7 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3)).sum().backward()
     optimizer.step()
-    checkpoint.write_state(tmp_path, model, optimizer, {"step": 1})
+    save(tmp_path, model, optimizer, {"step": 1})
     other = torch.nn.Sequential(torch.nn.Linear(3, 3))
     with pytest.raises(ForgeError, match="another model"):
         checkpoint.load_optimizer(tmp_path, other, torch.optim.AdamW(other.parameters()))
@@ -129,29 +138,29 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
 def test_an_output_directory_belongs_to_one_run(tmp_path):
     identity = {"dataset": "aaa", "model_type": "gpt2"}
     folder = tmp_path / "run"
-    checkpoint.claim_output_dir(folder, identity, resume=False, overwrite=False)
+    checkpoint.claim(folder, identity, resume=None, overwrite=False)
     checkpoint.commit(folder, 10, write_two_files, keep=1)
     with pytest.raises(ForgeError, match="--resume auto"):
-        checkpoint.claim_output_dir(folder, identity, resume=False, overwrite=False)
-    checkpoint.claim_output_dir(folder, identity, resume=True, overwrite=False)
+        checkpoint.claim(folder, identity, resume=None, overwrite=False)
+    checkpoint.claim(folder, identity, resume="auto", overwrite=False)
     other = {"dataset": "bbb", "model_type": "llama"}
     with pytest.raises(ForgeError) as error:
-        checkpoint.claim_output_dir(folder, other, resume=True, overwrite=False)
+        checkpoint.claim(folder, other, resume="auto", overwrite=False)
     assert "dataset: the run has aaa, asked was bbb" in str(error.value)
     assert "model_type: the run has gpt2, asked was llama" in str(error.value)
     assert checkpoint.newest_good(folder)[0] is not None
-    checkpoint.claim_output_dir(folder, other, resume=False, overwrite=True)
+    checkpoint.claim(folder, other, resume=None, overwrite=True)
     assert checkpoint.newest_good(folder)[0] is None
 
 
 def test_a_model_of_another_program_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ForgeError, match="not of a run of this program"):
-        checkpoint.claim_output_dir(tmp_path, {}, resume=False, overwrite=False)
+        checkpoint.claim(tmp_path, {}, resume=None, overwrite=False)
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ForgeError, match="cannot be written"):
-        checkpoint.claim_output_dir(tmp_path / "file" / "run", {}, resume=False, overwrite=False)
+        checkpoint.claim(tmp_path / "file" / "run", {}, resume=None, overwrite=False)

@@ -27,6 +27,17 @@ def test_a_launcher_is_read_from_its_environment():
     assert read_launch(TrainConfig(), TORCHRUN) == Launch(3, 4, 1, 2, "10.0.0.1", 29500)
 
 
+def test_an_elastic_launch_must_not_share_its_store_over_restarts():
+    elastic = {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert read_launch(
+        TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    ).is_elastic
+    with pytest.raises(ForgeError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        read_launch(TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    once = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert not read_launch(TrainConfig(), once).is_elastic
+
+
 def test_flags_describe_a_launch_by_hand():
     assert read_launch(TrainConfig(**BY_HAND), {}) == Launch(1, 2, 0, 1, "10.0.0.1", 29500)
 

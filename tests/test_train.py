@@ -124,7 +124,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config):
     )
     data = open_prepared(config.dataset_path)
     lm = build_model(config, data)
-    numbers = data_order.blocks_of_update(0, 8, len(data.blocks("train")), config.seed)
+    numbers = data_order.blocks_at(0, 8, len(data.blocks("train")), config.seed)
     inputs, targets = (
         torch.from_numpy(a) for a in data.blocks("train").inputs_and_targets(numbers)
     )
@@ -217,7 +217,9 @@ def test_eval_only_gives_the_figures_of_the_run_and_writes_nothing(config, tmp_p
 
 def test_a_dry_run_says_the_plan_and_writes_nothing(config, tmp_path, capsys):
     train(replace(config, dry_run=True))
-    assert "6 of 8 blocks = 1 process(es) x 1 micro-batch(es) x 8" in capsys.readouterr().out
+    assert (
+        "6 of 8 blocks, 8 on each of 1 process(es), micro-batches of 8" in capsys.readouterr().out
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -13,17 +12,11 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import ROOT, TINY_MODEL, free_port
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flags(prepared, folder, **settings):
@@ -68,7 +61,7 @@ def test_two_processes_take_the_same_updates_as_one(run, prepared, tmp_path):
         *flags(prepared, tmp_path / "two", **settings),
     )
     assert two[0] == 0, two[1]
-    assert "50 of 8 blocks = 2 process(es) x 2 micro-batch(es) x 2" in two[1]
+    assert "50 of 8 blocks, 4 on each of 2 process(es), micro-batches of 2" in two[1]
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
     a, b = results(tmp_path / "one"), results(tmp_path / "two")

@@ -1,0 +1,119 @@
+"""Hosts for tests: network namespaces joined by a bridge, made and removed by the test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here; None if they can."""
+    if shutil.which("ip") is None:
+        return "needs `ip` (package iproute2)"
+    probe = f"forge-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True)
+    if made.returncode:
+        return "needs the right to make network namespaces (root)"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return None
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+class Host:
+    """A machine of its own, as far as its network goes."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = name, address
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self, *words: object, log: Path, environ: dict[str, str] | None = None) -> None:
+        """Start a program of this environment on the host, its output appended to `log`."""
+        with log.open("ab") as output:
+            self._processes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", self.name, *map(str, words)],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                )
+            )
+
+    def unplug(self) -> None:
+        """Pull the cable: nothing arrives any more, and nobody is told."""
+        ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "down")
+
+    def plug_in(self) -> None:
+        """Put the cable back."""
+        ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "up")
+
+    def switch_off(self) -> None:
+        """Kill everything on the host at once, as a power cut does."""
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(process.pid).children(recursive=True)
+                for member in [psutil.Process(process.pid), *family]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.send_signal(signal.SIGKILL)
+            process.wait()
+        self._processes.clear()
+
+    def wait(self, timeout_s: float) -> list[int]:
+        """The statuses of all programs, once they have ended."""
+        deadline = time.monotonic() + timeout_s
+        return [p.wait(timeout=max(0.1, deadline - time.monotonic())) for p in self._processes]
+
+
+@contextlib.contextmanager
+def hosts(count: int) -> Iterator[list[Host]]:
+    """So many hosts on one switch; everything on them ends, and they vanish, with the block."""
+    tag, third = f"forge{os.getpid()}", os.getpid() % 250
+    switch, made = f"{tag}-switch", []
+    try:
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "br0", "type", "bridge")
+        ip("-n", switch, "link", "set", "br0", "up")
+        for number in range(count):
+            host = Host(f"{tag}-{number}", f"10.77.{third}.{number + 1}")
+            ip("netns", "add", host.name)
+            made.append(host)
+            port = f"port{number}"
+            ip(
+                "link",
+                "add",
+                port,
+                "netns",
+                switch,
+                "type",
+                "veth",
+                *("peer", "name", "eth0"),
+                *("netns", host.name),
+            )
+            ip("-n", switch, "link", "set", port, "master", "br0", "up")
+            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+            ip("-n", host.name, "link", "set", "eth0", "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+        yield made
+    finally:
+        for host in made:
+            host.switch_off()
+            ip("netns", "del", host.name)
+        subprocess.run(["ip", "netns", "del", switch], capture_output=True)
+
+
+PYTHON = sys.executable

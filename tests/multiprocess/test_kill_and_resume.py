@@ -1,0 +1,115 @@
+"""A run that is killed at any moment and started again ends bit for bit as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2p_llm_forge import checkpoint
+from tests.conftest import TINY_MODEL, free_port
+from tests.multiprocess.conftest import flags, lines, tensors
+
+pytestmark = pytest.mark.slow
+STEPS = 120
+DROPOUT = TINY_MODEL + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+# The data has some 70 updates an epoch, so every run goes from its first into its second epoch.
+SCENARIOS = {
+    "dropout": (1, {"config_overrides": DROPOUT}, 7),
+    "accumulation": (1, {"config_overrides": DROPOUT, "micro_batch_size": 2}, 5),
+    "bf16": (1, {"mixed_precision": "bf16", "save_in_background": False}, 5),
+    "two_processes": (
+        2,
+        {"config_overrides": DROPOUT, "micro_batch_size": 2, "peer_timeout": 8},
+        8,
+    ),
+}
+
+
+def start_ranks(zygote, words, processes, log):
+    if processes == 1:
+        return [zygote.start(words, log)]
+    by_hand = [
+        f"--world-size={processes}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+    ]
+    return [zygote.start([*words, *by_hand, f"--rank={rank}"], log) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_killed_run_ends_like_one_that_was_not_killed(zygote, prepared, tmp_path, name):
+    processes, settings, kills = SCENARIOS[name]
+    settings = {**settings, "max_steps": STEPS, "save_every": 4, "log_every": 6, "eval_every": 40}
+    draw = random.Random(name)
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    ranks = start_ranks(zygote, flags(prepared, calm, **settings), processes, tmp_path / "calm.log")
+    assert [zygote.wait(pid) for pid in ranks] == [0] * processes, read(tmp_path / "calm.log")
+
+    words, log = flags(prepared, stormy, **settings), tmp_path / "stormy.log"
+    interrupted_steps = []
+    for kill in range(kills):
+        ranks = start_ranks(zygote, words, processes, log)
+        victim = draw.choice(ranks)
+        # While it starts; or while it trains or saves, ever further into the run.
+        goal = 0 if draw.random() < 0.2 else draw.randint(1, STEPS * (kill + 1) // (kills + 1))
+        while newest_step(stormy) < goal:
+            assert not zygote.has_ended(victim), read(log)
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.3 if goal == 0 else 0.04))
+        os.kill(victim, signal.SIGKILL)
+        statuses = [zygote.wait(pid) for pid in ranks]
+        assert statuses[ranks.index(victim)] == -signal.SIGKILL
+        # The others notice: never a hang, never a success.
+        others = [status for pid, status in zip(ranks, statuses, strict=True) if pid != victim]
+        assert all(status in (1, 2) for status in others), read(log)
+        interrupted_steps.append(newest_step(stormy))
+    assert len(set(interrupted_steps)) > 2, "all kills met the same step"
+    assert max(interrupted_steps) < STEPS, "the last kill came after the end"
+    ranks = start_ranks(zygote, words, processes, log)
+    assert [zygote.wait(pid) for pid in ranks] == [0] * processes, read(log)
+
+    expected = tensors(calm, STEPS)
+    got = tensors(stormy, STEPS)
+    assert set(got) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, got[key]), key
+    assert lines(stormy) == lines(calm)
+    assert not list(stormy.glob("tmp-*"))
+
+
+def newest_step(folder: Path) -> int:
+    return max(checkpoint.steps_saved(folder), default=0)
+
+
+def read(log: Path) -> str:
+    return log.read_text()[-4000:]
+
+
+def test_the_number_of_processes_may_change_at_a_resume(zygote, prepared, tmp_path):
+    """1, then 3, then 2 processes: the losses are those of one process throughout."""
+    settings = {"max_steps": 50, "save_every": 1000, "log_every": 5, "mixed_precision": "no"}
+    settings |= {"learning_rate": 3e-3, "lr_scheduler": "constant"}
+    ranks = start_ranks(zygote, flags(prepared, tmp_path / "one", **settings), 1, tmp_path / "log")
+    assert zygote.wait(ranks[0]) == 0, read(tmp_path / "log")
+    for processes, until in ((1, 17), (3, 34), (2, 50)):
+        words = flags(prepared, tmp_path / "changing", **{**settings, "max_steps": until})
+        ranks = start_ranks(zygote, words, processes, tmp_path / "log")
+        statuses = [zygote.wait(pid) for pid in ranks]
+        assert statuses == [0] * processes, read(tmp_path / "log")
+    one = {line["step"]: line["loss"] for line in lines(tmp_path / "one") if "loss" in line}
+    changing = {
+        line["step"]: line["loss"] for line in lines(tmp_path / "changing") if "loss" in line
+    }
+    assert one[50] < one[5] - 0.5
+    for step, loss in one.items():
+        if step not in (20, 35):  # the parts ended at 17 and 34 with a line of their own
+            assert changing[step] == pytest.approx(loss, abs=1e-5)
+    a, b = tensors(tmp_path / "one", 50), tensors(tmp_path / "changing", 50)
+    for key, tensor in a.items():
+        torch.testing.assert_close(b[key], tensor, rtol=1e-4, atol=1e-4)

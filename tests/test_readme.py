@@ -1,0 +1,163 @@
+"""What the READMEs say is so: flags, commands, files. Run as a module, this rewrites the tables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from p2p_llm_forge.config import PrepareConfig, TrainConfig, flags_table, parse
+from tests.conftest import ROOT
+
+READMES = ["README.md", "README.tr.md"]
+SCRIPTS = {"train.py": TrainConfig, "prepare_data.py": PrepareConfig}
+MADE_BY_A_RUN = ("artifacts/", "data/prepared/")
+TABLE = r"(<!-- flags of {} -->\n)(.*?)(<!-- end -->)"
+
+
+def text_of(readme: str) -> str:
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
+def with_tables(text: str) -> str:
+    """The text with the table of each script made anew."""
+    for script, config_class in SCRIPTS.items():
+        rows = f"\n{flags_table(config_class)}\n"
+        pattern = re.compile(TABLE.format(re.escape(script)), re.DOTALL)
+        text, replaced = pattern.subn(lambda found, rows=rows: found[1] + rows + found[3], text)
+        assert replaced == 1, f"the markers of {script}'s table are missing"
+    return text
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of all code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(readme: str) -> list[str]:
+    """The command lines in the README's bash blocks, in order, without comments."""
+    lines = [line for block in blocks(text_of(readme), "bash") for line in block.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def tracked() -> list[str]:
+    """The files that git keeps."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("needs a git checkout: clone the project to run this")
+    return listed.stdout.splitlines()
+
+
+def file_tree(readme: str) -> list[str]:
+    """The paths in the README's last text block: a name a line, two spaces deeper in a folder."""
+    paths, folders = [], []
+    for line in blocks(text_of(readme), "text")[-1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        paths.append("".join(folders))
+    return paths
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_tables_of_flags_are_what_the_scripts_parse(readme):
+    assert with_tables(text_of(readme)) == text_of(readme), "the tables are old: run `make readme`"
+
+
+def test_a_table_has_a_row_for_every_flag_with_its_default_and_help():
+    rows = flags_table(TrainConfig).splitlines()[2:]
+    assert len(rows) == len(TrainConfig.__dataclass_fields__)
+    assert (
+        "| `--save-every`<br>`--checkpointing_steps` | `500` | updates between checkpoints; the"
+        " last update is always saved |" in rows
+    )
+    assert (
+        "| `--encoding-errors` | `strict` | bytes that are not UTF-8: refuse them, or replace each"
+        " by U+FFFD (`strict`, `replace`) |" in flags_table(PrepareConfig).splitlines()
+    )
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_file_in_the_tree_exists(readme):
+    paths = file_tree(readme)
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_everything_at_the_top_is_in_the_tree(readme):
+    top = {path.split("/")[0] + "/" * ("/" in path) for path in tracked()}
+    in_tree = set(file_tree(readme))
+    assert "train.py" in top and "tests/" in top
+    assert top <= in_tree, f"not in the file tree of {readme}: {sorted(top - in_tree)}"
+
+
+def test_every_module_is_in_the_tree():
+    modules = {f"p2p_llm_forge/{file.name}" for file in (ROOT / "p2p_llm_forge").glob("[a-z]*.py")}
+    assert modules and modules <= set(file_tree("README.md"))
+
+
+def test_both_readmes_give_the_same_commands():
+    assert commands("README.md") == commands("README.tr.md")
+    assert len(commands("README.md")) > 10
+
+
+def test_both_readmes_have_the_same_chapters_and_examples():
+    shapes = [re.findall(r"^(#+) ", text_of(readme), re.MULTILINE) for readme in READMES]
+    assert shapes[0] == shapes[1]
+    assert blocks(text_of("README.md"), "python") == blocks(text_of("README.tr.md"), "python")
+    assert file_tree("README.md") == file_tree("README.tr.md")
+
+
+@pytest.mark.parametrize("line", commands("README.md"))
+def test_a_command_is_accepted(line):
+    """Targets, launchers and scripts know every word of it, and the files it names are there."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        makefile = text_of("Makefile")
+        for target in words[1:]:
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
+        return
+    if words[0] == "p2p-llm-forge":
+        words[:1] = ["python", "train.py"]
+    for word in words:
+        for path in word.split("="):
+            ours = path.split("/")[0] in ("accelerate_configs", "recipes", "data")
+            if ours and not path.startswith(MADE_BY_A_RUN):
+                assert (ROOT / path).exists(), f"{path} is not there"
+    if words[0] == "pip":
+        assert words[1:] in (["install", "-e", "."], ["install", "-r", "requirements.txt"])
+        return
+    script, flags = through_launcher(words)
+    config = parse(SCRIPTS[script], flags, script)
+    if isinstance(config, PrepareConfig):
+        config.check()
+    else:
+        config.problems().raise_any()
+
+
+def through_launcher(words: list[str]) -> tuple[str, list[str]]:
+    """The script and its flags, after the launcher's own parser has read the launcher's part."""
+    if words[0] == "python":
+        return words[1], words[2:]
+    if words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch = launch_command_parser().parse_args(words[2:])
+    elif words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words[1:])
+    else:
+        raise AssertionError(f"no reader of the README knows {words[0]}")
+    return launch.training_script, launch.training_script_args
+
+
+if __name__ == "__main__":
+    for name in READMES:
+        (ROOT / name).write_text(with_tables(text_of(name)), encoding="utf-8")
