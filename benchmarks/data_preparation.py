@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -137,7 +138,9 @@ def prepared(folder: Path, kind: str) -> dict[str, float]:
     import awkward  # noqa: F401  what is loaded before the clock starts
     import datasets  # noqa: F401
     import gigatoken  # noqa: F401
+    import psutil  # noqa: F401
     import pyarrow.compute  # noqa: F401
+    import xxhash  # noqa: F401
     from transformers import AutoTokenizer
 
     from p2p_llm_forge.config import PrepareConfig
@@ -145,12 +148,12 @@ def prepared(folder: Path, kind: str) -> dict[str, float]:
 
     AutoTokenizer.from_pretrained(folder / "tokenizer")
     out = folder / "out" / kind
+    shutil.rmtree(out, ignore_errors=True)  # a run that was interrupted would be gone on with
     config = PrepareConfig(
         [str(folder / kind)],
         str(out),
         tokenizer=str(folder / "tokenizer"),
         sequence_length=SEQUENCE_LENGTH,
-        overwrite=True,
     )
     started = clock()
     manifest = prepare(config)

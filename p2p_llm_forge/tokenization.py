@@ -76,6 +76,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
             "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
             "train one on the text."
         ) from error
+    # transformers 5.23 would save how it was reached: offline, the same tokenizer has other bytes.
+    for setting in ("local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(setting, None)
     if eos_token is not None:
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token_id is None:

@@ -159,6 +159,14 @@ def test_a_tokenizer_without_eos_is_mended_by_the_flag(tmp_path, tokenizer_folde
     assert saved.eos_token == "<|the end|>"
 
 
+def test_a_tokenizer_does_not_tell_how_it_was_reached(tmp_path, tokenizer_folder):
+    tokenizer = tokenization.load_tokenizer(str(tokenizer_folder))
+    tokenizer.save_pretrained(tmp_path)
+    settings = (tmp_path / "tokenizer_config.json").read_text()
+    assert "eos_token" in settings
+    assert "local_files_only" not in settings and "is_local" not in settings
+
+
 def test_a_vocabulary_that_four_bytes_cannot_number_is_refused(tmp_path, tokenizer_folder):
     path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
     with (
