@@ -6,56 +6,79 @@ python prepare_data.py --dataset-path corpus.txt --output-dir data/prepared/mine
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import hashlib
+import json
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from p2p_llm_forge import config as configuration
-from p2p_llm_forge import corpus, tokenization
+from p2p_llm_forge import corpus, packing, sources, tokenization, unfinished
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.corpus import TRAIN, VALIDATION, BlockWriter, Manifest, SplitFacts, Unit
+from p2p_llm_forge.corpus import TRAIN, VALIDATION, Manifest, SplitFacts
 from p2p_llm_forge.errors import ForgeError, run_script
+from p2p_llm_forge.sources import Found, Part, Piece, Reading
+from p2p_llm_forge.unfinished import PIECES_OF_A_PART, Pieces, Ranks
 
-NOT_PLAIN_TEXT = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst", ".zip", ".arrow"}
+# A tokenizer is trained on about so much of a larger corpus, chosen by a hash: more changes little.
+TOKENIZER_TEXT_BYTES = 256 << 20
+POLL_S = 0.2
+MAIN_STARTS_WITHIN_S = 300.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare what the command line asks for."""
-    prepare(
-        configuration.parse(
-            PrepareConfig, sys.argv[1:] if argv is None else argv, "prepare_data.py"
-        )
+    """Prepare, or describe, what the command line asks for."""
+    config = configuration.parse(
+        PrepareConfig, sys.argv[1:] if argv is None else argv, "prepare_data.py"
     )
+    if config.describe:
+        from p2p_llm_forge import inspection
+
+        print(inspection.describe(Path(config.describe)))
+        if config.verify:
+            print(f"all {inspection.verify(Path(config.describe))} files are as they were written")
+        return 0
+    prepare(config, unfinished.ranks_of_launch())
     return 0
 
 
-def prepare(config: PrepareConfig) -> Manifest:
+def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa: B008
     """Tokenize and pack the text into `config.output_dir`, unless it holds that dataset already.
 
-    Returns the dataset's manifest. Raises ForgeError, and leaves the folder as it was, when the
-    text, the tokenizer or the folder does not allow it.
+    A run that was killed is gone on with. With several ranks, each tokenizes its share and the main
+    one writes the dataset; all call this. Returns the dataset's manifest. Raises ForgeError when
+    the text, the tokenizer or the folder does not allow it; a dataset in the folder is then as it
+    was.
     """
     config.check()
-    units = find_text(config)
+    found = find_text(config)
     output_dir = Path(config.output_dir)
     tokenizer = _load_tokenizer(config)
-    prepared = already_prepared(config, output_dir, units, tokenizer)
+    prepared = already_prepared(config, output_dir, found, tokenizer)
     if prepared:
-        print(f"{output_dir} is already prepared: {_summary(prepared)}")
+        if ranks.is_main:
+            unfinished.remove_leftovers(output_dir)
+            print(f"{output_dir} is already prepared: {_summary(prepared)}")
         return prepared
-    with growing_in(output_dir) as folder:
+    if not ranks.is_main:
+        return help_main(config, found, tokenizer, ranks)
+    with unfinished.claim(output_dir, ranks) as folder, resumable(config, found, folder):
         if tokenizer is None:
-            tokenizer = train_tokenizer(config, units)
-        manifest = write_dataset(config, units, tokenizer, folder)
-        corpus.publish(folder, output_dir)
+            tokenizer = trained_tokenizer(config, found, folder)
+        manifest = build(config, found, tokenizer, folder, ranks)
+        corpus.publish(folder / "dataset", output_dir)
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"prepared {output_dir}: {_summary(manifest)}")
     return manifest
 
@@ -63,31 +86,34 @@ def prepare(config: PrepareConfig) -> Manifest:
 # --- before any work: what is asked, what is there ------------------------------------------------
 
 
-def find_text(config: PrepareConfig) -> list[Unit]:
-    """The units of the text files, in the order given. Raises ForgeError for what is no text."""
-    units: list[Unit] = []
-    for path in map(Path, config.dataset_path):
-        if path.is_dir():
-            raise ForgeError(
-                f"--dataset-path {path} is a folder, not prepared and not text: give a .txt file"
-            )
-        if not path.exists():
-            raise ForgeError(f"--dataset-path {path}: no such file. Give the path of a .txt file")
-        if path.suffix in NOT_PLAIN_TEXT:
-            raise ForgeError(f"--dataset-path {path}: {path.suffix} is not plain text: convert it")
-        try:
-            units += corpus.units_of(path, config.separator())
-        except OSError as error:
-            raise ForgeError(f"--dataset-path {path} cannot be read: {error.strerror}") from error
-    if not units:
+def reading_of(config: PrepareConfig) -> Reading:
+    """How the files are to be read."""
+    names = [field.name for field in dataclasses.fields(Reading) if field.name != "separator"]
+    return Reading(config.separator(), **{name: getattr(config, name) for name in names})
+
+
+def find_text(config: PrepareConfig) -> Found:
+    """The parts of the text, in the order given. Raises ForgeError for what is no text."""
+    reading = reading_of(config)
+    found = sources.find(config.dataset_path, reading)
+    if not found.parts:
         raise ForgeError(
             f"{', '.join(config.dataset_path)}: the file is empty, there is no text to prepare"
         )
-    return units
+    if config.validation_path:
+        held_out = sources.find(config.validation_path, reading, validation=True)
+        found = dataclasses.replace(
+            found,
+            parts=found.parts + held_out.parts,
+            unreadable=found.unreadable + held_out.unreadable,
+        )
+    if found.unreadable:
+        print(f"{found.unreadable} files cannot be read and are left out (--skip-bad-rows)")
+    return found
 
 
 def already_prepared(
-    config: PrepareConfig, output_dir: Path, units: list[Unit], tokenizer: Any
+    config: PrepareConfig, output_dir: Path, found: Found, tokenizer: Any
 ) -> Manifest | None:
     """The manifest of the dataset in `output_dir`, if it is what would be made now.
 
@@ -107,42 +133,46 @@ def already_prepared(
         )
     if config.overwrite:
         return None
-    found = Manifest.load(output_dir)
-    differences = _differences(found, config, units, tokenizer)
+    there = Manifest.load(output_dir)
+    differences = _differences(there, config, found, tokenizer)
     if differences:
         raise ForgeError(
             f"--output-dir {output_dir} holds another dataset ({'; '.join(differences)}): "
             "give a new folder, or --overwrite to replace it"
         )
-    return found
+    return there
 
 
-def _differences(
-    found: Manifest, config: PrepareConfig, units: list[Unit], tokenizer: Any
-) -> list[str]:
+def _differences(there: Manifest, config: PrepareConfig, found: Found, tokenizer: Any) -> list[str]:
     """In what a dataset differs from the one that is asked for, in words."""
     asked = _arguments(config)
     told = [
-        f"{name}: {found.arguments.get(name)!r} there, {asked[name]!r} asked"
+        f"{name}: {there.arguments.get(name)!r} there, {asked[name]!r} asked"
         for name in asked
         # What the names of files and tokenizers mean is compared below.
-        if name not in ("dataset_path", "tokenizer") and found.arguments.get(name) != asked[name]
+        if name not in ("dataset_path", "validation_path", "tokenizer")
+        and there.arguments.get(name) != asked[name]
     ]
-    trained_there = found.arguments.get("tokenizer") is None
+    trained_there = there.arguments.get("tokenizer") is None
     if trained_there != (tokenizer is None) or (
         tokenizer is not None
-        and tokenization.tokenizer_fingerprint(tokenizer) != found.tokenizer_fingerprint
+        and tokenization.tokenizer_fingerprint(tokenizer) != there.tokenizer_fingerprint
     ):
         told.append("another tokenizer")
-    if not told and found.content_fingerprint != content_fingerprint(units, config.workers()):
+    if not told and there.content_fingerprint != _content_fingerprint(config, found):
         told.append("made from another text")
     return told
 
 
-def content_fingerprint(units: list[Unit], workers: int) -> str:
-    """sha256 of the units' sha256: the text as it stands in the files, whatever they are called."""
-    digests = in_order(lambda unit: hashlib.sha256(corpus.read_unit(unit)).digest(), units, workers)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+def _content_fingerprint(config: PrepareConfig, found: Found) -> str:
+    """The fingerprint of the text as it stands now."""
+    reading = reading_of(config)
+
+    def digests(part: Part) -> list[str]:
+        return [corpus.digest_of(piece.column) for piece in sources.read_pieces(part, reading)]
+
+    of_parts = in_order(digests, found.parts, config.workers())
+    return packing.content_fingerprint(digest for part in of_parts for digest in part)
 
 
 def _arguments(config: PrepareConfig) -> dict[str, Any]:
@@ -152,156 +182,319 @@ def _arguments(config: PrepareConfig) -> dict[str, Any]:
         tokenizer = Path(tokenizer).resolve().name
     return {
         "dataset_path": [Path(path).name for path in config.dataset_path],
+        "weights": [sources.split_weight(path)[1] for path in config.dataset_path],
+        "validation_path": [Path(path).name for path in config.validation_path],
         "document_separator": config.separator(),
+        "one_document_per_file": config.one_document_per_file,
+        "text_column": config.text_column,
+        "dataset_config": config.dataset_config,
+        "dataset_split": config.dataset_split,
+        "skip_bad_rows": config.skip_bad_rows,
         "encoding_errors": config.encoding_errors,
+        "eos_token": config.eos_token,
         "seed": config.seed,
         "sequence_length": config.sequence_length,
         "tokenizer": tokenizer,
-        "validation_fraction": config.validation_fraction,
+        "validation_fraction": held_out_share(config),
         "vocab_size": None if config.tokenizer else config.vocab_size,
     }
 
 
-# --- the work -------------------------------------------------------------------------------------
+def held_out_share(config: PrepareConfig) -> float:
+    """The share of the documents that is held out; none where other text is given for that."""
+    return 0.0 if config.validation_path else config.validation_fraction
 
 
-@contextlib.contextmanager
-def growing_in(output_dir: Path) -> Iterator[Path]:
-    """A fresh folder inside `output_dir` for a dataset that grows; removed when that fails."""
-    folder = output_dir / corpus.UNFINISHED
-    made = not output_dir.exists()
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ForgeError(
-            f"--output-dir {output_dir} is not writable ({error.strerror}): give another folder"
-        ) from error
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if made:
-            with contextlib.suppress(OSError):
-                output_dir.rmdir()
-        raise
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
 def _load_tokenizer(config: PrepareConfig) -> Any:
     """The tokenizer that was asked for; None when one is to be trained."""
     if config.tokenizer is None:
         return None
-    return tokenization.load_tokenizer(config.tokenizer, config.trust_remote_code)
+    return tokenization.load_tokenizer(config.tokenizer, config.trust_remote_code, config.eos_token)
 
 
-def train_tokenizer(config: PrepareConfig, units: list[Unit]) -> Any:
-    """Train a tokenizer on the documents that are not held out."""
-    print(f"training a tokenizer of {config.vocab_size} entries")
+def tokenizer_folder(config: PrepareConfig, found: Found, folder: Path) -> Path:
+    """Where a trained tokenizer is kept until the dataset is finished: named after its input."""
+    rules = [dataclasses.asdict(reading_of(config)), config.vocab_size, config.seed]
+    content = [*map(dataclasses.asdict, found.parts), *rules, held_out_share(config)]
+    key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10)
+    return folder / f"tokenizer-{key.hexdigest()}"
 
-    def training_text() -> Iterator[str]:
-        for number, unit in enumerate(units):
-            documents = corpus.documents_of(
-                unit, corpus.read_unit(unit), config.separator(), config.encoding_errors
+
+def trained_tokenizer(config: PrepareConfig, found: Found, folder: Path) -> Any:
+    """A tokenizer trained on documents that are not held out; kept, so that it is trained once."""
+    place = tokenizer_folder(config, found, folder)
+    if not place.exists():
+        print(f"training a tokenizer of {config.vocab_size} entries")
+        passing = folder / "tokenizer-in-training"
+        shutil.rmtree(passing, ignore_errors=True)
+        text = training_text(config, found)
+        tokenization.train_tokenizer(text, config.vocab_size).save_pretrained(passing)
+        passing.rename(place)
+    return tokenization.load_tokenizer(str(place))
+
+
+def training_text(config: PrepareConfig, found: Found) -> Iterator[str]:
+    """The documents that are not held out: of all pieces, or of some where the text is large."""
+    reading, left = reading_of(config), 2 * TOKENIZER_TEXT_BYTES
+    total = sum(part.bytes for part in found.parts if not part.is_validation)
+    share = min(1.0, TOKENIZER_TEXT_BYTES / max(1, total))
+    for number, part in enumerate(found.parts):
+        if part.is_validation or (part.is_one_piece and not _is_chosen(number, 0, share, config)):
+            continue
+        for place, piece in enumerate(sources.read_pieces(part, reading)):
+            if left < 0 or not _is_chosen(number, place, share, config):
+                continue
+            hidden = corpus.held_out(
+                number * PIECES_OF_A_PART + place,
+                len(piece.column),
+                held_out_share(config),
+                config.seed,
             )
-            is_held_out = corpus.held_out(
-                number, len(documents), config.validation_fraction, config.seed
-            )
-            for document, hidden in zip(documents, is_held_out.tolist(), strict=True):
-                if not hidden:
-                    yield document.decode()
-
-    return tokenization.train_tokenizer(training_text(), config.vocab_size)
+            for document, is_hidden in zip(piece.column, hidden.tolist(), strict=True):
+                if not is_hidden:
+                    text = document.as_py().decode()
+                    left -= len(text)
+                    yield text
 
 
-def write_dataset(
-    config: PrepareConfig, units: list[Unit], tokenizer: Any, folder: Path
-) -> Manifest:
-    """Write splits, tokenizer and manifest into `folder`, by the fastest encoder that is right."""
-    encoders = tokenization.Encoders(tokenizer, config.tokenizer_backend)
-    if not encoders.is_fast:
-        print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
+def _is_chosen(number: int, place: int, share: float, config: PrepareConfig) -> bool:
+    piece = number * PIECES_OF_A_PART + place
+    return share == 1 or bool(corpus.held_out(piece, 1, share, config.seed + 1)[0])
+
+
+class TooShort(ForgeError):
+    """The text does not fill a block."""
+
+
+# --- the work -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def resumable(config: PrepareConfig, found: Found, folder: Path) -> Iterator[None]:
+    """Keep in `folder` what is done when the work inside fails; nothing done leaves no trace."""
     try:
-        return _write_dataset(config, units, tokenizer, encoders, folder)
-    except tokenization.FastPathDiffers as difference:
-        if config.tokenizer_backend == "fast":
-            raise ForgeError(f"{difference}: use --tokenizer-backend auto") from difference
-        print(f"{difference}: starting again with the tokenizer itself")
-    for path in folder.iterdir():
-        shutil.rmtree(path)
-    encoders = tokenization.Encoders(tokenizer, "reference")
-    return _write_dataset(config, units, tokenizer, encoders, folder)
+        yield
+    except BaseException as error:
+        if isinstance(error, TooShort) or not any((folder / "pieces").glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                Path(config.output_dir).rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ForgeError(_disk_full(config, found, folder)) from error
+        raise
 
 
-def _write_dataset(
-    config: PrepareConfig,
-    units: list[Unit],
-    tokenizer: Any,
-    encoders: tokenization.Encoders,
-    folder: Path,
-) -> Manifest:
-    vocab_size = tokenization.vocabulary_size(tokenizer)
-    rules = corpus.Rules(
-        encode=encoders.encode,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="uint16" if vocab_size <= 2**16 else "uint32",
-        separator=config.separator(),
-        encoding_errors=config.encoding_errors,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-    )
-    names = (TRAIN, VALIDATION) if config.validation_fraction else (TRAIN,)
-    writers = {
-        name: BlockWriter(folder / name, config.sequence_length, rules.dtype) for name in names
-    }
-    documents, text_bytes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    digests = []
-    for unit in encoded(units, rules, config.workers()):
-        digests.append(unit.digest)
-        for name in names:
-            writers[name].append(unit.parts[name].tokens)
-            documents[name] += unit.parts[name].documents
-            text_bytes[name] += unit.parts[name].bytes
-    splits = {}
-    for name, writer in writers.items():
-        tail = writer.finish()
-        splits[name] = SplitFacts(
-            documents=documents[name],
-            blocks=writer.blocks,
-            tokens=writer.blocks * config.sequence_length,
-            bytes=text_bytes[name] - tokenization.bytes_of_text(tokenizer, tail.tolist()),
-            dropped_tokens=len(tail),
+def _disk_full(config: PrepareConfig, found: Found, folder: Path) -> str:
+    """What to say when a write failed: how much more is needed, from what is done so far."""
+    # Tokens lie on the disk twice, as pieces and as blocks, and take about half of their text.
+    in_pieces = sum(path.stat().st_size for path in (folder / "pieces").glob("*.tokens"))
+    text = sum(part.bytes for part in found.parts)
+    needed = max(text - in_pieces, in_pieces)
+    return packing.no_room(folder, needed, shutil.disk_usage(config.output_dir).free)
+
+
+@dataclass
+class Job:
+    """What is needed to tokenize any piece."""
+
+    parts: list[Part]
+    reading: Reading
+    rules: corpus.Rules
+    pieces: Pieces
+    workers: int
+
+    def encode(self, task: Task) -> tuple[int, int]:
+        """Tokenize and keep a piece. Returns bytes of its file and tokens."""
+        piece = task.piece or next(sources.read_pieces(task.part, self.reading))
+        shares = corpus.encode_piece(
+            task.number * PIECES_OF_A_PART + task.place,
+            piece.column,
+            task.part.is_validation,
+            self.rules,
         )
-    require_blocks(splits, config)
-    manifest = Manifest(
-        sequence_length=config.sequence_length,
-        vocab_size=vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=rules.dtype,
-        splits=splits,
-        tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
-        content_fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
-        arguments=_arguments(config),
+        facts = {
+            "digest": corpus.digest_of(piece.column),
+            "skipped": piece.skipped,
+            "is_last": piece.is_last,
+        }
+        self.pieces.write(task.number, task.part, task.place, shares, facts)
+        return piece.source_bytes, sum(len(share.tokens) for share in shares.values())
+
+
+@dataclass
+class Task:
+    """A piece that is to be tokenized. piece: its documents; None where the worker reads them."""
+
+    number: int
+    part: Part
+    place: int
+    piece: Piece | None = None
+
+
+def build(
+    config: PrepareConfig, found: Found, tokenizer: Any, folder: Path, ranks: Ranks
+) -> Manifest:
+    """Write the dataset into `folder`/dataset, by the fastest encoder that is right."""
+    backend = config.tokenizer_backend
+    while True:
+        encoders = tokenization.Encoders(tokenizer, backend)
+        if not encoders.is_fast:
+            print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
+        job = job_of(config, found, tokenizer, encoders, folder)
+        try:
+            tokenize(job, ranks)
+            wait_for_ranks(job, ranks, folder)
+            break
+        except tokenization.FastPathDiffers as difference:
+            if backend == "fast":
+                raise ForgeError(f"{difference}: use --tokenizer-backend auto") from difference
+            print(f"{difference}: starting again with the tokenizer itself")
+            backend = "reference"
+    done = packing.all_done(found.parts, job.pieces)
+    labels = packing.Labels(
+        (TRAIN, VALIDATION) if held_out_share(config) or config.validation_path else (TRAIN,),
+        config.sequence_length,
+        tokenization.vocabulary_size(tokenizer),
+        job.rules.dtype,
+        _arguments(config),
     )
-    for name, writer in writers.items():
-        writer.describe(name, f"{manifest.fingerprint[:16]}-{name}")
-    corpus.write_json(folder / corpus.DATASET_DICT, {"splits": list(names)})
-    tokenizer.save_pretrained(folder / corpus.TOKENIZER)
-    manifest.save(folder)
+    manifest = packing.write_dataset(
+        folder / "dataset", done, job.pieces, found.weights, tokenizer, labels
+    )
+    require_blocks(manifest.splits, config)
     return manifest
 
 
-def encoded(units: list[Unit], rules: corpus.Rules, workers: int) -> Iterator[corpus.EncodedUnit]:
-    """The units, tokenized by `workers` threads, in order; a progress bar goes along."""
+def job_of(
+    config: PrepareConfig,
+    found: Found,
+    tokenizer: Any,
+    encoders: tokenization.Encoders,
+    folder: Path,
+) -> Job:
+    """The work on the pieces, the same on every rank."""
+    rules = corpus.Rules(
+        encode=encoders.encode,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=tokenization.token_dtype(tokenizer),
+        validation_fraction=held_out_share(config),
+        seed=config.seed,
+    )
+    decides = {**vars(rules), "encode": encoders.is_fast}
+    fingerprint = tokenization.tokenizer_fingerprint(tokenizer)
+    names = unfinished.rules_of_pieces(reading_of(config), tokenizer=fingerprint, **decides)
+    pieces = Pieces(folder / "pieces", names, rules.dtype)
+    return Job(found.parts, reading_of(config), rules, pieces, config.workers())
+
+
+def tokenize(job: Job, ranks: Ranks) -> None:
+    """Tokenize the pieces of this rank that are not done yet; a progress bar goes along."""
     from tqdm import tqdm
 
-    total = sum(unit.end - unit.start for unit in units)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        work = in_order(
-            lambda numbered: corpus.encode_unit(*numbered, rules), list(enumerate(units)), workers
-        )
-        for unit, result in zip(units, work, strict=True):
-            bar.update(unit.end - unit.start)
-            yield result
+    total = sum(part.bytes for part in job.parts) // ranks.world_size
+    tokens = 0
+    with tqdm(
+        total=total or None, unit="B", unit_scale=True, desc="tokenizing", disable=None
+    ) as bar:
+        for source_bytes, more_tokens in in_order(
+            job.encode, pieces_to_do(job, ranks), job.workers
+        ):
+            tokens += more_tokens
+            bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
+            bar.update(source_bytes)
+
+
+def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
+    """The pieces of this rank that are not done, in order.
+
+    Parts are dealt out to the ranks; where there are few, every rank reads all and takes every so
+    manieth piece.
+    """
+    deal_parts = len(job.parts) >= 4 * ranks.world_size
+    for number, part in enumerate(job.parts):
+        mine = number % ranks.world_size == ranks.rank
+        if ((deal_parts or part.is_one_piece) and not mine) or job.pieces.records(number, part):
+            continue
+        if part.is_one_piece:
+            yield Task(number, part, 0)
+            continue
+        for place, piece in enumerate(sources.read_pieces(part, job.reading)):
+            is_mine = deal_parts or (number + place) % ranks.world_size == ranks.rank
+            if is_mine and not job.pieces.record(number, part, place):
+                yield Task(number, part, place, piece)
+
+
+def wait_for_ranks(job: Job, ranks: Ranks, folder: Path) -> None:
+    """Until all pieces are done; the main process does those of ranks that are gone itself."""
+    started = time.monotonic()
+    marks = [folder / f"rank-{rank}" for rank in range(1, ranks.world_size)]
+    while not all(job.pieces.records(number, part) for number, part in enumerate(job.parts)):
+        unfinished.require_no_failure(folder)
+        may_still_start = time.monotonic() - started < unfinished.STALE_S
+        if not marks or not (may_still_start or any(map(unfinished.is_alive, marks))):
+            tokenize(job, Ranks())
+        time.sleep(POLL_S)
+
+
+def help_main(config: PrepareConfig, found: Found, tokenizer: Any, ranks: Ranks) -> Manifest:
+    """Tokenize the share of a rank that is not the main one; return what the main one wrote."""
+    output_dir = Path(config.output_dir)
+    folder = output_dir / corpus.UNFINISHED
+    lock = folder / "lock"
+    wait_until(lambda: unfinished.is_alive(lock) or _is_ready(config), MAIN_STARTS_WITHIN_S)
+    if unfinished.is_alive(lock):
+        with unfinished.claim(output_dir, ranks):
+            try:
+                share_work(config, found, tokenizer, ranks, folder)
+            except ForgeError as error:
+                unfinished.tell_failure(folder, ranks, str(error))
+                raise
+            except OSError:
+                if unfinished.is_alive(lock):  # else the main process has finished without us
+                    raise
+    wait_until(lambda: not unfinished.is_alive(lock))
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if not _is_ready(config):
+        raise ForgeError(f"the main process did not finish {output_dir}: see what it says")
+    return Manifest.load(output_dir)
+
+
+def share_work(
+    config: PrepareConfig, found: Found, tokenizer: Any, ranks: Ranks, folder: Path
+) -> None:
+    """Tokenize this rank's pieces, with the tokenizer that the main process may have to train."""
+    if tokenizer is None:
+        place = tokenizer_folder(config, found, folder)
+        wait_until(lambda: place.exists() or not unfinished.is_alive(folder / "lock"))
+        if not place.exists():
+            return
+        tokenizer = tokenization.load_tokenizer(str(place))
+    backend = config.tokenizer_backend
+    try:
+        encoders = tokenization.Encoders(tokenizer, backend)
+        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+    except tokenization.FastPathDiffers:
+        encoders = tokenization.Encoders(tokenizer, "reference")
+        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+
+
+def _is_ready(config: PrepareConfig) -> bool:
+    """Whether the folder holds a dataset of these arguments."""
+    try:
+        return Manifest.load(Path(config.output_dir)).arguments == _arguments(config)
+    except ForgeError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = float("inf")) -> None:
+    """Return when it holds, or after the time."""
+    end = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < end:
+        time.sleep(POLL_S)
 
 
 def in_order(
@@ -322,19 +515,19 @@ def in_order(
 
 
 def require_blocks(splits: dict[str, SplitFacts], config: PrepareConfig) -> None:
-    """Raise ForgeError when a split has not enough text for one block."""
+    """Raise TooShort when a split has not enough text for one block."""
     documents = sum(facts.documents for facts in splits.values())
     found = f"found {documents} documents, divided at {config.separator()!r} (--document-separator)"
     train = splits[TRAIN]
     if not train.blocks:
-        raise ForgeError(
+        raise TooShort(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
             f"block of {config.sequence_length}; {found}. Add text, or use a shorter "
             "--sequence-length"
         )
     validation = splits.get(VALIDATION)
     if validation and not validation.blocks:
-        raise ForgeError(
+        raise TooShort(
             f"the validation split is too short: {validation.documents} documents, "
             f"{validation.dropped_tokens} tokens, fill no block of {config.sequence_length}; "
             f"{found}. Use a larger --validation-fraction (now {config.validation_fraction}), "
@@ -352,6 +545,7 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
+        + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
     )
 
 

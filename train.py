@@ -367,7 +367,7 @@ def set_up(
     lm = cluster.together(build_or_load)
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    bare_model = NextTokenLoss(lm.to(cluster.device)).train()
+    bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
     if config.compile:
         lm.base_model.compile()
     optimizer = models.build_optimizer(config, lm)
@@ -408,6 +408,11 @@ def set_up(
         for line in settings_changed(state["config"], as_dict(config)):
             tracking.say(f"changed   {line}")
     return run
+
+
+def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
+    """The token that attention does not cross; None where it reads a block as one text."""
+    return data.manifest.eos_token_id if config.document_mask else None
 
 
 def save(run: Run, step: int, since_log: dict[str, Any], eval_loss: float | None) -> None:
@@ -574,7 +579,11 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
     lm = cluster.together(lambda: load_model(name, data, config.trust_remote_code))
     size = data.manifest.splits["validation"].bytes
     figures = evaluate_split(
-        NextTokenLoss(lm.to(cluster.device)), blocks, size, config.micro_batch_size or 8, cluster
+        NextTokenLoss(lm.to(cluster.device), document_end(config, data)),
+        blocks,
+        size,
+        config.micro_batch_size or 8,
+        cluster,
     )
     result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:

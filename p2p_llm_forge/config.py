@@ -29,18 +29,44 @@ def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> 
 class PrepareConfig:
     """One preparation: which text, which tokenizer, which blocks."""
 
-    dataset_path: list[str] = flag([], "text to prepare: a .txt file", "--input")
+    dataset_path: list[str] = flag(
+        [],
+        "text to prepare: files (.txt .jsonl .json .csv .parquet, each also .gz .zst), folders,"
+        " globs, save_to_disk folders, names of datasets of the Hub; PATH:0.7 gives a weight by"
+        " tokens",
+        "--input",
+        metavar="PATH[:WEIGHT]",
+    )
     output_dir: str = flag(
         "", "folder of the prepared dataset; must be new, empty or the same dataset"
     )
     tokenizer: str | None = flag(
         None, "tokenizer: a folder or a name of the Hub; without it one is trained on the text"
     )
+    eos_token: str | None = flag(
+        None, "what ends a document, for a tokenizer that does not say it; added if it is new"
+    )
     vocab_size: int = flag(8192, "entries of a tokenizer that is trained here")
     sequence_length: int = flag(256, "tokens in a block", "--block_size", "--block-size")
     validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
+    validation_path: list[str] = flag(
+        [], "text that is held out for evaluation, instead of a share of the documents"
+    )
     document_separator: str = flag(
         "\\n\\n", "what ends a document; \\n\\n: blank lines; escapes like \\n are understood"
+    )
+    one_document_per_file: bool = flag(
+        False, "a text file is one document, whatever lines it holds"
+    )
+    text_column: str = flag(
+        "text", "column or key that holds the text of a row", "--text_column_name"
+    )
+    dataset_config: str | None = flag(
+        None, "configuration of a dataset of the Hub", "--dataset_config_name"
+    )
+    dataset_split: str = flag("train", "split of a dataset of the Hub or of a save_to_disk folder")
+    skip_bad_rows: bool = flag(
+        False, "count and report rows that cannot be read instead of ending at the first"
     )
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
@@ -56,18 +82,27 @@ class PrepareConfig:
     )
     seed: int = flag(0, "chooses the documents that are held out")
     overwrite: bool = flag(False, "replace a dataset that the output directory already holds")
+    describe: str | None = flag(
+        None, "tell what a prepared dataset holds, and stop", metavar="FOLDER"
+    )
+    verify: bool = flag(False, "with --describe: read every file and compare its checksum")
     config: str | None = flag(
         None, "recipe: a YAML file whose keys are these flags; the command line wins"
     )
 
     def __post_init__(self) -> None:
         # From a notebook, one path is most naturally given as a string or a Path.
-        if isinstance(self.dataset_path, (str, os.PathLike)):
-            self.dataset_path = [os.fspath(self.dataset_path)]
+        for name in ("dataset_path", "validation_path"):
+            if isinstance(value := getattr(self, name), (str, os.PathLike)):
+                setattr(self, name, [os.fspath(value)])
 
     def check(self) -> None:
         """Raise ForgeError with every problem that can be seen without reading the text."""
         problems = Problems()
+        problems.require(
+            bool(self.describe) or not self.verify,
+            "--verify checks a prepared dataset: add --describe FOLDER",
+        )
         problems.require(bool(self.dataset_path), "no text given: add --dataset-path FILE")
         problems.require(bool(self.output_dir), "no place for the result: add --output-dir FOLDER")
         problems.require(
@@ -190,6 +225,9 @@ class TrainConfig:
         False, "recompute activations in backward: less memory, slower"
     )
     compile: bool = flag(False, "compile the model with torch.compile")
+    document_mask: bool = flag(
+        False, "keep attention inside documents, in training and in evaluation"
+    )
     seed: int = flag(0, "chooses initial weights, order of data and dropout")
 
     eval_every: int = flag(0, "updates between evaluations; 0: only at the end")

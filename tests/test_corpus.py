@@ -1,111 +1,25 @@
-"""Documents, splits and blocks: nothing lost, nothing that depends on how the work is cut up."""
+"""Splits, blocks and manifest: nothing lost, nothing that depends on how the work is cut up."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 import random
-import re
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from p2p_llm_forge import corpus
-from p2p_llm_forge.corpus import Blocks, BlockWriter, Manifest, SplitFacts, Unit
+from p2p_llm_forge.corpus import Blocks, BlockWriter, Manifest, SplitFacts
 from p2p_llm_forge.errors import ForgeError
 
 EOS = 7
 
 
-# --- documents ------------------------------------------------------------------------------------
-
-
-def test_blank_lines_end_documents_whatever_the_line_ends():
-    text = (
-        b"\n\none\nstill one\n\ntwo\r\nstill two\r\n\r\n\r\nthree\n \nstill three\n\n\n\n\nfour\r\n"
-    )
-    assert corpus.split_documents(text, "\n\n") == [
-        b"one\nstill one",
-        b"two\r\nstill two",
-        b"three\n \nstill three",
-        b"four",
-    ]
-
-
-def test_another_separator_is_taken_literally():
-    assert corpus.split_documents(b"a\n\n--b\n----", "--") == [b"a\n\n", b"b\n"]
-
-
-@given(st.text(alphabet="ab \n\r-é", max_size=60))
-def test_splitting_loses_nothing_but_separators(text):
-    raw = text.encode()
-    blank_lines = corpus.split_documents(raw, "\n\n")
-    assert b"".join(blank_lines).replace(b"\n", b"").replace(b"\r", b"") == raw.replace(
-        b"\n", b""
-    ).replace(b"\r", b"")
-    assert all(
-        document and not re.search(rb"\n\r?\n", document) and document.strip(b"\r\n") == document
-        for document in blank_lines
-    )
-    assert b"".join(corpus.split_documents(raw, "-é")) == raw.replace("-é".encode(), b"")
-
-
-@settings(deadline=None)
-@given(
-    text=st.text(alphabet="ab\n\r-é", max_size=200),
-    unit_bytes=st.integers(1, 50),
-    separator=st.sampled_from(["\n\n", "-a", "é"]),
-)
-def test_units_cut_a_file_only_between_documents(tmp_path_factory, text, unit_bytes, separator):
-    path = tmp_path_factory.mktemp("units") / "text.txt"
-    path.write_bytes(text.encode())
-    with mock.patch.object(corpus, "UNIT_BYTES", unit_bytes):
-        units = corpus.units_of(path, separator)
-    raw = [corpus.read_unit(unit) for unit in units]
-    assert b"".join(raw) == text.encode()
-    whole = corpus.split_documents(text.encode(), separator)
-    assert [d for part in raw for d in corpus.split_documents(part, separator)] == whole
-
-
-def test_a_document_longer_than_units_and_windows_stays_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 1_000)
-    path = tmp_path / "text.txt"
-    long = b"word " * 100_000
-    path.write_bytes(b"first\n\n" + long + b"\n\nlast")
-    units = corpus.units_of(path, "\n\n")
-    documents = [corpus.split_documents(corpus.read_unit(unit), "\n\n") for unit in units]
-    assert documents == [[b"first", long], [b"last"]]
-
-
-def test_bytes_that_are_not_utf8_are_named_with_their_place_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 3)
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"fine\n\nnot \xff fine")
-    unit = corpus.units_of(path, "\n\n")[1]
-    assert unit.start == 6
-    with pytest.raises(ForgeError, match="0xff at offset 10.*--encoding-errors replace"):
-        corpus.as_utf8(corpus.read_unit(unit), unit, "strict")
-    assert corpus.as_utf8(corpus.read_unit(unit), unit, "replace") == "not \ufffd fine".encode()
-
-
-def test_a_byte_order_mark_is_no_text_and_does_not_shift_offsets():
-    unit = Unit(Path("text.txt"), 0, 9)
-    assert corpus.as_utf8(b"\xef\xbb\xbfcaf\xc3\xa9", unit, "strict") == "café".encode()
-    with pytest.raises(ForgeError, match="offset 6"):
-        corpus.as_utf8(b"\xef\xbb\xbfcaf\xe9.", unit, "strict")
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_a_clear_error(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"short")
-    with pytest.raises(ForgeError, match="shorter"):
-        corpus.read_unit(Unit(path, 0, 6))
+# --- the splits ----------------------------------------------------------------------------------
 
 
 def splitmix64(state: int) -> int:
@@ -271,7 +185,7 @@ def test_the_fingerprint_tells_datasets_apart_and_ignores_names():
         (None, "no manifest.json.*python prepare_data.py"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format_version": 1}', "cannot be read"),
+        ('{"format_version": 2}', "cannot be read"),
         ('{"format_version": 99}', "format version 99.*--overwrite"),
     ],
 )

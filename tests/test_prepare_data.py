@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_data
-from p2p_llm_forge import corpus, tokenization
+from p2p_llm_forge import corpus, sources, tokenization
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.corpus import Manifest, looks_like_prepared, open_prepared
 from p2p_llm_forge.errors import ForgeError
@@ -54,9 +54,9 @@ def prepared(text_file, tmp_path_factory):
 
 
 @pytest.fixture
-def small_units(monkeypatch):
+def small_pieces(monkeypatch):
     """Many pieces of work, record batches and files, of which a small text would have one."""
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 3_000)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 3_000)
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1_000)
     monkeypatch.setattr(corpus, "BATCHES_PER_SHARD", 4)
 
@@ -100,11 +100,13 @@ def expected_documents(text: str) -> list[str]:
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
 def test_decoding_the_blocks_gives_the_documents_back(
-    text_file, tmp_path, small_units, backend, capsys
+    text_file, tmp_path, small_pieces, backend, capsys
 ):
     manifest = prepare(config(text_file, tmp_path / "a", tokenizer_backend=backend))
     expected = expected_documents(text_file.read_bytes().decode())
-    assert len(corpus.units_of(text_file, "\n\n")) > 5, "the text must be cut for this to say much"
+    assert len(sources.find([str(text_file)], sources.Reading()).parts) > 5, (
+        "the text must be cut for this to say much"
+    )
     position = {document: place for place, document in enumerate(expected)}
     found: list[int] = []
     for split in ("train", "validation"):
@@ -207,7 +209,7 @@ def test_several_files_are_one_corpus_and_no_document_spans_two(tmp_path):
     assert found == ["one", "two", "three"]
 
 
-def test_the_tokenizer_is_trained_without_the_held_out_documents(tmp_path, small_units):
+def test_the_tokenizer_is_trained_without_the_held_out_documents(tmp_path, small_pieces):
     path = tmp_path / "text.txt"
     chosen = random.Random(0)
     names = ["".join(chosen.choices("bcdfgklmnprst", k=6)) for _ in range(400)]
@@ -227,7 +229,7 @@ def test_the_tokenizer_is_trained_without_the_held_out_documents(tmp_path, small
 
 
 def test_the_same_text_gives_the_same_bytes_whatever_the_workers_and_the_place(
-    text_file, tmp_path, small_units
+    text_file, tmp_path, small_pieces
 ):
     moved = tmp_path / "elsewhere" / text_file.name
     moved.parent.mkdir()
@@ -295,7 +297,7 @@ def test_the_tokenizer_of_a_dataset_can_prepare_another(text_file, prepared, tmp
 
 
 def test_a_fast_path_that_differs_in_mid_work_is_left_for_the_tokenizer(
-    text_file, prepared, tmp_path, monkeypatch, capsys, small_units
+    text_file, prepared, tmp_path, monkeypatch, capsys, small_pieces
 ):
     right, calls = tokenization.require_same, []
 
@@ -330,12 +332,12 @@ def only_blank_lines(tmp_path):
 
 
 def a_folder(tmp_path):
-    return {"dataset_path": [str(tmp_path)]}, "is a folder.*give a .txt file"
+    return {"dataset_path": [str(tmp_path)]}, "is a folder without text.*give a glob"
 
 
 def another_format(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    return {"dataset_path": [str(tmp_path / "a.parquet")]}, "a.parquet.*plain text"
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    return {"dataset_path": [str(tmp_path / "a.pdf")]}, "a.pdf: .pdf is not text"
 
 
 def not_utf8(tmp_path):

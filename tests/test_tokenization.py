@@ -6,6 +6,7 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -48,13 +49,17 @@ def encoders(request, tokenizer):
     return Encoders(tokenizer, request.param)
 
 
+def column(documents: list[bytes]) -> pa.LargeBinaryArray:
+    return pa.array(documents, pa.large_binary())
+
+
 def per_document(tokens, lengths) -> list[list[int]]:
     return [part.tolist() for part in np.split(tokens, np.cumsum(lengths))[:-1]]
 
 
 def test_encoders_give_the_tokenizers_own_answer(encoders, tokenizer):
     texts = some_documents(200, seed=2) + list(HARD_TEXTS)
-    tokens, lengths = encoders.encode([text.encode() for text in texts])
+    tokens, lengths = encoders.encode(column([text.encode() for text in texts]))
     assert tokens.dtype == np.uint32 and lengths.dtype == np.int64
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert sum(map(len, expected)) > 5_000
@@ -66,15 +71,15 @@ def test_the_spelling_of_a_control_token_is_plain_text(encoders, tokenizer):
     assert tokenizer.eos_token_id in tokenizer(text)["input_ids"], (
         "the trap that this test is about"
     )
-    tokens, lengths = encoders.encode([b"x", text.encode()])
+    tokens, lengths = encoders.encode(column([b"x", text.encode()]))
     assert tokenizer.eos_token_id not in tokens
     assert tokenizer.decode(per_document(tokens, lengths)[1]) == text
 
 
 def test_encoding_no_or_empty_documents_gives_no_tokens(encoders):
-    tokens, lengths = encoders.encode([])
+    tokens, lengths = encoders.encode(column([]))
     assert len(tokens) == len(lengths) == 0
-    tokens, lengths = encoders.encode([b"", b"a", b""])
+    tokens, lengths = encoders.encode(column([b"", b"a", b""]))
     assert len(tokens) == 1 and lengths.tolist() == [0, 1, 0]
 
 
@@ -97,7 +102,7 @@ def test_a_tokenizer_that_truncates_and_pads_still_encodes_all(tokenizer, tmp_pa
     assert len(expected) > 8
     for backend in ("fast", "reference"):
         loaded = tokenization.load_tokenizer(str(tmp_path))
-        tokens, _ = Encoders(loaded, backend).encode([text.encode()])
+        tokens, _ = Encoders(loaded, backend).encode(column([text.encode()]))
         assert tokens.tolist() == expected
 
 
@@ -153,7 +158,7 @@ def test_what_gigatoken_does_not_know_is_encoded_by_the_tokenizer_and_said():
     tokenizer = word_tokenizer()
     encoders = Encoders(tokenizer, "auto")
     assert not encoders.is_fast and "gigatoken" in encoders.reason
-    tokens, _ = encoders.encode([b"The quick DOG unheard-of"])
+    tokens, _ = encoders.encode(column([b"The quick DOG unheard-of"]))
     assert tokens.tolist() == tokenizer("the quick dog unheard-of")["input_ids"]
     with pytest.raises(ForgeError, match="--tokenizer-backend auto"):
         Encoders(tokenizer, "fast")
@@ -161,7 +166,7 @@ def test_what_gigatoken_does_not_know_is_encoded_by_the_tokenizer_and_said():
 
 def test_a_vocabulary_that_cannot_tell_text_from_control_is_refused():
     with pytest.raises(ForgeError, match="</s>.*control token.*'the lazy </s>"):
-        Encoders(word_tokenizer()).encode([b"the dog", b"the lazy </s> dog"])
+        Encoders(word_tokenizer()).encode(column([b"the dog", b"the lazy </s> dog"]))
 
 
 def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
@@ -175,7 +180,7 @@ def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
 
             def wrong(documents):
                 tokens, lengths = encode(documents)
-                if any(marker in document for document in documents):
+                if any(marker in document for document in documents.to_pylist()):
                     tokens = tokens[::-1].copy()
                 return tokens, lengths
 
@@ -186,14 +191,14 @@ def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
     monkeypatch.setattr(tokenization, "fast_encoder", wrong_on("ŉ".encode()))
     encoders = Encoders(tokenizer)
     assert not encoders.is_fast and "differ" in encoders.reason
-    assert encoders.encode([b"peer"])[0].tolist() == tokenizer("peer")["input_ids"]
+    assert encoders.encode(column([b"peer"]))[0].tolist() == tokenizer("peer")["input_ids"]
 
     monkeypatch.setattr(tokenization, "fast_encoder", wrong_on(b"\xf0\x9f\xa6\x80"))
     encoders = Encoders(tokenizer)
     assert encoders.is_fast
     with pytest.raises(FastPathDiffers, match="peers"):
         # one document among thousands: sought out because it is not plain ASCII
-        encoders.encode([b"peers and blocks"] * 5_000 + ["peers 🦀".encode()])
+        encoders.encode(column([b"peers and blocks"] * 5_000 + ["peers 🦀".encode()]))
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])

@@ -309,3 +309,17 @@ def test_the_command_line_reports_a_mistake_in_one_message_with_status_2(run, tm
     assert "Traceback" not in output
     assert output.count("error: ") == 1 and "manifest" in output
     assert not (tmp_path / "o").exists()
+
+
+def test_a_document_mask_changes_the_training_and_the_evaluation(config, tmp_path):
+    plain = train(replace(config, max_steps=3, output_dir=str(tmp_path / "plain")))
+    masked_config = replace(
+        config, max_steps=3, document_mask=True, output_dir=str(tmp_path / "masked")
+    )
+    masked = train(masked_config)
+    assert masked.train_loss != plain.train_loss and masked.eval_loss != plain.eval_loss
+    again = train(replace(masked_config, eval_only=True))
+    assert again.eval_loss == pytest.approx(masked.eval_loss, rel=1e-5)
+    assert train(replace(masked_config, eval_only=True, document_mask=False)).eval_loss != (
+        pytest.approx(masked.eval_loss, rel=1e-5)
+    )
