@@ -1,5 +1,5 @@
 # make demo: from nothing to a small trained model.   make test: everything that is promised.
-.PHONY: demo test lint format readme clean
+.PHONY: demo test network-tools lint format readme clean
 PYTHON ?= python3
 RUN := .venv/bin
 
@@ -9,8 +9,13 @@ demo: .venv/installed
 	print('multi_gpu' if torch.cuda.device_count() > 1 else 'cpu_2_processes')").yaml \
 	train.py --config recipes/demo.yaml
 
-test: .venv/installed
+test: .venv/installed network-tools
 	$(RUN)/python -m pytest
+
+# The tests with hosts of their own need `ip`; without it they are skipped, but not in CI.
+network-tools:
+	@command -v ip >/dev/null || test "$(CI)" != true || \
+	{ apt-get update -qq && apt-get install -y -qq iproute2; }
 
 lint: .venv/installed
 	$(RUN)/ruff check .
