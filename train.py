@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Run:
     first_step: int
     first_position: int  # of update `first_step` in the stream of blocks
     train_loss: float | None = None  # of the last line in metrics.jsonl
-    saved_step: int = -1
+    figures: dict[str, Any] = field(default_factory=dict)  # of the last update, if evaluated
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -131,15 +131,13 @@ def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | 
         asked = int(max(wish for wish, _ in told))
         should_stop = asked not in (NOTHING, SAVE_NOW) and not is_last
         should_save = is_last or should_stop or asked == SAVE_NOW or is_due(done, config.save_every)
-        should_evaluate = is_due(done, config.eval_every) and not is_last and not should_stop
+        should_evaluate = is_last or (is_due(done, config.eval_every) and not should_stop)
         if should_save or should_evaluate:
             since_log = window.collect()  # ends the run before bad weights could be saved
             training_s += time.perf_counter() - started
-            figures = evaluate(run) if should_evaluate else {}
-            if should_evaluate:
-                run.tracking.log({"step": done, **figures})
+            run.figures = evaluate(run, done) if should_evaluate else {}
             if should_save:
-                save(run, done, since_log, figures.get("eval_loss"))
+                save(run, done, since_log)
                 interruptions.saved()
             started = time.perf_counter()
         if should_stop:
@@ -373,6 +371,7 @@ def set_up(
     optimizer = models.build_optimizer(config, lm)
     state: dict[str, Any] = {
         **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
+        "figures": {},
         "since_log": {"nats": [], "updates": 0},
     }
     if checkpoint:
@@ -398,7 +397,7 @@ def set_up(
         first_step=state["step"],
         first_position=state["blocks_read"],
         train_loss=state["train_loss"],
-        saved_step=state["step"],
+        figures=state["figures"],
     )
     if cluster.accelerator.scaler is not None and state.get("scaler"):
         cluster.accelerator.scaler.load_state_dict(state["scaler"])
@@ -415,18 +414,17 @@ def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
     return data.manifest.eos_token_id if config.document_mask else None
 
 
-def save(run: Run, step: int, since_log: dict[str, Any], eval_loss: float | None) -> None:
+def save(run: Run, step: int, since_log: dict[str, Any]) -> None:
     """Save a checkpoint after `step` updates; in the background, training goes on meanwhile."""
     from p2p_llm_forge import checkpoint
 
-    run.saved_step = step
     config, scaler = run.config, run.cluster.accelerator.scaler
     state = {
         "step": step,
         "blocks_read": position_of(run, step),
         "tokens": step * run.plan.tokens_per_update,
         "train_loss": run.train_loss,
-        "eval_loss": eval_loss,
+        "figures": run.figures,
         "since_log": since_log,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": as_dict(config),
@@ -469,15 +467,17 @@ def finish_saving(run: Run) -> None:
     run.cluster.main_only(finish)
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-    """The figures on the validation split; empty without one."""
+def evaluate(run: Run, step: int) -> dict[str, Any]:
+    """The figures on the validation split after `step` updates; empty without one."""
     from p2p_llm_forge.evaluation import evaluate_split
 
     blocks = run.data.blocks("validation")
     if blocks is None:
         return {}
     size = run.data.manifest.splits["validation"].bytes
-    return evaluate_split(run.bare_model, blocks, size, run.plan.micro_batch_size, run.cluster)
+    figures = evaluate_split(run.bare_model, blocks, size, run.plan.micro_batch_size, run.cluster)
+    run.tracking.log({"step": step, **figures})
+    return figures
 
 
 def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None) -> TrainResult:
@@ -486,13 +486,11 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
     from p2p_llm_forge.evaluation import sample_text
 
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
-    figures = evaluate(run)
     finish_saving(run)
+    figures = run.figures or evaluate(run, steps)  # a run killed after its last save has none
 
     def publish() -> dict[str, Any]:
         checkpoint.publish(checkpoint.checkpoint_dir(output_dir, steps), output_dir)
-        if figures:
-            run.tracking.log({"step": steps, **figures})
         result = TrainResult(
             output_dir=str(output_dir),
             steps=steps,

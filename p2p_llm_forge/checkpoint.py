@@ -109,7 +109,8 @@ def best_step(output_dir: Path) -> int | None:
     losses = {}
     for step in steps_saved(output_dir):
         with contextlib.suppress(OSError, ValueError):
-            losses[step] = read_state(checkpoint_dir(output_dir, step)).get("eval_loss")
+            figures = read_state(checkpoint_dir(output_dir, step))["figures"]
+            losses[step] = figures.get("eval_loss")
     known = {step: loss for step, loss in losses.items() if loss is not None}
     return min(known, key=lambda step: (known[step], step)) if known else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -164,3 +165,74 @@ def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ForgeError, match="cannot be written"):
         checkpoint.claim(tmp_path / "file" / "run", {}, resume=None, overwrite=False)
+
+
+def write_with_loss(loss):
+    def write(folder):
+        write_two_files(folder)
+        state = {"figures": {"eval_loss": loss}}
+        checkpoint.write_json(folder / checkpoint.TRAINER_STATE, state)
+
+    return write
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+        checkpoint.commit(tmp_path, step, write_with_loss(loss), keep=1, keep_best=True)
+    assert checkpoint.steps_saved(tmp_path) == [5, 2]
+    checkpoint.commit(tmp_path, 6, write_with_loss(0.5), keep=1, keep_best=True)
+    assert checkpoint.steps_saved(tmp_path) == [6]
+
+
+def test_the_writer_has_one_save_in_flight_and_is_waited_for():
+    running, finished, may_end = [], [], threading.Event()
+
+    def save(name):
+        def act():
+            running.append(name)
+            assert len(running) - len(finished) == 1, "two saves at once"
+            may_end.wait(10)
+            finished.append(name)
+
+        return act
+
+    writer = checkpoint.Writer(in_background=True)
+    writer.start(save("first"))
+    assert finished == [], "the caller went on while it was written"
+    threading.Timer(0.2, may_end.set).start()
+    writer.start(save("second"))
+    assert finished[:1] == ["first"], "the second save waited for the first"
+    writer.wait()
+    assert finished == ["first", "second"]
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_save_is_told_once_and_a_mistake_of_ours_is_raised(in_background):
+    def fail(error):
+        def act():
+            raise error
+
+        return act
+
+    writer = checkpoint.Writer(in_background)
+    writer.start(fail(ForgeError("the disk is full")))
+    writer.wait()
+    assert (writer.failure(), writer.failure()) == ("the disk is full", None)
+    writer.start(fail(KeyError("bug")))
+    writer.wait()
+    with pytest.raises(KeyError):
+        writer.failure()
+
+
+def test_changes_that_make_sense_are_allowed_by_resume_changed(tmp_path):
+    identity = {"dataset": "aaa", "seed": 0, "batch_size": 8, "model_type": "gpt2"}
+    checkpoint.claim(tmp_path, identity)
+    changed = {**identity, "seed": 1, "dataset": "bbb"}
+    with pytest.raises(ForgeError, match="--resume auto --resume-changed") as error:
+        checkpoint.claim(tmp_path, changed, resume="auto")
+    assert "seed: the run has 0, asked was 1" in str(error.value)
+    assert "dataset: the run has aaa, asked was bbb" in str(error.value)
+    checkpoint.claim(tmp_path, changed, resume="auto", resume_changed=True)
+    other_model = {**changed, "model_type": "llama"}
+    with pytest.raises(ForgeError, match="model_type: the run has gpt2, asked was llama"):
+        checkpoint.claim(tmp_path, other_model, resume="auto", resume_changed=True)

@@ -323,3 +323,30 @@ def test_a_document_mask_changes_the_training_and_the_evaluation(config, tmp_pat
     assert train(replace(masked_config, eval_only=True, document_mask=False)).eval_loss != (
         pytest.approx(masked.eval_loss, rel=1e-5)
     )
+
+
+def test_a_run_goes_on_with_another_batch_size_and_reads_every_block_once(config, tmp_path):
+    """--resume-changed: the stream of blocks goes on where it was, in other portions."""
+    from p2p_llm_forge.checkpoint import read_state
+
+    train(replace(config, lr_scheduler="constant"))
+    with pytest.raises(ForgeError, match="batch_size: the run has 8, asked was 4"):
+        train(replace(config, batch_size=4, max_steps=8, resume="auto"))
+    longer = replace(config, batch_size=4, max_steps=8, lr_scheduler="constant", resume="auto")
+    train(replace(longer, resume_changed=True))
+    assert read_state(tmp_path / "run" / "checkpoint-8")["blocks_read"] == 6 * 8 + 2 * 4
+
+
+def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
+    from p2p_llm_forge import checkpoint
+
+    train(
+        replace(
+            config,
+            **{"max_steps": 12, "save_every": 2, "eval_every": 2, "learning_rate": 5e-2},
+            **{"keep_best": True, "keep_checkpoints": 1, "lr_scheduler": "constant"},
+        )
+    )
+    losses = {line["step"]: line["eval_loss"] for line in metrics(config) if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert checkpoint.steps_saved(tmp_path / "run") == sorted({12, best}, reverse=True)
