@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     check(config)
     from p2p_llm_forge.cluster import join
+    from p2p_llm_forge.run_folder import claim_output, finished_result, only_run
 
     with Interruptions(config.max_seconds) as interruptions, join(config) as cluster:
         try:
@@ -113,19 +111,7 @@ def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | 
         if is_last or done % config.log_every == 0:
             run.train_loss = window.mean(plan.tokens_per_update)
             spent = training_s + time.perf_counter() - started
-            run.tracking.log(
-                {
-                    "step": done,
-                    "loss": run.train_loss,
-                    "learning_rate": config.learning_rate * run.learning_rate_factor(step),
-                    "grad_norm": float(grad_norm),
-                    "tokens": done * plan.tokens_per_update,
-                    "epoch": (position_of(run, done)) / len(run.blocks),
-                    "tokens_per_second": (done - run.first_step) * plan.tokens_per_update / spent,
-                    "peers": report.peers,
-                    **({"shares": run.balance.shares} if config.balance == "auto" else {}),
-                }
-            )
+            run.tracking.log(metrics_line(run, done, float(grad_norm), spent, report.peers))
         told = run.cluster.gather_numbers([interruptions.asked(), forward_s])
         run.balance.measured([seconds for _, seconds in told])
         asked = int(max(wish for wish, _ in told))
@@ -145,6 +131,21 @@ def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | 
             raise interruption(asked, done, run.cluster.launch.is_elastic)
     updates = plan.total_steps - run.first_step
     return run.train_loss, updates * plan.tokens_per_update / training_s if updates else None
+
+
+def metrics_line(run: Run, step: int, grad_norm: float, spent_s: float, peers: int) -> dict:
+    """A line of metrics.jsonl after `step` updates."""
+    return {
+        "step": step,
+        "loss": run.train_loss,
+        "learning_rate": run.config.learning_rate * run.learning_rate_factor(step - 1),
+        "grad_norm": grad_norm,
+        "tokens": step * run.plan.tokens_per_update,
+        "epoch": position_of(run, step) / len(run.blocks),
+        "tokens_per_second": (step - run.first_step) * run.plan.tokens_per_update / spent_s,
+        "peers": peers,
+        **({"shares": run.balance.shares} if run.config.balance == "auto" else {}),
+    }
 
 
 def is_due(step: int, every: int) -> bool:
@@ -281,61 +282,6 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> d
     )
 
 
-@contextlib.contextmanager
-def only_run(config: TrainConfig, cluster: Cluster) -> Iterator[None]:
-    """Hold the output directory against other runs: the main process has the lock."""
-    from p2p_llm_forge.lock import only_writer
-
-    with contextlib.ExitStack() as held:
-
-        def lock() -> None:
-            folder = Path(config.output_dir)
-            run_id = os.environ.get("TORCHELASTIC_RUN_ID") if cluster.launch.is_elastic else None
-            held.enter_context(only_writer(folder / "run.lock", f"--output-dir {folder}", run_id))
-
-        cluster.main_only(lock)
-        yield
-
-
-def run_identity(
-    config: TrainConfig, data: PreparedDataset, plan: data_order.Plan
-) -> dict[str, Any]:
-    """What makes a run this run and no other."""
-    return {
-        "dataset": data.manifest.fingerprint,
-        "tokenizer": data.manifest.tokenizer_fingerprint,
-        "sequence_length": data.manifest.sequence_length,
-        "model_name": config.model_name,
-        "model_type": config.model_type,
-        "config_overrides": sorted((config.config_overrides or "").split(",")),
-        "optimizer": config.optimizer,
-        "seed": config.seed,
-        "batch_size": plan.batch_size,
-    }
-
-
-def claim_output(
-    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
-) -> Path | None:
-    """Make the output directory this run's own; returns the checkpoint to go on from, if any."""
-    from p2p_llm_forge import checkpoint
-
-    identity = run_identity(config, data, plan)
-
-    def claim() -> str | None:
-        found = checkpoint.claim(
-            Path(config.output_dir),
-            identity,
-            resume=config.resume,
-            resume_changed=config.resume_changed,
-            overwrite=config.overwrite,
-        )
-        return str(found) if found else None
-
-    found = cluster.main_only(claim)
-    return Path(found) if found else None
-
-
 def set_up(
     config: TrainConfig,
     cluster: Cluster,
@@ -347,6 +293,7 @@ def set_up(
     from p2p_llm_forge import model as models
     from p2p_llm_forge.checkpoint import Writer, load_optimizer, read_state
     from p2p_llm_forge.loss import NextTokenLoss
+    from p2p_llm_forge.run_folder import settings_changed
     from p2p_llm_forge.sync import AllReduce
     from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
 
@@ -513,43 +460,6 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
     return TrainResult(**run.cluster.main_only(publish))
 
 
-def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting of what is computed that is another one than at the checkpoint."""
-    computed = (
-        *("learning_rate", "lr_scheduler", "warmup_steps", "epochs", "max_steps", "seed"),
-        *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision"),
-    )
-    return [
-        f"{key}: {before.get(key)} -> {now[key]}" for key in computed if before.get(key) != now[key]
-    ]
-
-
-def finished_result(
-    config: TrainConfig, cluster: Cluster, checkpoint: Path | None, plan: data_order.Plan
-) -> TrainResult | None:
-    """The result of a run that `--resume` finds finished, so that it is not done twice."""
-
-    def look() -> dict[str, Any] | None:
-        from p2p_llm_forge.checkpoint import read_state
-
-        if checkpoint is None:
-            return None
-        step, result = read_state(checkpoint)["step"], TrainResult.load(Path(config.output_dir))
-        if step > plan.total_steps:
-            raise ForgeError(
-                f"{checkpoint} is after step {step}, this run was asked to end at"
-                f" {plan.total_steps}: raise --max-steps or --epochs, or start anew with"
-                " --overwrite"
-            )
-        if result is None or result.steps != plan.total_steps:
-            return None
-        print(f"finished already; --overwrite starts anew\n{result.summary()}", flush=True)
-        return result.as_dict()
-
-    result = cluster.main_only(look)
-    return TrainResult(**result) if result else None
-
-
 def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
     from p2p_llm_forge import checkpoint
@@ -595,6 +505,7 @@ def describe(
     """What a run would do; builds the model, takes no update and writes nothing."""
     from p2p_llm_forge.checkpoint import refuse_another_run
     from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.run_folder import run_identity
     from p2p_llm_forge.tracking import introduction
 
     output_dir, identity = Path(config.output_dir), run_identity(config, data, plan)

@@ -170,7 +170,8 @@ class LossWindow:
             self._next_step += len(self._pending)
             self._updates += len(self._pending)
             self._pending.clear()
-        return {"nats": self._nats, "updates": self._updates}
+        # A copy: the background writer reads it while this list grows.
+        return {"nats": list(self._nats), "updates": self._updates}
 
     def mean(self, tokens_per_update: int) -> float:
         """Nats per token since the last line; the next line starts anew. All ranks must call."""

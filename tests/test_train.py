@@ -350,3 +350,17 @@ def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
     losses = {line["step"]: line["eval_loss"] for line in metrics(config) if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert checkpoint.steps_saved(tmp_path / "run") == sorted({12, best}, reverse=True)
+
+
+def test_what_a_save_keeps_of_the_losses_is_a_copy():
+    """The background writer reads it while the run goes on."""
+    from p2p_llm_forge.cluster import Cluster, Launch
+    from p2p_llm_forge.tracking import LossWindow
+
+    alone = Cluster(Launch(), torch.device("cpu"), store=None)
+    window = LossWindow(alone, 0, {"nats": [], "updates": 0})
+    window.add(torch.tensor(1.0))
+    kept = window.collect()
+    window.add(torch.tensor(2.0))
+    window.collect()
+    assert kept == {"nats": [1.0], "updates": 1}
