@@ -313,8 +313,10 @@ def set_up(
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
+    blocks = cluster.together(data.train_blocks)
     if config.compile:
         lm.base_model.compile()
+        compile_now(bare_model, blocks, plan, cluster)
     optimizer = models.build_optimizer(config, lm)
     state: dict[str, Any] = {
         **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
@@ -330,7 +332,7 @@ def set_up(
         config,
         cluster,
         data,
-        cluster.together(lambda: data.train_blocks()),
+        blocks,
         plan,
         model,
         bare_model,
@@ -359,6 +361,21 @@ def set_up(
 def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
     """The token that attention does not cross; None where it reads a block as one text."""
     return data.manifest.eos_token_id if config.document_mask else None
+
+
+def compile_now(model: Any, blocks: Blocks, plan: data_order.Plan, cluster: Cluster) -> None:
+    """Take a forward and a backward, so that no rank compiles while others wait in an exchange."""
+    import torch
+
+    numbers = range(min(plan.micro_batch_size, len(blocks)))
+    inputs, targets = (
+        torch.from_numpy(a).to(cluster.device) for a in blocks.inputs_and_targets(numbers)
+    )
+    with cluster.accelerator.autocast():
+        nats, _ = model(inputs, targets)
+    nats.backward()
+    model.zero_grad()
+    cluster.gather_facts({})
 
 
 def save(run: Run, step: int, since_log: dict[str, Any]) -> None:

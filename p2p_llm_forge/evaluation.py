@@ -68,16 +68,18 @@ def sample_text(
     torch.manual_seed(seed)
     was_training = lm.training
     lm.eval()
-    drawn = lm.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=min(new_tokens, data.manifest.sequence_length - 1),
-        do_sample=True,
-        top_k=40,
-        temperature=0.8,
-        use_cache=True,
-        eos_token_id=data.manifest.eos_token_id,
-        pad_token_id=data.manifest.eos_token_id,
-    )
+    # Every length would be compiled anew for a few tokens.
+    with torch.compiler.set_stance("force_eager"):
+        drawn = lm.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=min(new_tokens, data.manifest.sequence_length - 1),
+            do_sample=True,
+            top_k=40,
+            temperature=0.8,
+            use_cache=True,
+            eos_token_id=data.manifest.eos_token_id,
+            pad_token_id=data.manifest.eos_token_id,
+        )
     lm.train(was_training)
     return str(tokenizer.decode(drawn[0], skip_special_tokens=True))
