@@ -118,6 +118,8 @@ def test_both_readmes_have_the_same_chapters_and_examples():
 def test_a_command_is_accepted(line):
     """Targets, launchers and scripts know every word of it, and the files it names are there."""
     words = shlex.split(line)
+    while re.match(r"[A-Z_]+=", words[0]):  # the environment of the command
+        words = words[1:]
     if words[0] == "make":
         makefile = text_of("Makefile")
         for target in words[1:]:
@@ -136,7 +138,8 @@ def test_a_command_is_accepted(line):
     script, flags = through_launcher(words)
     config = parse(SCRIPTS[script], flags, script)
     if isinstance(config, PrepareConfig):
-        config.check()
+        if not config.describe:
+            config.check()
     else:
         config.problems().raise_any()
 
