@@ -62,6 +62,11 @@ class Host:
         """Put the cable back."""
         ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "up")
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM to what was started, as a shutdown of the machine sends it."""
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+
     def switch_off(self) -> None:
         """Kill everything on the host at once, as a power cut does."""
         for process in self._processes:

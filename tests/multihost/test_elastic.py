@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import TINY_MODEL
 from tests.multihost.hosts import PYTHON, hosts, why_not
+from tests.multiprocess.test_kill_and_resume import newest_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,6 +80,14 @@ def test_peers_are_killed_unplugged_and_come_back(prepared, tmp_path):
         start(machines[1], 1, endpoint, prepared, folder, logs[1])
         spent = wait_for_peers(folder, logs[0], 2, timeout_s=90)
         print(f"a peer back: {spent:.1f} s until the next line of both")
+
+        before = newest_step(folder)
+        machines[1].ask_to_stop()
+        spent = wait_for_peers(folder, logs[0], 1, timeout_s=60)
+        print(f"a peer shut down: {spent:.1f} s until the other's next line")
+        machines[1].wait(timeout_s=30)
+        assert "SIGTERM: stopped and saved" in logs[0].read_text() + logs[1].read_text()
+        assert newest_step(folder) > before
     told = lines(folder)
     steps = [line["step"] for line in told]
     assert steps == sorted(set(steps)), "no step is missing a line, or has two"
