@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,10 @@ def train(config: TrainConfig) -> TrainResult:
     """
     check(config)
     from p2p_llm_forge.cluster import join
-    from p2p_llm_forge.run_folder import claim_output, finished_result, only_run
+    from p2p_llm_forge.run_folder import claim_output, find_checkpoint, finished_result, only_run
 
-    with Interruptions(config.max_seconds) as interruptions, join(config) as cluster:
+    interruptions = Interruptions(config.max_seconds)  # the clock runs from here
+    with join(config) as cluster:
         try:
             data = open_data(config, cluster)
             if config.eval_only:
@@ -74,10 +75,13 @@ def train(config: TrainConfig) -> TrainResult:
             if config.dry_run:
                 return describe(config, cluster, data, plan)
             with only_run(config, cluster):
-                checkpoint = claim_output(config, cluster, data, plan)
-                return finished_result(config, cluster, checkpoint, plan) or learn(
-                    set_up(config, cluster, data, plan, checkpoint), interruptions
-                )
+                checkpoint = find_checkpoint(config, cluster, data, plan)
+                finished = finished_result(config, cluster, checkpoint, plan)
+                if finished:
+                    return finished
+                run = set_up(config, cluster, data, plan, checkpoint)
+                claim_output(config, cluster, data, plan)
+                return learn(run, interruptions)
         except (RuntimeError, OSError, MemoryError) as error:
             failure = cluster.failure(error)
             if failure is None:
@@ -88,8 +92,9 @@ def train(config: TrainConfig) -> TrainResult:
 def learn(run: Run, interruptions: Interruptions) -> TrainResult:
     """The updates, the evaluation and the results; what is being written is always finished."""
     try:
-        train_loss, tokens_per_second = loop(run, interruptions)
-        return conclude(run, train_loss, tokens_per_second)
+        with interruptions:
+            train_loss, tokens_per_second = loop(run, interruptions)
+            return conclude(run, train_loss, tokens_per_second)
     finally:
         run.writer.wait()
         run.tracking.finish()
@@ -215,6 +220,8 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     from p2p_llm_forge.corpus import open_prepared
 
     folder = Path(config.dataset_path)
+    if folder.suffix and not cluster.main_only(folder.exists):
+        raise ForgeError(f"--dataset-path {folder}: no such file")
     if cluster.main_only(lambda: folder.is_file()):
         if config.dry_run:
             raise ForgeError(
@@ -261,6 +268,7 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
             vocab_size=config.vocab_size,
             trust_remote_code=config.trust_remote_code,
             sequence_length=config.sequence_length or 256,
+            encoding_errors=config.encoding_errors,
             overwrite=config.overwrite,
         )
     )
@@ -268,11 +276,16 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
 
 def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> data_order.Plan:
     """How the updates are made up, for as many peers as there are."""
-    from p2p_llm_forge.checkpoint import steps_saved
+    from p2p_llm_forge.checkpoint import recorded_identity, steps_saved
 
-    goes_on = bool(config.resume) and cluster.main_only(
-        lambda: bool(steps_saved(Path(config.output_dir)))
-    )
+    def look() -> list[Any]:
+        identity = recorded_identity(Path(config.output_dir)) or {}
+        return [bool(steps_saved(Path(config.output_dir))), identity.get("batch_size")]
+
+    goes_on, batch_size = cluster.main_only(look) if config.resume else (False, None)
+    if batch_size and config.batch_size is None:
+        # The batch stays what it was, with however many peers the run goes on.
+        config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
     return data_order.plan_updates(
         config,
         data.manifest.splits["train"].blocks,

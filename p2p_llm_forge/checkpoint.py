@@ -32,6 +32,12 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 RUN = "run.json"
 
+# What a finished run puts beside its checkpoints.
+PUBLISHED = (
+    *("all_results.json", "README.md", "config.json", "generation_config.json"),
+    *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+)
+
 # Of a run's identity: what --resume-changed may change. Another model or tokenizer would give the
 # saved numbers another meaning.
 MAY_CHANGE = ("dataset", "seed", "batch_size")
@@ -85,23 +91,31 @@ def commit(
             f"checkpoint {final} could not be written: {reason}. Older checkpoints are untouched: "
             "make room on the disk"
         ) from error
-    prune(output_dir, keep, keep_best)
+    prune(output_dir, step, keep, keep_best)
     return final
 
 
-def prune(output_dir: Path, keep: int, keep_best: bool = False) -> None:
-    """Remove all but the `keep` newest checkpoints (and the best), and unfinished saves."""
+def prune(output_dir: Path, newest: int, keep: int, keep_best: bool = False) -> None:
+    """Remove all but the `keep` newest checkpoints (and the best), and unfinished saves.
+
+    newest: the step just saved; later ones are of a branch that `--resume FOLDER` has left.
+    """
+    _remove(output_dir, [step for step in steps_saved(output_dir) if step > newest])
     steps = steps_saved(output_dir)
     kept = set(steps[:keep])
     if keep_best and (best := best_step(output_dir)) is not None:
         kept.add(best)
-    for step in set(steps) - kept:
-        # Renamed first, so that a half-removed checkpoint is not met as a damaged one.
-        doomed = checkpoint_dir(output_dir, step).rename(output_dir / f"tmp-pruned-{step}")
-        shutil.rmtree(doomed, ignore_errors=True)
+    _remove(output_dir, [step for step in steps if step not in kept])
     for leftover in output_dir.glob("tmp-*"):
         if re.fullmatch(r"tmp-(checkpoint|pruned)-\d+", leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(output_dir: Path, steps: list[int]) -> None:
+    for step in steps:
+        # Renamed first, so that a half-removed checkpoint is not met as a damaged one.
+        doomed = checkpoint_dir(output_dir, step).rename(output_dir / f"tmp-pruned-{step}")
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def best_step(output_dir: Path) -> int | None:
@@ -186,7 +200,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`; None if every file is what the manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, step, files = manifest["format_version"], manifest["step"], manifest["files"]
+        version, step = int(manifest["format_version"]), int(manifest["step"])
+        files = dict(manifest["files"])
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so its writing was not finished"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -278,25 +293,27 @@ def identity_differences(recorded: dict[str, Any], asked: dict[str, Any]) -> dic
     }
 
 
-def claim(
-    output_dir: Path,
-    identity: dict[str, Any],
-    *,
-    resume: str | None = None,
-    resume_changed: bool = False,
-    overwrite: bool = False,
-) -> Path | None:
-    """Make `output_dir` this run's own; returns the checkpoint that `resume` means, if any.
+def find(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint that `--resume` means; None to start. Damaged ones are passed over by name.
 
-    identity: what makes a run this run and no other, recorded in run.json. Raises ForgeError when
-    the folder holds another run (`resume_changed` allows some differences), or this one and neither
-    `resume` nor `overwrite` was said, or when it cannot be written; only `overwrite` removes
-    anything, and only what a run writes. Damaged checkpoints are passed over by name.
+    Raises ForgeError for a damaged one that was asked for by its folder.
     """
     if resume not in (None, "auto") and (wrong := damage(Path(resume))):
         raise ForgeError(f"--resume {resume}: {wrong}. --resume auto takes the newest good one")
-    if not overwrite:
-        refuse_another_run(output_dir, identity, bool(resume), resume_changed)
+    if resume != "auto":
+        return Path(resume) if resume else None
+    found, passed_over = newest_good(output_dir)
+    for line in passed_over:
+        print(line, file=sys.stderr, flush=True)
+    return found
+
+
+def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -> None:
+    """Record in run.json that the folder is this run's; `overwrite` first removes the one in it.
+
+    identity: what makes a run this run and no other. Called when all else is known to work.
+    Raises ForgeError when the folder cannot be written.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -306,26 +323,34 @@ def claim(
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}"
         ) from error
-    if resume != "auto":
-        return Path(resume) if resume else None
-    found, passed_over = newest_good(output_dir)
-    for line in passed_over:
-        print(line, file=sys.stderr, flush=True)
-    return found
+
+
+def recorded_identity(output_dir: Path) -> dict[str, Any] | None:
+    """What run.json says of the run in the folder; None if there is none."""
+    try:
+        text = (output_dir / RUN).read_text(encoding="utf-8")
+        return json.loads(text)["identity"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ForgeError(
+            f"{output_dir / RUN} cannot be read ({error}): start the run anew with --overwrite"
+        ) from error
 
 
 def refuse_another_run(
     output_dir: Path, identity: dict[str, Any], resume: bool, resume_changed: bool
 ) -> None:
     """Raise ForgeError if `output_dir` holds another run, or this one without `resume`."""
-    if not (output_dir / RUN).exists():
-        if (output_dir / "config.json").exists():
+    recorded = recorded_identity(output_dir)
+    if recorded is None:
+        present = [name for name in PUBLISHED if (output_dir / name).exists()]
+        if present:
             raise ForgeError(
-                f"{output_dir} holds a model that is not of a run of this program: choose another "
-                "--output-dir, or replace it with --overwrite"
+                f"{output_dir} holds {present[0]}, but no run of this program: choose another "
+                "--output-dir, or replace what is there with --overwrite"
             )
         return
-    recorded = json.loads((output_dir / RUN).read_text(encoding="utf-8"))["identity"]
     differences = identity_differences(recorded, identity)
     fixed = [line for key, line in differences.items() if key not in MAY_CHANGE]
     if differences and (fixed or not (resume and resume_changed)):
@@ -342,10 +367,8 @@ def refuse_another_run(
 
 
 def _remove_run(output_dir: Path) -> None:
-    for step in steps_saved(output_dir):
-        shutil.rmtree(checkpoint_dir(output_dir, step))
-    prune(output_dir, keep=0)
-    for name in (RUN, "metrics.jsonl", "all_results.json", "config.json", "model.safetensors"):
+    _remove(output_dir, steps_saved(output_dir))
+    for name in (RUN, "metrics.jsonl", *PUBLISHED):
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / "runs", ignore_errors=True)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
 
@@ -178,6 +179,9 @@ class TrainConfig:
         None, "for a text file: tokenizer to use; without it that of --model-name, or a new one"
     )
     vocab_size: int = flag(8192, "for a text file: entries of a tokenizer that is trained on it")
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "for a text file: bytes that are not UTF-8 are refused, or replaced by U+FFFD"
+    )
     sequence_length: int | None = flag(
         None,
         "tokens in a block; must be that of the prepared data; for a text file 256",
@@ -289,6 +293,14 @@ class TrainConfig:
         None, "recipe: a YAML file whose keys are these flags; the command line wins"
     )
 
+    def __post_init__(self) -> None:
+        # From a notebook, paths may be Paths and sizes a dict.
+        for name in ("dataset_path", "output_dir", "model_name", "tokenizer", "resume"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        if isinstance(self.config_overrides, dict):
+            self.config_overrides = ",".join(f"{k}={v}" for k, v in self.config_overrides.items())
+
     # What may differ between the ranks of one run: places and addresses, not what is computed.
     PER_RANK = (
         *("dataset_path", "output_dir", "model_name", "tokenizer", "resume", "config", "report_to"),
@@ -299,6 +311,9 @@ class TrainConfig:
     def problems(self) -> Problems:
         """Every problem that can be seen without touching a file or a library."""
         problems = Problems()
+        for told in wrong_values(self):
+            problems.require(False, told)
+        problems.raise_any()  # what follows compares the values
         problems.require(
             bool(self.dataset_path),
             "no data given: add --dataset-path FOLDER (made by prepare_data.py) or a text file",
@@ -309,7 +324,7 @@ class TrainConfig:
         )
         for name in ("epochs", "learning_rate", "log_every", "peer_timeout"):
             problems.require(
-                getattr(self, name) > 0,
+                0 < getattr(self, name) < math.inf,
                 f"{option(name)} is {getattr(self, name)}: use a number above 0",
             )
         for name in (
@@ -353,8 +368,24 @@ class TrainConfig:
         )
         problems.require(
             not (self.keep_best and not self.eval_every),
-            "--keep-best needs evaluations to choose by: add --eval-every (a multiple of"
-            " --save-every)",
+            "--keep-best needs evaluations to choose by: add --eval-every",
+        )
+        problems.require(
+            not (self.keep_best and self.eval_every and self.save_every % self.eval_every),
+            f"--keep-best judges every checkpoint by its evaluation: --save-every {self.save_every}"
+            f" must be a multiple of --eval-every {self.eval_every}",
+        )
+        problems.require(
+            self.world_size is None or self.world_size >= 1,
+            f"--world-size is {self.world_size}: use 1 or more",
+        )
+        problems.require(
+            abs(self.seed) < 2**63, f"--seed is {self.seed}: use a number of at most 63 bits"
+        )
+        problems.require(
+            not (self.overwrite and self.model_name and _is_same(self.model_name, self.output_dir)),
+            f"--overwrite would throw away --model-name {self.model_name}: choose another"
+            " --output-dir",
         )
         problems.require(
             self.optimizer in OPTIMIZERS,
@@ -365,6 +396,27 @@ class TrainConfig:
     def shared_settings(self) -> dict[str, Any]:
         """The settings that must be the same on every rank of a run."""
         return {key: value for key, value in as_dict(self).items() if key not in self.PER_RANK}
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names mean the same folder."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def wrong_values(config: Any) -> list[str]:
+    """A message for each field whose value is not of its type: a notebook can pass anything."""
+    told = []
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            if value not in kinds:
+                told.append(f"{option(name)} is {value!r}: choose from {', '.join(kinds)}")
+            continue
+        classes = tuple({get_origin(kind) or kind for kind in kinds})
+        is_number = float in classes and isinstance(value, int) and not isinstance(value, bool)
+        if not is_number and type(value) not in classes:
+            told.append(f"{option(name)} is {value!r}, of the wrong type")
+    return told
 
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")

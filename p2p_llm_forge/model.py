@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.corpus import PreparedDataset
@@ -73,7 +74,11 @@ def build_model(config: TrainConfig, data: PreparedDataset) -> Any:
             f"transformers cannot build this {model_config.model_type}: {error}. Change"
             " --config-overrides"
         ) from error
-    return model.float()
+    model = model.float()
+    _require_causal(
+        model, f"a {model_config.model_type} from scratch", data.manifest.sequence_length
+    )
+    return model
 
 
 def load_model(name: str, data: PreparedDataset, trust_remote_code: bool = False) -> Any:
@@ -95,6 +100,7 @@ def load_model(name: str, data: PreparedDataset, trust_remote_code: bool = False
             "another machine and give its folder"
         ) from error
     _check_fits(model, name, data, trust_remote_code)
+    _require_causal(model, f"model {name}", data.manifest.sequence_length)
     return model
 
 
@@ -115,7 +121,10 @@ def new_model_config(config: TrainConfig, data: PreparedDataset) -> Any:
     manifest = data.manifest
     settings: dict[str, Any] = {"vocab_size": manifest.vocab_size}
     settings |= {f"{end}_token_id": manifest.eos_token_id for end in ("bos", "eos")}
-    settings["pad_token_id"] = None
+    padding = getattr(defaults, "pad_token_id", None)
+    settings["pad_token_id"] = padding if (padding or 0) < manifest.vocab_size else None
+    if hasattr(defaults, "is_decoder"):
+        settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
     if not config.model_type:
         settings |= SMALL_GPT2
     if positions_of(defaults) is not None:
@@ -126,8 +135,9 @@ def new_model_config(config: TrainConfig, data: PreparedDataset) -> Any:
     overrides = {own_name.get(key, key): value for key, value in overrides.items()}
     try:
         model_config = AutoConfig.for_model(defaults.model_type, **{**settings, **overrides})
-    except (ValueError, TypeError) as error:
-        raise ForgeError(f"--config-overrides {config.config_overrides}: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        told = " ".join(str(error).split())
+        raise ForgeError(f"--config-overrides {config.config_overrides}: {told}") from error
     model_config.use_cache = False
     if model_config.vocab_size < manifest.vocab_size:
         raise ForgeError(
@@ -209,6 +219,37 @@ def _check_fits(model: Any, name: str, data: PreparedDataset, trust_remote_code:
         raise ForgeError(
             f"the data was tokenized with another tokenizer than that of model {name}, so its "
             f"numbers mean other words: {mend}"
+        )
+
+
+@torch.no_grad()
+def _require_causal(model: Any, what: str, length: int) -> None:
+    """Raise ForgeError unless the model takes a block, and predicts each token from those before.
+
+    Tried, since families that can be either (BERT, XLNet, ...) do not all say which they are.
+    length: tokens in a block.
+    """
+    was_training = model.training
+    model.eval()
+    tokens = torch.arange(length).remainder(model.get_input_embeddings().num_embeddings)
+    changed = tokens.clone()
+    changed[-1] = tokens[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one, other = (
+                model(input_ids=ids.unsqueeze(0), use_cache=False).logits[:, :-1]
+                for ids in (tokens, changed)
+            )
+    except (IndexError, RuntimeError) as error:
+        raise ForgeError(
+            f"{what} cannot take a block of {length} tokens ({error}): build it with more positions"
+            f" (--config-overrides max_position_embeddings={length + 2}), or prepare shorter blocks"
+        ) from error
+    model.train(was_training)
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
+        raise ForgeError(
+            f"{what} sees the tokens that it should predict, so it is not a causal language model:"
+            " choose another family, such as gpt2, llama or qwen3"
         )
 
 

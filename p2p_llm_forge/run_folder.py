@@ -40,31 +40,40 @@ def run_identity(config: TrainConfig, data: PreparedDataset, plan: Plan) -> dict
         "sequence_length": data.manifest.sequence_length,
         "model_name": config.model_name,
         "model_type": config.model_type,
-        "config_overrides": sorted((config.config_overrides or "").split(",")),
+        "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
+        "document_mask": config.document_mask,
         "optimizer": config.optimizer,
         "seed": config.seed,
         "batch_size": plan.batch_size,
     }
 
 
-def claim_output(
+def find_checkpoint(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan
 ) -> Path | None:
-    """Make the output directory this run's own; returns the checkpoint to go on from, if any."""
-    identity = run_identity(config, data, plan)
+    """The checkpoint to go on from, if any. Raises ForgeError if the folder holds another run."""
 
-    def claim() -> str | None:
-        found = checkpoint.claim(
-            Path(config.output_dir),
-            identity,
-            resume=config.resume,
-            resume_changed=config.resume_changed,
-            overwrite=config.overwrite,
+    def look() -> str | None:
+        output_dir = Path(config.output_dir)
+        if config.overwrite:
+            return None
+        checkpoint.refuse_another_run(
+            output_dir,
+            run_identity(config, data, plan),
+            bool(config.resume),
+            config.resume_changed,
         )
+        found = checkpoint.find(output_dir, config.resume)
         return str(found) if found else None
 
-    found = cluster.main_only(claim)
+    found = cluster.main_only(look)
     return Path(found) if found else None
+
+
+def claim_output(config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan) -> None:
+    """Make the folder this run's own, now that model and data are known to work."""
+    identity = run_identity(config, data, plan)
+    cluster.main_only(lambda: checkpoint.claim(Path(config.output_dir), identity, config.overwrite))
 
 
 def finished_result(
@@ -85,7 +94,7 @@ def finished_result(
                 f" {plan.total_steps}: raise --max-steps or --epochs, or start anew with"
                 " --overwrite"
             )
-        if result is None or result.steps != plan.total_steps:
+        if result is None or result.steps != plan.total_steps or step != plan.total_steps:
             return None
         print(f"finished already; --overwrite starts anew\n{result.summary()}", flush=True)
         return result.as_dict()

@@ -44,6 +44,9 @@ DAMAGES = {
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     "manifest.json cannot be read": lambda folder: (folder / "manifest.json").write_text("{"),
+    "cannot be read (invalid": lambda folder: (folder / "manifest.json").write_text(
+        '{"format_version": "x", "step": 20, "files": {}}'
+    ),
     "is that of step 10": lambda folder: shutil.copy(
         folder.parent / "checkpoint-10" / "manifest.json", folder / "manifest.json"
     ),
@@ -136,35 +139,55 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
         checkpoint.load_optimizer(tmp_path, other, torch.optim.AdamW(other.parameters()))
 
 
+def refuse(folder, identity, resume=False, resume_changed=False):
+    checkpoint.refuse_another_run(folder, identity, resume, resume_changed)
+
+
 def test_an_output_directory_belongs_to_one_run(tmp_path):
     identity = {"dataset": "aaa", "model_type": "gpt2"}
     folder = tmp_path / "run"
-    checkpoint.claim(folder, identity, resume=None, overwrite=False)
+    refuse(folder, identity)
+    checkpoint.claim(folder, identity)
     checkpoint.commit(folder, 10, write_two_files, keep=1)
     with pytest.raises(ForgeError, match="--resume auto"):
-        checkpoint.claim(folder, identity, resume=None, overwrite=False)
-    checkpoint.claim(folder, identity, resume="auto", overwrite=False)
+        refuse(folder, identity)
+    refuse(folder, identity, resume=True)
     other = {"dataset": "bbb", "model_type": "llama"}
     with pytest.raises(ForgeError) as error:
-        checkpoint.claim(folder, other, resume="auto", overwrite=False)
+        refuse(folder, other, resume=True)
     assert "dataset: the run has aaa, asked was bbb" in str(error.value)
     assert "model_type: the run has gpt2, asked was llama" in str(error.value)
     assert checkpoint.newest_good(folder)[0] is not None
-    checkpoint.claim(folder, other, resume=None, overwrite=True)
+    checkpoint.claim(folder, other, overwrite=True)
     assert checkpoint.newest_good(folder)[0] is None
+    refuse(folder, other, resume=True)
 
 
-def test_a_model_of_another_program_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ForgeError, match="not of a run of this program"):
-        checkpoint.claim(tmp_path, {}, resume=None, overwrite=False)
-    assert (tmp_path / "config.json").read_text() == "{}"
+@pytest.mark.parametrize("name", ["config.json", "README.md", "tokenizer.json"])
+def test_files_of_others_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ForgeError, match=f"holds {name}, but no run of this program"):
+        refuse(tmp_path, {})
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ForgeError, match="cannot be written"):
-        checkpoint.claim(tmp_path / "file" / "run", {}, resume=None, overwrite=False)
+        checkpoint.claim(tmp_path / "file" / "run", {})
+
+
+def test_a_broken_run_file_is_told(tmp_path):
+    (tmp_path / checkpoint.RUN).write_text("")
+    with pytest.raises(ForgeError, match="run.json cannot be read"):
+        refuse(tmp_path, {}, resume=True)
+
+
+def test_going_on_from_an_older_checkpoint_leaves_the_later_branch(tmp_path):
+    for step in (4, 6, 8):
+        checkpoint.commit(tmp_path, step, write_two_files, keep=3)
+    checkpoint.commit(tmp_path, 5, write_two_files, keep=2)
+    assert checkpoint.steps_saved(tmp_path) == [5, 4]
 
 
 def write_with_loss(loss):
@@ -229,10 +252,10 @@ def test_changes_that_make_sense_are_allowed_by_resume_changed(tmp_path):
     checkpoint.claim(tmp_path, identity)
     changed = {**identity, "seed": 1, "dataset": "bbb"}
     with pytest.raises(ForgeError, match="--resume auto --resume-changed") as error:
-        checkpoint.claim(tmp_path, changed, resume="auto")
+        refuse(tmp_path, changed, resume=True)
     assert "seed: the run has 0, asked was 1" in str(error.value)
     assert "dataset: the run has aaa, asked was bbb" in str(error.value)
-    checkpoint.claim(tmp_path, changed, resume="auto", resume_changed=True)
+    refuse(tmp_path, changed, resume=True, resume_changed=True)
     other_model = {**changed, "model_type": "llama"}
     with pytest.raises(ForgeError, match="model_type: the run has gpt2, asked was llama"):
-        checkpoint.claim(tmp_path, other_model, resume="auto", resume_changed=True)
+        refuse(tmp_path, other_model, resume=True, resume_changed=True)

@@ -364,3 +364,96 @@ def test_what_a_save_keeps_of_the_losses_is_a_copy():
     window.add(torch.tensor(2.0))
     window.collect()
     assert kept == {"nats": [1.0], "updates": 1}
+
+
+def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):
+    bad = replace(config, config_overrides="n_layer=2,n_head=3,n_embd=32")
+    with pytest.raises(ForgeError, match="--config-overrides"):
+        train(bad)
+    train(config)  # the mended command is not refused
+    before = weights(tmp_path / "run")
+    with pytest.raises(ForgeError, match="--config-overrides"):
+        train(replace(bad, overwrite=True))
+    assert set(weights(tmp_path / "run")) == set(before)
+    with pytest.raises(ForgeError, match="--overwrite would throw away --model-name"):
+        train(replace(config, config_overrides=None, model_name=config.output_dir, overwrite=True))
+
+
+def test_going_on_from_a_named_checkpoint_takes_its_branch(config, tmp_path):
+    from p2p_llm_forge import checkpoint
+
+    train(replace(config, lr_scheduler="constant"))
+    again = replace(config, lr_scheduler="constant", learning_rate=0.02, max_steps=6)
+    before = weights(tmp_path / "run" / "checkpoint-6")
+    train(replace(again, resume=str(tmp_path / "run" / "checkpoint-3")))
+    assert checkpoint.steps_saved(tmp_path / "run") == [6, 3]
+    after = weights(tmp_path / "run" / "checkpoint-6")
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_batch_stays_what_it_was_when_a_run_goes_on(config, tmp_path):
+    from p2p_llm_forge.checkpoint import read_state
+
+    config = replace(config, batch_size=None, lr_scheduler="constant")
+    train(replace(config, micro_batch_size=4, gradient_accumulation_steps=5))
+    train(replace(config, max_steps=7, resume="auto"))
+    assert read_state(tmp_path / "run" / "checkpoint-7")["blocks_read"] == 7 * 20
+
+
+ENCODER = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [("bert", ""), ("roberta", "max_position_embeddings=34")]
+)
+def test_families_that_can_look_ahead_are_built_so_that_they_do_not(config, family, more):
+    sizes = f"{ENCODER},{more}"
+    result = train(replace(config, model_type=family, config_overrides=sizes, max_steps=1))
+    assert result.train_loss > 3
+
+
+def test_a_model_that_cannot_take_a_block_is_refused_with_the_mend(config):
+    """RoBERTa counts its positions from 2."""
+    with pytest.raises(ForgeError, match="max_position_embeddings=34"):
+        train(replace(config, model_type="roberta", config_overrides=ENCODER, max_steps=1))
+
+
+def test_a_model_that_looks_ahead_is_refused(config):
+    sizes = "d_model=32,n_layer=2,n_head=2,d_inner=48"
+    with pytest.raises(ForgeError, match="not a causal language model"):
+        train(replace(config, model_type="xlnet", config_overrides=sizes, max_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"epochs": float("inf")}, "--epochs is inf"),
+        ({"seed": 2**70}, "--seed is"),
+        ({"balance": "yes"}, "--balance is 'yes': choose from none, auto"),
+        ({"learning_rate": "1e-3"}, "--learning-rate is '1e-3', of the wrong type"),
+        ({"world_size": 0}, "--world-size is 0"),
+        (
+            {"keep_best": True, "eval_every": 2, "save_every": 3},
+            "must be a multiple of --eval-every 2",
+        ),
+        ({"dataset_path": "no/such.txt"}, "no/such.txt: no such file"),
+    ],
+)
+def test_values_that_mean_nothing_are_told(config, settings, told):
+    with pytest.raises(ForgeError) as error:
+        train(replace(config, **settings))
+    assert told in str(error.value)
+
+
+def test_a_notebook_may_give_paths_and_a_dict(prepared, tmp_path):
+    result = train(
+        TrainConfig(
+            dataset_path=prepared,
+            output_dir=tmp_path / "run",
+            config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32},
+            max_steps=1,
+            report_to="none",
+            cpu_threads=1,
+        )
+    )
+    assert result.steps == 1
