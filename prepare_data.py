@@ -45,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if config.describe:
         from p2p_llm_forge import inspection
 
+        files = inspection.verify(Path(config.describe)) if config.verify else 0
         print(inspection.describe(Path(config.describe)))
-        if config.verify:
-            print(f"all {inspection.verify(Path(config.describe))} files are as they were written")
+        if files:
+            print(f"all {files} files are as they were written")
         return 0
     prepare(config, unfinished.ranks_of_launch())
     return 0
