@@ -45,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if config.describe:
         from p2p_llm_forge import inspection
 
+        files = inspection.verify(Path(config.describe)) if config.verify else 0
         print(inspection.describe(Path(config.describe)))
-        if config.verify:
-            print(f"all {inspection.verify(Path(config.describe))} files are as they were written")
+        if files:
+            print(f"all {files} files are as they were written")
         return 0
     prepare(config, unfinished.ranks_of_launch())
     return 0
@@ -278,13 +279,22 @@ def resumable(config: PrepareConfig, found: Found, folder: Path) -> Iterator[Non
     try:
         yield
     except BaseException as error:
+        full = _disk_full(config, found, folder) if _says_disk_full(error) else None
         if isinstance(error, TooShort) or not any((folder / "pieces").glob("*.json")):
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 Path(config.output_dir).rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ForgeError(_disk_full(config, found, folder)) from error
+        if full:
+            raise ForgeError(full) from error
         raise
+
+
+def _says_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; tokenizers 0.23 tells it in a plain Exception."""
+    told = [f"(os error {code})" for code in (errno.ENOSPC, errno.EDQUOT)]
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
+        type(error) is Exception and any(code in str(error) for code in told)
+    )
 
 
 def _disk_full(config: PrepareConfig, found: Found, folder: Path) -> str:

@@ -18,7 +18,13 @@ def describe(folder: Path) -> str:
 
     data = corpus.open_prepared(folder)
     manifest = data.manifest
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    except Exception as error:  # what transformers raises for damaged files is not one class
+        raise ForgeError(
+            f"{data.tokenizer_dir} cannot be read ({error}): prepare the text again with "
+            "--overwrite"
+        ) from error
     lines = [
         f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
@@ -49,6 +55,11 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
     blocks = data.blocks(split)
     counts = np.zeros(data.manifest.vocab_size, np.int64)
     for chunk in blocks.chunks() if blocks else ():
+        if chunk.max() >= len(counts):
+            raise ForgeError(
+                f"{data.path / split} is damaged: it holds the token {chunk.max()}, the vocabulary "
+                f"has {len(counts)}. Prepare the text again with --overwrite"
+            )
         counts += np.bincount(chunk.ravel(), minlength=len(counts))
     return int(np.count_nonzero(counts))
 

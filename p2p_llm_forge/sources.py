@@ -625,7 +625,9 @@ def _json_lines(
         )
         column = table.column(0).cast(pa.large_binary())
         column.cast(pa.large_string())  # the parser does not check that strings are UTF-8
-        if not column.null_count:
+        # The parser takes `{}{}` for two rows, and a row may go over several lines.
+        lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
+        if not column.null_count and len(column) == lines:
             return _joined(column.chunks or [_column([])])
     except pa.ArrowException:
         pass
@@ -669,18 +671,24 @@ def _text_of_row(row: Any, where: str, reading: Reading, tally: _Tally) -> bytes
     return None
 
 
+_NO_VALUE = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an array
+
+
 def _json_values(
     span: Span, reading: Reading, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """The rows of a JSON array, one value at a time; a compressed .json may hold lines instead."""
+    head = b""
     with _open_stream(span, tally) as (stream, _):
         head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if not head:
+        return
     if head != b"[":
         yield from _compressed_json_lines(span, reading, tally)
         return
     with _open_stream(span, tally) as (stream, file):
         documents, size, told = [], 0, 0
-        for number, row in enumerate(_values_of_array(stream, span.path, tally), start=1):
+        for number, row in enumerate(_values_of_array(stream, span.path, reading, tally), start=1):
             text = _text_of_row(row, f"{span.path}, row {number}", reading, tally)
             if text is None:
                 continue
@@ -692,32 +700,43 @@ def _json_values(
         yield _column(documents), span.end - told
 
 
-def _values_of_array(stream: Any, path: str, tally: _Tally) -> Iterator[Any]:
+def _values_of_array(stream: Any, path: str, reading: Reading, tally: _Tally) -> Iterator[Any]:
     import codecs
 
-    decode = codecs.getincrementaldecoder("utf-8-sig")(errors="replace").decode
-    decoder = json.JSONDecoder()
-    waiting, is_end = "", False
-    while "[" not in waiting:
-        waiting += decode(stream.read(1 << 20))
-    waiting = waiting[waiting.index("[") + 1 :]
-    while True:
-        waiting = waiting.lstrip(" \t\r\n,")
-        if waiting.startswith("]"):
-            return
-        try:
-            value, end = decoder.raw_decode(waiting)
-            if end == len(waiting) and not is_end:  # a number may go on
-                raise ValueError("cut")
+    decode = codecs.getincrementaldecoder("utf-8-sig")(errors=reading.encoding_errors).decode
+    decoder, rows = json.JSONDecoder(), 0
+    waiting, place, size = "", 0, 1 << 20
+    try:
+        while "[" not in waiting:
+            waiting += decode(stream.read(size))
+        place = waiting.index("[") + 1
+        while True:
+            place = _NO_VALUE.match(waiting, place).end()  # type: ignore[union-attr]
+            if waiting.startswith("]", place):
+                break
+            try:
+                value, end = decoder.raw_decode(waiting, place)
+                if end == len(waiting):  # a number may go on
+                    raise ValueError("the array does not end")
+            except ValueError as error:
+                # Half of a long value is not read again and again: what is read doubles.
+                size = max(1 << 20, len(waiting) - place)
+                more = stream.read(size)
+                if not more:
+                    reason = getattr(error, "msg", error)
+                    tally.bad(f"{path} is not a whole JSON array: row {rows + 1}: {reason}")
+                    return
+                waiting, place = waiting[place:] + decode(more), 0
+                continue
             yield value
-            waiting = waiting[end:]
-        except ValueError as error:
-            more = stream.read(1 << 20)
-            if not more:
-                tally.bad(f"{path} is not a whole JSON array: {error}")
-                return
-            is_end = False
-            waiting += decode(more)
+            rows, place = rows + 1, end
+        if waiting[place + 1 :].strip() or stream.read(1 << 20).strip():
+            tally.bad(f"{path} goes on after the end of its JSON array, after row {rows}")
+    except UnicodeDecodeError as error:
+        tally.bad(
+            f"{path} is not UTF-8 ({error.reason}), after row {rows}; --encoding-errors replace "
+            "puts U+FFFD in the place of such bytes"
+        )
 
 
 # --- rows of tables -------------------------------------------------------------------------------
@@ -742,20 +761,52 @@ def _csv_rows(
                 stream,
                 pyarrow.csv.ReadOptions(use_threads=False, block_size=PIECE_BYTES),
                 pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+                # One row that is not UTF-8 would end the parser's work: that is checked here.
                 pyarrow.csv.ConvertOptions(
-                    column_types={name: pa.large_string()}, include_columns=[name]
+                    column_types={name: pa.large_binary()}, include_columns=[name]
                 ),
             )
-            batches = (batch.column(0) for batch in rows)
+            batches = _utf8_of_batches(rows, span.path, reading, tally)
             yield from _by_size(batches, file, span, reading, tally)
         except (pa.ArrowException, KeyError) as error:
             _refuse_csv(span, error, name, tally)
+
+
+def _utf8_of_batches(
+    batches: Iterable[Any], path: str, reading: Reading, tally: _Tally
+) -> Iterator[pa.LargeStringArray]:
+    """The only column of every batch as strings; rows that are not UTF-8 are bad or mended."""
+    import pyarrow as pa
+
+    first_row = 2  # after the header
+    for batch in batches:
+        column = batch.column(0)
+        try:
+            yield column.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            documents = []
+            for row, document in enumerate(column.to_pylist(), start=first_row):
+                if reading.encoding_errors == "replace":
+                    document = document.decode(errors="replace").encode()
+                if _is_utf8(document):
+                    documents.append(document)
+                else:
+                    tally.bad(f"{path}, row {row} (the header is row 1) is not UTF-8")
+            yield _column(documents).cast(pa.large_string())
+        first_row += len(column)
 
 
 def _refuse_csv(span: Span, error: Exception, name: str, tally: _Tally) -> None:
     import pyarrow as pa
 
     reason = _first_line(error)
+    if reason == "Empty CSV file":  # seen so late because it is compressed
+        return
+    if "straddling" in reason:
+        raise ForgeError(
+            f"{span.path}: a row is longer than {PIECE_BYTES >> 20} MiB, which is not read from "
+            "CSV: write such text as .jsonl or .parquet"
+        ) from error
     if isinstance(error, KeyError) or "does not exist" in reason:
         raise ForgeError(f"{span.path} has no text column '{name}': use --text-column") from error
     if isinstance(error, (pa.ArrowInvalid, OSError)):

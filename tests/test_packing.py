@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -249,3 +250,20 @@ def test_checksums_are_those_of_b2sum(prepared):
 def test_verify_without_a_dataset_is_a_clear_error():
     with pytest.raises(ForgeError, match="add --describe FOLDER"):
         main(["--verify", "--dataset-path", "a.txt", "--output-dir", "b"])
+
+
+def test_damage_is_told_by_describe_and_first_by_verify(prepared, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared, folder)
+    arrow = next((folder / "train").glob("*.arrow"))
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    for path, there in ((arrow, arrow.read_bytes()), (tokenizer, tokenizer.read_bytes())):
+        middle = len(there) // 2
+        path.write_bytes(there[:middle] + b"\xff" * 64 + there[middle + 64 :])
+        told = "holds the token 65535" if path == arrow else "tokenizer cannot be read"
+        with pytest.raises(ForgeError, match=told):
+            main(["--describe", str(folder)])
+        with pytest.raises(ForgeError, match=f"{path.name} has another checksum"):
+            main(["--describe", str(folder), "--verify"])
+        path.write_bytes(there)
+    assert main(["--describe", str(folder), "--verify"]) == 0

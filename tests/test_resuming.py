@@ -397,3 +397,29 @@ def test_a_full_disk_leaves_a_resumable_state_and_says_what_is_needed(
     prepare(config(text, tmp_path / "out"))
     assert contents(tmp_path / "out") == undisturbed
     assert Manifest.load(tmp_path / "out").splits["train"].blocks > 10
+
+
+def test_a_disk_that_is_really_full_is_told_at_every_moment(text, tmp_path, undisturbed):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: str, *options: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs"]
+        return subprocess.run([*command, str(disk)], capture_output=True).returncode
+
+    if mount("16k"):
+        pytest.skip("needs the right to mount a small file system (root)")
+    try:
+        kept = []
+        # Too small for the tokenizer, for the first piece, for all pieces, for the dataset.
+        for size in ("16k", "44k", "80k", "300k", "900k"):
+            assert not mount(size, "remount")
+            with pytest.raises(ForgeError, match="is full: .* GB are needed.*same command"):
+                prepare(config(text, disk / "out", num_workers=2))
+            kept.append(len(list(disk.rglob("pieces/*.json"))))
+        assert kept == sorted(kept) and kept[0] == 0 < kept[-1]
+        assert not mount("9m", "remount")
+        prepare(config(text, disk / "out"))
+        assert contents(disk / "out") == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -282,6 +282,26 @@ def ragged_csv(tmp_path):
     return path, "a.csv: CSV parse error: .*Expected 2 columns, got 3: 1,2,3", 1
 
 
+def two_values_in_a_line(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", TEXTS)
+    path.write_text(path.read_text() + '{"text": "a"}{"text": "b"}\n')
+    return path, "a.jsonl, line 6 is not JSON: Extra data", 1
+
+
+def not_utf8_in_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = io.StringIO()
+    csv.writer(rows).writerows([text] for text in TEXTS)
+    path.write_bytes(b"text\ncaf\xe9\n" + rows.getvalue().encode())
+    return path, "a.csv, row 2 .the header is row 1. is not UTF-8", 1
+
+
+def text_after_an_array(tmp_path):
+    path = write_rows(tmp_path / "a.json", TEXTS)
+    path.write_text(path.read_text() + '[{"text": "lost"}]')
+    return path, "a.json goes on after the end of its JSON array, after row 5", 1
+
+
 def cut_array(tmp_path):
     path = write_rows(tmp_path / "a.json", TEXTS)
     path.write_text(path.read_text().rstrip("]\n") + ", {")
@@ -292,7 +312,7 @@ def cut_array(tmp_path):
     "damage",
     [
         bad_line, missing_column, not_a_string, not_an_object, not_utf8, null_in_parquet,
-        ragged_csv, cut_array,
+        ragged_csv, cut_array, two_values_in_a_line, not_utf8_in_csv, text_after_an_array,
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_or_counted(tmp_path, damage):
@@ -335,6 +355,41 @@ def test_a_truncated_file_is_named_or_counted(tmp_path, name):
     assert sources.find([str(path)], Reading(skip_bad_rows=True)).unreadable or sum(
         piece.skipped for piece in pieces(path, skip_bad_rows=True)
     )
+
+
+def test_a_compressed_array_damaged_at_its_start_is_counted(tmp_path):
+    path = write_rows(tmp_path / "a.json.gz", TEXTS)
+    path.write_bytes(path.read_bytes()[:20] + b"\x55" * 20)
+    with pytest.raises(ForgeError, match="a.json.gz is damaged.*--skip-bad-rows"):
+        documents(path)
+    assert sum(piece.skipped for piece in pieces(path, skip_bad_rows=True)) == 1
+
+
+def test_bytes_that_are_not_utf8_are_refused_or_replaced_in_rows_too(tmp_path):
+    for name, raw in (
+        ("a.json", b'[{"text": "fine"}, {"text": "caf\xe9"}]'),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n'),
+        ("a.csv", b"text\nfine\ncaf\xe9\n"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ForgeError, match=f"{name}.*(UTF-8|utf-8)"):
+            documents(tmp_path / name)
+        found = documents(tmp_path / name, encoding_errors="replace")
+        assert found == [b"fine", "caf\ufffd".encode()]
+
+
+def test_values_of_an_array_longer_than_what_is_read_at_once_stay_whole(tmp_path):
+    texts = ["a" * 3_000_000, "b", "ü" * 1_500_000, "c"]
+    path = write_rows(tmp_path / "a.json", texts)
+    assert documents(path) == [text.encode() for text in texts]
+
+
+def test_an_empty_compressed_table_holds_no_rows_and_long_csv_rows_are_told(tmp_path, monkeypatch):
+    assert documents(compress(tmp_path / "empty.csv.gz", b"")) == []
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1 << 20)
+    path = write_rows(tmp_path / "a.csv", ["a" * 3_000_000])
+    with pytest.raises(ForgeError, match="a.csv: a row is longer than 1 MiB.*jsonl"):
+        documents(path)
 
 
 def test_an_unreadable_file_in_a_glob_is_named_or_counted(tmp_path):
