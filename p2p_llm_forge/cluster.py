@@ -220,8 +220,9 @@ class Cluster:
         self._peer_timeout_s = peer_timeout_s
         self._talks = 0
         self._left = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         if store is not None:
-            threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+            self._heart.start()
 
     def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's facts, by rank. Facts are plain JSON values; all ranks must call.
@@ -336,12 +337,18 @@ class Cluster:
                 if self._left.wait(HEARTBEAT_S):
                     return
 
+    def fall_silent(self) -> None:
+        """Show no more signs of life; a thread in the store must not outlive the process group."""
+        self._left.set()
+        if self._heart.is_alive():
+            self._heart.join(timeout=GOODBYE_S)
+
     def leave(self) -> None:
         """Say goodbye: the main process, which may serve the store, goes last.
 
         A peer that has died says nothing, so the main process waits for a few seconds only.
         """
-        self._left.set()
+        self.fall_silent()
         if self._store is None:
             return
         deadline = time.monotonic() + GOODBYE_S
@@ -400,6 +407,8 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
             if not error.is_of_this_rank:  # what all ranks know, all have to hear
                 cluster.leave()
             raise
+        finally:
+            cluster.fall_silent()
         cluster.leave()
 
 
@@ -438,9 +447,14 @@ def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
         if state.backend != "gloo":
             control = dist.new_group(backend="gloo", timeout=options["timeout"])
     cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
+    try:
+        precision = _agree_on_precision(config, cluster, state.backend)
+    except ForgeError:
+        cluster.leave()
+        raise
     cluster.accelerator = Accelerator(
         cpu=use_cpu,
-        mixed_precision=_agree_on_precision(config, cluster, state.backend),
+        mixed_precision=precision,
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
