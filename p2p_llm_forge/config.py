@@ -277,6 +277,12 @@ class TrainConfig:
     peer_timeout: float = flag(
         30.0, "seconds that an exchange waits for a peer before the run ends"
     )
+    cluster_secret_file: str | None = flag(
+        None, "file with a secret that every peer must prove to know before anything is exchanged"
+    )
+    allow_public_address: bool = flag(
+        False, "listen on an address that the internet can reach, because a firewall guards it"
+    )
     cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
     cpu_threads: int = flag(
         0, "threads of a process on the CPU; 0: the machine's cores over its processes"
@@ -305,6 +311,7 @@ class TrainConfig:
     PER_RANK = (
         *("dataset_path", "output_dir", "model_name", "tokenizer", "resume", "config", "report_to"),
         *("rank", "world_size", "master_addr", "master_port", "cpu_threads"),
+        *("cluster_secret_file", "allow_public_address"),
         *("micro_batch_size", "gradient_checkpointing", "compile"),
     )
 
