@@ -65,6 +65,7 @@ class ClusterReport:
     """All findings about a launch, and how fast it will be."""
 
     findings: list[Finding] = field(default_factory=list)
+    rank: int = 0  # of the process that made it
     peers: list[str] = field(default_factory=list)  # hosts by rank, once they have met
     latency_s: list[list[float]] = field(default_factory=list)  # [from][to]
     bytes_per_s: list[list[float]] = field(default_factory=list)  # [from][to]

@@ -62,6 +62,36 @@ class Host:
         """Put the cable back."""
         ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "up")
 
+    def run(self, *words: str) -> None:
+        """Run a command of the system on the host, such as `tc` or `nft`, to its end."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.name, *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+
+    @contextlib.contextmanager
+    def slowed(self, rate: str) -> Iterator[None]:
+        """Let the host send at no more than a rate, such as 10mbit."""
+        shape = ("tbf", "rate", rate, "burst", "32kb", "latency", "200ms")
+        self.run("tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+        try:
+            yield
+        finally:
+            self.run("tc", "qdisc", "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
+    def firewall(self, rule: str) -> Iterator[None]:
+        """Judge what arrives at the host by a rule of nftables."""
+        self.run(
+            "nft",
+            "add table inet test; add chain inet test in { type filter hook input"
+            " priority 0; }; add rule inet test in " + rule,
+        )
+        try:
+            yield
+        finally:
+            self.run("nft", "delete table inet test")
+
     def ask_to_stop(self) -> None:
         """SIGTERM to what was started, as a shutdown of the machine sends it."""
         for process in self._processes:
