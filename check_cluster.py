@@ -7,6 +7,7 @@ accelerate launch --config_file my_node.yaml check_cluster.py --dataset-path dat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -59,8 +60,9 @@ def check(config: CheckConfig) -> ClusterReport:
     report = ClusterReport()
     files = [read_launch_file(path) for path in config.config_file]
     report.findings += look_at_files(files)
-    if len(files) > 1:
-        return report  # one machine cannot say more about the others
+    if len(files) > 1:  # and one machine cannot say more about the others
+        report.is_of_one_machine = True
+        return report
     file = files[0] if files else None
     if config.meet and file is not None:
         config = by_hand(config, file)
@@ -71,7 +73,8 @@ def check(config: CheckConfig) -> ClusterReport:
     report.findings += look_at_promise(launch, file, config)
     report.findings += look_before(config, launch, file)
     if launch.world_size == 1 and file is not None and file.processes > 1:
-        return report  # one node alone
+        report.is_of_one_machine = True
+        return report
     look_together(config, report)
     return report
 
@@ -359,7 +362,8 @@ def main() -> int:
     if config.write_configs:
         write_configs(config)
         return 0
-    report = check(config)
+    with contextlib.redirect_stdout(sys.stderr):  # the report alone is for programs
+        report = check(config)
     show(report, config)
     status = report.status()
     # A launcher turns every status but 0 into 1 and a traceback of its own.

@@ -66,6 +66,7 @@ class ClusterReport:
 
     findings: list[Finding] = field(default_factory=list)
     rank: int = 0  # of the process that made it
+    is_of_one_machine: bool = False  # which has not met the others
     peers: list[str] = field(default_factory=list)  # hosts by rank, once they have met
     latency_s: list[list[float]] = field(default_factory=list)  # [from][to]
     bytes_per_s: list[list[float]] = field(default_factory=list)  # [from][to]
@@ -105,10 +106,14 @@ class ClusterReport:
             WORKS_WITH_WARNINGS: "this launch will work; see the warnings",
             WILL_NOT_WORK: "this launch will not work; see what failed",
         }
-        return (
-            "\n".join([*lines, *([""] if self.advice else []), *self.advice, ""])
-            + f"\n{verdict[self.status()]}"
-        )
+        if self.is_of_one_machine:
+            verdict[WORKS] = verdict[WORKS_WITH_WARNINGS] = (
+                "as far as one machine can tell, this launch will work; to know, start this on all"
+                " of them with --meet"
+            )
+        if self.advice:
+            lines += ["", *self.advice]
+        return "\n".join([*lines, "", verdict[self.status()]])
 
     def _megabits(self) -> list[list[str]]:
         slowest = min(rate for row in self.bytes_per_s for rate in row if not math.isnan(rate))

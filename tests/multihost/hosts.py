@@ -62,12 +62,13 @@ class Host:
         """Put the cable back."""
         ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "up")
 
-    def run(self, *words: str) -> None:
-        """Run a command of the system on the host, such as `tc` or `nft`, to its end."""
+    def run(self, *words: str) -> str:
+        """What a command of the system, such as `tc` or `nft`, prints on the host."""
         done = subprocess.run(
             ["ip", "netns", "exec", self.name, *words], capture_output=True, text=True
         )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        return done.stdout
 
     @contextlib.contextmanager
     def slowed(self, rate: str) -> Iterator[None]:
