@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from p2p_llm_forge.errors import run_script
@@ -47,14 +48,17 @@ class Zygote:
         script: str = "train",
         host: str | None = None,
         hosts_file: Path | None = None,
+        terminal: str | None = None,
     ) -> int:
         """Start `train.py argv`, its output appended to `log`; returns the process id.
 
-        script: another one; host: the network namespace to start it in, which becomes its host
-        name too; hosts_file: what it finds as /etc/hosts.
+        script: another one that `_script` knows; host: the network namespace to start it in, which
+        becomes its host name too; hosts_file: what it finds as /etc/hosts; terminal: what it reads
+        from.
         """
         order = {"argv": argv, "log": str(log), "environ": environ or {}, "script": script}
         order |= {"host": host, "hosts_file": str(hosts_file) if hosts_file else None}
+        order["terminal"] = terminal
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         while True:
@@ -105,7 +109,7 @@ class Zygote:
 
 def main() -> None:
     """Fork a run for every line of standard input; tell starts and ends on standard output."""
-    import accelerate.commands.config.config_args  # noqa: F401
+    import accelerate.commands.config.config  # noqa: F401
     import accelerate.tracking  # noqa: F401
     import datasets  # noqa: F401
     import torch.nn.parallel  # noqa: F401
@@ -157,21 +161,30 @@ def _move(host: str, hosts_file: str | None) -> None:
     platform._uname_cache = None  # of the zygote's own name
 
 
-def _become(order: dict) -> None:
+def _script(name: str) -> Callable[[], int | None]:
+    """The `main` of a script: train, check_cluster, or the wizard `accelerate config`."""
+    from accelerate.commands.config.config import main as wizard
+
     import check_cluster
     import train
 
+    return {"train": train.main, "check_cluster": check_cluster.main, "wizard": wizard}[name]
+
+
+def _become(order: dict) -> None:
     if order["host"]:
         _move(order["host"], order["hosts_file"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+    source_of_input = os.open(order["terminal"] or os.devnull, os.O_RDONLY | os.O_NOCTTY)
+    for source, target in ((source_of_input, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    # The zygote's own may have read ahead. As Python opens it: no newline is translated.
+    sys.stdin = open(0, newline="\n", closefd=False)  # noqa: SIM115
     os.environ.update(order["environ"])
     sys.path[:0] = filter(None, order["environ"].get("PYTHONPATH", "").split(":"))
     sys.argv = [f"{order['script']}.py", *order["argv"]]
     try:
-        run_script({"train": train, "check_cluster": check_cluster}[order["script"]].main)
+        run_script(_script(order["script"]))
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
