@@ -133,12 +133,14 @@ def look_before(config: CheckConfig, launch: Launch, file: LaunchFile | None) ->
     """What one machine can say: what it has, and its way to the main address."""
     from p2p_llm_forge.machine import judge_machine, judge_way
 
+    if launch.local_rank:
+        return []  # one process speaks for its machine
     found = judge_machine(config, launch, os.environ)
     machines = launch.world_size // launch.local_world_size
     host, port, rank = launch.master_addr, launch.master_port, launch.rank
     if file is not None and launch.world_size == 1:
         machines, host, port, rank = file.machines, file.address, file.port, file.rank
-    if machines > 1 and host is not None and launch.local_rank == 0:
+    if machines > 1 and host is not None:
         is_main = rank < launch.local_world_size
         will_meet = launch.world_size > 1
         found += judge_way(

@@ -522,11 +522,21 @@ def _parser(config_class: type, script: str) -> Any:
 
 
 def flags_table(config_class: type) -> str:
-    """All flags of a script as a Markdown table, read from the parser itself, for the README."""
+    """All flags of a script as a Markdown table, read from the parser itself, for the README.
+
+    Of a config that extends another, only what it adds.
+    """
+    inherited = {
+        name
+        for base in config_class.__mro__[1:]
+        for name in getattr(base, "__dataclass_fields__", {})
+    }
     rows = ["| flag | default | what it does |", "|---|---|---|"]
     actions = _parser(config_class, "")._actions
     for action in actions:
-        if action.dest == "help" or action.const is False:  # --no-x stands in the row of --x
+        if (
+            action.dest in {"help", *inherited} or action.const is False
+        ):  # --no-x stands in the row of --x
             continue
         # Spellings with dashes and with underscores are one name: ours is shown with dashes, an
         # alias with underscores, as the users of Hugging Face's scripts know it.
