@@ -255,7 +255,8 @@ def time_an_update(
     if cluster.is_main:
         report.findings.append(judge_checkpoints(config, trained))
     own_s = computing_s(config, cluster, data, plan, lm)
-    report.update_s = [seconds for (seconds,) in cluster.gather_numbers([own_s])]
+    # Facts wait for the slowest rank as long as it takes, numbers only for --peer-timeout.
+    report.update_s = [fact["seconds"] for fact in cluster.gather_facts({"seconds": own_s})]
     report.advice = advice(links, 4 * trained, report.update_s)
 
 
