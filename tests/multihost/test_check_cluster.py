@@ -260,11 +260,16 @@ def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared)
 
     for number, file in enumerate(peers.files):
         environ = {"PYTHONPATH": str(fake.parent)} if number == 1 else None
-        peers.start(number, "--config-file", file, "--meet", *folder, environ=environ)
+        own = ["--seed=7"] if number == 2 else []
+        peers.start(number, "--config-file", file, "--meet", *folder, *own, environ=environ)
     statuses, told = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}, told
     for number in range(3):
-        assert re.search(r"rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1", told[number]), told
+        assert re.search(
+            r"FAILED alike .* rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1.* rank 2 \(.*\) was"
+            r" started with --seed 7, rank 0 with 0 mend: make them equal",
+            said(told[number]),
+        ), told[number]
 
 
 def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path, prepared):
