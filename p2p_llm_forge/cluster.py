@@ -441,7 +441,7 @@ class Channel:
         if self._group is None:
             return row.unsqueeze(0)
         rows = row.new_empty((self.world_size, *row.shape))
-        dist.all_gather_into_tensor(rows, row, group=self._group)
+        dist.all_gather(list(rows), row, group=self._group)
         self.bytes_sent += (self.world_size - 1) * row.nbytes
         return rows
 
