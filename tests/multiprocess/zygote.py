@@ -6,6 +6,7 @@ signalled and waited for like any other. The zygote itself never starts a thread
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from p2p_llm_forge.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +34,18 @@ class Zygote:
         self._ended: dict[int, int] = {}
         self._running: set[int] = set()
 
-    def start(self, argv: list[str], log: Path, environ: dict[str, str] | None = None) -> int:
-        """Start `train.py argv`, its output appended to `log`; returns the process id."""
-        order = {"argv": argv, "log": str(log), "environ": environ or {}}
+    def start(
+        self,
+        argv: list[str],
+        log: Path,
+        environ: dict[str, str] | None = None,
+        script: str = "train",
+    ) -> int:
+        """Start `train.py argv`, its output appended to `log`; returns the process id.
+
+        script: another module with a `main`.
+        """
+        order = {"argv": argv, "log": str(log), "environ": environ or {}, "script": script}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         while True:
@@ -91,8 +103,10 @@ def main() -> None:
 
     import p2p_llm_forge.checkpoint
     import p2p_llm_forge.cluster
+    import p2p_llm_forge.diloco  # noqa: F401
     import p2p_llm_forge.language_modeling_metric  # noqa: F401
     import prepare_data  # noqa: F401
+    import train  # noqa: F401
 
     children: set[int] = set()
     is_open = True
@@ -119,16 +133,14 @@ def main() -> None:
 
 
 def _become(order: dict) -> None:
-    import train
-
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     os.environ.update(order["environ"])
-    sys.argv = ["train.py", *order["argv"]]
+    sys.argv = [f"{order['script']}.py", *order["argv"]]
     try:
-        train.cli()
+        run_script(importlib.import_module(order["script"]).main)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
