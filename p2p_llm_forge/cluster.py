@@ -199,6 +199,29 @@ def choose_threads(config: TrainConfig, launch: Launch, environ: Mapping[str, st
     return max(1, cores // launch.local_world_size)
 
 
+class Wire:
+    """Tensors (on the CPU) from one rank to another, in a process group of their own.
+
+    What one sends, the other must receive, in the same order and size; both return at once and
+    `.wait()` says when it is done. Raises RuntimeError there after --peer-timeout.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def send(self, tensor: torch.Tensor, to: int) -> dist.Work:
+        """Hand the tensor to rank `to`; it must not change until this is done."""
+        work = dist.isend(tensor, to, group=self._group)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: torch.Tensor, source: int) -> dist.Work:
+        """Fill the tensor with what rank `source` sends."""
+        work = dist.irecv(tensor, source, group=self._group)
+        assert work is not None
+        return work
+
+
 class Cluster:
     """All processes of a run, seen from one of them."""
 
@@ -321,6 +344,14 @@ class Cluster:
         Raises ForgeError when the rank shows no sign of life meanwhile.
         """
         return self._await(f"forge/word/{key}/{rank}", rank)
+
+    @contextlib.contextmanager
+    def wire(self) -> Iterator[Wire]:
+        """Bytes between any two ranks, for measuring the network. All ranks must call."""
+        timeout = datetime.timedelta(seconds=self._peer_timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        yield Wire(group)
+        dist.destroy_process_group(group)
 
     def _next_talk(self) -> str:
         # Every rank makes the same calls in the same order, so a counter names the conversation.
