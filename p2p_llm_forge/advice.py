@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 GOAL = 0.95  # share of the time that should go into computing
 BACKWARD = 2 / 3  # of the time of a micro-batch: the part that DDP's exchange can hide behind
-POWERSGD_LEAST_GAIN = 2  # PyTorch's hook compresses the matrices that shrink at least so much
+LAST_BUCKET = 25 * 2**20  # bytes of gradients that DDP has only when backward is over
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Cost:
     decode: float
 
 
-# One thread of a Xeon at 2.5 GHz, torch 2.13, 13.8 M values at a time, encoding with error
-# feedback. PowerSGD, of rank 1 or 4, encodes and decodes in one.
+# One thread of a Xeon at 2.5 GHz, torch 2.13, a million values at a time, encoding with error
+# feedback. PowerSGD, of rank 1 or 4, encodes and decodes in one. A round of DiLoCo makes moves of
+# weights and weights of moves besides.
 CPU_COSTS: Mapping[str, Cost] = {
-    "none": Cost(2.0, 2.0),
-    "fp16": Cost(6.6, 2.7),
-    "bf16": Cost(6.4, 2.1),
-    "int8": Cost(8.3, 2.6),
-    "int4": Cost(10.1, 3.5),
+    "none": Cost(2.0, 0.9),
+    "fp16": Cost(5.2, 1.5),
+    "bf16": Cost(4.0, 0.7),
+    "int8": Cost(5.8, 1.1),
+    "int4": Cost(9.7, 2.0),
     "powersgd": Cost(1.5, 0.0),
+    "outer step": Cost(38.0, 0.0),
 }
 
 
@@ -57,7 +59,7 @@ class Strategy:
     sync_every: int = 1
     fragments: int = 1
     overlap_steps: int = 0
-    powersgd_rank: int = 1
+    powersgd_rank: int = 4
 
     @property
     def flags(self) -> str:
@@ -117,8 +119,8 @@ def forecast(
     """What `strategy` would do with what was `measured`.
 
     An exchange of n values between w peers: each encodes all and sends every other peer its w-th,
-    decodes and adds those it gets, encodes the sum and sends it to every other. So (w - 1) / w of
-    the bytes go out twice, as in a ring all-reduce, which float32 and bfloat16 take.
+    decodes and adds those it gets, encodes the sum, sends it to all and decodes all sums. So
+    (w - 1) / w of the bytes go out twice, as in the ring all-reduce that plain DDP takes.
     """
     is_outer = strategy.sync == "diloco"
     values = -(-measured.parameters // strategy.fragments)
@@ -128,8 +130,7 @@ def forecast(
     if measured.peers > 1:
         wire_s = sent / measured.bytes_per_s + 2 * (measured.peers - 1) * measured.latency_s
     exchanges = strategy.fragments / strategy.sync_every if is_outer else 1.0
-    hidden_s = hidden_behind(strategy, measured)
-    exposed_s = exchanges * (max(0.0, wire_s - hidden_s) + coding_s)
+    exposed_s = exchanges * (exposed(strategy, measured, wire_s) + coding_s)
     update_s = measured.update_s + exposed_s
     utilisation = measured.update_s / update_s
     return Forecast(
@@ -169,23 +170,26 @@ def coding_of_exchange(
     cost, share = costs[strategy.compress], 1 / measured.peers
     if strategy.compress == "powersgd":
         return 1e-9 * values * cost.encode
-    return 1e-9 * values * ((1 + share) * cost.encode + 2 * (1 - share) * cost.decode)
-
-
-def hidden_behind(strategy: Strategy, measured: Measured) -> float:
-    """Seconds of computing that go on while one exchange is under way."""
+    coding_ns = (1 + share) * cost.encode + (1 + 1) * cost.decode
     if strategy.sync == "diloco":
-        return strategy.overlap_steps * measured.update_s
-    # DDP sends while the last micro-batch runs backward. Integers are exchanged after it.
-    if strategy.compress in ("int8", "int4"):
-        return 0.0
-    return BACKWARD * measured.update_s / measured.micro_batches
+        coding_ns += costs["outer step"].encode
+    return 1e-9 * values * coding_ns
+
+
+def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:
+    """Seconds of an exchange of `wire_s` in which a peer waits, because it does not compute."""
+    if strategy.sync == "diloco":
+        return max(0.0, wire_s - strategy.overlap_steps * measured.update_s)
+    # DDP sends while the last micro-batch runs backward, but for the gradients that come last.
+    last = min(1.0, LAST_BUCKET / (4 * measured.parameters))
+    hidden_s = BACKWARD * measured.update_s / measured.micro_batches
+    return max(last * wire_s, wire_s - hidden_s)
 
 
 def powersgd_values(shapes: Sequence[tuple[int, ...]], rank: int) -> int:
     """Values that PowerSGD exchanges: two thin factors of a matrix, all of the rest.
 
-    Source: arXiv 1905.09727, as PyTorch's hook divides the parameters.
+    Source: PowerSGD, arXiv 1905.13727, as PyTorch's hook divides the parameters.
     """
     if not shapes:
         raise ValueError("PowerSGD's bytes depend on the shapes of the parameters: give them")
@@ -194,7 +198,7 @@ def powersgd_values(shapes: Sequence[tuple[int, ...]], rank: int) -> int:
         count = math.prod(shape)
         rows = shape[0] if shape else 1
         thin = min(rank, rows, count // rows) * (rows + count // rows)
-        total += thin if len(shape) > 1 and thin * POWERSGD_LEAST_GAIN < count else count
+        total += thin if len(shape) > 1 and thin < count else count
     return total
 
 
