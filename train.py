@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
                 return describe(config, cluster, data, plan)
             with only_run(config, cluster):
                 checkpoint = find_checkpoint(config, cluster, data, plan)
+                config = settle_strategy(config, cluster, data, plan, checkpoint)
                 finished = finished_result(config, cluster, checkpoint, plan)
                 if finished:
                     return finished
@@ -322,6 +323,33 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> d
         cluster.world_size,
         may_be_uneven=goes_on or cluster.launch.is_elastic or config.balance == "auto",
     )
+
+
+def settle_strategy(
+    config: TrainConfig,
+    cluster: Cluster,
+    data: PreparedDataset,
+    plan: data_order.Plan,
+    checkpoint: Path | None,
+) -> TrainConfig:
+    """What `--sync auto` comes to: what the run has begun with, or what suits the network best."""
+    from p2p_llm_forge.advice import choose, table
+    from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.outlook import outlook, with_strategy
+    from p2p_llm_forge.sync import refuse_elastic
+
+    if config.sync == "auto" and checkpoint is not None:
+        begun = cluster.main_only(lambda: read_state(checkpoint)["config"])
+        config = with_strategy(config, begun)
+    elif config.sync == "auto":
+        lm = cluster.together(lambda: build_model(config, data))
+        forecasts = outlook(config, cluster, data, plan, lm)
+        if cluster.is_main:
+            print(table(forecasts), flush=True)
+        config = with_strategy(config, choose(forecasts))
+    refuse_elastic(config, cluster)
+    return config
 
 
 def set_up(
@@ -620,9 +648,11 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
 def describe(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
 ) -> TrainResult:
-    """What a run would do; builds the model, takes no update and writes nothing."""
+    """What a run would do, and how fast in which way; trains no model and writes nothing."""
+    from p2p_llm_forge.advice import table
     from p2p_llm_forge.checkpoint import refuse_another_run
     from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.outlook import outlook
     from p2p_llm_forge.run_folder import run_identity
     from p2p_llm_forge.tracking import introduction
 
@@ -634,13 +664,11 @@ def describe(
             )
         )
     lm = cluster.together(lambda: build_model(config, data))
+    told = introduction(cluster, data, plan, lm)
+    if cluster.world_size > 1:
+        told += f"\n\n{table(outlook(config, cluster, data, plan, lm))}"
     if cluster.is_main:
-        print(
-            introduction(cluster, data, plan, lm),
-            "\ndry run: nothing was trained or written",
-            sep="",
-            flush=True,
-        )
+        print(f"{told}\ndry run: nothing was trained or written", flush=True)
     return TrainResult(config.output_dir, 0, 0, None, None, cluster.world_size)
 
 

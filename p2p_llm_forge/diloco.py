@@ -18,7 +18,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.gradients import AllReduce
 from p2p_llm_forge.outer import fragment_due, fragments_of, outer_step
-from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState
+from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState, units_of
 
 LOST_ROUNDS_IN_A_ROW = 3  # until the run ends
 
@@ -82,6 +82,11 @@ class DiLoCo:
         self._channel = cluster.open_channel()
         codec = CODECS[config.compress]
         units = units_of(lm)
+        if config.fragments > len(units):
+            raise ForgeError(
+                f"--fragments {config.fragments} was asked, but this model has {len(units)} parts"
+                f" (its layers, and what lies before and behind): use {len(units)} or fewer"
+            )
         sizes = [sum(p.numel() for _, p in unit) for unit in units]
         self._fragments = []
         for numbers in fragments_of(sizes, config.fragments):
@@ -303,24 +308,3 @@ class DiLoCo:
                 fragment.start = joined(own, "start.", fragment.parts)
                 fragment.move = Future()
                 fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))
-
-
-def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
-    """The model's parameters in the parts that a fragment is made of: what comes before the layers
-    (embeddings), each layer, what comes after. Tied weights count where they come first."""
-    stacks = [
-        (name, len(module))
-        for name, module in lm.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-    ]
-    stack, layers = max(stacks, key=lambda entry: entry[1], default=("", 0))
-    units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
-    is_behind = False
-    for name, parameter in lm.named_parameters():
-        number = name.removeprefix(stack + ".").partition(".")[0]
-        if layers and name.startswith(stack + ".") and number.isdigit():
-            units[1 + int(number)].append((name, parameter))
-            is_behind = True
-        else:
-            units[layers + 1 if is_behind else 0].append((name, parameter))
-    return [unit for unit in units if unit]

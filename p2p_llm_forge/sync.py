@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from p2p_llm_forge.cluster import Cluster
-from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config import TrainConfig, multiples_near
 from p2p_llm_forge.errors import ForgeError
 
 
@@ -160,6 +160,25 @@ def told_settings(settings: list[Any]) -> str:
     return f"--sync diloco --sync-every {every} --fragments {fragments} --overlap-steps {overlap}"
 
 
+def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
+    """Raise ForgeError where peers come and go, but could not between this strategy's rounds."""
+    if not cluster.launch.is_elastic or config.sync != "diloco":
+        return
+    if config.is_streaming():
+        raise ForgeError(
+            "--fragments and --overlap-steps leave no moment at which all peers hold the same"
+            " weights, so none could join or leave: leave them out, or launch with a fixed number"
+            " of peers"
+        )
+    if config.save_every % config.round_length():
+        sizes = " or ".join(map(str, multiples_near(config.save_every, config.round_length())))
+        raise ForgeError(
+            f"--save-every {config.save_every} is not a multiple of --sync-every"
+            f" {config.round_length()}, and only between rounds can peers join or leave: use"
+            f" {sizes}"
+        )
+
+
 def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
     """Raise ForgeError, naming the ranks, if their models are not the same as rank 0's.
 
@@ -196,3 +215,24 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
         + "\n  ".join(problems)
         + "\n  Give all the same --model-name (the same files), --model-type and --config-overrides"
     )
+
+
+def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The model's parameters in the parts that a fragment is made of: what comes before the layers
+    (embeddings), each layer, what comes after. Tied weights count where they come first."""
+    stacks = [
+        (name, len(module))
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    ]
+    stack, layers = max(stacks, key=lambda entry: entry[1], default=("", 0))
+    units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
+    is_behind = False
+    for name, parameter in lm.named_parameters():
+        number = name.removeprefix(stack + ".").partition(".")[0]
+        if layers and name.startswith(stack + ".") and number.isdigit():
+            units[1 + int(number)].append((name, parameter))
+            is_behind = True
+        else:
+            units[layers + 1 if is_behind else 0].append((name, parameter))
+    return [unit for unit in units if unit]
