@@ -20,20 +20,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from p2p_llm_forge import __version__
+from p2p_llm_forge.addresses import address_of, judge_name, judge_public, resolve
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.findings import refuse_failures
+from p2p_llm_forge.meeting import Place, meet
+from p2p_llm_forge.shared_secret import read_secret
 
 Result = TypeVar("Result")
 
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
 LOST_PEER_WORDS = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
+SAME_VERSIONS = ("torch", "transformers", "accelerate", "forge")
 GOODBYE_S = 3.0
 HEARTBEAT_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2  # between looks at the store
@@ -178,6 +184,34 @@ def choose_interface(launch: Launch, environ: Mapping[str, str]) -> dict[str, st
     route = route_to(launch.master_addr or "127.0.0.1")
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {name: environ.get(name, route.interface) for name in names} if route else {}
+
+
+def choose_place(config: TrainConfig, launch: Launch, interface: Mapping[str, str]) -> Place | None:
+    """Where this process takes part in the meeting; None for a process alone.
+
+    Raises ForgeError for addresses that cannot bring machines together, and for public ones.
+    """
+    if launch.world_size == 1:
+        return None
+    host, port = launch.master_addr or "127.0.0.1", launch.master_port or 29500
+    machines, own = launch.world_size // launch.local_world_size, None
+    if machines > 1:
+        name = interface.get("GLOO_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
+        own = address_of(name.split(",")[0]) if name else None
+        listening = [*resolve(host), *([own] if own else [])]
+        refuse_failures(
+            [*judge_name(host, machines), *judge_public(listening, config.allow_public_address)]
+        )
+    return Place(
+        launch.rank,
+        launch.world_size,
+        launch.local_world_size,
+        host,
+        port,
+        own,
+        config.peer_timeout,
+        read_secret(config.cluster_secret_file),
+    )
 
 
 def choose_threads(config: TrainConfig, launch: Launch, environ: Mapping[str, str]) -> int:
@@ -499,6 +533,7 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
 
     launch = read_launch(config, os.environ)
     interface = choose_interface(launch, os.environ)
+    place = choose_place(config, launch, interface)
     threads = choose_threads(config, launch, os.environ)
     # Accelerate and torch read these; whatever they were before is put back at the end.
     environ = {**launch.environ(), **interface, "OMP_NUM_THREADS": str(threads)}
@@ -506,7 +541,8 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         if interface and launch.local_rank == 0:
             name = interface["GLOO_SOCKET_IFNAME"]
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
-        cluster = _meet(config, launch, threads)
+        store = meet(place, os.environ) if place else None
+        cluster = _meet(config, launch, threads, store)
         try:
             yield cluster
         except ForgeError as error:
@@ -518,7 +554,7 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         cluster.leave()
 
 
-def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
+def _meet(config: TrainConfig, launch: Launch, threads: int, store: dist.Store | None) -> Cluster:
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
     use_cpu = config.cpu or not _has_usable_accelerator(launch)
@@ -528,9 +564,11 @@ def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
             "--backend nccl needs an NVIDIA GPU and none was found: use --backend gloo"
         )
     try:
-        options: dict[str, Any] = {"backend": backend} if backend and launch.world_size > 1 else {}
-        if launch.world_size > 1:
+        options: dict[str, Any] = {}
+        if store is not None:
+            options = {"store": store, "rank": launch.rank, "world_size": launch.world_size}
             options["timeout"] = datetime.timedelta(seconds=config.peer_timeout)
+            options |= {"backend": backend} if backend else {}
         state = PartialState(cpu=use_cpu, **options)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise ForgeError(
@@ -547,11 +585,9 @@ def _meet(config: TrainConfig, launch: Launch, threads: int) -> Cluster:
         )
     if use_cpu:
         torch.set_num_threads(threads)
-    store, control = None, None
-    if launch.world_size > 1:
-        store = dist.distributed_c10d._get_default_store()
-        if state.backend != "gloo":
-            control = dist.new_group(backend="gloo", timeout=options["timeout"])
+    control = None
+    if store is not None and state.backend != "gloo":
+        control = dist.new_group(backend="gloo", timeout=options["timeout"])
     cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
     try:
         precision = _agree_on_precision(config, cluster, state.backend)
@@ -605,8 +641,7 @@ def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | No
         "backend": backend,
         "bf16": has_bf16(cluster.device),
         "recipe": config.shared_settings(),
-        "torch": torch.__version__.split("+")[0],
-        "forge": __version__,
+        **versions(),
         "host": platform.node(),
     }
     told = cluster.gather_facts(facts)
@@ -624,12 +659,19 @@ def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | No
     return wanted
 
 
+def versions() -> dict[str, str]:
+    """The versions that decide what is computed, without importing anything for it."""
+    libraries = {name: version(name).split("+")[0] for name in ("transformers", "accelerate")}
+    torch_version = torch.__version__.split("+")[0]
+    return {"torch": torch_version, **libraries, "forge": __version__}
+
+
 def _refuse_different(told: list[dict[str, Any]]) -> None:
     """Raise ForgeError naming each rank whose settings or versions differ from rank 0's."""
     problems = []
     for rank, fact in enumerate(told):
         where = f"rank {rank} ({fact['host']})"
-        for key in ("precision", "backend", "torch", "forge"):
+        for key in ("precision", "backend", *SAME_VERSIONS):
             if fact[key] != told[0][key]:
                 problems.append(f"{where} has {key} {fact[key]}, rank 0 has {told[0][key]}")
         for key, value in fact["recipe"].items():

@@ -300,6 +300,12 @@ class TrainConfig:
     peer_timeout: float = flag(
         30.0, "seconds that an exchange waits for a peer before the run ends"
     )
+    cluster_secret_file: str | None = flag(
+        None, "file with a secret that every peer must prove to know before anything is exchanged"
+    )
+    allow_public_address: bool = flag(
+        False, "listen on an address that the internet can reach, because a firewall guards it"
+    )
     cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
     cpu_threads: int = flag(
         0, "threads of a process on the CPU; 0: the machine's cores over its processes"
@@ -328,6 +334,7 @@ class TrainConfig:
     PER_RANK = (
         *("dataset_path", "output_dir", "model_name", "tokenizer", "resume", "config", "report_to"),
         *("rank", "world_size", "master_addr", "master_port", "cpu_threads"),
+        *("cluster_secret_file", "allow_public_address"),
         *("micro_batch_size", "gradient_checkpointing", "compile"),
     )
 
@@ -502,6 +509,60 @@ def multiples_near(value: int, unit: int) -> list[int]:
     return [number for number in (below, below + unit) if number]
 
 
+@dataclass
+class CheckConfig(TrainConfig):
+    """One look at a launch before it is made: takes the flags of train.py beside its own."""
+
+    config_file: list[str] = flag(
+        [], "this machine's file for `accelerate launch`, or the files of several", metavar="FILE"
+    )
+    meet: bool = flag(
+        False,
+        "with --config-file, on every machine: meet the others without a launcher, one process on"
+        " each",
+    )
+    json: bool = flag(False, "print the report as JSON")
+    write_configs: str | None = flag(
+        None, "write a commented launch file for each of --hosts, and stop", metavar="FOLDER"
+    )
+    hosts: list[str] = flag([], "addresses of all machines, the main one first")
+    gpus_per_host: int | None = flag(
+        None, "with --write-configs: GPUs of each machine; without it one process on the CPU"
+    )
+
+    OWN = ("config_file", "meet", "json", "write_configs", "hosts", "gpus_per_host")
+
+    def shared_settings(self) -> dict[str, Any]:
+        """As of a training: how it is looked at may differ between the ranks."""
+        return {key: v for key, v in super().shared_settings().items() if key not in self.OWN}
+
+    def problems(self) -> Problems:
+        """As of a training, which may still lack its data and its folder."""
+        named = dataclasses.replace(
+            self,
+            dataset_path=self.dataset_path or "not chosen",
+            output_dir=self.output_dir or "not chosen",
+        )
+        problems = TrainConfig.problems(named)
+        problems.require(
+            bool(self.write_configs) == bool(self.hosts),
+            "--write-configs FOLDER and --hosts ADDRESS ... belong together",
+        )
+        problems.require(
+            not (self.gpus_per_host is not None and self.cpu),
+            "--gpus-per-host and --cpu contradict each other: give one",
+        )
+        problems.require(
+            self.gpus_per_host is None or self.gpus_per_host >= 1,
+            f"--gpus-per-host is {self.gpus_per_host}: use 1 or more, or --cpu",
+        )
+        problems.require(
+            not self.meet or len(self.config_file) == 1,
+            "--meet needs the file of this machine: --config-file my_node.yaml",
+        )
+        return problems
+
+
 def _is_same(one: str, other: str) -> bool:
     """Whether two names mean the same folder."""
     return Path(one).resolve() == Path(other).resolve()
@@ -512,6 +573,7 @@ def wrong_values(config: Any) -> list[str]:
     told = []
     for name, hint in get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), get_args(hint) or (hint,)
+        kinds = (list,) if get_origin(hint) is list else kinds
         if get_origin(hint) is Literal:
             if value not in kinds:
                 told.append(f"{option(name)} is {value!r}: choose from {', '.join(kinds)}")

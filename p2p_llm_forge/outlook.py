@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,37 +70,44 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measured(
-    cluster: Cluster, plan: Plan, lm: Any, links: Links, update_s: list[float]
-) -> advice.Measured:
-    """What the forecasts start from. update_s: computing of an update, by rank."""
+def update_s_by_rank(
+    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any
+) -> list[float]:
+    """What every rank computes for an update, in seconds; all ranks must call. lm: as above."""
+    own_s = cluster.together(lambda: computing_s(config, cluster, data, plan, lm))
+    return [told for (told,) in cluster.gather_numbers([own_s])]
+
+
+def forecasts(
+    config: TrainConfig, cluster: Cluster, plan: Plan, lm: Any, links: Links, update_s: list[float]
+) -> list[advice.Forecast]:
+    """What every strategy that this run could take would bring, most exact first.
+
+    links, update_s: as measured, the same on all ranks, which then get the same answer.
+    """
     trained = [p for p in lm.parameters() if p.requires_grad]
-    others = [rank for rank in range(cluster.world_size) if rank != cluster.rank]
-    return advice.Measured(
+    latencies = [one for row in links.latency_s for one in row if not math.isnan(one)]
+    known = advice.Measured(
         parameters=sum(p.numel() for p in trained),
         update_s=max(update_s),
         tokens_per_update=plan.tokens_per_update,
         peers=cluster.world_size,
-        bytes_per_s=links.slowest()[2] if others else float("inf"),
-        latency_s=max((links.latency_s[cluster.rank][rank] for rank in others), default=0.0),
+        bytes_per_s=links.slowest()[2] if latencies else math.inf,
+        latency_s=max(latencies, default=0.0),
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
         shapes=tuple(tuple(p.shape) for p in trained),
     )
+    possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
+    return [advice.forecast(way, known) for way in possible]
 
 
 def outlook(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any
 ) -> list[advice.Forecast]:
-    """The forecasts of all strategies that this run could take, most exact first.
-
-    Measures links and computing; all ranks must call and get the same. lm: as for `computing_s`.
-    """
+    """Measure links and computing, and forecast. All ranks must call. lm: as for `computing_s`."""
     links = measure_links(cluster)
-    own_s = cluster.together(lambda: computing_s(config, cluster, data, plan, lm))
-    update_s = [told for (told,) in cluster.gather_numbers([own_s])]
-    known = measured(cluster, plan, lm, links, update_s)
-    possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
-    return [advice.forecast(way, known) for way in possible]
+    update_s = update_s_by_rank(config, cluster, data, plan, lm)
+    return forecasts(config, cluster, plan, lm, links, update_s)
 
 
 def with_strategy(

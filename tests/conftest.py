@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,16 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """Forks runs of the scripts; one for all tests, because its imports cost seconds."""
+    from tests.multiprocess.zygote import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
 
 
 def free_port() -> int:

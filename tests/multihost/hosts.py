@@ -88,6 +88,37 @@ class Host:
         (line,) = [line for line in told.splitlines() if line.strip().startswith("eth0:")]
         return [int(number) for number in line.split(":")[1].split()]
 
+    def run(self, *words: str) -> str:
+        """What a command of the system, such as `tc` or `nft`, prints on the host."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.name, *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        return done.stdout
+
+    @contextlib.contextmanager
+    def slowed(self, rate: str) -> Iterator[None]:
+        """Let the host send at no more than a rate, such as 10mbit."""
+        shape = ("tbf", "rate", rate, "burst", "32kb", "latency", "200ms")
+        self.run("tc", "qdisc", "add", "dev", "eth0", "root", *shape)
+        try:
+            yield
+        finally:
+            self.run("tc", "qdisc", "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
+    def firewall(self, rule: str) -> Iterator[None]:
+        """Judge what arrives at the host by a rule of nftables."""
+        self.run(
+            "nft",
+            "add table inet test; add chain inet test in { type filter hook input"
+            " priority 0; }; add rule inet test in " + rule,
+        )
+        try:
+            yield
+        finally:
+            self.run("nft", "delete table inet test")
+
     def ask_to_stop(self) -> None:
         """SIGTERM to what was started, as a shutdown of the machine sends it."""
         for process in self._processes:

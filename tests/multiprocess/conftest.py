@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import TINY_MODEL
-from tests.multiprocess.zygote import Zygote
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """One for all tests: its imports cost seconds."""
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 def flags(data: Path, folder: Path, **settings: object) -> list[str]:

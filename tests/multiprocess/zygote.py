@@ -6,22 +6,29 @@ signalled and waited for like any other. The zygote itself never starts a thread
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import platform
 import select
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from p2p_llm_forge.errors import run_script
 
+# From sched.h and sys/mount.h of Linux.
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Zygote:
-    """Starts runs of train.py and tells how they ended."""
+    """Starts runs of train.py or check_cluster.py and tells how they ended."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -40,12 +47,19 @@ class Zygote:
         log: Path,
         environ: dict[str, str] | None = None,
         script: str = "train",
+        host: str | None = None,
+        hosts_file: Path | None = None,
+        terminal: str | None = None,
     ) -> int:
         """Start `train.py argv`, its output appended to `log`; returns the process id.
 
-        script: another module with a `main`.
+        script: another module with a `main`; host: the network namespace to start it in, which
+        becomes its host name too; hosts_file: what it finds as /etc/hosts; terminal: what it reads
+        from.
         """
         order = {"argv": argv, "log": str(log), "environ": environ or {}, "script": script}
+        order |= {"host": host, "hosts_file": str(hosts_file) if hosts_file else None}
+        order["terminal"] = terminal
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         while True:
@@ -96,6 +110,7 @@ class Zygote:
 
 def main() -> None:
     """Fork a run for every line of standard input; tell starts and ends on standard output."""
+    import accelerate.commands.config.config  # noqa: F401
     import accelerate.tracking  # noqa: F401
     import datasets  # noqa: F401
     import torch.nn.parallel  # noqa: F401
@@ -103,10 +118,12 @@ def main() -> None:
 
     import p2p_llm_forge.checkpoint
     import p2p_llm_forge.cluster
-    import p2p_llm_forge.diloco  # noqa: F401
+    import p2p_llm_forge.company
+    import p2p_llm_forge.diloco
     import p2p_llm_forge.language_modeling_metric  # noqa: F401
+    import p2p_llm_forge.links
+    import p2p_llm_forge.machine  # noqa: F401
     import prepare_data  # noqa: F401
-    import train  # noqa: F401
 
     children: set[int] = set()
     is_open = True
@@ -132,15 +149,41 @@ def main() -> None:
             time.sleep(0.005)
 
 
+def _move(host: str, hosts_file: str | None) -> None:
+    """Leave for a network namespace, with a host name and a /etc/hosts of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    network = os.open(f"/var/run/netns/{host}", os.O_RDONLY)
+    done = [libc.setns(network, CLONE_NEWNET), libc.unshare(CLONE_NEWNS | CLONE_NEWUTS)]
+    os.close(network)
+    done.append(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    if hosts_file:
+        done.append(libc.mount(hosts_file.encode(), b"/etc/hosts", None, MS_BIND, None))
+    assert not any(done), os.strerror(ctypes.get_errno())
+    socket.sethostname(host)
+    platform._uname_cache = None  # of the zygote's own name
+
+
+def _script(name: str) -> Callable[[], int | None]:
+    """The `main` of a module, or of the wizard `accelerate config`."""
+    if name == "wizard":
+        name = "accelerate.commands.config.config"
+    return importlib.import_module(name).main
+
+
 def _become(order: dict) -> None:
+    if order["host"]:
+        _move(order["host"], order["hosts_file"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+    source_of_input = os.open(order["terminal"] or os.devnull, os.O_RDONLY | os.O_NOCTTY)
+    for source, target in ((source_of_input, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    # The zygote's own may have read ahead. As Python opens it: no newline is translated.
+    sys.stdin = open(0, newline="\n", closefd=False)  # noqa: SIM115
     os.environ.update(order["environ"])
+    sys.path[:0] = filter(None, order["environ"].get("PYTHONPATH", "").split(":"))
     sys.argv = [f"{order['script']}.py", *order["argv"]]
     try:
-        run_script(importlib.import_module(order["script"]).main)
+        run_script(_script(order["script"]))
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,0 +1,160 @@
+"""What a check has found, and the report that is made of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from p2p_llm_forge.errors import ForgeError
+
+FINE, WARNING, FAILURE = "fine", "warning", "failure"
+WORKS, WILL_NOT_WORK, WORKS_WITH_WARNINGS = 0, 1, 3  # exit status
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. What is not fine has a mend."""
+
+    level: str
+    topic: str
+    found: str
+    mend: str = ""
+    where: str = ""  # "rank 1 (berta)"; empty: of the machine that prints it, or of all
+
+    def __post_init__(self) -> None:
+        assert self.mend or self.level == FINE, f"{self.found}: no mend"
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        return f"{where}{self.found}" + (f"\n  {self.mend}" if self.mend else "")
+
+
+def fine(topic: str, found: str) -> Finding:
+    """Something that is as it should be."""
+    return Finding(FINE, topic, found)
+
+
+def warning(topic: str, found: str, mend: str) -> Finding:
+    """Something that works, but not as well as it could."""
+    return Finding(WARNING, topic, found, mend)
+
+
+def failure(topic: str, found: str, mend: str) -> Finding:
+    """Something because of which the launch will not work."""
+    return Finding(FAILURE, topic, found, mend)
+
+
+class Refused(ForgeError):
+    """Findings because of which a launch cannot go on, for a script that only wants to start."""
+
+    def __init__(self, *findings: Finding) -> None:
+        super().__init__("\n".join(map(str, findings)))
+        self.findings = findings
+
+
+def refuse_failures(findings: list[Finding]) -> None:
+    """Raise Refused with every failure among the findings, if there is one."""
+    failures = [finding for finding in findings if finding.level == FAILURE]
+    if failures:
+        raise Refused(*failures)
+
+
+@dataclass
+class ClusterReport:
+    """All findings about a launch, and how fast it will be."""
+
+    findings: list[Finding] = field(default_factory=list)
+    rank: int = 0  # of the process that made it
+    is_of_one_machine: bool = False  # which has not met the others
+    peers: list[str] = field(default_factory=list)  # hosts by rank, once they have met
+    latency_s: list[list[float]] = field(default_factory=list)  # [from][to]
+    bytes_per_s: list[list[float]] = field(default_factory=list)  # [from][to]
+    update_s: list[float] = field(default_factory=list)  # computing of an update, by rank
+    advice: list[str] = field(default_factory=list)
+
+    def status(self) -> int:
+        """The exit status: 0, 1 (will not work) or 3 (works, with warnings)."""
+        levels = {finding.level for finding in self.findings}
+        if FAILURE in levels:
+            return WILL_NOT_WORK
+        return WORKS_WITH_WARNINGS if WARNING in levels else WORKS
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values; what was not measured is null."""
+        return {"status": self.status(), **_without_nan(asdict(self))}
+
+    def table(self) -> str:
+        """The report for people."""
+        lines = []
+        for where in dict.fromkeys(finding.where for finding in self.findings):
+            lines.append(where or "this launch")
+            for finding in self.findings:
+                if finding.where == where:
+                    lines += _rows(finding)
+        if self.bytes_per_s:
+            lines += ["", *_matrix("bandwidth in Mbit/s", self._megabits(), self.peers)]
+            lines += ["", *_matrix("latency in ms", self._milliseconds(), self.peers)]
+        if self.update_s:
+            lines += ["", "computing of one update"]
+            lines += [
+                f"  rank {rank} ({self.peers[rank]}): {seconds:.3f} s"
+                for rank, seconds in enumerate(self.update_s)
+            ]
+        verdict = {
+            WORKS: "this launch will work",
+            WORKS_WITH_WARNINGS: "this launch will work; see the warnings",
+            WILL_NOT_WORK: "this launch will not work; see what failed",
+        }
+        if self.is_of_one_machine:
+            verdict[WORKS] = verdict[WORKS_WITH_WARNINGS] = (
+                "as far as one machine can tell, this launch will work; to know, start this on all"
+                " of them with --meet"
+            )
+        if self.advice:
+            lines += ["", *self.advice]
+        return "\n".join([*lines, "", verdict[self.status()]])
+
+    def _megabits(self) -> list[list[str]]:
+        slowest = min(rate for row in self.bytes_per_s for rate in row if not math.isnan(rate))
+        return [
+            [
+                ("-" if math.isnan(rate) else f"{rate * 8 / 1e6:.1f}")
+                + (" <- slowest" if rate == slowest else "")
+                for rate in row
+            ]
+            for row in self.bytes_per_s
+        ]
+
+    def _milliseconds(self) -> list[list[str]]:
+        return [
+            ["-" if math.isnan(seconds) else f"{seconds * 1e3:.2f}" for seconds in row]
+            for row in self.latency_s
+        ]
+
+
+def _rows(finding: Finding) -> list[str]:
+    mark = {FINE: "ok", WARNING: "WARNING", FAILURE: "FAILED"}[finding.level]
+    text = finding.found + (f"\nmend: {finding.mend}" if finding.mend else "")
+    first, *others = text.splitlines()
+    return [f"  {mark:<8} {finding.topic:<10} {first}", *(f"{'':<22}{line}" for line in others)]
+
+
+def _matrix(title: str, cells: list[list[str]], peers: list[str]) -> list[str]:
+    names = [f"rank {rank} ({host})" for rank, host in enumerate(peers)]
+    rows = [["from \\ to", *(f"rank {rank}" for rank in range(len(peers)))]]
+    rows += [[name, *row] for name, row in zip(names, cells, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [title] + [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,305 @@
+"""How the ranks of a launch find each other, before anything is exchanged that matters.
+
+torch's own rendezvous waits for a missing peer and cannot say which; gloo hangs when a firewall
+lets the main port through and nothing else. So the ranks first meet in the launch's key-value
+store: everyone says that it is here, proves that it knows the secret if there is one, and tries to
+reach everyone else. Whatever fails is told by rank, on all of them, within a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import platform
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from p2p_llm_forge import addresses, shared_secret
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.findings import Finding, Refused, failure
+
+SLICE_S = 0.5  # between looks at whether another rank has given up
+FAREWELL_S = 3.0
+LISTED = 8  # ranks or pairs that a message names
+VERDICT = "forge/meeting/verdict"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process's place in a meeting."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    main_address: str
+    main_port: int
+    own_address: str | None  # where the others reach it; None: all are on this machine
+    patience_s: float
+    secret: bytes | None
+
+    def name(self) -> str:
+        return f"rank {self.rank}"
+
+
+def meet(place: Place, environ: Mapping[str, str]) -> dist.Store:
+    """Wait for all ranks, check that each may be here and reaches the others; returns the store.
+
+    Raises Refused, on all ranks that came, when a rank is missing, has not the secret, or cannot
+    be reached.
+    """
+    store = open_store(place, environ)
+    try:
+        with _open_door(place) as port:
+            hellos = _say_hello(place, store, port)
+            _prove(place, store, hellos)
+            _reach(place, store, hellos)
+    except Refused as refusal:
+        _tell(place, store, refusal)
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        raise Refused(
+            failure(
+                "meeting",
+                f"{place.name()} lost the main process at {place.main_address}:{place.main_port}"
+                f" while the peers met ({str(error).splitlines()[0]})",
+                "see what rank 0 printed: it ended first",
+            )
+        ) from error
+    return store
+
+
+def open_store(place: Place, environ: Mapping[str, str]) -> dist.Store:
+    """The launch's key-value store, served by rank 0 or by its launcher. Raises Refused."""
+    host, port = place.main_address, place.main_port
+    timeout = datetime.timedelta(seconds=place.patience_s)
+    served_by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank == 0 and not served_by_launcher:
+        listener = _listen(host, port)
+        return dist.TCPStore(
+            *(host, port, place.world_size, True, timeout, False),
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+        )
+    state = addresses.wait_until_open(host, port, place.patience_s)
+    if state != addresses.OPEN:
+        raise Refused(_unreachable_main(place, state))
+    return dist.TCPStore(host, port, place.world_size, False, timeout, False, multi_tenant=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the main port: on the main address alone where it is this machine's own."""
+    own = addresses.resolve(host)[0]
+    family = socket.AF_INET6 if ":" in own else socket.AF_INET
+    # Behind a router that forwards the port, or with a name that means something else here, the
+    # main address is not one to bind.
+    for address in (own, ""):
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+            listener.listen(128)
+            return listener
+        except OSError as error:
+            listener.close()
+            if "assign" not in str(error):
+                raise Refused(addresses.judge_own_port(port)) from error
+    raise AssertionError("all addresses can be bound")
+
+
+def _unreachable_main(place: Place, state: str) -> Finding:
+    host, port = place.main_address, place.main_port
+    told = f"{place.name()} could not meet the {place.world_size} processes at {host}:{port}: "
+    if state == addresses.REFUSED:
+        return failure(
+            "meeting",
+            f"{told}the connection was refused for {place.patience_s:.0f} s",
+            "start rank 0 on that machine, with the same address and port; if it runs there, its"
+            " firewall rejects: " + addresses.opening(port, place.own_address or "127.0.0.1"),
+        )
+    finding = addresses.judge_reach(state, host, port, place.own_address or "127.0.0.1")
+    return failure("meeting", told + finding.found, finding.mend)
+
+
+def _gather(place: Place, store: dist.Store, subject: str, own: dict[str, Any]) -> list[dict]:
+    """What every rank says on a subject, by rank. Raises Refused naming those who are missing."""
+    keys = [f"forge/meeting/{subject}/{rank}" for rank in range(place.world_size)]
+    store.set(keys[place.rank], json.dumps(own))
+    deadline = time.monotonic() + place.patience_s
+    for key in keys:
+        while not _came(store, key, min(SLICE_S, max(0.01, deadline - time.monotonic()))):
+            if store.check([VERDICT]):
+                raise Refused(*_findings(store.get(VERDICT)))
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise Refused(_missing(place, missing))
+    return [_dict(store.get(key)) for key in keys]
+
+
+def _came(store: dist.Store, key: str, timeout_s: float) -> bool:
+    try:
+        store.wait([key], datetime.timedelta(seconds=timeout_s))
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def _missing(place: Place, ranks: list[int]) -> Finding:
+    machines = sorted({rank // place.local_world_size for rank in ranks})
+    return failure(
+        "meeting",
+        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to"
+        f" {place.main_address}:{place.main_port} within {place.patience_s:.0f} s;"
+        f" {place.world_size - len(ranks)} of {place.world_size} are here",
+        f"start machine {_listing([str(machine) for machine in machines])} too, or see what it"
+        " printed; --peer-timeout waits longer",
+    )
+
+
+@contextlib.contextmanager
+def _open_door(place: Place) -> Iterator[int | None]:
+    """A port of this rank's own where the others can try to reach it; None on one machine."""
+    if place.own_address is None:
+        yield None
+        return
+    family = socket.AF_INET6 if ":" in place.own_address else socket.AF_INET
+    with socket.socket(family) as door:
+        door.bind((place.own_address, 0))
+        door.listen(max(16, place.world_size))
+        yield door.getsockname()[1]
+
+
+def _say_hello(place: Place, store: dist.Store, port: int | None) -> list[dict]:
+    """Everyone's host, nonce, and address and port to try."""
+    hello = {
+        "host": platform.node(),
+        "nonce": shared_secret.new_nonce(),
+        "has_secret": place.secret is not None,
+        "address": place.own_address,
+        "port": port,
+    }
+    return _gather(place, store, "hello", hello)
+
+
+def _prove(place: Place, store: dist.Store, hellos: list[dict]) -> None:
+    """Prove that this rank knows the secret and check that all others do. Raises Refused."""
+    without = [rank for rank, hello in enumerate(hellos) if not hello.get("has_secret")]
+    if place.secret is None and len(without) == place.world_size:
+        return
+    copy = "copy the file of the others there and name it by --cluster-secret-file"
+    if without:
+        raise Refused(
+            failure("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
+        )
+    assert place.secret is not None
+    nonces = [str(hello.get("nonce")) for hello in hellos]
+    own = shared_secret.proof(place.secret, place.rank, nonces)
+    told = [str(answer.get("proof")) for answer in _gather(place, store, "proof", {"proof": own})]
+    strangers = [
+        rank
+        for rank, answer in enumerate(told)
+        if not shared_secret.is_proven(place.secret, rank, nonces, answer)
+    ]
+    if strangers:
+        raise Refused(
+            failure(
+                "secret",
+                f"{_who(strangers, hellos)} could not prove to {place.name()} that it knows the"
+                " cluster's secret",
+                copy,
+            )
+        )
+
+
+def _reach(place: Place, store: dist.Store, hellos: list[dict]) -> None:
+    """Try every other rank's door; raises Refused naming the pairs that do not reach each other."""
+    if all(not hello.get("address") for hello in hellos):
+        return
+    others = [rank for rank in range(place.world_size) if rank != place.rank]
+    states = addresses.probe_all(
+        [(str(hellos[rank].get("address")), int(hellos[rank].get("port") or 0)) for rank in others]
+    )
+    own = dict(zip(map(str, others), states, strict=True))
+    told = _gather(place, store, "reach", own)
+    closed = [
+        (rank, int(other), state)
+        for rank, states_told in enumerate(told)
+        for other, state in states_told.items()
+        if state != addresses.OPEN
+    ]
+    if closed:
+        raise Refused(*[_closed_way(hellos, *way) for way in closed[:LISTED]])
+
+
+def _closed_way(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
+    source, target = hellos[rank].get("address"), hellos[other].get("address")
+    told = f"{_who([rank], hellos)} cannot reach {_who([other], hellos)} at {target}: {state}"
+    if target is None or addresses.is_loopback(str(target)):
+        return failure(
+            "reach",
+            f"{told}: that address is known on its own machine only",
+            "unset GLOO_SOCKET_IFNAME there, or set it to the interface of the common network",
+        )
+    mend = {
+        addresses.NO_ROUTE: (
+            f"check `ip route get {target}` on the first, and that both are on one"
+            " network (GLOO_SOCKET_IFNAME chooses the interface)"
+        )
+    }
+    return failure(
+        "reach",
+        f"{told}; gloo and NCCL open ports of their own beside the main port",
+        mend.get(
+            state,
+            "let the peers talk freely: " + addresses.opening(None, str(source)),
+        ),
+    )
+
+
+def _tell(place: Place, store: dist.Store, refusal: Refused) -> None:
+    """Let the others know why the meeting failed; rank 0 leaves last, since it serves the store."""
+    with contextlib.suppress(dist.DistError, RuntimeError):
+        if not store.check([VERDICT]):
+            store.set(VERDICT, json.dumps([vars(finding) for finding in refusal.findings]))
+        store.set(f"forge/meeting/left/{place.rank}", "")
+        deadline = time.monotonic() + FAREWELL_S
+        came = [
+            f"forge/meeting/left/{rank}"
+            for rank in range(place.world_size)
+            if store.check([f"forge/meeting/hello/{rank}"])
+        ]
+        while place.rank == 0 and not store.check(came) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _findings(text: bytes) -> list[Finding]:
+    """The findings that another rank has told."""
+    try:
+        return [
+            Finding(**{key: str(value) for key, value in told.items()}) for told in json.loads(text)
+        ]
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise ForgeError("another rank has ended the meeting: see what it printed") from error
+
+
+def _dict(text: bytes) -> dict[str, Any]:
+    """What a rank has put into the store; anyone who reaches the port can write there."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _who(ranks: list[int], hellos: list[dict]) -> str:
+    return _listing([f"rank {rank} ({hellos[rank].get('host')})" for rank in ranks])
+
+
+def _listing(names: list[str]) -> str:
+    shown = names[:LISTED] + ([f"{len(names) - LISTED} more"] if len(names) > LISTED else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,301 @@
+"""check_cluster.py on hosts of their own: each thing that goes wrong is made to, and is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+from p2p_llm_forge.launch_files import write_launch_files
+from tests.conftest import TINY_MODEL, free_port
+from tests.multihost.hosts import hosts, why_not
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
+    pytest.mark.skipif(not shutil.which("nft"), reason="needs `nft` (package nftables)"),
+]
+WORKS, WILL_NOT_WORK, WORKS_WITH_WARNINGS = 0, 1, 3
+
+
+@pytest.fixture(scope="module")
+def machines():
+    with hosts(4) as made:
+        yield made
+
+
+class Peers:
+    """A launch of check_cluster.py on the first hosts, by files that --write-configs makes."""
+
+    def __init__(self, zygote, machines, tmp_path, count, main=None):
+        self.zygote, self.machines = zygote, machines[:count]
+        self.logs = [tmp_path / f"host{number}.log" for number in range(count)]
+        self.port = free_port()
+        addresses = [main or machines[0].address, *(m.address for m in machines[1:count])]
+        write_launch_files(tmp_path / "files", addresses, self.port, None, True)
+        self.files = [tmp_path / "files" / f"node{number}.yaml" for number in range(count)]
+        self.pids = {}
+
+    def start(self, number, *flags, environ=None, hosts_file=None, script="check_cluster"):
+        self.pids[number] = self.zygote.start(
+            list(map(str, flags)),
+            self.logs[number],
+            environ,
+            script,
+            self.machines[number].name,
+            hosts_file,
+        )
+
+    def meet(self, *flags, each=None, **options):
+        """Start on every host with `--meet`; `each` gives flags by number."""
+        for number, file in enumerate(self.files):
+            own = (each or {}).get(number, ())
+            self.start(number, "--config-file", file, "--meet", *flags, *own, **options)
+
+    def end(self, timeout_s=60.0):
+        """The statuses and what was printed, by number; then another launch can begin."""
+        statuses = {n: self.zygote.wait(pid, timeout_s) for n, pid in self.pids.items()}
+        told = {number: self.logs[number].read_text() for number in self.pids}
+        for number in self.pids:
+            self.logs[number].unlink()
+        self.pids = {}
+        return statuses, told
+
+
+def said(text):
+    """What was printed, with line breaks and indentation as one space."""
+    return re.sub(r"\s+", " ", text)
+
+
+def training(prepared, folder):
+    return (
+        f"--dataset-path={prepared}",
+        f"--output-dir={folder}",
+        f"--config-overrides={TINY_MODEL}",
+        "--cpu-threads=1",
+    )
+
+
+def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_path, prepared):
+    peers = Peers(zygote, machines, tmp_path, 4)
+    started = time.monotonic()
+    with machines[2].slowed("10mbit"):
+        peers.meet(*training(prepared, tmp_path / "run"), "--json")
+        statuses, told = peers.end()
+    spent = time.monotonic() - started
+    print(f"4 peers: {spent:.1f} s")
+    assert set(statuses.values()) == {WORKS}, told
+    assert spent < 60
+    report = json.loads(told[0][told[0].index("{\n") :])  # after what stderr got
+    assert [finding["level"] for finding in report["findings"]].count("failure") == 0
+    rates = report["bytes_per_s"]
+    for target in (0, 1, 3):
+        assert rates[2][target] * 8 == pytest.approx(10e6, rel=0.2)
+        assert rates[target][2] * 8 > 50e6
+    assert len(report["update_s"]) == 4 and min(report["update_s"]) > 0
+    assert any("--sync ddp --compress none" in line for line in report["advice"])
+    assert not (tmp_path / "run").exists(), "a check changes nothing"
+
+
+def test_one_machine_tells_refused_filtered_and_no_route_apart(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 4)
+    with machines[0].firewall(f"ip saddr {machines[2].address} tcp dport {peers.port} drop"):
+        machines[3].run("ip", "route", "add", "blackhole", f"{machines[0].address}/32")
+        for number in range(4):
+            peers.start(number, "--config-file", peers.files[number])
+        statuses, told = peers.end()
+        machines[3].run("ip", "route", "del", "blackhole", f"{machines[0].address}/32")
+    main = re.escape(f"{machines[0].address}:{peers.port}")
+    assert f"ok port {peers.port} is free" in said(told[0])
+    assert re.search(f"WARNING port {main} refused .*mend: start machine 0 first", said(told[1]))
+    assert re.search(
+        f"FAILED port {main} does not answer within 3 s: a firewall drops the packets.*mend: .*"
+        f"ufw allow from {machines[2].address} to any port {peers.port} proto tcp",
+        said(told[2]),
+    )
+    assert re.search(
+        "FAILED address no way to the main process|FAILED port there is no route", said(told[3])
+    )
+    assert [statuses[n] for n in range(4)] == [
+        *(WORKS, WORKS_WITH_WARNINGS, WILL_NOT_WORK, WILL_NOT_WORK)
+    ]
+    assert "as far as one machine can tell" in told[0]
+
+
+def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 2)
+    peers.meet("--peer-timeout=20")  # rank 1 comes later, so rank 0 holds the port meanwhile
+    os.kill(peers.pids[1], signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    listening = ("ss", "-ltnH", f"sport = :{peers.port}")
+    while not machines[0].run(*listening):
+        assert time.monotonic() < deadline
+    log = tmp_path / "second.log"
+    second = zygote.start(
+        ["--config-file", str(peers.files[0])],
+        log,
+        script="check_cluster",
+        host=machines[0].name,
+    )
+    assert zygote.wait(second) == WILL_NOT_WORK
+    taken = f"FAILED port port {peers.port} is taken mend: see who has it: ss -ltnp"
+    assert taken in said(log.read_text())
+    os.kill(peers.pids[1], signal.SIGCONT)
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WORKS}, told
+
+
+def test_a_firewall_between_the_peers_is_told_by_rank(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    rule = f"ip saddr {machines[1].address} tcp dport != {peers.port} ct state new drop"
+    with machines[2].firewall(rule):
+        peers.meet("--peer-timeout=20")
+        statuses, told = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    for number in range(3):
+        assert re.search(
+            rf"FAILED reach rank 1 \(.*\) cannot reach rank 2 \(.*\) at {machines[2].address}:"
+            rf" filtered; gloo and NCCL open ports .*ufw allow from {machines[1].address} ",
+            said(told[number]),
+        ), told[number]
+    assert "rank 0 (" not in told[0], "only the pair that fails is named"
+
+
+@pytest.mark.parametrize("way", ["interface", "hosts file"])
+def test_an_address_that_only_its_own_machine_knows_is_told(zygote, machines, tmp_path, way):
+    name = "forge-main"
+    peers = Peers(zygote, machines, tmp_path, 2, main=name)
+    files = [tmp_path / f"hosts{number}" for number in range(2)]
+    for file in files:
+        file.write_text(f"127.0.0.1 localhost\n{machines[0].address} {name}\n")
+    if way == "hosts file":
+        files[0].write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+    for number, file in enumerate(peers.files):
+        environ = {"GLOO_SOCKET_IFNAME": "lo"} if (way, number) == ("interface", 1) else None
+        peers.start(
+            *(number, "--config-file", file, "--meet", "--peer-timeout=2"),
+            environ=environ,
+            hosts_file=files[number],
+        )
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    if way == "interface":
+        expected = (
+            r"FAILED reach rank 0 \(.*\) cannot reach rank 1 \(.*\) at 127.0.0.1: refused: that"
+            " address is known on its own machine only mend: unset GLOO_SOCKET_IFNAME"
+        )
+    else:
+        expected = (
+            f"FAILED address the name {name} means 127.0.1.1 on this machine, where no other can"
+            " reach it mend: write the machine's IP address"
+        )
+        assert "connection was refused for 2 s" in said(told[1])
+    assert re.search(expected, said(told[0])), told
+
+
+def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 4)
+    for number in (0, 3):
+        file = peers.files[number]
+        peers.start(number, "--config-file", file, "--meet", "--peer-timeout=2")
+    started = time.monotonic()
+    statuses, told = peers.end()
+    assert time.monotonic() - started < 15
+    assert set(statuses.values()) == {WILL_NOT_WORK}
+    for number in (0, 3):
+        assert re.search(
+            "FAILED meeting rank 1 and rank 2 did not come to .* within 2 s; 2 of 4 are here mend:"
+            " start machine 1 and 2 too",
+            said(told[number]),
+        ), told
+
+
+def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    other = shutil.copytree(prepared, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["content_fingerprint"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    fake = tmp_path / "fake" / "accelerate-1.11.0.dist-info"
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.11.0\n")
+
+    folder = training(prepared, tmp_path / "run")
+    peers.meet(*folder, each={2: [f"--dataset-path={other}"]})
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    assert re.search(
+        r"FAILED data the peers of a run must have the same data; .* but rank 2 has", said(told[0])
+    ), told[0]
+
+    for number, file in enumerate(peers.files):
+        environ = {"PYTHONPATH": str(fake.parent)} if number == 1 else None
+        peers.start(number, "--config-file", file, "--meet", *folder, environ=environ)
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    for number in range(3):
+        assert re.search(r"rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1", told[number]), told
+
+
+def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path, prepared):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    secrets = {}
+    for name in ("ours", "theirs"):
+        secrets[name] = tmp_path / name
+        secrets[name].write_text(f"a long secret, {name}\n")
+        secrets[name].chmod(0o600)
+    ours, theirs = (f"--cluster-secret-file={secrets[name]}" for name in ("ours", "theirs"))
+    places = {0: [ours], 1: [ours]}
+    folder = training(prepared, tmp_path / "run")
+    for third, expected in (
+        ([], r"FAILED secret rank 2 \(.*-2\) did not bring the cluster's secret mend: copy"),
+        ([theirs], r"FAILED secret rank 2 \(.*-2\) could not prove to rank 0 that it knows"),
+    ):
+        peers.meet(*folder, "--peer-timeout=20", each={**places, 2: third})
+        statuses, told = peers.end()
+        assert set(statuses.values()) == {WILL_NOT_WORK}, told
+        assert re.search(expected, said(told[0])), told[0]
+        assert "rank 1 (" not in told[0]
+        assert not any("a long secret" in text for text in told.values())
+
+    flags = ("--world-size=3", f"--master-addr={machines[0].address}", "--batch-size=6")
+    for own, expected in ((ours, 0), (theirs, 2)):  # train.py says the same
+        port = free_port()
+        for number in range(3):
+            peers.start(
+                *(number, *folder, *flags, f"--rank={number}", f"--master-port={port}"),
+                *("--max-steps=1", "--report-to=none", ours if number < 2 else own),
+                script="train",
+            )
+        statuses, told = peers.end()
+        assert set(statuses.values()) == {expected}, told
+    assert re.search(r"error: rank 2 \(.*-2\) could not prove to rank 0", told[0])
+
+
+def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_path, prepared):
+    for number, host in enumerate(machines[:2]):
+        host.run("ip", "address", "add", f"44.77.0.{number + 1}/24", "dev", "eth0")
+    peers = Peers(zygote, machines, tmp_path, 2, main="44.77.0.1")
+    peers.meet("--peer-timeout=2")
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}
+    expected = "44.77.0.1.* is a public address, and whoever reaches the ports .* can read"
+    assert re.search(f"FAILED public {expected}.*--allow-public-address", said(told[0])), told[0]
+
+    peers.start(
+        *(0, *training(prepared, tmp_path / "run"), "--rank=0", "--world-size=2"),
+        *("--master-addr=44.77.0.1", f"--master-port={peers.port}"),
+        script="train",
+    )
+    statuses, told = peers.end()
+    assert statuses[0] == 2 and re.search(f"error: {expected}", said(told[0])), told
+
+    peers.meet("--peer-timeout=20", "--allow-public-address")
+    statuses, told = peers.end()
+    assert set(statuses.values()) == {WORKS_WITH_WARNINGS}, told
+    assert re.search(f"WARNING public {expected}", said(told[0]))
