@@ -88,6 +88,10 @@ class Host:
         (line,) = [line for line in told.splitlines() if line.strip().startswith("eth0:")]
         return [int(number) for number in line.split(":")[1].split()]
 
+    def is_running(self) -> bool:
+        """Whether nothing that was started has ended yet."""
+        return all(process.poll() is None for process in self._processes)
+
     def ask_to_stop(self) -> None:
         """SIGTERM to what was started, as a shutdown of the machine sends it."""
         for process in self._processes:
