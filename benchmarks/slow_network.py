@@ -51,13 +51,13 @@ class Arm:
 def diloco(every: int, compress: str, fragments: int = 1, overlap_steps: int = 0) -> Arm:
     """A whole round, from before its first exchange to after its last has landed."""
     strategy = Strategy("diloco", compress, every, fragments, overlap_steps)
-    return Arm(strategy, skipped=10 if overlap_steps else 5, measured=every)
+    return Arm(strategy, skipped=10 if overlap_steps else 2, measured=every)
 
 
 ALONE, BOTH_ALONE = "alone", "both-alone"
 ARMS = {
-    ALONE: Arm(None, 4, 16),
-    BOTH_ALONE: Arm(None, 4, 16),
+    ALONE: Arm(None, 4, 12),
+    BOTH_ALONE: Arm(None, 4, 12),
     "ddp": Arm(Strategy(), 2, 4),
     "ddp-fp16": Arm(Strategy(compress="fp16"), 2, 6),
     "ddp-int8": Arm(Strategy(compress="int8"), 2, 6),
@@ -185,7 +185,6 @@ def measure_arm(
     used = machines if name != ALONE else machines[:1]
     outputs = [folder / f"run-{name}-{number}" for number in range(len(used))]
     logs = [folder / f"{name}-{number}.log" for number in range(len(used))]
-    before = [host.bytes_sent() for host in used]
     try:
         for number, host in enumerate(used):
             words = run_flags(arm, data)
@@ -196,16 +195,14 @@ def measure_arm(
                 words += ["--master-addr", machines[0].address, "--master-port", 29500]
                 words += arm.strategy.flags.split()
             host.start(PYTHON, "train.py", *words, log=logs[number])
-        statuses = [status for host in used for status in host.wait(LONGEST_RUN_S)]
-        if any(statuses):
+        telling = outputs if arm.strategy is None else outputs[:1]  # rank 0 alone tells
+        if not measured_all(arm, telling, used):
             ends = [log.read_text(errors="replace")[-1500:] for log in logs]
-            print(f"{key_of(name, mbit)} failed, statuses {statuses}:", *ends, sep="\n", flush=True)
+            print(f"{key_of(name, mbit)} failed:", *ends, sep="\n", flush=True)
             return None
-        sent = [host.bytes_sent() - then for host, then in zip(used, before, strict=True)]
-        lines = [read_lines(output) for output in outputs if output.exists()]
-        found = steady_state(arm, lines)
-        found["interface_bytes_of_whole_run"] = max(sent)
+        found = steady_state(arm, [read_lines(output) for output in telling])
         if name == ALONE:
+            used[0].wait(LONGEST_RUN_S)  # until its model is saved
             found["shapes"] = shapes_of(outputs[0])
         return found
     finally:
@@ -213,6 +210,20 @@ def measure_arm(
             host.switch_off()
         for output in outputs:
             shutil.rmtree(output, ignore_errors=True)
+
+
+def measured_all(arm: Arm, outputs: list[Path], used: list[Host]) -> bool:
+    """Wait until the runs have told of the last update that counts; False if they ended before."""
+    wanted = arm.skipped + arm.measured
+    deadline = time.monotonic() + LONGEST_RUN_S
+    while time.monotonic() < deadline:
+        is_running = all(host.is_running() for host in used)
+        if all(line_of(output, wanted) for output in outputs):
+            return True
+        if not is_running:
+            return False
+        time.sleep(0.25)
+    return False
 
 
 def run_flags(arm: Arm, data: Path) -> list[object]:
@@ -231,10 +242,17 @@ def run_flags(arm: Arm, data: Path) -> list[object]:
     ]
 
 
+def line_of(output: Path, step: int) -> dict[str, Any] | None:
+    """What a run has told of an update; None before that."""
+    return next((line for line in read_lines(output) if line["step"] == step), None)
+
+
 def read_lines(output: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that updates wrote."""
-    text = (output / "metrics.jsonl").read_text(encoding="utf-8")
-    return [line for line in map(json.loads, text.splitlines()) if "tokens_per_second" in line]
+    file = output / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in map(json.loads, whole) if "tokens_per_second" in line]
 
 
 def steady_state(arm: Arm, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Float32 tensors as fewer bytes for the wire, and back; what is lost is sent later.
 
 Integers share a scale among the values of a group: 256 for int8 (1.0078 bytes a value), 64 for
-int4 (0.5313 bytes). On gradients and 20-update moves of a small GPT-2, int8 errs by 0.4 to 0.5 %
-of the vector's norm and int4 by 5.8 to 6.4 %; one scale for all would err by 1 to 9 % and 15 to
-29 %. Scales are bfloat16: they have float32's range, and rounding them cost less than 0.5 % more
-error than float32 scales of the same group.
+int4 (0.5313 bytes). On gradients and moves (of 20 and 40 updates) of a small GPT-2, int8 errs by
+0.4 to 0.5 % of the vector's norm and int4 by 5.8 to 6.5 %; one scale for all would err by 1 to 9 %
+and 15 to 29 %. Scales are bfloat16: they have float32's range, and rounding them cost less than
+0.5 % more error than float32 scales of the same group.
 """
 
 from __future__ import annotations

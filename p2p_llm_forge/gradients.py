@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,31 +86,32 @@ class AllReduce:
             future.set_result(buffer)
             return future
         self._last_began = time.perf_counter()
-        buffer.div_(self._cluster.world_size)
         average = self._way(bucket)
 
         def exchange() -> None:
             try:
                 with torch.no_grad():
-                    future.set_result(average(buffer))
+                    averaged = average(buffer)
+                self._last_ended = time.perf_counter()
+                future.set_result(averaged)
             except Exception as error:  # raised where DDP waits
                 future.set_exception(error)  # type: ignore[arg-type]
-            self._last_ended = time.perf_counter()
 
         self._channel.in_background(exchange)
         return future
 
-    def _way(self, bucket: Any) -> Any:
-        """What averages this bucket's buffer."""
+    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What averages this bucket's buffer, and returns it."""
+        world = self._cluster.world_size
         if self._codec.name == "none":
-            return self._channel.sum_
+            return lambda buffer: self._channel.sum_(buffer.div_(world))
         if bucket.index() not in self._averagers:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
             averager = Averager(self._channel, self._codec, len(bucket.buffer()))
             averager.restore(self._lost, parts)
             self._averagers[bucket.index()] = averager, parts
         averager, _ = self._averagers[bucket.index()]
-        return lambda buffer: buffer.copy_(averager.sum(buffer.float().cpu()))
+        return lambda buffer: buffer.copy_(averager.sum(buffer.div_(world).float().cpu()))
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
@@ -175,28 +176,23 @@ class PowerSGD(AllReduce):
     def _register(self) -> None:
         self._model.register_comm_hook(None, self._hook)
 
-    def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
 
-        if self.is_priming:
-            return super()._exchange(bucket)
-        self._last_began = time.perf_counter()
-        before = self._sent_values(bucket)
-        future = powerSGD_hook(self._powersgd, bucket)
-        values = self._sent_values(bucket) - before
-        world = self._cluster.world_size
-        self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
-        return future.then(self._note_end)
+        def average(buffer: torch.Tensor) -> torch.Tensor:
+            world, before = self._cluster.world_size, self._compressed_values()
+            # The hook chains all-reduces, and those of two buckets under way at once meet each
+            # other's on gloo (torch 2.13): here one bucket is done before the next begins.
+            averaged = powerSGD_hook(self._powersgd, bucket).wait()
+            values = self._compressed_values() - before or buffer.numel()
+            self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
+            return averaged
 
-    def _note_end(self, future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
-        self._last_ended = time.perf_counter()
-        return future.value()
+        return average
 
-    def _sent_values(self, bucket: Any) -> int:
-        """Values that the hook has given to all-reduces so far."""
-        if self._powersgd.iter < self._powersgd.start_powerSGD_iter:
-            return 0
-        return self._powersgd.total_numel_after_compression
+    def _compressed_values(self) -> int:
+        """Values that the hook has given to all-reduces since it compresses."""
+        return int(self._powersgd.total_numel_after_compression)
 
     def state(self) -> SyncState:
         """The matrices of the last update, and what they have lost."""

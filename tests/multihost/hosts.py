@@ -119,6 +119,10 @@ class Host:
         finally:
             self.run("nft", "delete table inet test")
 
+    def is_running(self) -> bool:
+        """Whether nothing that was started has ended yet."""
+        return all(process.poll() is None for process in self._processes)
+
     def ask_to_stop(self) -> None:
         """SIGTERM to what was started, as a shutdown of the machine sends it."""
         for process in self._processes:
