@@ -46,7 +46,7 @@ STRATEGIES = {
     "bf16": {"compress": "bf16"},
     "int8": {"compress": "int8"},
     "int4": {"compress": "int4"},
-    "powersgd": {"compress": "powersgd", "powersgd_rank": 2},
+    "powersgd": {"compress": "powersgd", "powersgd_rank": 4},
     "diloco": {**DILOCO, "sync_every": 6},
     "diloco_int8": {**DILOCO, "sync_every": 6, "compress": "int8", "ddp_warmup_steps": 4},
     "streaming_int4": {
@@ -100,7 +100,7 @@ def test_rounds_of_one_plain_update_are_ddp(zygote, prepared, tmp_path):
 
 def test_the_loss_is_that_of_ddp_on_the_same_tokens(zygote, prepared, tmp_path):
     settings = {"max_steps": 60, "learning_rate": 3e-3, "mixed_precision": "no"}
-    bytes_of_ddp = {"int8": 0.26, "int4": 0.14, "powersgd": 0.7, "diloco_int8": 0.12}
+    bytes_of_ddp = {"int8": 0.26, "int4": 0.14, "powersgd": 0.3, "diloco_int8": 0.12}
     folders = [finish(zygote, prepared, tmp_path / "ddp", **settings)]
     for name in bytes_of_ddp:
         plain = {"outer_lr": 1.0, "outer_momentum": 0.0} if "diloco" in name else {}
