@@ -12,10 +12,11 @@ demo: .venv/installed
 test: .venv/installed network-tools
 	$(RUN)/python -m pytest
 
-# The tests with hosts of their own need `ip`; without it they are skipped, but not in CI.
+# The tests with hosts of their own need these; without them they are skipped, but not in CI.
 network-tools:
-	@command -v ip >/dev/null || test "$(CI)" != true || \
-	{ apt-get update -qq && apt-get install -y -qq iproute2; }
+	@for tool in ip nft sshd shellcheck; do PATH="$$PATH:/usr/sbin" command -v $$tool; done | \
+	wc -l | grep -q 4 || test "$(CI)" != true || { apt-get update -qq && \
+	apt-get install -y -qq iproute2 nftables openssh-server shellcheck; }
 
 lint: .venv/installed
 	$(RUN)/ruff check .

@@ -131,12 +131,14 @@ def look_before(config: CheckConfig, launch: Launch, file: LaunchFile | None) ->
     """What one machine can say: what it has, and its way to the main address."""
     from p2p_llm_forge.machine import judge_machine, judge_way
 
+    if launch.local_rank:
+        return []  # one process speaks for its machine
     found = judge_machine(config, launch, os.environ)
     machines = launch.world_size // launch.local_world_size
     host, port, rank = launch.master_addr, launch.master_port, launch.rank
     if file is not None and launch.world_size == 1:
         machines, host, port, rank = file.machines, file.address, file.port, file.rank
-    if machines > 1 and host is not None and launch.local_rank == 0:
+    if machines > 1 and host is not None:
         is_main = rank < launch.local_world_size
         will_meet = launch.world_size > 1
         found += judge_way(
@@ -191,7 +193,8 @@ def measure(config: CheckConfig, cluster: Cluster, report: ClusterReport) -> Non
         add(company.judge_clocks(cluster, hosts))
     if config.output_dir:
         folder = Path(config.output_dir)
-        add(company.judge_shared_folder(cluster, folder, bool(config.resume), hosts))
+        is_needed = bool(config.resume) or config.keeps_own_state()
+        add(company.judge_shared_folder(cluster, folder, is_needed, hosts))
     # Before the links: what cannot be trained need not be fast.
     data = look_at_data(config, cluster, report)
     ways = cluster.world_size * (cluster.world_size - 1)

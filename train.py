@@ -332,9 +332,14 @@ def settle_strategy(
     plan: data_order.Plan,
     checkpoint: Path | None,
 ) -> TrainConfig:
-    """What `--sync auto` comes to: what the run has begun with, or what suits the network best."""
+    """What `--sync auto` comes to: what the run has begun with, or what suits the network best.
+
+    Raises ForgeError where the launch or the folder does not go with the strategy.
+    """
     from p2p_llm_forge.advice import choose, table
     from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.company import hosts_of, judge_shared_folder
+    from p2p_llm_forge.findings import refuse_failures
     from p2p_llm_forge.model import build_model
     from p2p_llm_forge.outlook import outlook, with_strategy
     from p2p_llm_forge.sync import refuse_elastic
@@ -349,6 +354,9 @@ def settle_strategy(
             print(table(forecasts), flush=True)
         config = with_strategy(config, choose(forecasts))
     refuse_elastic(config, cluster)
+    if config.keeps_own_state() and cluster.world_size > 1:
+        folder, hosts = Path(config.output_dir), hosts_of(cluster)
+        refuse_failures(judge_shared_folder(cluster, folder, True, hosts))
     return config
 
 

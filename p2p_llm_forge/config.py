@@ -432,6 +432,10 @@ class TrainConfig:
         """Whether there is no moment, but the end, at which all ranks hold the same weights."""
         return self.sync == "diloco" and (self.fragments > 1 or self.overlap_steps > 0)
 
+    def keeps_own_state(self) -> bool:
+        """Whether ranks hold what others do not, so that checkpoints take a file of each."""
+        return self.sync == "diloco" or self.compress != "none"
+
     def _require_sync(self, problems: Problems) -> None:
         """What the flags of `--sync` ask for must fit together."""
         every = self.round_length()
@@ -626,11 +630,21 @@ def _parser(config_class: type, script: str) -> Any:
 
 
 def flags_table(config_class: type) -> str:
-    """All flags of a script as a Markdown table, read from the parser itself, for the README."""
+    """All flags of a script as a Markdown table, read from the parser itself, for the README.
+
+    Of a config that extends another, only what it adds.
+    """
+    inherited = {
+        name
+        for base in config_class.__mro__[1:]
+        for name in getattr(base, "__dataclass_fields__", {})
+    }
     rows = ["| flag | default | what it does |", "|---|---|---|"]
     actions = _parser(config_class, "")._actions
     for action in actions:
-        if action.dest == "help" or action.const is False:  # --no-x stands in the row of --x
+        if (
+            action.dest in {"help", *inherited} or action.const is False
+        ):  # --no-x stands in the row of --x
             continue
         # Spellings with dashes and with underscores are one name: ours is shown with dashes, an
         # alias with underscores, as the users of Hugging Face's scripts know it.

@@ -24,7 +24,7 @@ from p2p_llm_forge import addresses, shared_secret
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.findings import Finding, Refused, failure
 
-SLICE_S = 0.5  # between looks at whether another rank has given up
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05  # between looks at the store
 FAREWELL_S = 3.0
 LISTED = 8  # ranks or pairs that a message names
 VERDICT = "forge/meeting/verdict"
@@ -130,23 +130,18 @@ def _gather(place: Place, store: dist.Store, subject: str, own: dict[str, Any]) 
     """What every rank says on a subject, by rank. Raises Refused naming those who are missing."""
     keys = [f"forge/meeting/{subject}/{rank}" for rank in range(place.world_size)]
     store.set(keys[place.rank], json.dumps(own))
-    deadline = time.monotonic() + place.patience_s
+    deadline, pause = time.monotonic() + place.patience_s, SHORTEST_PAUSE_S
     for key in keys:
-        while not _came(store, key, min(SLICE_S, max(0.01, deadline - time.monotonic()))):
+        # Not store.wait(), which prints a warning of its own when its time is over (torch 2.13).
+        while not store.check([key]):
             if store.check([VERDICT]):
                 raise Refused(*_findings(store.get(VERDICT)))
             if time.monotonic() > deadline:
                 missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
                 raise Refused(_missing(place, missing))
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
     return [_dict(store.get(key)) for key in keys]
-
-
-def _came(store: dist.Store, key: str, timeout_s: float) -> bool:
-    try:
-        store.wait([key], datetime.timedelta(seconds=timeout_s))
-    except dist.DistStoreError:
-        return False
-    return True
 
 
 def _missing(place: Place, ranks: list[int]) -> Finding:

@@ -8,11 +8,15 @@ import subprocess
 
 import pytest
 
-from p2p_llm_forge.config import PrepareConfig, TrainConfig, flags_table, parse
+from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
 from tests.conftest import ROOT
 
 READMES = ["README.md", "README.tr.md"]
-SCRIPTS = {"train.py": TrainConfig, "prepare_data.py": PrepareConfig}
+SCRIPTS = {
+    "train.py": TrainConfig,
+    "prepare_data.py": PrepareConfig,
+    "check_cluster.py": CheckConfig,
+}
 MADE_BY_A_RUN = ("artifacts/", "data/prepared/")
 TABLE = r"(<!-- flags of {} -->\n)(.*?)(<!-- end -->)"
 
@@ -129,7 +133,7 @@ def test_a_command_is_accepted(line):
         words[:1] = ["python", "train.py"]
     for word in words:
         for path in word.split("="):
-            ours = path.split("/")[0] in ("accelerate_configs", "recipes", "data")
+            ours = path.split("/")[0] in ("accelerate_configs", "recipes", "data", "launch")
             if ours and not path.startswith(MADE_BY_A_RUN):
                 assert (ROOT / path).exists(), f"{path} is not there"
     if words[0] == "pip":
@@ -152,6 +156,10 @@ def through_launcher(words: list[str]) -> tuple[str, list[str]]:
         from accelerate.commands.launch import launch_command_parser
 
         launch = launch_command_parser().parse_args(words[2:])
+    elif words[0] == "launch/ssh.sh":
+        return "train.py", words[2:]  # after the hosts
+    elif words[0] == "sbatch":
+        return "train.py", words[2:]  # after the job's script
     elif words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 

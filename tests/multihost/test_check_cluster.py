@@ -8,12 +8,13 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from p2p_llm_forge.launch_files import write_launch_files
 from tests.conftest import TINY_MODEL, free_port
-from tests.multihost.hosts import hosts, why_not
+from tests.multihost.hosts import PYTHON, hosts, why_not
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,6 +101,25 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
     assert len(report["update_s"]) == 4 and min(report["update_s"]) > 0
     assert any("--sync ddp --compress none" in line for line in report["advice"])
     assert not (tmp_path / "run").exists(), "a check changes nothing"
+
+
+def test_accelerate_launch_starts_the_same_check(machines, tmp_path, prepared):
+    addresses = [host.address for host in machines[:2]]
+    write_launch_files(tmp_path, addresses, free_port(), None, False)
+    logs = [tmp_path / f"host{number}.log" for number in range(2)]
+    for number, host in enumerate(machines[:2]):
+        file = tmp_path / f"node{number}.yaml"
+        host.start(
+            *(Path(PYTHON).parent / "accelerate", "launch", "--config_file", file),
+            *("check_cluster.py", "--config-file", file),
+            *training(prepared, tmp_path / "run"),
+            log=logs[number],
+        )
+    statuses = [status for host in machines[:2] for status in host.wait(120)]
+    told = [log.read_text() for log in logs]
+    assert statuses == [WORKS, WORKS], told
+    assert "all 2 processes are here" in told[0] and "plain DDP" in told[0]
+    assert "this launch" not in told[1], "a peer has nothing to say but its own failures"
 
 
 def test_one_machine_tells_refused_filtered_and_no_route_apart(zygote, machines, tmp_path):

@@ -183,3 +183,21 @@ def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path
         assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
         assert re.search(told, read(log)), read(log)
         assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_ranks_with_state_of_their_own_must_share_the_folder(zygote, prepared, tmp_path):
+    log = tmp_path / "log"
+    by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    ranks = [
+        zygote.start(
+            [
+                *flags(prepared, tmp_path / f"run{rank}", compress="int8"),
+                *by_hand,
+                f"--rank={rank}",
+            ],
+            log,
+        )
+        for rank in range(2)
+    ]
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    assert "rank 1 (" in read(log) and "put --output-dir on a network share" in read(log)
