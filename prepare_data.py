@@ -279,6 +279,7 @@ def resumable(config: PrepareConfig, found: Found, folder: Path) -> Iterator[Non
     try:
         yield
     except BaseException as error:
+        shutil.rmtree(folder / "dataset", ignore_errors=True)  # is written anew from the pieces
         full = _disk_full(config, found, folder) if _says_disk_full(error) else None
         if isinstance(error, TooShort) or not any((folder / "pieces").glob("*.json")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -319,7 +320,7 @@ class Job:
     def encode(self, task: Task) -> tuple[int, int]:
         """Tokenize and keep a piece. Returns bytes of its file and tokens."""
         piece = task.piece or next(sources.read_pieces(task.part, self.reading))
-        shares = corpus.encode_piece(
+        tokens, splits = corpus.encode_piece(
             task.number * PIECES_OF_A_PART + task.place,
             piece.column,
             task.part.is_validation,
@@ -330,8 +331,8 @@ class Job:
             "skipped": piece.skipped,
             "is_last": piece.is_last,
         }
-        self.pieces.write(task.number, task.part, task.place, shares, facts)
-        return piece.source_bytes, sum(len(share.tokens) for share in shares.values())
+        self.pieces.write(task.number, task.part, task.place, tokens, splits, facts)
+        return piece.source_bytes, len(tokens)
 
 
 @dataclass
@@ -348,34 +349,34 @@ def build(
     config: PrepareConfig, found: Found, tokenizer: Any, folder: Path, ranks: Ranks
 ) -> Manifest:
     """Write the dataset into `folder`/dataset, by the fastest encoder that is right."""
+    labels = packing.Labels(
+        (TRAIN, VALIDATION) if held_out_share(config) or config.validation_path else (TRAIN,),
+        config.sequence_length,
+        tokenization.vocabulary_size(tokenizer),
+        tokenization.token_dtype(tokenizer),
+        _arguments(config),
+    )
     backend = config.tokenizer_backend
     while True:
         encoders = tokenization.Encoders(tokenizer, backend)
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
         job = job_of(config, found, tokenizer, encoders, folder)
+        packer = packing.Packer(
+            folder / "dataset", found.parts, job.pieces, found.weights, tokenizer, labels
+        )
         try:
-            tokenize(job, ranks)
-            wait_for_ranks(job, ranks, folder)
-            break
+            with contextlib.closing(packer):
+                tokenize(job, ranks, packer.catch_up)
+                wait_for_ranks(job, ranks, folder, packer)
+                manifest = packer.finish()
+                require_blocks(manifest.splits, config)
+                return manifest
         except tokenization.FastPathDiffers as difference:
             if backend == "fast":
                 raise ForgeError(f"{difference}: use --tokenizer-backend auto") from difference
             print(f"{difference}: starting again with the tokenizer itself")
             backend = "reference"
-    done = packing.all_done(found.parts, job.pieces)
-    labels = packing.Labels(
-        (TRAIN, VALIDATION) if held_out_share(config) or config.validation_path else (TRAIN,),
-        config.sequence_length,
-        tokenization.vocabulary_size(tokenizer),
-        job.rules.dtype,
-        _arguments(config),
-    )
-    manifest = packing.write_dataset(
-        folder / "dataset", done, job.pieces, found.weights, tokenizer, labels
-    )
-    require_blocks(manifest.splits, config)
-    return manifest
 
 
 def job_of(
@@ -400,8 +401,11 @@ def job_of(
     return Job(found.parts, reading_of(config), rules, pieces, config.workers())
 
 
-def tokenize(job: Job, ranks: Ranks) -> None:
-    """Tokenize the pieces of this rank that are not done yet; a progress bar goes along."""
+def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None) -> None:
+    """Tokenize the pieces of this rank that are not done yet; a progress bar goes along.
+
+    catch_up: called after each, while workers go on with the next ones.
+    """
     from tqdm import tqdm
 
     total = sum(part.bytes for part in job.parts) // ranks.world_size
@@ -415,6 +419,7 @@ def tokenize(job: Job, ranks: Ranks) -> None:
             tokens += more_tokens
             bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
             bar.update(source_bytes)
+            catch_up()
 
 
 def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
@@ -437,16 +442,18 @@ def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
                 yield Task(number, part, place, piece)
 
 
-def wait_for_ranks(job: Job, ranks: Ranks, folder: Path) -> None:
+def wait_for_ranks(job: Job, ranks: Ranks, folder: Path, packer: packing.Packer) -> None:
     """Until all pieces are done; the main process does those of ranks that are gone itself."""
+    packer.catch_up()
     started = time.monotonic()
     marks = [folder / f"rank-{rank}" for rank in range(1, ranks.world_size)]
-    while not all(job.pieces.records(number, part) for number, part in enumerate(job.parts)):
+    while not packer.has_all:
         unfinished.require_no_failure(folder)
         may_still_start = time.monotonic() - started < unfinished.STALE_S
         if not marks or not (may_still_start or any(map(unfinished.is_alive, marks))):
-            tokenize(job, Ranks())
+            tokenize(job, Ranks(), packer.catch_up)
         time.sleep(POLL_S)
+        packer.catch_up()
 
 
 def help_main(config: PrepareConfig, found: Found, tokenizer: Any, ranks: Ranks) -> Manifest:

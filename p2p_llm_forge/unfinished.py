@@ -25,14 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2p_llm_forge.corpus import TRAIN, UNFINISHED, VALIDATION
+from p2p_llm_forge.corpus import TRAIN, UNFINISHED, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sources import Part, Reading
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from p2p_llm_forge.corpus import Share
 
 HEARTBEAT_S = 2.0
 STALE_S = 30.0  # without a heartbeat for so long, a worker on another machine counts as gone
@@ -181,13 +179,6 @@ def require_no_failure(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class SplitCounts:
-    documents: int
-    bytes: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Record:
     """What is known of a piece that is done. checksum: of its file of tokens (XXH3)."""
 
@@ -238,18 +229,15 @@ class Pieces:
         number: int,
         part: Part,
         piece: int,
-        shares: dict[str, Share],
+        tokens: np.ndarray,
+        splits: dict[str, SplitCounts],
         facts: dict[str, Any],
     ) -> Record:
-        """Keep the tokens of a piece. facts: digest, skipped, is_last. Raises OSError."""
-        import numpy as np
+        """Keep the tokens of a piece: those to train on, then those held out, as `splits` counts.
 
+        facts: digest, skipped, is_last. Raises OSError.
+        """
         name = self._name(number, part, piece)
-        tokens = np.concatenate([shares[TRAIN].tokens, shares[VALIDATION].tokens])
-        splits = {
-            key: SplitCounts(share.documents, share.bytes, len(share.tokens))
-            for key, share in shares.items()
-        }
         record = Record(splits=splits, checksum=self._checksum(tokens), **facts)
         # No fsync: a crash of the machine can damage these, which the checksum tells.
         write_whole(self._folder / f"{name}.tokens", tokens.data)
