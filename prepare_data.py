@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2p_llm_forge import config as configuration
 from p2p_llm_forge import corpus, packing, sources, tokenization, unfinished
@@ -27,6 +27,9 @@ from p2p_llm_forge.corpus import TRAIN, VALIDATION, Manifest, SplitFacts
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.sources import Found, Part, Piece, Reading
 from p2p_llm_forge.unfinished import PIECES_OF_A_PART, Pieces, Ranks
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # A tokenizer is trained on about so much of a larger corpus, chosen by a hash: more changes little.
 TOKENIZER_TEXT_BYTES = 256 << 20
@@ -317,8 +320,8 @@ class Job:
     pieces: Pieces
     workers: int
 
-    def encode(self, task: Task) -> tuple[int, int]:
-        """Tokenize and keep a piece. Returns bytes of its file and tokens."""
+    def encode(self, task: Task) -> tuple[int, np.ndarray]:
+        """Tokenize and keep a piece. Returns the bytes of its file, and its tokens."""
         piece = task.piece or next(sources.read_pieces(task.part, self.reading))
         tokens, splits = corpus.encode_piece(
             task.number * PIECES_OF_A_PART + task.place,
@@ -332,7 +335,7 @@ class Job:
             "is_last": piece.is_last,
         }
         self.pieces.write(task.number, task.part, task.place, tokens, splits, facts)
-        return piece.source_bytes, len(tokens)
+        return piece.source_bytes, tokens
 
 
 @dataclass
@@ -349,19 +352,13 @@ def build(
     config: PrepareConfig, found: Found, tokenizer: Any, folder: Path, ranks: Ranks
 ) -> Manifest:
     """Write the dataset into `folder`/dataset, by the fastest encoder that is right."""
-    labels = packing.Labels(
-        (TRAIN, VALIDATION) if held_out_share(config) or config.validation_path else (TRAIN,),
-        config.sequence_length,
-        tokenization.vocabulary_size(tokenizer),
-        tokenization.token_dtype(tokenizer),
-        _arguments(config),
-    )
+    labels = labels_of(config, tokenizer)
     backend = config.tokenizer_backend
     while True:
         encoders = tokenization.Encoders(tokenizer, backend)
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
-        job = job_of(config, found, tokenizer, encoders, folder)
+        job = job_of(config, found, labels, encoders, folder)
         packer = packing.Packer(
             folder / "dataset", found.parts, job.pieces, found.weights, tokenizer, labels
         )
@@ -379,24 +376,40 @@ def build(
             backend = "reference"
 
 
+def labels_of(config: PrepareConfig, tokenizer: Any) -> packing.Labels:
+    """What the dataset is to be, the same on every rank."""
+    vocab_size = tokenization.vocabulary_size(tokenizer)
+    has_validation = held_out_share(config) or config.validation_path
+    return packing.Labels(
+        splits=(TRAIN, VALIDATION) if has_validation else (TRAIN,),
+        sequence_length=config.sequence_length,
+        vocab_size=vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=tokenization.token_dtype(vocab_size),
+        tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
+        arguments=_arguments(config),
+    )
+
+
 def job_of(
     config: PrepareConfig,
     found: Found,
-    tokenizer: Any,
+    labels: packing.Labels,
     encoders: tokenization.Encoders,
     folder: Path,
 ) -> Job:
     """The work on the pieces, the same on every rank."""
     rules = corpus.Rules(
         encode=encoders.encode,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=tokenization.token_dtype(tokenizer),
+        eos_token_id=labels.eos_token_id,
+        dtype=labels.dtype,
         validation_fraction=held_out_share(config),
         seed=config.seed,
     )
     decides = {**vars(rules), "encode": encoders.is_fast}
-    fingerprint = tokenization.tokenizer_fingerprint(tokenizer)
-    names = unfinished.rules_of_pieces(reading_of(config), tokenizer=fingerprint, **decides)
+    names = unfinished.rules_of_pieces(
+        reading_of(config), tokenizer=labels.tokenizer_fingerprint, **decides
+    )
     pieces = Pieces(folder / "pieces", names, rules.dtype)
     return Job(found.parts, reading_of(config), rules, pieces, config.workers())
 
@@ -413,10 +426,8 @@ def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None
     with tqdm(
         total=total or None, unit="B", unit_scale=True, desc="tokenizing", disable=None
     ) as bar:
-        for source_bytes, more_tokens in in_order(
-            job.encode, pieces_to_do(job, ranks), job.workers
-        ):
-            tokens += more_tokens
+        for source_bytes, of_piece in in_order(job.encode, pieces_to_do(job, ranks), job.workers):
+            tokens += len(of_piece)
             bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
             bar.update(source_bytes)
             catch_up()
@@ -490,13 +501,13 @@ def share_work(
         if not place.exists():
             return
         tokenizer = tokenization.load_tokenizer(str(place))
-    backend = config.tokenizer_backend
+    labels, backend = labels_of(config, tokenizer), config.tokenizer_backend
     try:
         encoders = tokenization.Encoders(tokenizer, backend)
-        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+        tokenize(job_of(config, found, labels, encoders, folder), ranks)
     except tokenization.FastPathDiffers:
         encoders = tokenization.Encoders(tokenizer, "reference")
-        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+        tokenize(job_of(config, found, labels, encoders, folder), ranks)
 
 
 def _is_ready(config: PrepareConfig) -> bool:

@@ -38,7 +38,9 @@ class Labels:
     splits: tuple[str, ...]
     sequence_length: int
     vocab_size: int
+    eos_token_id: int
     dtype: str
+    tokenizer_fingerprint: str
     arguments: dict[str, Any]
 
 
@@ -200,13 +202,13 @@ class Packer:
         manifest = Manifest(
             sequence_length=labels.sequence_length,
             vocab_size=labels.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=labels.eos_token_id,
             dtype=labels.dtype,
             splits={
                 split.name: split.finish(tokenizer, labels.sequence_length)
                 for split in self._splits
             },
-            tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
+            tokenizer_fingerprint=labels.tokenizer_fingerprint,
             content_fingerprint=content_fingerprint(piece.record.digest for piece in self._done),
             arguments=labels.arguments,
             skipped_rows=sum(piece.record.skipped for piece in self._done),

@@ -119,9 +119,8 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def token_dtype(tokenizer: Any) -> str:
-    """The smallest type that holds every token. Raises ForgeError when four bytes do not."""
-    size = vocabulary_size(tokenizer)
+def token_dtype(size: int) -> str:
+    """The smallest type for a vocabulary of `size`. Raises ForgeError when four bytes are few."""
     if size > 2**32:
         raise ForgeError(
             f"the vocabulary has {size:,} entries, at most {2**32:,} fit into the four bytes of a "
@@ -289,9 +288,14 @@ def rules_of_text(tokenizer: Any) -> str:
     gigatoken 0.10, like tokenizers, turns the spelling of a special token into that token, but has
     no setting against it: it must not know them.
     """
-    rules = json.loads(_without_truncation(tokenizer.backend_tokenizer).to_str())
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["special"]]
-    return json.dumps(rules)
+    rules = _without_truncation(tokenizer.backend_tokenizer).to_str()
+    # The first key of that name is the tokenizer's own. Only its value is parsed: the vocabulary
+    # and its merges, which stay as they are, would take ten times as long as all the rest.
+    key = '"added_tokens":'
+    before, _, rest = rules.partition(key)
+    tokens, end = json.JSONDecoder().raw_decode(rest)
+    ordinary = [token for token in tokens if not token["special"]]
+    return f"{before}{key}{json.dumps(ordinary)}{rest[end:]}"
 
 
 def fast_encoder(rules: str) -> Encode:
@@ -318,7 +322,7 @@ def fast_encoder(rules: str) -> Encode:
 
 
 def sample(
-    documents: pa.LargeBinaryArray, count: int = 4, longest: int = 1000
+    documents: pa.LargeBinaryArray, count: int = 4, longest: int = 500
 ) -> pa.LargeBinaryArray:
     """A few texts that stand for `documents`: beginnings of some and, as mistakes hide there, some
     places where the text is not plain ASCII; each at most `longest` bytes."""
@@ -374,14 +378,12 @@ def control_token_guard(
     import numpy as np
 
     control = sorted(_control_tokens(tokenizer).values())
-    # Few are compared one by one; a table of booleans answers for many in one pass.
-    is_control = np.zeros(vocabulary_size(tokenizer), bool)
-    is_control[control] = True
 
     def guard(tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray) -> None:
+        # Few are compared one by one; for many, isin makes a table and answers in one pass.
         if len(control) <= 4 and not any((tokens == token).any() for token in control):
             return
-        places = np.flatnonzero(is_control[tokens])
+        places = np.flatnonzero(np.isin(tokens, control))
         if not len(places):
             return
         spelling = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from p2p_llm_forge.corpus import TRAIN, UNFINISHED, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
@@ -197,6 +198,8 @@ class Pieces:
         self._rules = rules
         self._dtype = dtype
         self._records: dict[str, Record] = {}
+        # Tokens that were written just now and are still in somebody's hands.
+        self._fresh: WeakValueDictionary[str, np.ndarray] = WeakValueDictionary()
         self._part_keys: dict[int, tuple[Part, str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -242,18 +245,21 @@ class Pieces:
         # No fsync: a crash of the machine can damage these, which the checksum tells.
         write_whole(self._folder / f"{name}.tokens", tokens.data)
         write_whole(self._folder / f"{name}.json", json.dumps(asdict(record)).encode())
+        self._fresh[name] = tokens
         self._records[name] = record
         return record
 
     def tokens(self, number: int, part: Part, piece: int) -> dict[str, np.ndarray]:
         """The tokens of a piece that is done, by split."""
         name = self._name(number, part, piece)
-        tokens, record = self._tokens(name), self._records[name]
-        if tokens is None or self._checksum(tokens) != record.checksum:
-            raise ForgeError(
-                f"{self._folder / name}.tokens was damaged on the disk: run the same command "
-                "again, and it is made anew"
-            )
+        record, tokens = self._records[name], self._fresh.get(name)
+        if tokens is None:
+            tokens = self._tokens(name)
+            if tokens is None or self._checksum(tokens) != record.checksum:
+                raise ForgeError(
+                    f"{self._folder / name}.tokens was damaged on the disk: run the same command "
+                    "again, and it is made anew"
+                )
         train = record.splits[TRAIN].tokens
         return {TRAIN: tokens[:train], VALIDATION: tokens[train:]}
 
