@@ -214,9 +214,25 @@ def held_out_share(config: PrepareConfig) -> float:
 
 def _load_tokenizer(config: PrepareConfig) -> Any:
     """The tokenizer that was asked for; None when one is to be trained."""
+    asked = _asked_tokenizer(config)
+    return tokenization.load_tokenizer(**asked) if asked else None
+
+
+def _asked_tokenizer(config: PrepareConfig) -> dict[str, Any] | None:
+    """The arguments of `load_tokenizer`, if one is to be loaded."""
     if config.tokenizer is None:
         return None
-    return tokenization.load_tokenizer(config.tokenizer, config.trust_remote_code, config.eos_token)
+    return {
+        "name": config.tokenizer,
+        "trust_remote_code": config.trust_remote_code,
+        "eos_token": config.eos_token,
+    }
+
+
+def _encoders(
+    config: PrepareConfig, tokenizer: Any, backend: tokenization.Backend
+) -> contextlib.closing[tokenization.Encoders]:
+    return contextlib.closing(tokenization.Encoders(tokenizer, backend, _asked_tokenizer(config)))
 
 
 def tokenizer_folder(config: PrepareConfig, found: Found, folder: Path) -> Path:
@@ -319,6 +335,7 @@ class Job:
     rules: corpus.Rules
     pieces: Pieces
     workers: int
+    give_up: Callable[[], None]  # makes pieces that are being encoded fail soon
 
     def encode(self, task: Task) -> tuple[int, np.ndarray]:
         """Tokenize and keep a piece. Returns the bytes of its file, and its tokens."""
@@ -355,25 +372,32 @@ def build(
     labels = labels_of(config, tokenizer)
     backend = config.tokenizer_backend
     while True:
-        encoders = tokenization.Encoders(tokenizer, backend)
-        if not encoders.is_fast:
-            print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
-        job = job_of(config, found, labels, encoders, folder)
-        packer = packing.Packer(
-            folder / "dataset", found.parts, job.pieces, found.weights, tokenizer, labels
-        )
         try:
-            with contextlib.closing(packer):
-                tokenize(job, ranks, packer.catch_up)
-                wait_for_ranks(job, ranks, folder, packer)
-                manifest = packer.finish()
-                require_blocks(manifest.splits, config)
-                return manifest
+            with _encoders(config, tokenizer, backend) as encoders:
+                if not encoders.is_fast:
+                    print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
+                job = job_of(config, found, labels, encoders, folder)
+                manifest = pack(job, found, tokenizer, labels, folder, ranks)
+            require_blocks(manifest.splits, config)
+            return manifest
         except tokenization.FastPathDiffers as difference:
             if backend == "fast":
                 raise ForgeError(f"{difference}: use --tokenizer-backend auto") from difference
             print(f"{difference}: starting again with the tokenizer itself")
             backend = "reference"
+
+
+def pack(
+    job: Job, found: Found, tokenizer: Any, labels: packing.Labels, folder: Path, ranks: Ranks
+) -> Manifest:
+    """Tokenize, with the other ranks, and write what comes into `folder`/dataset meanwhile."""
+    packer = packing.Packer(
+        folder / "dataset", found.parts, job.pieces, found.weights, tokenizer, labels
+    )
+    with contextlib.closing(packer):
+        tokenize(job, ranks, packer.catch_up)
+        wait_for_ranks(job, ranks, folder, packer)
+        return packer.finish()
 
 
 def labels_of(config: PrepareConfig, tokenizer: Any) -> packing.Labels:
@@ -411,7 +435,7 @@ def job_of(
         reading_of(config), tokenizer=labels.tokenizer_fingerprint, **decides
     )
     pieces = Pieces(folder / "pieces", names, rules.dtype)
-    return Job(found.parts, reading_of(config), rules, pieces, config.workers())
+    return Job(found.parts, reading_of(config), rules, pieces, config.workers(), encoders.close)
 
 
 def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None) -> None:
@@ -426,7 +450,9 @@ def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None
     with tqdm(
         total=total or None, unit="B", unit_scale=True, desc="tokenizing", disable=None
     ) as bar:
-        for source_bytes, of_piece in in_order(job.encode, pieces_to_do(job, ranks), job.workers):
+        for source_bytes, of_piece in in_order(
+            job.encode, pieces_to_do(job, ranks), job.workers, job.give_up
+        ):
             tokens += len(of_piece)
             bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
             bar.update(source_bytes)
@@ -503,11 +529,11 @@ def share_work(
         tokenizer = tokenization.load_tokenizer(str(place))
     labels, backend = labels_of(config, tokenizer), config.tokenizer_backend
     try:
-        encoders = tokenization.Encoders(tokenizer, backend)
-        tokenize(job_of(config, found, labels, encoders, folder), ranks)
+        with _encoders(config, tokenizer, backend) as encoders:
+            tokenize(job_of(config, found, labels, encoders, folder), ranks)
     except tokenization.FastPathDiffers:
-        encoders = tokenization.Encoders(tokenizer, "reference")
-        tokenize(job_of(config, found, labels, encoders, folder), ranks)
+        with _encoders(config, tokenizer, "reference") as encoders:
+            tokenize(job_of(config, found, labels, encoders, folder), ranks)
 
 
 def _is_ready(config: PrepareConfig) -> bool:
@@ -526,9 +552,15 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = float("inf")) -> No
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    give_up: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """`work` of every item by `workers` threads; results in the items' order, few in waiting."""
+    """`work` of every item by `workers` threads; results in the items' order, few in waiting.
+
+    give_up: called before the threads are waited for when something fails or interrupts.
+    """
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -538,6 +570,9 @@ def in_order(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:
+        give_up()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.tokenizer_process import TokenizerProcess
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +48,7 @@ HARD_TEXTS = (
     "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
 )
 
+DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
 
@@ -195,15 +197,23 @@ class Encoders:
     falling back to the tokenizer itself; `reference` always asks the tokenizer. After creation,
     `is_fast` says which way was taken and `reason` why not the fast one.
 
+    loaded_from: the arguments of `load_tokenizer`. With them, a tokenizer written in Python works
+    in further processes, one for every thread but the first; they end when this is closed.
+
     In text, the spelling of a control token (`<|endoftext|>`) is text like any other: it never
     becomes that token.
     """
 
-    def __init__(self, tokenizer: Any, backend: Backend = "auto") -> None:
+    def __init__(
+        self, tokenizer: Any, backend: Backend = "auto", loaded_from: dict[str, Any] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
         self._guard = control_token_guard(tokenizer)
         self._of_this_thread = threading.local()
+        self._processes: list[TokenizerProcess] = []
+        self._is_closed = False
         self.reason = "" if backend != "reference" else "asked for by --tokenizer-backend"
         if backend != "reference":
             self.reason = self._why_not_fast()
@@ -213,6 +223,14 @@ class Encoders:
                 f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}. "
                 "Use --tokenizer-backend auto."
             )
+        # For the first thread that encodes; what others get is made when they come.
+        self._spare = [self._fast if self.is_fast else self._reference]
+
+    def close(self) -> None:
+        """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
+        self._is_closed = True
+        for process in self._processes:
+            process.close()
 
     def _why_not_fast(self) -> str:
         import pyarrow as pa
@@ -222,8 +240,8 @@ class Encoders:
         column = pa.array(texts, pa.large_binary())
         try:
             self._rules = rules_of_text(self._tokenizer)
-            self._spare = [fast_encoder(self._rules)]
-            require_same(self._spare[0], self._reference, column)
+            self._fast = fast_encoder(self._rules)
+            require_same(self._fast, self._reference, column)
         except FastPathDiffers as difference:
             return str(difference)
         except (
@@ -239,24 +257,58 @@ class Encoders:
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
         cannot be told from a control token.
         """
-        if not self.is_fast:
-            tokens, lengths = self._reference(documents)
+        if not hasattr(self._of_this_thread, "encode"):
+            try:
+                self._of_this_thread.encode = self._spare.pop()
+            except IndexError:
+                self._of_this_thread.encode = self._another()
+        encode = self._of_this_thread.encode
+        if self.is_fast:
+            tokens, lengths = encode(documents)
+            require_same(encode, self._reference, sample(documents))
         else:
-            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
-            if not hasattr(self._of_this_thread, "encode"):
-                made = self._spare.pop() if self._spare else fast_encoder(self._rules)
-                self._of_this_thread.encode = made
-            tokens, lengths = self._of_this_thread.encode(documents)
-            require_same(self._of_this_thread.encode, self._reference, sample(documents))
+            tokens, lengths = self._by_and_by(encode, documents)
         self._guard(tokens, lengths, documents)
         return tokens, lengths
+
+    def _another(self) -> Encode:
+        """An encoder for one more thread."""
+        if self.is_fast:
+            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
+            return fast_encoder(self._rules)
+        if is_slow(self._tokenizer) and self._loaded_from:
+            process = TokenizerProcess(self._loaded_from)
+            self._processes.append(process)
+            if self._is_closed:  # meanwhile
+                process.close()
+            return process.encode
+        return self._reference
+
+    def _by_and_by(
+        self, encode: Encode, documents: pa.LargeBinaryArray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some documents at a time: whoever closes this does not wait for all."""
+        import numpy as np
+
+        found = []
+        for start in range(0, max(1, len(documents)), DOCUMENTS_AT_A_TIME):
+            if self._is_closed:
+                raise ForgeError("the work was given up")
+            found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
+        tokens, lengths = zip(*found, strict=True)
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def is_slow(tokenizer: Any) -> bool:
+    """Whether it is written in Python, so that threads would take turns."""
+    return getattr(tokenizer, "backend_tokenizer", None) is None
 
 
 def reference_encoder(tokenizer: Any) -> Encode:
     """Encode by the tokenizer itself."""
     import numpy as np
 
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+    if not is_slow(tokenizer):
         from tokenizers import Tokenizer
 
         backend = _without_truncation(tokenizer.backend_tokenizer)
@@ -271,7 +323,14 @@ def reference_encoder(tokenizer: Any) -> Encode:
 
         def encode_texts(texts: list[str]) -> list[list[int]]:
             ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            return [tokenizer(text, **ask)["input_ids"] for text in texts]
+            try:
+                return [tokenizer(text, **ask)["input_ids"] for text in texts]
+            except Exception as error:  # anything: it may be code that came with the tokenizer
+                raise ForgeError(
+                    f"the tokenizer failed ({type(error).__name__}: {error}) on one of the "
+                    f"documents after the one that begins {texts[0][:40]!r}: mend the tokenizer, "
+                    "or use another --tokenizer"
+                ) from error
 
     def encode(documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
         ids = encode_texts([document.decode() for document in documents.to_pylist()])
