@@ -827,17 +827,25 @@ def _by_size(
     columns: Iterator[pa.Array], file: Any, span: Span, reading: Reading, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """Small columns joined to pieces of PIECE_BYTES or little more. file: tells the progress."""
+    import pyarrow as pa
+
     waiting, size, row, told = [], 0, 1, 0
-    for column in columns:
-        waiting.append(as_text(column, span.path, row, reading, tally))
-        row += len(column)
-        size += len(values_and_offsets(waiting[-1])[0])
-        if size >= PIECE_BYTES:
-            place = file.tell() if file else 0
-            yield _joined(waiting), place - told
-            waiting, size, told = [], 0, place
+    damage = None
+    try:
+        for column in columns:
+            waiting.append(as_text(column, span.path, row, reading, tally))
+            row += len(column)
+            size += len(values_and_offsets(waiting[-1])[0])
+            if size >= PIECE_BYTES:
+                place = file.tell() if file else 0
+                yield _joined(waiting), place - told
+                waiting, size, told = [], 0, place
+    except (pa.ArrowException, OSError) as error:
+        damage = error  # what was read before it is not lost
     if waiting:
         yield _joined(waiting), max(0, span.end - told) if file else 0
+    if damage:
+        raise damage
 
 
 def as_text(
@@ -890,6 +898,8 @@ def _parquet_rows(
 def _rows_of_group(
     table: Any, group: int, span: Span, reading: Reading, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
+    import pyarrow as pa
+
     facts = table.metadata.row_group(group)
     row_bytes = max(1, facts.total_byte_size // max(1, facts.num_rows))
     batches = table.iter_batches(
@@ -898,12 +908,21 @@ def _rows_of_group(
         columns=[reading.text_column],
         use_threads=False,
     )
-    columns = (batch.column(0) for batch in batches)
-    left = span.bytes
-    for column, _ in _by_size(columns, None, span, reading, tally):
-        progress = min(left, len(values_and_offsets(column)[0]))
-        left -= progress
-        yield column, progress
+    rows_left, bytes_left = facts.num_rows, span.bytes
+
+    def columns() -> Iterator[pa.Array]:
+        nonlocal rows_left
+        for batch in batches:
+            rows_left -= len(batch)
+            yield batch.column(0)
+
+    try:
+        for column, _ in _by_size(columns(), None, span, reading, tally):
+            progress = min(bytes_left, len(values_and_offsets(column)[0]))
+            bytes_left -= progress
+            yield column, progress
+    except (pa.ArrowException, OSError) as error:
+        tally.bad(f"{span.path} is damaged or truncated: {_first_line(error)}", rows_left)
 
 
 @contextlib.contextmanager

@@ -392,6 +392,23 @@ def test_a_truncated_file_is_named_or_counted(tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_damaged_row_group_costs_just_the_rows_that_it_holds(tmp_path, suffix):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(300)]
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), stream, row_group_size=100, use_dictionary=False)
+    content = bytearray(stream.getvalue().to_pybytes())
+    group = pq.ParquetFile(pa.BufferReader(bytes(content))).metadata.row_group(1).column(0)
+    content[group.data_page_offset : group.data_page_offset + 50] = b"\xff" * 50
+    path = compress(tmp_path / f"a.parquet{suffix}", bytes(content))
+    with pytest.raises(ForgeError, match="a.parquet.* is damaged.*--skip-bad-rows"):
+        documents(path)
+    found = pieces(path, skip_bad_rows=True)
+    kept = [d.decode() for piece in found for d in piece.column.to_pylist()]
+    assert kept == texts[:100] + texts[200:]
+    assert sum(piece.skipped for piece in found) == 100
+
+
 def test_a_compressed_array_damaged_at_its_start_is_counted(tmp_path):
     path = write_rows(tmp_path / "a.json.gz", TEXTS)
     path.write_bytes(path.read_bytes()[:20] + b"\x55" * 20)
