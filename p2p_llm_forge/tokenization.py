@@ -48,6 +48,8 @@ HARD_TEXTS = (
     "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
 )
 
+RENEWED_AFTER_BYTES = 12 << 20  # of text, at the earliest: then an encoder may be made anew
+MEMORY_OF_A_THREAD = 256 << 20  # that encoding may take for each before that happens
 DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
@@ -212,6 +214,8 @@ class Encoders:
         self._reference = reference_encoder(tokenizer)
         self._guard = control_token_guard(tokenizer)
         self._of_this_thread = threading.local()
+        # For the first thread that encodes; what others get is made when they come.
+        self._spare = [self._reference]
         self._processes: list[TokenizerProcess] = []
         self._is_closed = False
         self.reason = "" if backend != "reference" else "asked for by --tokenizer-backend"
@@ -223,8 +227,8 @@ class Encoders:
                 f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}. "
                 "Use --tokenizer-backend auto."
             )
-        # For the first thread that encodes; what others get is made when they come.
-        self._spare = [self._fast if self.is_fast else self._reference]
+        self._threads = 0
+        self._memory_at_start = _memory_of_process()
 
     def close(self) -> None:
         """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
@@ -240,8 +244,9 @@ class Encoders:
         column = pa.array(texts, pa.large_binary())
         try:
             self._rules = rules_of_text(self._tokenizer)
-            self._fast = fast_encoder(self._rules)
-            require_same(self._fast, self._reference, column)
+            fast = fast_encoder(self._rules)
+            require_same(fast, self._reference, column)
+            self._spare = [fast]
         except FastPathDiffers as difference:
             return str(difference)
         except (
@@ -257,22 +262,39 @@ class Encoders:
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
         cannot be told from a control token.
         """
-        if not hasattr(self._of_this_thread, "encode"):
-            try:
-                self._of_this_thread.encode = self._spare.pop()
-            except IndexError:
-                self._of_this_thread.encode = self._another()
-        encode = self._of_this_thread.encode
+        own = self._of_this_thread
+        if not hasattr(own, "bytes"):
+            self._threads += 1
+        if not hasattr(own, "encode"):
+            own.encode, own.bytes = self._new_encoder(), 0
         if self.is_fast:
-            tokens, lengths = encode(documents)
-            require_same(encode, self._reference, sample(documents))
+            tokens, lengths = own.encode(documents)
+            require_same(own.encode, self._reference, sample(documents))
+            own.bytes += documents.nbytes
+            if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
+                del own.encode
         else:
-            tokens, lengths = self._by_and_by(encode, documents)
+            tokens, lengths = self._by_and_by(own.encode, documents)
         self._guard(tokens, lengths, documents)
         return tokens, lengths
 
+    def _has_grown(self) -> bool:
+        """Whether caches may have become too large.
+
+        gigatoken 0.10 remembers every word that it has seen and has no setting for it: text of
+        ever new words takes 10 bytes of memory for each of its own. A new encoder begins anew.
+        """
+        return _memory_of_process() - self._memory_at_start > self._threads * MEMORY_OF_A_THREAD
+
+    def _new_encoder(self) -> Encode:
+        """An encoder for the thread that asks."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self._another()
+
     def _another(self) -> Encode:
-        """An encoder for one more thread."""
+        """One more encoder."""
         if self.is_fast:
             # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
             return fast_encoder(self._rules)
@@ -297,6 +319,12 @@ class Encoders:
             found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
         tokens, lengths = zip(*found, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def _memory_of_process() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def is_slow(tokenizer: Any) -> bool:
