@@ -213,7 +213,8 @@ class Pieces:
                 record = Record(**content | {"splits": splits})
             except (OSError, ValueError):
                 return None
-            if self._tokens(name) is None or self._checksum(self._tokens(name)) != record.checksum:
+            tokens = self._tokens(name)
+            if tokens is None or self._checksum(tokens) != record.checksum:
                 return None
             self._records[name] = record
         return self._records[name]
