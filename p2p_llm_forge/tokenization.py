@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import threading
@@ -70,6 +71,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
     """
     from transformers import AutoTokenizer
 
+    collects = gc.isenabled()
+    gc.disable()  # or it goes over all that is imported for the sake of a vocabulary's many strings
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
@@ -80,6 +83,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
             "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
             "train one on the text."
         ) from error
+    finally:
+        if collects:
+            gc.enable()
     # transformers 5.23 would save how it was reached: offline, the same tokenizer has other bytes.
     for setting in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(setting, None)

@@ -144,7 +144,7 @@ while killed < kills or not finished:
     if child == 0:
         sys.stdout = open(os.devnull, "w")
         try:
-            # More than it takes to finish what was killed late: on any machine some come to the end.
+            # More than it takes to finish what was killed late: some always come to the end.
             work(chosen.randint(1, 400) if killed % 2 else 0)
             os._exit(0)
         except BaseException as error:
