@@ -75,7 +75,9 @@ class PrepareConfig:
         "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
     )
     num_workers: int = flag(
-        0, "threads that tokenize; 0: one per core; any number gives the same bytes"
+        0,
+        "threads that tokenize, or processes for a tokenizer written in Python; 0: one per core; "
+        "any number gives the same bytes",
     )
     tokenizer_backend: Literal["auto", "fast", "reference"] = flag(
         "auto", "encode by gigatoken where it answers as the tokenizer does (auto), always or never"
