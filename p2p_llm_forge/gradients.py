@@ -27,7 +27,7 @@ class AllReduce:
         self._names = {parameter: name for name, parameter in parameters_of(model)}
         self._averagers: dict[int, tuple[Averager, list[tuple[str, int]]]] = {}
         self._lost: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
-        self._bytes_before = 0
+        self._bytes_before = self._bytes_by_nccl = 0
         self._last_began = self._last_ended = 0.0
         self.is_priming = False
         self.has_own_state = codec.is_lossy and cluster.world_size > 1
@@ -47,8 +47,14 @@ class AllReduce:
         }
         if self._cluster.device.type == "cpu" or self._codec.name.startswith("int"):
             self._model.register_comm_hook(None, self._hook)
-        elif self._codec.name in on_nccl:
+            return
+        if self._codec.name in on_nccl:
             self._model.register_comm_hook(None, on_nccl[self._codec.name])
+        # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
+        size = 2 if self._codec.name in on_nccl else 4
+        values = sum(p.numel() for p in self._names if p.requires_grad)
+        world = self._cluster.world_size
+        self._bytes_by_nccl = 2 * (world - 1) * size * values // world
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """Only an update's last micro-batch exchanges gradients."""
@@ -80,8 +86,9 @@ class AllReduce:
 
     def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """DDP's communication hook: called for one bucket after the other, while backward runs."""
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         buffer = bucket.buffer()
+        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         if self.is_priming:
             future.set_result(buffer)
             return future
@@ -115,13 +122,11 @@ class AllReduce:
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
-        sent, self._bytes_before = (
-            self._channel.bytes_sent - self._bytes_before,
-            self._channel.bytes_sent,
-        )
+        sent = self._channel.bytes_sent - self._bytes_before
+        self._bytes_before += sent
         # The last bucket is ready when backward is over; from then on everybody waits.
         waited = max(0.0, self._last_ended - self._last_began)
-        return SyncReport(sent, waited, self._cluster.world_size)
+        return SyncReport(sent + self._bytes_by_nccl, waited, self._cluster.world_size)
 
     def meets(self, done: int) -> bool:
         """Every update is a meeting."""
