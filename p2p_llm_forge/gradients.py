@@ -45,7 +45,7 @@ class AllReduce:
             "fp16": default_hooks.fp16_compress_hook,
             "bf16": default_hooks.bf16_compress_hook,
         }
-        if self._cluster.device.type == "cpu" or self._codec.name.startswith("int"):
+        if torch.distributed.get_backend() != "nccl" or self._codec.name.startswith("int"):
             self._model.register_comm_hook(None, self._hook)
             return
         if self._codec.name in on_nccl:
