@@ -354,6 +354,13 @@ class TrainConfig:
             bool(self.output_dir or (self.eval_only and self.model_name)),
             "no place for the run: add --output-dir FOLDER",
         )
+        self._require_ranges(problems)
+        self._require_combinations(problems)
+        self._require_sync(problems)
+        return problems
+
+    def _require_ranges(self, problems: Problems) -> None:
+        """Every value must be one that its flag can have."""
         for name in ("epochs", "learning_rate", "log_every", "peer_timeout"):
             problems.require(
                 0 < getattr(self, name) < math.inf,
@@ -386,6 +393,24 @@ class TrainConfig:
             f"--sequence-length is {self.sequence_length}: use 2 or more",
         )
         problems.require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"--max-seconds is {self.max_seconds}: use a number above 0",
+        )
+        problems.require(
+            self.world_size is None or self.world_size >= 1,
+            f"--world-size is {self.world_size}: use 1 or more",
+        )
+        problems.require(
+            abs(self.seed) < 2**63, f"--seed is {self.seed}: use a number of at most 63 bits"
+        )
+        problems.require(
+            self.optimizer in OPTIMIZERS,
+            f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
+        )
+
+    def _require_combinations(self, problems: Problems) -> None:
+        """What flags ask for must not contradict each other."""
+        problems.require(
             not (self.model_name and (self.model_type or self.config_overrides)),
             "--model-name loads a model with its own sizes; --model-type and --config-overrides"
             " build a new one: give one or the other",
@@ -393,10 +418,6 @@ class TrainConfig:
         problems.require(
             not (self.resume and self.overwrite),
             "--resume goes on with the run that --overwrite would throw away: give one of them",
-        )
-        problems.require(
-            self.max_seconds is None or self.max_seconds > 0,
-            f"--max-seconds is {self.max_seconds}: use a number above 0",
         )
         problems.require(
             not (self.keep_best and not self.eval_every),
@@ -408,23 +429,10 @@ class TrainConfig:
             f" must be a multiple of --eval-every {self.eval_every}",
         )
         problems.require(
-            self.world_size is None or self.world_size >= 1,
-            f"--world-size is {self.world_size}: use 1 or more",
-        )
-        problems.require(
-            abs(self.seed) < 2**63, f"--seed is {self.seed}: use a number of at most 63 bits"
-        )
-        problems.require(
             not (self.overwrite and self.model_name and _is_same(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}: choose another"
             " --output-dir",
         )
-        problems.require(
-            self.optimizer in OPTIMIZERS,
-            f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
-        )
-        self._require_sync(problems)
-        return problems
 
     def round_length(self) -> int:
         """Updates in a round of DiLoCo."""
