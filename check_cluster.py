@@ -11,12 +11,10 @@ import contextlib
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from p2p_llm_forge import data_order
 from p2p_llm_forge.config import CheckConfig, parse
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.findings import (
@@ -46,7 +44,6 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
 
 LINKS_S = 30.0  # what measuring all links may take, about
 LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
-COMPUTING_S, FEWEST_MICRO_BATCHES = 2.0, 3
 
 
 def check(config: CheckConfig) -> ClusterReport:
@@ -195,7 +192,8 @@ def measure(config: CheckConfig, cluster: Cluster, report: ClusterReport) -> Non
         add(company.judge_clocks(cluster, hosts))
     if config.output_dir:
         folder = Path(config.output_dir)
-        add(company.judge_shared_folder(cluster, folder, bool(config.resume), hosts))
+        is_needed = bool(config.resume) or config.keeps_own_state()
+        add(company.judge_shared_folder(cluster, folder, is_needed, hosts))
     # Before the links: what cannot be trained need not be fast.
     data = look_at_data(config, cluster, report)
     ways = cluster.world_size * (cluster.world_size - 1)
@@ -240,8 +238,10 @@ def time_an_update(
     report: ClusterReport,
 ) -> None:
     """Time the real model on each rank's own hardware; add the times and what follows of them."""
+    from p2p_llm_forge.advice import table
     from p2p_llm_forge.machine import judge_checkpoints
     from p2p_llm_forge.model import build_model, without_progress_bars
+    from p2p_llm_forge.outlook import forecasts, update_s_by_rank
     from train import make_plan
 
     without_progress_bars()
@@ -254,80 +254,10 @@ def time_an_update(
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     if cluster.is_main:
         report.findings.append(judge_checkpoints(config, trained))
-    own_s = computing_s(config, cluster, data, plan, lm)
-    # Facts wait for the slowest rank as long as it takes, numbers only for --peer-timeout.
-    report.update_s = [fact["seconds"] for fact in cluster.gather_facts({"seconds": own_s})]
-    report.advice = advice(links, 4 * trained, report.update_s)
-
-
-def computing_s(
-    config: CheckConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan, lm: Any
-) -> float:
-    """Seconds that this rank computes for its share of one update, without any exchange."""
-    import torch
-
-    from p2p_llm_forge.loss import NextTokenLoss
-    from p2p_llm_forge.model import build_optimizer
-    from train import document_end
-
-    if config.gradient_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
-    model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
-    optimizer, blocks = build_optimizer(config, lm), data.train_blocks()
-    size = min(plan.micro_batch_size, len(blocks))
-    inputs, targets = (
-        torch.from_numpy(a).to(cluster.device) for a in blocks.inputs_and_targets(range(size))
-    )
-
-    def micro_batch() -> None:
-        with cluster.accelerator.autocast():
-            nats, _ = model(inputs, targets)
-        (nats / targets.numel()).backward()
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds(micro_batch)  # the first of each makes buffers and moments
-    seconds(update)
-    spent = [seconds(micro_batch)]
-    while len(spent) < FEWEST_MICRO_BATCHES and sum(spent) < COMPUTING_S:
-        spent.append(seconds(micro_batch))
-    micro_batches = -(-plan.shares[cluster.rank] // plan.micro_batch_size)
-    return min(spent) * micro_batches + seconds(update)
-
-
-def seconds(act: Any) -> float:
-    """How long `act` takes, with all that it leaves to a device."""
-    import torch
-
-    started = time.perf_counter()
-    act()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def advice(links: Links, gradient_bytes: int, update_s: list[float]) -> list[str]:
-    """How much of an update goes into communication when all gradients are exchanged every time.
-
-    gradient_bytes: of one rank's float32 gradients. update_s: computing of an update, by rank.
-    """
-    if len(update_s) == 1:
-        return []
-    computing, exchange = max(update_s), links.all_reduce_s(gradient_bytes)
-    alone = update_s[0] * len(update_s)
-    return [
-        (
-            f"plain DDP: every update exchanges {gradient_bytes / 1e6:.1f} MB of gradients, about"
-            f" {exchange:.2f} s over the slowest link, beside {computing:.2f} s of computing"
-        ),
-        (
-            f"  {exchange / (exchange + computing):.0%} of the time would go into communication;"
-            f" {len(update_s)} processes together about {alone / (exchange + computing):.2f} times"
-            " as fast as rank 0 alone"
-        ),
-    ]
+    report.update_s = update_s_by_rank(config, cluster, data, plan, lm)
+    if cluster.world_size > 1:
+        ways = forecasts(config, cluster, plan, lm, links, report.update_s)
+        report.advice = table(ways).splitlines()
 
 
 def as_finding(topic: str, error: ForgeError) -> Finding:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2p_llm_forge import config as configuration
 from p2p_llm_forge import corpus, packing, sources, tokenization, unfinished
@@ -27,6 +27,9 @@ from p2p_llm_forge.corpus import TRAIN, VALIDATION, Manifest, SplitFacts
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.sources import Found, Part, Piece, Reading
 from p2p_llm_forge.unfinished import PIECES_OF_A_PART, Pieces, Ranks
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # A tokenizer is trained on about so much of a larger corpus, chosen by a hash: more changes little.
 TOKENIZER_TEXT_BYTES = 256 << 20
@@ -211,9 +214,25 @@ def held_out_share(config: PrepareConfig) -> float:
 
 def _load_tokenizer(config: PrepareConfig) -> Any:
     """The tokenizer that was asked for; None when one is to be trained."""
+    asked = _asked_tokenizer(config)
+    return tokenization.load_tokenizer(**asked) if asked else None
+
+
+def _asked_tokenizer(config: PrepareConfig) -> dict[str, Any] | None:
+    """The arguments of `load_tokenizer`, if one is to be loaded."""
     if config.tokenizer is None:
         return None
-    return tokenization.load_tokenizer(config.tokenizer, config.trust_remote_code, config.eos_token)
+    return {
+        "name": config.tokenizer,
+        "trust_remote_code": config.trust_remote_code,
+        "eos_token": config.eos_token,
+    }
+
+
+def _encoders(
+    config: PrepareConfig, tokenizer: Any, backend: tokenization.Backend
+) -> contextlib.closing[tokenization.Encoders]:
+    return contextlib.closing(tokenization.Encoders(tokenizer, backend, _asked_tokenizer(config)))
 
 
 def tokenizer_folder(config: PrepareConfig, found: Found, folder: Path) -> Path:
@@ -279,6 +298,7 @@ def resumable(config: PrepareConfig, found: Found, folder: Path) -> Iterator[Non
     try:
         yield
     except BaseException as error:
+        shutil.rmtree(folder / "dataset", ignore_errors=True)  # is written anew from the pieces
         full = _disk_full(config, found, folder) if _says_disk_full(error) else None
         if isinstance(error, TooShort) or not any((folder / "pieces").glob("*.json")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -315,11 +335,12 @@ class Job:
     rules: corpus.Rules
     pieces: Pieces
     workers: int
+    give_up: Callable[[], None]  # makes pieces that are being encoded fail soon
 
-    def encode(self, task: Task) -> tuple[int, int]:
-        """Tokenize and keep a piece. Returns bytes of its file and tokens."""
+    def encode(self, task: Task) -> tuple[int, np.ndarray]:
+        """Tokenize and keep a piece. Returns the bytes of its file, and its tokens."""
         piece = task.piece or next(sources.read_pieces(task.part, self.reading))
-        shares = corpus.encode_piece(
+        tokens, splits = corpus.encode_piece(
             task.number * PIECES_OF_A_PART + task.place,
             piece.column,
             task.part.is_validation,
@@ -330,8 +351,8 @@ class Job:
             "skipped": piece.skipped,
             "is_last": piece.is_last,
         }
-        self.pieces.write(task.number, task.part, task.place, shares, facts)
-        return piece.source_bytes, sum(len(share.tokens) for share in shares.values())
+        self.pieces.write(task.number, task.part, task.place, tokens, splits, facts)
+        return piece.source_bytes, tokens
 
 
 @dataclass
@@ -348,60 +369,80 @@ def build(
     config: PrepareConfig, found: Found, tokenizer: Any, folder: Path, ranks: Ranks
 ) -> Manifest:
     """Write the dataset into `folder`/dataset, by the fastest encoder that is right."""
+    labels = labels_of(config, tokenizer)
     backend = config.tokenizer_backend
     while True:
-        encoders = tokenization.Encoders(tokenizer, backend)
-        if not encoders.is_fast:
-            print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
-        job = job_of(config, found, tokenizer, encoders, folder)
         try:
-            tokenize(job, ranks)
-            wait_for_ranks(job, ranks, folder)
-            break
+            with _encoders(config, tokenizer, backend) as encoders:
+                if not encoders.is_fast:
+                    print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
+                job = job_of(config, found, labels, encoders, folder)
+                manifest = pack(job, found, tokenizer, labels, folder, ranks)
+            require_blocks(manifest.splits, config)
+            return manifest
         except tokenization.FastPathDiffers as difference:
             if backend == "fast":
                 raise ForgeError(f"{difference}: use --tokenizer-backend auto") from difference
             print(f"{difference}: starting again with the tokenizer itself")
             backend = "reference"
-    done = packing.all_done(found.parts, job.pieces)
-    labels = packing.Labels(
-        (TRAIN, VALIDATION) if held_out_share(config) or config.validation_path else (TRAIN,),
-        config.sequence_length,
-        tokenization.vocabulary_size(tokenizer),
-        job.rules.dtype,
-        _arguments(config),
+
+
+def pack(
+    job: Job, found: Found, tokenizer: Any, labels: packing.Labels, folder: Path, ranks: Ranks
+) -> Manifest:
+    """Tokenize, with the other ranks, and write what comes into `folder`/dataset meanwhile."""
+    packer = packing.Packer(
+        folder / "dataset", found.parts, job.pieces, found.weights, tokenizer, labels
     )
-    manifest = packing.write_dataset(
-        folder / "dataset", done, job.pieces, found.weights, tokenizer, labels
+    with contextlib.closing(packer):
+        tokenize(job, ranks, packer.catch_up)
+        wait_for_ranks(job, ranks, folder, packer)
+        return packer.finish()
+
+
+def labels_of(config: PrepareConfig, tokenizer: Any) -> packing.Labels:
+    """What the dataset is to be, the same on every rank."""
+    vocab_size = tokenization.vocabulary_size(tokenizer)
+    has_validation = held_out_share(config) or config.validation_path
+    return packing.Labels(
+        splits=(TRAIN, VALIDATION) if has_validation else (TRAIN,),
+        sequence_length=config.sequence_length,
+        vocab_size=vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=tokenization.token_dtype(vocab_size),
+        tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
+        arguments=_arguments(config),
     )
-    require_blocks(manifest.splits, config)
-    return manifest
 
 
 def job_of(
     config: PrepareConfig,
     found: Found,
-    tokenizer: Any,
+    labels: packing.Labels,
     encoders: tokenization.Encoders,
     folder: Path,
 ) -> Job:
     """The work on the pieces, the same on every rank."""
     rules = corpus.Rules(
         encode=encoders.encode,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=tokenization.token_dtype(tokenizer),
+        eos_token_id=labels.eos_token_id,
+        dtype=labels.dtype,
         validation_fraction=held_out_share(config),
         seed=config.seed,
     )
     decides = {**vars(rules), "encode": encoders.is_fast}
-    fingerprint = tokenization.tokenizer_fingerprint(tokenizer)
-    names = unfinished.rules_of_pieces(reading_of(config), tokenizer=fingerprint, **decides)
+    names = unfinished.rules_of_pieces(
+        reading_of(config), tokenizer=labels.tokenizer_fingerprint, **decides
+    )
     pieces = Pieces(folder / "pieces", names, rules.dtype)
-    return Job(found.parts, reading_of(config), rules, pieces, config.workers())
+    return Job(found.parts, reading_of(config), rules, pieces, config.workers(), encoders.close)
 
 
-def tokenize(job: Job, ranks: Ranks) -> None:
-    """Tokenize the pieces of this rank that are not done yet; a progress bar goes along."""
+def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None) -> None:
+    """Tokenize the pieces of this rank that are not done yet; a progress bar goes along.
+
+    catch_up: called after each, while workers go on with the next ones.
+    """
     from tqdm import tqdm
 
     total = sum(part.bytes for part in job.parts) // ranks.world_size
@@ -409,12 +450,13 @@ def tokenize(job: Job, ranks: Ranks) -> None:
     with tqdm(
         total=total or None, unit="B", unit_scale=True, desc="tokenizing", disable=None
     ) as bar:
-        for source_bytes, more_tokens in in_order(
-            job.encode, pieces_to_do(job, ranks), job.workers
+        for source_bytes, of_piece in in_order(
+            job.encode, pieces_to_do(job, ranks), job.workers, job.give_up
         ):
-            tokens += more_tokens
+            tokens += len(of_piece)
             bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
             bar.update(source_bytes)
+            catch_up()
 
 
 def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
@@ -437,16 +479,18 @@ def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
                 yield Task(number, part, place, piece)
 
 
-def wait_for_ranks(job: Job, ranks: Ranks, folder: Path) -> None:
+def wait_for_ranks(job: Job, ranks: Ranks, folder: Path, packer: packing.Packer) -> None:
     """Until all pieces are done; the main process does those of ranks that are gone itself."""
+    packer.catch_up()
     started = time.monotonic()
     marks = [folder / f"rank-{rank}" for rank in range(1, ranks.world_size)]
-    while not all(job.pieces.records(number, part) for number, part in enumerate(job.parts)):
+    while not packer.has_all:
         unfinished.require_no_failure(folder)
         may_still_start = time.monotonic() - started < unfinished.STALE_S
         if not marks or not (may_still_start or any(map(unfinished.is_alive, marks))):
-            tokenize(job, Ranks())
+            tokenize(job, Ranks(), packer.catch_up)
         time.sleep(POLL_S)
+        packer.catch_up()
 
 
 def help_main(config: PrepareConfig, found: Found, tokenizer: Any, ranks: Ranks) -> Manifest:
@@ -483,13 +527,13 @@ def share_work(
         if not place.exists():
             return
         tokenizer = tokenization.load_tokenizer(str(place))
-    backend = config.tokenizer_backend
+    labels, backend = labels_of(config, tokenizer), config.tokenizer_backend
     try:
-        encoders = tokenization.Encoders(tokenizer, backend)
-        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+        with _encoders(config, tokenizer, backend) as encoders:
+            tokenize(job_of(config, found, labels, encoders, folder), ranks)
     except tokenization.FastPathDiffers:
-        encoders = tokenization.Encoders(tokenizer, "reference")
-        tokenize(job_of(config, found, tokenizer, encoders, folder), ranks)
+        with _encoders(config, tokenizer, "reference") as encoders:
+            tokenize(job_of(config, found, labels, encoders, folder), ranks)
 
 
 def _is_ready(config: PrepareConfig) -> bool:
@@ -508,9 +552,15 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = float("inf")) -> No
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    give_up: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """`work` of every item by `workers` threads; results in the items' order, few in waiting."""
+    """`work` of every item by `workers` threads; results in the items' order, few in waiting.
+
+    give_up: called before the threads are waited for when something fails or interrupts.
+    """
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -520,6 +570,9 @@ def in_order(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:
+        give_up()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

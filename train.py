@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
     from p2p_llm_forge.checkpoint import Writer
     from p2p_llm_forge.cluster import Cluster
     from p2p_llm_forge.corpus import Blocks, PreparedDataset
-    from p2p_llm_forge.sync import AllReduce
+    from p2p_llm_forge.sync import Meter, Sync
     from p2p_llm_forge.tracking import LossWindow, Silent
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -44,7 +45,8 @@ class Run:
     bare_model: Any  # the same without DDP
     optimizer: Any
     learning_rate_factor: Any
-    sync: AllReduce
+    sync: Sync
+    meter: Meter
     tracking: Silent
     window: LossWindow
     writer: Writer
@@ -52,6 +54,7 @@ class Run:
     first_step: int
     first_position: int  # of update `first_step` in the stream of blocks
     train_loss: float | None = None  # of the last line in metrics.jsonl
+    training_s: float = 0.0  # spent on the updates of this process
     figures: dict[str, Any] = field(default_factory=dict)  # of the last update, if evaluated
 
 
@@ -76,6 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
                 return describe(config, cluster, data, plan)
             with only_run(config, cluster):
                 checkpoint = find_checkpoint(config, cluster, data, plan)
+                config = settle_strategy(config, cluster, data, plan, checkpoint)
                 finished = finished_result(config, cluster, checkpoint, plan)
                 if finished:
                     return finished
@@ -93,62 +97,73 @@ def learn(run: Run, interruptions: Interruptions) -> TrainResult:
     """The updates, the evaluation and the results; what is being written is always finished."""
     try:
         with interruptions:
-            train_loss, tokens_per_second = loop(run, interruptions)
-            return conclude(run, train_loss, tokens_per_second)
+            loop(run, interruptions)
+            return conclude(run)
     finally:
         run.writer.wait()
         run.tracking.finish()
 
 
-def loop(run: Run, interruptions: Interruptions) -> tuple[float | None, float | None]:
-    """Take the updates of the run. Returns the last loss and all peers' tokens per second."""
+def loop(run: Run, interruptions: Interruptions) -> None:
+    """Take the updates of the run."""
     config, plan, window = run.config, run.plan, run.window
-    training_s, started = 0.0, time.perf_counter()
+    forward_s, started = 0.0, time.perf_counter()
     run.tracking.start(run.first_step, plan.total_steps)
     for step in range(run.first_step, plan.total_steps):
-        nats, grad_norm, forward_s = take_update(run, step)
-        window.add(nats)
-        report = run.sync.after_update(step)
+        taken = take_update(run, step)
+        window.add(taken.nats)
+        forward_s += taken.forward_s
+        run.meter.add(run.sync.after_update(step, taken.tokens))
         run.tracking.step()
 
         done = step + 1
         is_last = done == plan.total_steps
-        if is_last or done % config.log_every == 0:
-            run.train_loss = window.mean(plan.tokens_per_update)
-            spent = training_s + time.perf_counter() - started
-            run.tracking.log(metrics_line(run, done, float(grad_norm), spent, report.peers))
-        told = run.cluster.gather_numbers([interruptions.asked(), forward_s])
-        run.balance.measured([seconds for _, seconds in told])
-        asked = int(max(wish for wish, _ in told))
+        if is_last or is_due(done, config.log_every):
+            spent = run.training_s + time.perf_counter() - started
+            window.end_line(metrics_line(run, done, taken.grad_norm, spent))
+        asked = NOTHING
+        if is_meeting := is_last or run.sync.meets(done):
+            told = run.cluster.gather_numbers([interruptions.asked(), forward_s])
+            asked = int(max(wish for wish, _ in told))
+            run.balance.measured([seconds for _, seconds in told])
+            forward_s = 0.0
         should_stop = asked not in (NOTHING, SAVE_NOW) and not is_last
         should_save = is_last or should_stop or asked == SAVE_NOW or is_due(done, config.save_every)
         should_evaluate = is_last or (is_due(done, config.eval_every) and not should_stop)
+        if should_save or should_evaluate or (is_meeting and window.has_line()):
+            if not is_meeting:
+                run.cluster.gather_facts({})  # waits for as long as a slow rank needs
+            log_lines(run)  # ends the run before bad weights could be saved
         if should_save or should_evaluate:
-            since_log = window.collect()  # ends the run before bad weights could be saved
-            training_s += time.perf_counter() - started
+            run.training_s += time.perf_counter() - started
             run.figures = evaluate(run, done) if should_evaluate else {}
             if should_save:
-                save(run, done, since_log)
+                save(run, done)
                 interruptions.saved()
             started = time.perf_counter()
         if should_stop:
             finish_saving(run)
             raise interruption(asked, done, run.cluster.launch.is_elastic)
-    updates = plan.total_steps - run.first_step
-    return run.train_loss, updates * plan.tokens_per_update / training_s if updates else None
 
 
-def metrics_line(run: Run, step: int, grad_norm: float, spent_s: float, peers: int) -> dict:
-    """A line of metrics.jsonl after `step` updates."""
+def log_lines(run: Run) -> None:
+    """Write the lines of metrics.jsonl that have ended."""
+    for line in run.window.settle():
+        run.train_loss = line["loss"]
+        run.tracking.log(line)
+
+
+def metrics_line(run: Run, step: int, grad_norm: float, spent_s: float) -> dict:
+    """A line of metrics.jsonl after `step` updates, but for the loss."""
     return {
         "step": step,
-        "loss": run.train_loss,
         "learning_rate": run.config.learning_rate * run.learning_rate_factor(step - 1),
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "tokens": step * run.plan.tokens_per_update,
         "epoch": position_of(run, step) / len(run.blocks),
         "tokens_per_second": (step - run.first_step) * run.plan.tokens_per_update / spent_s,
-        "peers": peers,
+        "peers": run.cluster.world_size,
+        **run.meter.figures(spent_s, step - run.first_step),
         **({"shares": run.balance.shares} if run.config.balance == "auto" else {}),
     }
 
@@ -163,9 +178,23 @@ def position_of(run: Run, step: int) -> int:
     return run.first_position + (step - run.first_step) * run.plan.batch_size
 
 
-def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One optimizer update. Returns this rank's summed loss (nats), the norm of the gradient and
-    the seconds that this rank's forwards took."""
+@dataclass(frozen=True)
+class Taken:
+    """What one update came to on this rank."""
+
+    nats: torch.Tensor  # summed loss, on the device
+    tokens: int
+    norm: torch.Tensor  # of the gradient, before clipping
+    forward_s: float
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm as a number; waits for the device."""
+        return float(self.norm)
+
+
+def take_update(run: Run, step: int) -> Taken:
+    """One optimizer update, on this rank's share of its blocks."""
     import torch
 
     config, plan, cluster = run.config, run.plan, run.cluster
@@ -175,6 +204,8 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor, float]
         position_of(run, step), plan.batch_size, len(run.blocks), config.seed
     )
     own = data_order.share_of_rank(blocks, run.balance.shares, cluster.rank)
+    tokens = len(own) * run.data.manifest.sequence_length
+    scale = run.sync.loss_scale(tokens, plan.tokens_per_update)
     offset = sum(run.balance.shares[: cluster.rank])
     micro_batches = data_order.micro_batches(own, plan.micro_batch_size)
     nats = torch.zeros((), device=cluster.device)
@@ -190,15 +221,14 @@ def take_update(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor, float]
             with run.balance.stopwatch() as watch:
                 micro_nats, _ = run.model(inputs, targets)
             forward_s += watch.seconds
-            # DDP averages over the ranks; what is wanted is the sum over all tokens of the update.
-            cluster.accelerator.backward(micro_nats * (cluster.world_size / plan.tokens_per_update))
+            cluster.accelerator.backward(micro_nats * scale)
         nats += micro_nats.detach()
-    grad_norm = cluster.accelerator.clip_grad_norm_(
+    norm = cluster.accelerator.clip_grad_norm_(
         run.model.parameters(), config.max_grad_norm or float("inf")
     )
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return nats, grad_norm, forward_s
+    return Taken(nats, tokens, norm, forward_s)
 
 
 def check(config: TrainConfig) -> None:
@@ -295,6 +325,41 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> d
     )
 
 
+def settle_strategy(
+    config: TrainConfig,
+    cluster: Cluster,
+    data: PreparedDataset,
+    plan: data_order.Plan,
+    checkpoint: Path | None,
+) -> TrainConfig:
+    """What `--sync auto` comes to: what the run has begun with, or what suits the network best.
+
+    Raises ForgeError where the launch or the folder does not go with the strategy.
+    """
+    from p2p_llm_forge.advice import choose, table
+    from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.company import hosts_of, judge_shared_folder
+    from p2p_llm_forge.findings import refuse_failures
+    from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.outlook import outlook, with_strategy
+    from p2p_llm_forge.sync import refuse_elastic
+
+    if config.sync == "auto" and checkpoint is not None:
+        begun = cluster.main_only(lambda: read_state(checkpoint)["config"])
+        config = with_strategy(config, begun)
+    elif config.sync == "auto":
+        lm = cluster.together(lambda: build_model(config, data))
+        forecasts = outlook(config, cluster, data, plan, lm)
+        if cluster.is_main:
+            print(table(forecasts), flush=True)
+        config = with_strategy(config, choose(forecasts))
+    refuse_elastic(config, cluster)
+    if config.keeps_own_state() and cluster.world_size > 1:
+        folder, hosts = Path(config.output_dir), hosts_of(cluster)
+        refuse_failures(judge_shared_folder(cluster, folder, True, hosts))
+    return config
+
+
 def set_up(
     config: TrainConfig,
     cluster: Cluster,
@@ -304,10 +369,10 @@ def set_up(
 ) -> Run:
     """Build the model and optimizer, or load them, and hand them to Accelerate."""
     from p2p_llm_forge import model as models
-    from p2p_llm_forge.checkpoint import Writer, load_optimizer, read_state
+    from p2p_llm_forge.checkpoint import Writer, read_state
     from p2p_llm_forge.loss import NextTokenLoss
     from p2p_llm_forge.run_folder import settings_changed
-    from p2p_llm_forge.sync import AllReduce
+    from p2p_llm_forge.sync import Meter, refuse_different_models, strategy
     from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
 
     models.without_progress_bars()
@@ -323,13 +388,13 @@ def set_up(
         return models.load_model(str(checkpoint), data, config.trust_remote_code)
 
     lm = cluster.together(build_or_load)
+    refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
     blocks = cluster.together(data.train_blocks)
     if config.compile:
         lm.base_model.compile()
-        compile_now(bare_model, blocks, plan, cluster)
     optimizer = models.build_optimizer(config, lm)
     state: dict[str, Any] = {
         **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
@@ -338,8 +403,11 @@ def set_up(
     }
     if checkpoint:
         state = read_state(checkpoint)
-        cluster.together(lambda: load_optimizer(checkpoint, lm, optimizer))
     model, optimizer = cluster.accelerator.prepare(bare_model, optimizer)
+    sync = strategy(config, cluster, model, lm, optimizer, plan.total_steps, state["step"])
+    prime(model, sync, blocks, plan, cluster)
+    if checkpoint:
+        cluster.together(lambda: take_up(checkpoint, state, sync, cluster, lm, optimizer))
     tracking = Tracking(config, cluster) if cluster.is_main else Silent()
     run = Run(
         config,
@@ -351,9 +419,16 @@ def set_up(
         bare_model,
         optimizer,
         models.learning_rate_factor(config, plan.total_steps),
-        AllReduce(cluster, model),
+        sync,
+        Meter(),
         tracking,
-        LossWindow(cluster, state["step"], state["since_log"]),
+        LossWindow(
+            cluster,
+            plan.tokens_per_update,
+            state["step"],
+            state["since_log"],
+            sync.may_lose_rounds,
+        ),
         Writer(config.save_in_background),
         Balance(plan.shares, config.balance == "auto"),
         first_step=state["step"],
@@ -376,53 +451,96 @@ def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
     return data.manifest.eos_token_id if config.document_mask else None
 
 
-def compile_now(model: Any, blocks: Blocks, plan: data_order.Plan, cluster: Cluster) -> None:
-    """Take a forward and a backward, so that no rank compiles while others wait in an exchange."""
+def prime(model: Any, sync: Sync, blocks: Blocks, plan: data_order.Plan, cluster: Cluster) -> None:
+    """Take a forward and a backward before the first update, and throw their gradients away.
+
+    DDP orders its buckets by it, and no rank compiles while others wait in an exchange.
+    """
     import torch
 
     numbers = range(min(plan.micro_batch_size, len(blocks)))
     inputs, targets = (
         torch.from_numpy(a).to(cluster.device) for a in blocks.inputs_and_targets(numbers)
     )
-    with cluster.accelerator.autocast():
+    with sync.priming():
         nats, _ = model(inputs, targets)
-    nats.backward()
+        nats.backward()
     model.zero_grad()
     cluster.gather_facts({})
 
 
-def save(run: Run, step: int, since_log: dict[str, Any]) -> None:
+def take_up(
+    folder: Path, state: dict[str, Any], sync: Sync, cluster: Cluster, lm: Any, optimizer: Any
+) -> None:
+    """Put the optimizer and the strategy where the checkpoint in `folder` left them."""
+    from p2p_llm_forge import checkpoint
+    from p2p_llm_forge.sync import SavedSync, refuse_unfinished_round
+
+    saved = SavedSync(
+        state.get("sync", {}),
+        checkpoint.read_shared(folder),
+        lambda rank: checkpoint.read_own(folder, rank),
+    )
+    refuse_unfinished_round(saved, sync, cluster, state["step"])
+    # A rank that has joined takes over from one that was there.
+    both_alone = sync.trains_alone and saved.is_of(sync)
+    of_rank = cluster.rank % saved.world_size if both_alone else 0
+    checkpoint.load_optimizer(folder, lm, optimizer.optimizer, of_rank)
+    sync.load_state(saved)
+
+
+def save(run: Run, step: int) -> None:
     """Save a checkpoint after `step` updates; in the background, training goes on meanwhile."""
     from p2p_llm_forge import checkpoint
 
-    config, scaler = run.config, run.cluster.accelerator.scaler
+    config, cluster, scaler = run.config, run.cluster, run.cluster.accelerator.scaler
+    output_dir, lm, optimizer = Path(config.output_dir), run.bare_model.lm, run.optimizer.optimizer
+    held = run.sync.state()
     state = {
         "step": step,
         "blocks_read": position_of(run, step),
         "tokens": step * run.plan.tokens_per_update,
         "train_loss": run.train_loss,
         "figures": run.figures,
-        "since_log": since_log,
+        "since_log": run.window.since_log(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": as_dict(config),
+        "sync": {**held.facts, "strategy": run.sync.settings()},
     }
+    handing_over = range(1, cluster.world_size if run.sync.has_own_state else 1)
 
-    def start() -> None:
-        run.writer.wait()
-        tell_failed_save(run)
-        lm = run.bare_model.lm
-        snapshot = checkpoint.Snapshot.take(lm, run.optimizer.optimizer, state)
+    def write(folder: Path, snapshot: checkpoint.Snapshot) -> None:
+        snapshot.write(folder, lm, run.data.tokenizer_dir)
+        for rank in handing_over:
+            if wrong := cluster.read_word(f"saved/{step}", rank):
+                raise ForgeError(wrong)
+            checkpoint.take_over(folder, output_dir, step, rank)
 
-        def write(folder: Path) -> None:
-            snapshot.write(folder, lm, run.data.tokenizer_dir)
-
-        run.writer.start(
-            lambda: checkpoint.commit(
-                Path(config.output_dir), step, write, config.keep_checkpoints, config.keep_best
-            )
+    def hand_over(own: dict[str, torch.Tensor]) -> None:
+        cluster.leave_word(
+            f"saved/{step}", checkpoint.hand_over(output_dir, step, cluster.rank, own)
         )
 
-    run.cluster.main_only(start)
+    cluster.main_only(run.writer.wait)  # the last save is out of the way, on every rank
+    if cluster.is_main:
+        tell_failed_save(run)
+        with run.sync.agreed_weights():
+            snapshot = checkpoint.Snapshot.take(lm, optimizer, state, held.shared, held.own)
+        run.writer.start(
+            lambda: checkpoint.commit(
+                output_dir,
+                step,
+                lambda folder: write(folder, snapshot),
+                config.keep_checkpoints,
+                config.keep_best,
+            )
+        )
+    elif cluster.rank in handing_over:
+        own = held.own
+        if run.sync.trains_alone:
+            moments = checkpoint.optimizer_tensors(lm, optimizer)
+            own = own | {checkpoint.OF_OPTIMIZER + key: value for key, value in moments.items()}
+        run.writer.start(lambda: hand_over(own))
 
 
 def tell_failed_save(run: Run) -> None:
@@ -452,17 +570,22 @@ def evaluate(run: Run, step: int) -> dict[str, Any]:
     if blocks is None:
         return {}
     size = run.data.manifest.splits["validation"].bytes
-    figures = evaluate_split(run.bare_model, blocks, size, run.plan.micro_batch_size, run.cluster)
+    with run.sync.agreed_weights():
+        figures = evaluate_split(
+            run.bare_model, blocks, size, run.plan.micro_batch_size, run.cluster
+        )
     run.tracking.log({"step": step, **figures})
     return figures
 
 
-def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None) -> TrainResult:
+def conclude(run: Run) -> TrainResult:
     """Evaluate, publish the final model into the output directory, write and print results."""
     from p2p_llm_forge import checkpoint
     from p2p_llm_forge.evaluation import sample_text
 
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
+    updates = steps - run.first_step
+    tokens = updates * run.plan.tokens_per_update
     finish_saving(run)
     figures = run.figures or evaluate(run, steps)  # a run killed after its last save has none
 
@@ -472,9 +595,10 @@ def conclude(run: Run, train_loss: float | None, tokens_per_second: float | None
             output_dir=str(output_dir),
             steps=steps,
             tokens=steps * run.plan.tokens_per_update,
-            train_loss=train_loss,
-            tokens_per_second=tokens_per_second,
+            train_loss=run.train_loss,
+            tokens_per_second=tokens / run.training_s if tokens else None,
             processes=run.cluster.world_size,
+            **(run.meter.figures(run.training_s, updates) if updates else {}),
             sample=sample_text(
                 run.bare_model.lm, run.data, run.config.sample_prompt, run.config.seed
             ),
@@ -532,9 +656,11 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
 def describe(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
 ) -> TrainResult:
-    """What a run would do; builds the model, takes no update and writes nothing."""
+    """What a run would do, and how fast in which way; trains no model and writes nothing."""
+    from p2p_llm_forge.advice import table
     from p2p_llm_forge.checkpoint import refuse_another_run
     from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.outlook import outlook
     from p2p_llm_forge.run_folder import run_identity
     from p2p_llm_forge.tracking import introduction
 
@@ -546,13 +672,11 @@ def describe(
             )
         )
     lm = cluster.together(lambda: build_model(config, data))
+    told = introduction(cluster, data, plan, lm)
+    if cluster.world_size > 1:
+        told += f"\n\n{table(outlook(config, cluster, data, plan, lm))}"
     if cluster.is_main:
-        print(
-            introduction(cluster, data, plan, lm),
-            "\ndry run: nothing was trained or written",
-            sep="",
-            flush=True,
-        )
+        print(f"{told}\ndry run: nothing was trained or written", flush=True)
     return TrainResult(config.output_dir, 0, 0, None, None, cluster.world_size)
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
+SYNC = "sync.safetensors"  # what --sync diloco keeps beside the weights, the same for all ranks
 RUN = "run.json"
+OF_OPTIMIZER = "optimizer."  # keys of a rank's own optimizer state
+SEEN_WITHIN_S = 60.0  # a network file system may show a new file that late
 
 # What a finished run puts beside its checkpoints.
 PUBLISHED = (
@@ -109,6 +113,8 @@ def prune(output_dir: Path, newest: int, keep: int, keep_best: bool = False) -> 
     for leftover in output_dir.glob("tmp-*"):
         if re.fullmatch(r"tmp-(checkpoint|pruned)-\d+", leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
+        elif re.fullmatch(r"tmp-\d+-rank-\d+\.safetensors", leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def _remove(output_dir: Path, steps: list[int]) -> None:
@@ -175,10 +181,18 @@ class Snapshot:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+    shared: dict[str, torch.Tensor]  # of the strategy by which ranks agree
+    own: dict[str, torch.Tensor]  # of the main process
 
     @staticmethod
-    def take(lm: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-        """Copy now; the originals may change as soon as this returns."""
+    def take(
+        lm: Any,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        shared: dict[str, torch.Tensor],
+        own: dict[str, torch.Tensor],
+    ) -> Snapshot:
+        """Copy now; the originals may change as soon as this returns. shared, own: not copied."""
         copies: dict[int, torch.Tensor] = {}
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,14 +200,52 @@ class Snapshot:
             return copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
 
         model = {name: copy(tensor) for name, tensor in lm.state_dict().items()}
-        return Snapshot(model, optimizer_tensors(lm, optimizer), state)
+        return Snapshot(model, optimizer_tensors(lm, optimizer), state, shared, own)
 
     def write(self, folder: Path, lm: Any, tokenizer_dir: Path) -> None:
         """Write all files of a checkpoint: the model (the class and sizes of `lm`), the state."""
         lm.save_pretrained(folder, state_dict=self.model)
         shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         save_file(self.optimizer, folder / OPTIMIZER)
+        if self.shared:
+            save_file(self.shared, folder / SYNC)
+        if self.own:
+            save_file(self.own, folder / rank_file(0))
         write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **self.state})
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that holds what only this rank has."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _handed_over(output_dir: Path, step: int, rank: int) -> Path:
+    return output_dir / f"tmp-{step}-{rank_file(rank)}"
+
+
+def hand_over(output_dir: Path, step: int, rank: int, own: dict[str, torch.Tensor]) -> str:
+    """Write a rank's file of a checkpoint for the main process. Returns what went wrong, or ""."""
+    path = _handed_over(output_dir, step, rank)
+    try:
+        save_file(own, path)
+        _fsync(path)
+    except (OSError, SafetensorError) as error:
+        return f"rank {rank} could not write {path}: {getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def take_over(folder: Path, output_dir: Path, step: int, rank: int) -> None:
+    """Put what a rank has handed over into the checkpoint. Raises ForgeError if it is not seen."""
+    path, deadline = _handed_over(output_dir, step, rank), time.monotonic() + SEEN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ForgeError(
+                f"rank {rank} has written {path.name}, which is not seen here: --output-dir"
+                f" {output_dir} must be one folder that all machines share"
+            )
+        os.listdir(output_dir)  # makes a network file system look again
+        time.sleep(0.1)
+    path.rename(folder / rank_file(rank))
 
 
 def damage(path: Path) -> str | None:
@@ -253,10 +305,32 @@ def optimizer_tensors(
     return tensors
 
 
-def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def read_own(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    """What a rank of the saved run kept as its own, in a verified checkpoint."""
+    return load_file(folder / rank_file(rank))
+
+
+def read_shared(folder: Path) -> dict[str, torch.Tensor]:
+    """What the strategy kept for all ranks, in a verified checkpoint; it may be nothing."""
+    return load_file(folder / SYNC) if (folder / SYNC).exists() else {}
+
+
+def load_optimizer(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
     """Put the tensors of a verified checkpoint into the optimizer. Raises ForgeError where they do
-    not belong to this model and optimizer."""
-    tensors = load_file(folder / OPTIMIZER)
+    not belong to this model and optimizer.
+
+    rank: of the saved run; not 0 only where every rank has trained alone.
+    """
+    if rank == 0:
+        tensors = load_file(folder / OPTIMIZER)
+    else:
+        tensors = {
+            key.removeprefix(OF_OPTIMIZER): tensor
+            for key, tensor in read_own(folder, rank).items()
+            if key.startswith(OF_OPTIMIZER)
+        }
     for name, parameter in model.named_parameters():
         entries = [key for key in tensors if key.rpartition(".")[0] == name]
         for key in entries:
@@ -277,7 +351,11 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 def publish(checkpoint: Path, output_dir: Path) -> None:
     """Copy the model of a checkpoint into the run's folder itself, where users of the Hub look."""
     for source in sorted(checkpoint.iterdir()):
-        if source.is_file() and source.name not in (MANIFEST, OPTIMIZER, TRAINER_STATE):
+        if (
+            source.is_file()
+            and source.name not in (*(MANIFEST, OPTIMIZER, TRAINER_STATE, SYNC),)
+            and not source.name.startswith("rank-")
+        ):
             partial = output_dir / f"tmp-{source.name}"
             shutil.copyfile(source, partial)
             _fsync(partial)

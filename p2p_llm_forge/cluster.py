@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -276,6 +277,7 @@ class Cluster:
         self._control = control
         self._peer_timeout_s = peer_timeout_s
         self._talks = 0
+        self._channels: list[Channel] = []
         self._left = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         if store is not None:
@@ -356,6 +358,27 @@ class Cluster:
         """The sums over all ranks of each of `values`. All ranks must call."""
         return [math.fsum(column) for column in zip(*self.gather_numbers(values), strict=True)]
 
+    def open_channel(self) -> Channel:
+        """A way of its own for bulk data. All ranks must call; it is closed when the run ends."""
+        group = None
+        if self._store is not None:
+            timeout = datetime.timedelta(seconds=self._peer_timeout_s)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        self._channels.append(Channel(self.rank, self.world_size, group))
+        return self._channels[-1]
+
+    def leave_word(self, key: str, word: str = "") -> None:
+        """Leave a word for `read_word` on other ranks. May be called from any thread."""
+        if self._store is not None:
+            self._store.set(f"forge/word/{key}/{self.rank}", word)
+
+    def read_word(self, key: str, rank: int) -> str:
+        """What `rank` leaves under `key`, as soon as it does. May be called from any thread.
+
+        Raises ForgeError when the rank shows no sign of life meanwhile.
+        """
+        return self._await(f"forge/word/{key}/{rank}", rank)
+
     @contextlib.contextmanager
     def wire(self) -> Iterator[Wire]:
         """Bytes between any two ranks, for measuring the network. All ranks must call."""
@@ -403,8 +426,10 @@ class Cluster:
                     return
 
     def fall_silent(self) -> None:
-        """Show no more signs of life; a thread in the store must not outlive the process group."""
+        """Show no more signs of life; no thread of ours must outlive the process group."""
         self._left.set()
+        for channel in self._channels:
+            channel.close()
         if self._heart.is_alive():
             self._heart.join(timeout=GOODBYE_S)
 
@@ -449,6 +474,56 @@ class Cluster:
         failure = ForgeError(told)
         failure.status, failure.is_of_this_rank = 1, True
         return failure
+
+
+class Channel:
+    """Exchanges of flat tensors between all ranks, by gloo between the CPUs, and their meter.
+
+    It has a process group and a thread of its own, so an exchange may run while the main thread
+    computes or talks otherwise. Every rank makes the same calls in the same order.
+    """
+
+    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.bytes_sent = 0  # payload that has left this rank
+        self._group = group
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exchange")
+
+    def deal(self, rows: torch.Tensor) -> torch.Tensor:
+        """Send row r to rank r; returns the rows that all ranks have sent here, by rank.
+
+        rows: (ranks, n), any dtype, contiguous, on the CPU.
+        """
+        if self._group is None:
+            return rows
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows, group=self._group)
+        self.bytes_sent += (self.world_size - 1) * rows[0].nbytes
+        return received
+
+    def share(self, row: torch.Tensor) -> torch.Tensor:
+        """Send `row` to all; returns the rows of all ranks, (ranks, n). row: (n), on the CPU."""
+        if self._group is None:
+            return row.unsqueeze(0)
+        rows = row.new_empty((self.world_size, *row.shape))
+        dist.all_gather(list(rows), row, group=self._group)
+        self.bytes_sent += (self.world_size - 1) * row.nbytes
+        return rows
+
+    def sum_(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place (a ring: 2 (ranks - 1) / ranks of its size are sent)."""
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+            self.bytes_sent += 2 * (self.world_size - 1) * values.nbytes // self.world_size
+        return values
+
+    def in_background(self, exchange: Callable[[], Result]) -> Future[Result]:
+        """Run `exchange` in this channel's thread, after those that were given before."""
+        return self._thread.submit(exchange)
+
+    def close(self) -> None:
+        """Drop what has not begun; returns when what has begun is over."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def judge_shared_folder(
     found = f"{', '.join(blind)} cannot see what rank 0 writes into {folder}"
     mend = "put --output-dir on a network share at the same path on all machines"
     if is_needed:
-        return [failure("folder", f"{found}, and --resume reads it on every rank", mend)]
+        return [failure("folder", f"{found}, where every rank reads or writes checkpoints", mend)]
     return [warning("folder", found, f"{mend}, to be able to --resume without copying")]
 
 

@@ -15,6 +15,8 @@ from p2p_llm_forge.errors import ForgeError, Problems, nearest
 
 Config = TypeVar("Config")
 
+ROUND_LENGTH = 50  # updates, where nothing else is said
+
 
 def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
     """A dataclass field that becomes a command-line flag: default, help text, aliases."""
@@ -73,7 +75,9 @@ class PrepareConfig:
         "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
     )
     num_workers: int = flag(
-        0, "threads that tokenize; 0: one per core; any number gives the same bytes"
+        0,
+        "threads that tokenize, or processes for a tokenizer written in Python; 0: one per core; "
+        "any number gives the same bytes",
     )
     tokenizer_backend: Literal["auto", "fast", "reference"] = flag(
         "auto", "encode by gigatoken where it answers as the tokenizer does (auto), always or never"
@@ -271,6 +275,27 @@ class TrainConfig:
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
     )
+    sync: Literal["ddp", "diloco", "auto"] = flag(
+        "ddp",
+        "how peers agree on weights: ddp: gradients in every update; diloco: rounds of updates"
+        " alone, then one exchange; auto: what the measured link allows",
+    )
+    compress: Literal["none", "fp16", "bf16", "int8", "int4", "powersgd"] = flag(
+        "none", "what travels: gradients (ddp) or moves (diloco) as they are, or compressed"
+    )
+    powersgd_rank: int | None = flag(
+        None, "rank of the matrices that --compress powersgd sends; 4 if nothing else says it"
+    )
+    sync_every: int | None = flag(
+        None, f"diloco: updates in a round; {ROUND_LENGTH} if nothing else says it"
+    )
+    outer_lr: float = flag(1.0, "diloco: share of the peers' average move that is taken")
+    outer_momentum: float = flag(0.0, "diloco: Nesterov momentum of the outer step")
+    fragments: int = flag(1, "diloco: parts of the layers that are synchronised one at a time")
+    overlap_steps: int = flag(
+        0, "diloco: updates that are taken while an exchange is under way; its result comes after"
+    )
+    ddp_warmup_steps: int = flag(0, "diloco: updates as by ddp before the first round")
     balance: Literal["none", "auto"] = flag(
         "none", "auto: faster processes get more blocks of an update, slower ones fewer"
     )
@@ -329,6 +354,13 @@ class TrainConfig:
             bool(self.output_dir or (self.eval_only and self.model_name)),
             "no place for the run: add --output-dir FOLDER",
         )
+        self._require_ranges(problems)
+        self._require_combinations(problems)
+        self._require_sync(problems)
+        return problems
+
+    def _require_ranges(self, problems: Problems) -> None:
+        """Every value must be one that its flag can have."""
         for name in ("epochs", "learning_rate", "log_every", "peer_timeout"):
             problems.require(
                 0 < getattr(self, name) < math.inf,
@@ -361,6 +393,24 @@ class TrainConfig:
             f"--sequence-length is {self.sequence_length}: use 2 or more",
         )
         problems.require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"--max-seconds is {self.max_seconds}: use a number above 0",
+        )
+        problems.require(
+            self.world_size is None or self.world_size >= 1,
+            f"--world-size is {self.world_size}: use 1 or more",
+        )
+        problems.require(
+            abs(self.seed) < 2**63, f"--seed is {self.seed}: use a number of at most 63 bits"
+        )
+        problems.require(
+            self.optimizer in OPTIMIZERS,
+            f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
+        )
+
+    def _require_combinations(self, problems: Problems) -> None:
+        """What flags ask for must not contradict each other."""
+        problems.require(
             not (self.model_name and (self.model_type or self.config_overrides)),
             "--model-name loads a model with its own sizes; --model-type and --config-overrides"
             " build a new one: give one or the other",
@@ -368,10 +418,6 @@ class TrainConfig:
         problems.require(
             not (self.resume and self.overwrite),
             "--resume goes on with the run that --overwrite would throw away: give one of them",
-        )
-        problems.require(
-            self.max_seconds is None or self.max_seconds > 0,
-            f"--max-seconds is {self.max_seconds}: use a number above 0",
         )
         problems.require(
             not (self.keep_best and not self.eval_every),
@@ -383,26 +429,98 @@ class TrainConfig:
             f" must be a multiple of --eval-every {self.eval_every}",
         )
         problems.require(
-            self.world_size is None or self.world_size >= 1,
-            f"--world-size is {self.world_size}: use 1 or more",
-        )
-        problems.require(
-            abs(self.seed) < 2**63, f"--seed is {self.seed}: use a number of at most 63 bits"
-        )
-        problems.require(
             not (self.overwrite and self.model_name and _is_same(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}: choose another"
             " --output-dir",
         )
+
+    def round_length(self) -> int:
+        """Updates in a round of DiLoCo."""
+        return self.sync_every or ROUND_LENGTH
+
+    def is_streaming(self) -> bool:
+        """Whether there is no moment, but the end, at which all ranks hold the same weights."""
+        return self.sync == "diloco" and (self.fragments > 1 or self.overlap_steps > 0)
+
+    def keeps_own_state(self) -> bool:
+        """Whether ranks hold what others do not, so that checkpoints take a file of each."""
+        return self.sync == "diloco" or self.compress != "none"
+
+    def _require_sync(self, problems: Problems) -> None:
+        """What the flags of `--sync` ask for must fit together."""
+        every = self.round_length()
+        for name in ("sync_every", "fragments", "powersgd_rank"):
+            value = getattr(self, name)
+            problems.require(
+                value is None or value >= 1, f"{option(name)} is {value}: use 1 or more"
+            )
+        for name in ("overlap_steps", "ddp_warmup_steps"):
+            problems.require(
+                getattr(self, name) >= 0, f"{option(name)} is {getattr(self, name)}: use 0 or more"
+            )
         problems.require(
-            self.optimizer in OPTIMIZERS,
-            f"unknown optimizer '{self.optimizer}': {nearest(self.optimizer, OPTIMIZERS)}",
+            0 < self.outer_lr < math.inf, f"--outer-lr is {self.outer_lr}: use a number above 0"
         )
-        return problems
+        problems.require(
+            0 <= self.outer_momentum < 1,
+            f"--outer-momentum is {self.outer_momentum}: use a number from 0 to below 1",
+        )
+        if self.sync != "diloco":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            given = [option(name) for name in OF_DILOCO if getattr(self, name) != defaults[name]]
+            problems.require(
+                not given,
+                f"{', '.join(given)} belong{'s' if len(given) == 1 else ''} to --sync diloco, this"
+                f" run is --sync {self.sync}: add --sync diloco, or leave them out",
+            )
+        problems.require(
+            self.sync != "auto" or self.compress == "none",
+            f"--sync auto chooses the compression too: leave out --compress {self.compress}, or"
+            " choose --sync ddp or diloco",
+        )
+        problems.require(
+            self.powersgd_rank is None or self.compress == "powersgd",
+            f"--powersgd-rank belongs to --compress powersgd, this run has {self.compress}",
+        )
+        if self.sync != "diloco":
+            return
+        problems.require(
+            self.compress != "powersgd",
+            "--compress powersgd approximates gradients and goes with --sync ddp; for the moves of"
+            " --sync diloco use int8 or int4",
+        )
+        problems.require(
+            self.fragments <= every,
+            f"--fragments {self.fragments} cannot be synchronised at different moments of"
+            f" --sync-every {every} updates: use {every} fragments or fewer",
+        )
+        problems.require(
+            self.overlap_steps < every,
+            f"--overlap-steps {self.overlap_steps} is not below --sync-every {every}: an exchange"
+            f" must end before the next begins; use {every - 1} or fewer",
+        )
+        problems.require(
+            self.is_streaming() or self.eval_every % every == 0,
+            f"--eval-every {self.eval_every} is not a multiple of --sync-every {every}, and only"
+            " there all ranks hold the same weights: use"
+            f" {' or '.join(map(str, multiples_near(self.eval_every, every)))}",
+        )
 
     def shared_settings(self) -> dict[str, Any]:
         """The settings that must be the same on every rank of a run."""
         return {key: value for key, value in as_dict(self).items() if key not in self.PER_RANK}
+
+
+OF_DILOCO = (
+    *("sync_every", "outer_lr", "outer_momentum", "fragments", "overlap_steps"),
+    "ddp_warmup_steps",
+)
+
+
+def multiples_near(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`, but for 0."""
+    below = value // unit * unit
+    return [number for number in (below, below + unit) if number]
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +62,12 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a piece adds to a split: tokens (EOS after every document), documents, bytes of text."""
+class SplitCounts:
+    """What a piece adds to a split: documents, bytes of their text, tokens (EOS included)."""
 
-    tokens: np.ndarray
     documents: int
     bytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -97,31 +97,31 @@ def digest_of(column: pa.LargeBinaryArray) -> str:
 
 def encode_piece(
     number: int, column: pa.LargeBinaryArray, is_validation: bool, rules: Rules
-) -> dict[str, Share]:
+) -> tuple[np.ndarray, dict[str, SplitCounts]]:
     """Tokenize documents and divide them between the splits.
 
-    number: seeds the choice of the documents that are held out; is_validation: all are.
+    number: seeds the choice of the documents that are held out; is_validation: all are. Returns
+    the tokens of the documents to train on, then those of the others, and the splits' counts.
     """
     import numpy as np
 
     from p2p_llm_forge.sources import values_and_offsets
 
-    tokens, lengths = rules.encode(column)
-    tokens = with_document_ends(tokens, lengths, rules.eos_token_id, rules.dtype)
-    document_bytes = np.diff(values_and_offsets(column)[1])
     hidden = held_out(number, len(column), rules.validation_fraction, rules.seed)
     if is_validation:
         hidden[:] = True
-    token_is_hidden = np.repeat(hidden, lengths + 1)
-    return {
-        split: Share(
-            tokens[of_token], int(of_document.sum()), int(document_bytes[of_document].sum())
-        )
-        for split, of_document, of_token in (
-            (TRAIN, ~hidden, ~token_is_hidden),
-            (VALIDATION, hidden, token_is_hidden),
-        )
-    }
+    train = len(hidden) - int(hidden.sum())
+    if 0 < train < len(hidden):
+        # The documents are divided, not their tokens: that moves whole texts, not token by token.
+        column = column.take(np.argsort(hidden, kind="stable"))
+    tokens, lengths = rules.encode(column)
+    tokens = with_document_ends(tokens, lengths, rules.eos_token_id, rules.dtype)
+    ends = values_and_offsets(column)[1]
+    of_train = SplitCounts(train, int(ends[train]), int(lengths[:train].sum()) + train)
+    others = SplitCounts(
+        len(hidden) - train, int(ends[-1]) - of_train.bytes, len(tokens) - of_train.tokens
+    )
+    return tokens, {TRAIN: of_train, VALIDATION: others}
 
 
 def with_document_ends(
@@ -159,30 +159,37 @@ class BlockWriter:
         self._features = Features({"input_ids": List(Value(dtype), length=sequence_length)})
         self._sequence_length = sequence_length
         block_bytes = sequence_length * np.dtype(dtype).itemsize
-        self._batch_tokens = max(1, BATCH_BYTES // block_bytes) * sequence_length
-        self._batches = 0
-        self._pending: list[np.ndarray] = [np.empty(0, dtype)]
-        self._shards: list[Path] = []
+        self._batch = np.empty(max(1, BATCH_BYTES // block_bytes) * sequence_length, dtype)
+        self._filled = 0  # tokens of the batch
+        self._shards: list[_Shard] = []
         self._stream: Any = None
-        self._checksums: list[Future[str]] = []
-        self._checker = ThreadPoolExecutor(1)
         folder.mkdir(parents=True)
 
     def append(self, tokens: np.ndarray) -> None:
         """Add tokens to the stream; whole record batches go to disk."""
-        self._pending.append(tokens)
-        if sum(map(len, self._pending)) >= self._batch_tokens:
-            self._write_batches()
+        while len(tokens):
+            taken = tokens[: len(self._batch) - self._filled]
+            self._batch[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            tokens = tokens[len(taken) :]
+            if self._filled == len(self._batch):
+                self._write(self._batch)
+                self._filled = 0
 
     def finish(self) -> np.ndarray:
         """Write the whole blocks that are left; return the tokens that fill no block."""
-        tail = self._write_batches()
-        whole = len(tail) // self._sequence_length * self._sequence_length
+        whole = self._filled // self._sequence_length * self._sequence_length
         if whole:
-            self._write_batch(tail[:whole])
-        self._close_shard()
-        self._checker.shutdown(wait=False)
-        return tail[whole:]
+            self._write(self._batch[:whole])
+        self.close()
+        return self._batch[whole : self._filled]
+
+    def close(self) -> None:
+        """End the file that is being written."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+            self._shards[-1].close()
 
     def describe(self, split: str, fingerprint: str) -> dict[str, str]:
         """Write the JSON files of `datasets`, without which it does not open the folder.
@@ -190,10 +197,9 @@ class BlockWriter:
         fingerprint: names this content to the caches of `datasets`. Returns the checksums of the
         Arrow files by their names.
         """
-        sums = [checksum.result() for checksum in self._checksums]
         names = [f"data-{n:05d}-of-{len(self._shards):05d}.arrow" for n in range(len(self._shards))]
         for shard, name in zip(self._shards, names, strict=True):
-            shard.rename(self._folder / name)
+            shard.path.rename(self._folder / name)
         state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in names],
             "_fingerprint": fingerprint,
@@ -208,37 +214,50 @@ class BlockWriter:
         write_json(
             self._folder / "dataset_info.json", info | {"features": self._features.to_dict()}
         )
-        return {f"{self._folder.name}/{name}": one for name, one in zip(names, sums, strict=True)}
+        return {
+            f"{self._folder.name}/{name}": shard.checksum
+            for name, shard in zip(names, self._shards, strict=True)
+        }
 
-    def _write_batches(self) -> np.ndarray:
-        import numpy as np
-
-        tokens = np.concatenate(self._pending)
-        whole = len(tokens) // self._batch_tokens * self._batch_tokens
-        for start in range(0, whole, self._batch_tokens):
-            self._write_batch(tokens[start : start + self._batch_tokens])
-        self._pending = [tokens[whole:].copy()]
-        return self._pending[0]
-
-    def _write_batch(self, tokens: np.ndarray) -> None:
+    def _write(self, tokens: np.ndarray) -> None:
         import pyarrow as pa
 
+        schema = self._features.arrow_schema
         if self._stream is None:
-            self._shards.append(self._folder / f"data-{len(self._shards):05d}.arrow")
-            self._stream = pa.ipc.new_stream(self._shards[-1], self._features.arrow_schema)
+            self._shards.append(_Shard(self._folder / f"data-{len(self._shards):05d}.arrow"))
+            self._stream = pa.ipc.new_stream(self._shards[-1], schema)
         column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._sequence_length)
-        self._stream.write_batch(pa.record_batch([column], schema=self._features.arrow_schema))
+        self._stream.write_batch(pa.record_batch([column], schema=schema))
         self.blocks += len(column)
-        self._batches += 1
-        if self._batches % BATCHES_PER_SHARD == 0:
-            self._close_shard()
+        self._shards[-1].batches += 1
+        if self._shards[-1].batches == BATCHES_PER_SHARD:
+            self.close()
 
-    def _close_shard(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-            # Beside the work: hashing waits for no other thread.
-            self._checksums.append(self._checker.submit(checksum, self._shards[-1]))
+
+class _Shard(io.RawIOBase):
+    """A file for pyarrow to write, which knows its checksum without being read again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.batches = 0
+        self._file = path.open("wb")
+        self._digest = hashlib.blake2b(digest_size=32)
+
+    @property
+    def checksum(self) -> str:
+        return self._digest.hexdigest()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._file.write(content)
+        self._digest.update(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def write_json(path: Path, content: Any) -> None:

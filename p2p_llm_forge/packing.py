@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from p2p_llm_forge import corpus, tokenization
 from p2p_llm_forge.corpus import TRAIN, BlockWriter, Manifest, SplitFacts
-from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sources import Part
 from p2p_llm_forge.unfinished import Pieces, Record
 
@@ -36,19 +38,10 @@ class Labels:
     splits: tuple[str, ...]
     sequence_length: int
     vocab_size: int
+    eos_token_id: int
     dtype: str
+    tokenizer_fingerprint: str
     arguments: dict[str, Any]
-
-
-def all_done(parts: list[Part], pieces: Pieces) -> list[Done]:
-    """Every piece of every part, in order; raises KeyError when one is missing."""
-    done = []
-    for number, part in enumerate(parts):
-        records = pieces.records(number, part)
-        if not records:
-            raise KeyError(number)
-        done += [Done(number, part, place, record) for place, record in enumerate(records)]
-    return done
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -87,14 +80,11 @@ def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
 
 
 def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, int]]:
-    """The pieces in the order of the dataset, each with the most training tokens that it may give.
+    """The pieces in the order of a mixture, each with the most training tokens that it may give.
 
-    Without weights that is the order of the text, and all tokens. Weights hold for the training
-    text; what is held out is kept whole, so pieces come even where they may give none.
+    Weights hold for the training text; what is held out is kept whole, so pieces come even where
+    they may give none.
     """
-    if not weights:
-        yield from ((piece, piece.record.splits[TRAIN].tokens) for piece in done)
-        return
     of_source = [[piece for piece in done if piece.part.source == s] for s in range(len(weights))]
     sizes = [[piece.record.splits[TRAIN].tokens for piece in pieces] for pieces in of_source]
     left = quotas([sum(size) for size in sizes], weights)
@@ -148,49 +138,97 @@ class _Split:
         )
 
 
-def write_dataset(
-    folder: Path,
-    done: list[Done],
-    pieces: Pieces,
-    weights: tuple[float, ...],
-    tokenizer: Any,
-    labels: Labels,
-) -> Manifest:
-    """Write splits, tokenizer and manifest of the pieces that are done into `folder`, anew.
+class Packer:
+    """Writes the dataset of `parts` into `folder`, anew, while their pieces get done.
 
-    Raises ForgeError when the disk has not room enough for it, before anything is written.
+    It takes the pieces in the order of the text. Those of a mixture are taken at the end, for its
+    order follows from the sizes of all.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    require_room(folder, tokens_bytes(done, labels.dtype))
-    splits = {name: _Split(name, folder, labels) for name in labels.splits}
-    for piece, limit in mixed(done, weights):
-        tokens = pieces.tokens(piece.number, piece.part, piece.piece)
-        for name, split in splits.items():
-            allowed = limit if name == TRAIN else len(tokens[name])
-            split.add(tokens[name], allowed, piece.record.splits[name], tokenizer)
-    facts = {
-        name: split.finish(tokenizer, labels.sequence_length) for name, split in splits.items()
-    }
-    manifest = Manifest(
-        sequence_length=labels.sequence_length,
-        vocab_size=labels.vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=labels.dtype,
-        splits=facts,
-        tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
-        content_fingerprint=content_fingerprint(piece.record.digest for piece in done),
-        arguments=labels.arguments,
-        skipped_rows=sum(piece.record.skipped for piece in done),
-    )
-    checksums: dict[str, str] = {}
-    for name, split in splits.items():
-        checksums |= split.writer.describe(name, f"{manifest.fingerprint[:16]}-{name}")
-    corpus.write_json(folder / corpus.DATASET_DICT, {"splits": list(labels.splits)})
-    tokenizer.save_pretrained(folder / corpus.TOKENIZER)
-    manifest = manifest.with_files(corpus.files_of(folder, checksums))
-    manifest.save(folder)
-    return manifest
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: list[Part],
+        pieces: Pieces,
+        weights: tuple[float, ...],
+        tokenizer: Any,
+        labels: Labels,
+    ) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._folder = folder
+        self._parts = parts
+        self._pieces = pieces
+        self._weights = weights
+        self._tokenizer = tokenizer
+        self._labels = labels
+        self._splits = [_Split(name, folder, labels) for name in labels.splits]
+        self._done: list[Done] = []
+        self._next = (0, 0)  # part and piece
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every piece is done and taken."""
+        return self._next[0] == len(self._parts)
+
+    def catch_up(self) -> None:
+        """Take the pieces that are done, up to the first that is not. Raises OSError."""
+        while not self.has_all:
+            number, place = self._next
+            part = self._parts[number]
+            record = self._pieces.record(number, part, place)
+            if not record:
+                return
+            self._done.append(Done(number, part, place, record))
+            self._next = (number + 1, 0) if record.is_last else (number, place + 1)
+            if not self._weights:
+                self._add(self._done[-1], record.splits[TRAIN].tokens)
+
+    def _add(self, piece: Done, limit: int) -> None:
+        """Write a piece, of its training tokens at most `limit`."""
+        tokens = self._pieces.tokens(piece.number, piece.part, piece.piece)
+        require_room(self._folder, sum(of_split.nbytes for of_split in tokens.values()))
+        for split in self._splits:
+            allowed = limit if split.name == TRAIN else len(tokens[split.name])
+            counts = piece.record.splits[split.name]
+            split.add(tokens[split.name], allowed, counts, self._tokenizer)
+
+    def finish(self) -> Manifest:
+        """Write what is left to write when it has all: metadata, tokenizer and manifest."""
+        if self._weights:
+            for piece, limit in mixed(self._done, self._weights):
+                self._add(piece, limit)
+        labels, tokenizer = self._labels, self._tokenizer
+        manifest = Manifest(
+            sequence_length=labels.sequence_length,
+            vocab_size=labels.vocab_size,
+            eos_token_id=labels.eos_token_id,
+            dtype=labels.dtype,
+            splits={
+                split.name: split.finish(tokenizer, labels.sequence_length)
+                for split in self._splits
+            },
+            tokenizer_fingerprint=labels.tokenizer_fingerprint,
+            content_fingerprint=content_fingerprint(piece.record.digest for piece in self._done),
+            arguments=labels.arguments,
+            skipped_rows=sum(piece.record.skipped for piece in self._done),
+        )
+        checksums: dict[str, str] = {}
+        for split in self._splits:
+            name = f"{manifest.fingerprint[:16]}-{split.name}"
+            checksums |= split.writer.describe(split.name, name)
+        names = {"splits": list(labels.splits)}
+        corpus.write_json(self._folder / corpus.DATASET_DICT, names)
+        tokenizer.save_pretrained(self._folder / corpus.TOKENIZER)
+        manifest = manifest.with_files(corpus.files_of(self._folder, checksums))
+        manifest.save(self._folder)
+        return manifest
+
+    def close(self) -> None:
+        """Give up: end the files that are being written."""
+        for split in self._splits:
+            with contextlib.suppress(OSError):  # of a full disk, once more
+                split.writer.close()
 
 
 def content_fingerprint(digests: Iterator[str]) -> str:
@@ -198,20 +236,10 @@ def content_fingerprint(digests: Iterator[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def tokens_bytes(done: list[Done], dtype: str) -> int:
-    """Bytes that the blocks will take."""
-    import numpy as np
-
-    tokens = sum(counts.tokens for piece in done for counts in piece.record.splits.values())
-    return tokens * np.dtype(dtype).itemsize
-
-
 def require_room(folder: Path, needed: int) -> None:
-    """Raise ForgeError unless the disk has room for `needed` bytes and a little more."""
-    needed += needed // 100 + (1 << 20)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ForgeError(no_room(folder, needed, free))
+    """Raise OSError for a full disk unless `needed` bytes and a little more are free."""
+    if shutil.disk_usage(folder).free < needed + (1 << 20):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def no_room(folder: Path, needed: int, free: int) -> str:

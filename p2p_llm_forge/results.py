@@ -19,6 +19,8 @@ class TrainResult:
     train_loss: float | None  # nats per token, mean over the last --log-every updates
     tokens_per_second: float | None  # of all peers together, while updates were taken
     processes: int
+    communication: float | None = None  # share of the time that the main process waited for it
+    bytes_sent_per_update: float | None = None  # by the main process
     eval_loss: float | None = None  # nats per token
     perplexity: float | None = None
     bits_per_byte: float | None = None
@@ -47,6 +49,11 @@ class TrainResult:
             lines.append(
                 f"speed     {self.tokens_per_second:,.0f} tokens/s over {self.processes}"
                 " process(es)"
+            )
+        if self.bytes_sent_per_update:
+            lines.append(
+                f"network   communication {self.communication:.1%},"
+                f" {self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
             )
         if self.eval_loss is not None:
             bits = (

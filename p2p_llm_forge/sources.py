@@ -485,22 +485,32 @@ def _divided_at_blank_lines(raw: bytes) -> pa.LargeBinaryArray:
     import pyarrow as pa
 
     text = np.frombuffer(raw, np.uint8)
-    lines = np.flatnonzero(text == ord("\n"))
-    gaps = np.diff(lines)
-    blank = (gaps == 1) | ((gaps == 2) & (text[lines[:-1] + 1] == ord("\r")))
-    ends = lines[:-1][blank]
-    starts = np.concatenate([[0], lines[1:][blank] + 1])
-    stops = np.concatenate([ends, [len(raw)]])
+    stops = np.concatenate([np.empty(0, np.int64), *_ends_before_blank_lines(raw, text)])
+    starts = stops + np.where(text[stops + 1] == ord("\n"), 2, 3)
+    starts, stops = np.append(0, starts), np.append(stops, len(raw))
     some = stops > starts  # between two empty lines in a row there is nothing
     starts, stops = _stripped(raw, text, starts[some], stops[some])
-    # What lies between documents is every other value, and filtered out: no Python object is made.
+    # What lies between documents is every other value, and is left out: no Python object is made.
     borders = np.empty(2 * len(starts) + 2, np.int64)
     borders[0], borders[-1] = 0, len(raw)
     borders[1:-1:2], borders[2:-1:2] = starts, stops
     buffers = [None, pa.py_buffer(borders), pa.py_buffer(raw)]
     values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(borders) - 1, buffers)
-    is_document = np.arange(len(values)) % 2 == 1
-    return values.filter(pa.array(is_document & (np.diff(borders) > 0)))
+    return values.take(pa.array(2 * np.flatnonzero(stops > starts) + 1))
+
+
+def _ends_before_blank_lines(raw: bytes, text: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of line ends after which an empty line comes, window by window."""
+    import numpy as np
+
+    window = 64 << 10  # what is computed of it stays in the processor's cache
+    for start in range(0, len(raw), window):
+        part = text[start : start + window + 2]
+        is_end = part == ord("\n")
+        is_blank = is_end[:-1] & is_end[1:]
+        if raw.find(b"\r", start, start + len(part)) >= 0:
+            is_blank[:-1] |= is_end[:-2] & is_end[2:] & (part[1:-1] == ord("\r"))
+        yield start + np.flatnonzero(is_blank[:window])
 
 
 def _stripped(
@@ -817,17 +827,25 @@ def _by_size(
     columns: Iterator[pa.Array], file: Any, span: Span, reading: Reading, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """Small columns joined to pieces of PIECE_BYTES or little more. file: tells the progress."""
+    import pyarrow as pa
+
     waiting, size, row, told = [], 0, 1, 0
-    for column in columns:
-        waiting.append(as_text(column, span.path, row, reading, tally))
-        row += len(column)
-        size += len(values_and_offsets(waiting[-1])[0])
-        if size >= PIECE_BYTES:
-            place = file.tell() if file else 0
-            yield _joined(waiting), place - told
-            waiting, size, told = [], 0, place
+    damage = None
+    try:
+        for column in columns:
+            waiting.append(as_text(column, span.path, row, reading, tally))
+            row += len(column)
+            size += len(values_and_offsets(waiting[-1])[0])
+            if size >= PIECE_BYTES:
+                place = file.tell() if file else 0
+                yield _joined(waiting), place - told
+                waiting, size, told = [], 0, place
+    except (pa.ArrowException, OSError) as error:
+        damage = error  # what was read before it is not lost
     if waiting:
         yield _joined(waiting), max(0, span.end - told) if file else 0
+    if damage:
+        raise damage
 
 
 def as_text(
@@ -880,6 +898,8 @@ def _parquet_rows(
 def _rows_of_group(
     table: Any, group: int, span: Span, reading: Reading, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
+    import pyarrow as pa
+
     facts = table.metadata.row_group(group)
     row_bytes = max(1, facts.total_byte_size // max(1, facts.num_rows))
     batches = table.iter_batches(
@@ -888,12 +908,21 @@ def _rows_of_group(
         columns=[reading.text_column],
         use_threads=False,
     )
-    columns = (batch.column(0) for batch in batches)
-    left = span.bytes
-    for column, _ in _by_size(columns, None, span, reading, tally):
-        progress = min(left, len(values_and_offsets(column)[0]))
-        left -= progress
-        yield column, progress
+    rows_left, bytes_left = facts.num_rows, span.bytes
+
+    def columns() -> Iterator[pa.Array]:
+        nonlocal rows_left
+        for batch in batches:
+            rows_left -= len(batch)
+            yield batch.column(0)
+
+    try:
+        for column, _ in _by_size(columns(), None, span, reading, tally):
+            progress = min(bytes_left, len(values_and_offsets(column)[0]))
+            bytes_left -= progress
+            yield column, progress
+    except (pa.ArrowException, OSError) as error:
+        tally.bad(f"{span.path} is damaged or truncated: {_first_line(error)}", rows_left)
 
 
 @contextlib.contextmanager

@@ -1,48 +1,238 @@
-"""How the peers agree on weights. The training loop does not know which way is at work."""
+"""How the peers agree on weights. The training loop does not know which way is at work.
+
+Strategies: gradients averaged in every update (gradients.py), or rounds in which every rank trains
+alone, ended by an exchange of how far the ranks have moved (diloco.py).
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
 
 from p2p_llm_forge.cluster import Cluster
+from p2p_llm_forge.config import TrainConfig, multiples_near
+from p2p_llm_forge.errors import ForgeError
 
 
 @dataclass(frozen=True)
 class SyncReport:
     """What one update cost in communication."""
 
-    bytes_sent: int = 0
-    seconds: float = 0.0
+    bytes_sent: int = 0  # payload that left this rank
+    seconds: float = 0.0  # in which this rank waited for it
     peers: int = 1
 
 
-class AllReduce:
-    """Gradients averaged over all ranks in every update, by DDP while backward runs."""
+@dataclass(frozen=True)
+class SyncState:
+    """What a checkpoint holds of a strategy, beside the agreed weights. Tensors on the CPU."""
 
-    def __init__(self, cluster: Cluster, model: Any) -> None:
-        self._cluster = cluster
-        self._model = model
-        if cluster.world_size > 1:
-            # Set here because the constructor's argument has two names (renamed in torch 2.13). A
-            # language model's buffers are constants: sending them in every forward costs a slow
-            # link a round trip.
-            model.broadcast_buffers = False
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON, the same on every rank
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)  # the same on every rank
+    own: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank
+
+
+@dataclass(frozen=True)
+class SavedSync:
+    """What a checkpoint holds of a strategy, perhaps of another one or of other ranks."""
+
+    facts: dict[str, Any]
+    shared: dict[str, torch.Tensor]
+    own_of: Callable[[int], dict[str, torch.Tensor]]  # of a rank of the saved run
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks have something of their own in the checkpoint."""
+        return int(self.facts.get("ranks", 0))
+
+    def is_of(self, sync: Sync) -> bool:
+        """Whether ranks kept something of their own by the same strategy."""
+        return self.world_size > 0 and self.facts["strategy"][0] == sync.settings()[0]
+
+
+class Sync(Protocol):
+    """A strategy. All ranks call `after_update` after every update, and `state` together."""
+
+    has_own_state: bool  # whether ranks hold what others do not: checkpoints take a file of each
+    trains_alone: bool  # whether optimizer states are among that
+    may_lose_rounds: bool  # whether it goes back by itself when weights become NaN
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
-        """What backward runs in: only an update's last micro-batch exchanges gradients."""
-        return (
-            nullcontext() if is_last_micro_batch else self._cluster.accelerator.no_sync(self._model)
+        """What forward and backward of a micro-batch run in."""
+
+    def priming(self) -> AbstractContextManager[None]:
+        """What a backward runs in whose gradients are thrown away."""
+
+    def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
+        """By what a summed loss (nats) is multiplied before its backward."""
+
+    def after_update(self, step: int, own_tokens: int) -> SyncReport:
+        """Exchange what is due after update `step` (from 0) on `own_tokens` tokens of this rank."""
+
+    def meets(self, done: int) -> bool:
+        """Whether all ranks wait for each other after `done` updates, so that asking is cheap."""
+
+    def settings(self) -> list[Any]:
+        """What must be the same where a round is taken up in its middle. JSON."""
+
+    def is_agreed(self) -> bool:
+        """Whether all ranks hold the same weights now."""
+
+    def agreed_weights(self) -> AbstractContextManager[None]:
+        """Put the weights that all ranks agree on into the model, for as long as it is entered."""
+
+    def state(self) -> SyncState: ...
+
+    def load_state(self, saved: SavedSync) -> None:
+        """Go on from what a checkpoint holds."""
+
+
+class Meter:
+    """What the updates of this process have cost in communication, added up."""
+
+    def __init__(self) -> None:
+        self.bytes_sent, self.seconds = 0, 0.0
+
+    def add(self, report: SyncReport) -> None:
+        """One more update."""
+        self.bytes_sent += report.bytes_sent
+        self.seconds += report.seconds
+
+    def figures(self, spent_s: float, updates: int) -> dict[str, float]:
+        """Share of the time, and bytes, of the updates so far."""
+        return {
+            "communication": self.seconds / spent_s,
+            "bytes_sent_per_update": self.bytes_sent / updates,
+        }
+
+
+def strategy(
+    config: TrainConfig,
+    cluster: Cluster,
+    model: Any,
+    lm: Any,
+    optimizer: Any,
+    total_steps: int,
+    done: int,
+) -> Sync:
+    """The way that `--sync` and `--compress` ask for. Raises ForgeError where the model is too
+    small for it.
+
+    model: as Accelerate wraps it; lm: the causal LM in it; done: updates taken before.
+    """
+    from p2p_llm_forge.compress import CODECS
+    from p2p_llm_forge.diloco import DiLoCo
+    from p2p_llm_forge.gradients import AllReduce, PowerSGD
+
+    if config.sync == "diloco":
+        return DiLoCo(config, cluster, model, lm, optimizer, total_steps, done)
+    if config.compress == "powersgd":
+        return PowerSGD(cluster, model, config.powersgd_rank or 4)
+    return AllReduce(cluster, model, CODECS[config.compress])
+
+
+def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step: int) -> None:
+    """Raise ForgeError if this run cannot take up the round in whose middle the other was saved."""
+    if saved.facts.get("is_agreed", True):
+        return
+    before, now = saved.facts["strategy"], sync.settings()
+    if before != now or saved.world_size != cluster.world_size:
+        raise ForgeError(
+            f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
+            f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
+            f" ({told_settings(now)}): go on with the same, or from a checkpoint between two rounds"
+            " by --resume FOLDER"
         )
 
-    def after_update(self, step: int) -> SyncReport:
-        """Nothing is left to do: DDP exchanged the gradients during backward."""
-        return SyncReport(peers=self._cluster.world_size)
 
-    def state(self) -> dict[str, Any]:
-        """Nothing to keep: all ranks hold the same weights after every update."""
-        return {}
+def told_settings(settings: list[Any]) -> str:
+    """A strategy's settings as flags."""
+    if settings[0] != "diloco":
+        return "--sync ddp"
+    _, every, fragments, overlap = settings
+    return f"--sync diloco --sync-every {every} --fragments {fragments} --overlap-steps {overlap}"
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See `state`."""
+
+def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
+    """Raise ForgeError where peers come and go, but could not between this strategy's rounds."""
+    if not cluster.launch.is_elastic or config.sync != "diloco":
+        return
+    if config.is_streaming():
+        raise ForgeError(
+            "--fragments and --overlap-steps leave no moment at which all peers hold the same"
+            " weights, so none could join or leave: leave them out, or launch with a fixed number"
+            " of peers"
+        )
+    if config.save_every % config.round_length():
+        sizes = " or ".join(map(str, multiples_near(config.save_every, config.round_length())))
+        raise ForgeError(
+            f"--save-every {config.save_every} is not a multiple of --sync-every"
+            f" {config.round_length()}, and only between rounds can peers join or leave: use"
+            f" {sizes}"
+        )
+
+
+def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
+    """Raise ForgeError, naming the ranks, if their models are not the same as rank 0's.
+
+    is_loaded: from files, whose weights must be equal too; weights from scratch are made by the
+    seed and may differ in their last bits between kinds of CPUs: rank 0's are taken.
+    """
+    shapes = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
+    digest = hashlib.blake2b(digest_size=16)
+    if is_loaded:
+        for _, parameter in lm.named_parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    described = hashlib.blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
+    fact = {"shapes": described, "weights": digest.hexdigest(), "host": platform.node()}
+    told = cluster.gather_facts(fact)
+    if all(other["shapes"] == told[0]["shapes"] for other in told):
+        others = [r for r, other in enumerate(told) if other["weights"] != told[0]["weights"]]
+        if others:
+            names = ", ".join(f"rank {rank} ({told[rank]['host']})" for rank in others)
+            raise ForgeError(
+                f"the peers of a run must start from the same weights, but {names} has others than"
+                " rank 0 in its files: copy rank 0's --model-name folder"
+            )
+        return
+    told = cluster.gather_facts({**fact, "shapes": shapes})
+    problems = []
+    for rank, other in enumerate(told):
+        for name in sorted({*other["shapes"], *told[0]["shapes"]}):
+            here, there = other["shapes"].get(name), told[0]["shapes"].get(name)
+            if here != there:
+                problems.append(f"rank {rank} ({other['host']}) has {name} {here}, rank 0 {there}")
+                break
+    raise ForgeError(
+        "the peers of a run must train the same model:\n  "
+        + "\n  ".join(problems)
+        + "\n  Give all the same --model-name (the same files), --model-type and --config-overrides"
+    )
+
+
+def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The model's parameters in the parts that a fragment is made of: what comes before the layers
+    (embeddings), each layer, what comes after. Tied weights count where they come first."""
+    stacks = [
+        (name, len(module))
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    ]
+    stack, layers = max(stacks, key=lambda entry: entry[1], default=("", 0))
+    units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
+    is_behind = False
+    for name, parameter in lm.named_parameters():
+        number = name.removeprefix(stack + ".").partition(".")[0]
+        if layers and name.startswith(stack + ".") and number.isdigit():
+            units[1 + int(number)].append((name, parameter))
+            is_behind = True
+        else:
+            units[layers + 1 if is_behind else 0].append((name, parameter))
+    return [unit for unit in units if unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.tokenizer_process import TokenizerProcess
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +49,9 @@ HARD_TEXTS = (
     "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
 )
 
+RENEWED_AFTER_BYTES = 12 << 20  # of text, at the earliest: then an encoder may be made anew
+MEMORY_OF_A_THREAD = 256 << 20  # that encoding may take for each before that happens
+DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
 
@@ -66,6 +71,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
     """
     from transformers import AutoTokenizer
 
+    collects = gc.isenabled()
+    gc.disable()  # or it goes over all that is imported for the sake of a vocabulary's many strings
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
@@ -76,6 +83,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
             "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
             "train one on the text."
         ) from error
+    finally:
+        if collects:
+            gc.enable()
     # transformers 5.23 would save how it was reached: offline, the same tokenizer has other bytes.
     for setting in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(setting, None)
@@ -119,9 +129,8 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def token_dtype(tokenizer: Any) -> str:
-    """The smallest type that holds every token. Raises ForgeError when four bytes do not."""
-    size = vocabulary_size(tokenizer)
+def token_dtype(size: int) -> str:
+    """The smallest type for a vocabulary of `size`. Raises ForgeError when four bytes are few."""
     if size > 2**32:
         raise ForgeError(
             f"the vocabulary has {size:,} entries, at most {2**32:,} fit into the four bytes of a "
@@ -196,15 +205,25 @@ class Encoders:
     falling back to the tokenizer itself; `reference` always asks the tokenizer. After creation,
     `is_fast` says which way was taken and `reason` why not the fast one.
 
+    loaded_from: the arguments of `load_tokenizer`. With them, a tokenizer written in Python works
+    in further processes, one for every thread but the first; they end when this is closed.
+
     In text, the spelling of a control token (`<|endoftext|>`) is text like any other: it never
     becomes that token.
     """
 
-    def __init__(self, tokenizer: Any, backend: Backend = "auto") -> None:
+    def __init__(
+        self, tokenizer: Any, backend: Backend = "auto", loaded_from: dict[str, Any] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
         self._guard = control_token_guard(tokenizer)
         self._of_this_thread = threading.local()
+        # For the first thread that encodes; what others get is made when they come.
+        self._spare = [self._reference]
+        self._processes: list[TokenizerProcess] = []
+        self._is_closed = False
         self.reason = "" if backend != "reference" else "asked for by --tokenizer-backend"
         if backend != "reference":
             self.reason = self._why_not_fast()
@@ -214,6 +233,14 @@ class Encoders:
                 f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}. "
                 "Use --tokenizer-backend auto."
             )
+        self._threads = 0
+        self._memory_at_start = _memory_of_process()
+
+    def close(self) -> None:
+        """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
+        self._is_closed = True
+        for process in self._processes:
+            process.close()
 
     def _why_not_fast(self) -> str:
         import pyarrow as pa
@@ -223,8 +250,9 @@ class Encoders:
         column = pa.array(texts, pa.large_binary())
         try:
             self._rules = rules_of_text(self._tokenizer)
-            self._spare = [fast_encoder(self._rules)]
-            require_same(self._spare[0], self._reference, column)
+            fast = fast_encoder(self._rules)
+            require_same(fast, self._reference, column)
+            self._spare = [fast]
         except FastPathDiffers as difference:
             return str(difference)
         except (
@@ -240,24 +268,81 @@ class Encoders:
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
         cannot be told from a control token.
         """
-        if not self.is_fast:
-            tokens, lengths = self._reference(documents)
+        own = self._of_this_thread
+        if not hasattr(own, "bytes"):
+            self._threads += 1
+        if not hasattr(own, "encode"):
+            own.encode, own.bytes = self._new_encoder(), 0
+        if self.is_fast:
+            tokens, lengths = own.encode(documents)
+            require_same(own.encode, self._reference, sample(documents))
+            own.bytes += documents.nbytes
+            if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
+                del own.encode
         else:
-            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
-            if not hasattr(self._of_this_thread, "encode"):
-                made = self._spare.pop() if self._spare else fast_encoder(self._rules)
-                self._of_this_thread.encode = made
-            tokens, lengths = self._of_this_thread.encode(documents)
-            require_same(self._of_this_thread.encode, self._reference, sample(documents))
+            tokens, lengths = self._by_and_by(own.encode, documents)
         self._guard(tokens, lengths, documents)
         return tokens, lengths
+
+    def _has_grown(self) -> bool:
+        """Whether caches may have become too large.
+
+        gigatoken 0.10 remembers every word that it has seen and has no setting for it: text of
+        ever new words takes 10 bytes of memory for each of its own. A new encoder begins anew.
+        """
+        return _memory_of_process() - self._memory_at_start > self._threads * MEMORY_OF_A_THREAD
+
+    def _new_encoder(self) -> Encode:
+        """An encoder for the thread that asks."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self._another()
+
+    def _another(self) -> Encode:
+        """One more encoder."""
+        if self.is_fast:
+            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
+            return fast_encoder(self._rules)
+        if is_slow(self._tokenizer) and self._loaded_from:
+            process = TokenizerProcess(self._loaded_from)
+            self._processes.append(process)
+            if self._is_closed:  # meanwhile
+                process.close()
+            return process.encode
+        return self._reference
+
+    def _by_and_by(
+        self, encode: Encode, documents: pa.LargeBinaryArray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some documents at a time: whoever closes this does not wait for all."""
+        import numpy as np
+
+        found = []
+        for start in range(0, max(1, len(documents)), DOCUMENTS_AT_A_TIME):
+            if self._is_closed:
+                raise ForgeError("the work was given up")
+            found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
+        tokens, lengths = zip(*found, strict=True)
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def _memory_of_process() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def is_slow(tokenizer: Any) -> bool:
+    """Whether it is written in Python, so that threads would take turns."""
+    return getattr(tokenizer, "backend_tokenizer", None) is None
 
 
 def reference_encoder(tokenizer: Any) -> Encode:
     """Encode by the tokenizer itself."""
     import numpy as np
 
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+    if not is_slow(tokenizer):
         from tokenizers import Tokenizer
 
         backend = _without_truncation(tokenizer.backend_tokenizer)
@@ -272,7 +357,14 @@ def reference_encoder(tokenizer: Any) -> Encode:
 
         def encode_texts(texts: list[str]) -> list[list[int]]:
             ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            return [tokenizer(text, **ask)["input_ids"] for text in texts]
+            try:
+                return [tokenizer(text, **ask)["input_ids"] for text in texts]
+            except Exception as error:  # anything: it may be code that came with the tokenizer
+                raise ForgeError(
+                    f"the tokenizer failed ({type(error).__name__}: {error}) on one of the "
+                    f"documents after the one that begins {texts[0][:40]!r}: mend the tokenizer, "
+                    "or use another --tokenizer"
+                ) from error
 
     def encode(documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
         ids = encode_texts([document.decode() for document in documents.to_pylist()])
@@ -289,9 +381,14 @@ def rules_of_text(tokenizer: Any) -> str:
     gigatoken 0.10, like tokenizers, turns the spelling of a special token into that token, but has
     no setting against it: it must not know them.
     """
-    rules = json.loads(_without_truncation(tokenizer.backend_tokenizer).to_str())
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["special"]]
-    return json.dumps(rules)
+    rules = _without_truncation(tokenizer.backend_tokenizer).to_str()
+    # The first key of that name is the tokenizer's own. Only its value is parsed: the vocabulary
+    # and its merges, which stay as they are, would take ten times as long as all the rest.
+    key = '"added_tokens":'
+    before, _, rest = rules.partition(key)
+    tokens, end = json.JSONDecoder().raw_decode(rest)
+    ordinary = [token for token in tokens if not token["special"]]
+    return f"{before}{key}{json.dumps(ordinary)}{rest[end:]}"
 
 
 def fast_encoder(rules: str) -> Encode:
@@ -318,7 +415,7 @@ def fast_encoder(rules: str) -> Encode:
 
 
 def sample(
-    documents: pa.LargeBinaryArray, count: int = 4, longest: int = 1000
+    documents: pa.LargeBinaryArray, count: int = 4, longest: int = 500
 ) -> pa.LargeBinaryArray:
     """A few texts that stand for `documents`: beginnings of some and, as mistakes hide there, some
     places where the text is not plain ASCII; each at most `longest` bytes."""
@@ -374,14 +471,12 @@ def control_token_guard(
     import numpy as np
 
     control = sorted(_control_tokens(tokenizer).values())
-    # Few are compared one by one; a table of booleans answers for many in one pass.
-    is_control = np.zeros(vocabulary_size(tokenizer), bool)
-    is_control[control] = True
 
     def guard(tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray) -> None:
+        # Few are compared one by one; for many, isin makes a table and answers in one pass.
         if len(control) <= 4 and not any((tokens == token).any() for token in control):
             return
-        places = np.flatnonzero(is_control[tokens])
+        places = np.flatnonzero(np.isin(tokens, control))
         if not len(places):
             return
         spelling = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))

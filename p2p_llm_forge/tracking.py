@@ -82,12 +82,17 @@ class Tracking(Silent):
         shown = {
             key: metrics[key]
             for key in ("loss", "eval_loss", "tokens_per_second")
-            if key in metrics
+            if metrics.get(key) is not None
         }
         text = "  ".join(
             f"{key} {value:,.0f}" if value > 100 else f"{key} {value:.4f}"
             for key, value in shown.items()
         )
+        if metrics.get("bytes_sent_per_update"):
+            text += (
+                f"  communication {metrics['communication']:.1%},"
+                f" {metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
+            )
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._last_line > PLAIN_LINE_INTERVAL_S or "eval_loss" in metrics:
@@ -136,49 +141,85 @@ class LossWindow:
     """The losses since the last line of metrics.jsonl, kept update by update.
 
     They are summed without rounding errors, so the line is the same whether or not the run was
-    saved and resumed in between. They leave the device only when asked for, not in every update.
+    saved and resumed in between. They leave the device, and this rank, only when asked for.
+
+    may_lose_rounds: losses that are not finite do not end the run, which will go back by itself.
     """
 
-    def __init__(self, cluster: Cluster, first_step: int, since_log: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        tokens_per_update: int,
+        first_step: int,
+        since_log: dict[str, Any],
+        may_lose_rounds: bool = False,
+    ) -> None:
         self._cluster = cluster
+        self._tokens_per_update = tokens_per_update
         self._nats = list(since_log["nats"])  # of all ranks
         self._updates = since_log["updates"]
+        self._is_spoiled = since_log.get("is_spoiled", False)
         self._pending: list[torch.Tensor] = []  # of this rank
+        self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
         self._next_step = first_step + 1
+        self._may_lose_rounds = may_lose_rounds
 
     def add(self, nats: torch.Tensor) -> None:
         """This rank's summed loss of one more update: a scalar on the device."""
         self._pending.append(nats)
 
-    def collect(self) -> dict[str, Any]:
-        """What a later run needs to go on: all ranks' losses since the last line. All must call.
+    def end_line(self, line: dict[str, Any]) -> None:
+        """The updates so far make up this line; `settle` puts in the loss."""
+        self._lines.append((len(self._pending), line))
 
-        Raises ForgeError, on all ranks, if one is not finite.
+    def has_line(self) -> bool:
+        """Whether a line waits for its loss."""
+        return bool(self._lines)
+
+    def settle(self) -> list[dict[str, Any]]:
+        """The lines that have ended, with all ranks' losses. All ranks must call.
+
+        Raises ForgeError, on all ranks, if a loss is not finite (but see `may_lose_rounds`: then
+        the line's loss is None).
         """
+        by_rank: list[list[float]] = [[]]
         if self._pending:
             by_rank = self._cluster.gather_numbers(torch.stack(self._pending).tolist())
-            for step, losses in enumerate(zip(*by_rank, strict=True), start=self._next_step):
-                bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-                if bad:
-                    raise ForgeError(
-                        f"the loss became NaN or infinite at step {step} (first on rank {bad[0]});"
-                        " nothing was saved after it and earlier checkpoints are untouched. Lower"
-                        " --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then go"
-                        " on with --resume auto"
-                    )
-                self._nats += losses
-            self._next_step += len(self._pending)
-            self._updates += len(self._pending)
-            self._pending.clear()
-        # A copy: the background writer reads it while this list grows.
-        return {"nats": list(self._nats), "updates": self._updates}
+        updates = list(zip(*by_rank, strict=True))
+        ended, start = [], 0
+        for end, line in self._lines:
+            self._take(updates[start:end])
+            loss = math.fsum(self._nats) / (self._updates * self._tokens_per_update)
+            ended.append({**line, "loss": None if self._is_spoiled else loss})
+            self._nats, self._updates, self._is_spoiled, start = [], 0, False, end
+        self._take(updates[start:])
+        self._pending.clear()
+        self._lines.clear()
+        return ended
 
-    def mean(self, tokens_per_update: int) -> float:
-        """Nats per token since the last line; the next line starts anew. All ranks must call."""
-        self.collect()
-        mean = math.fsum(self._nats) / (self._updates * tokens_per_update)
-        self._nats, self._updates = [], 0
-        return mean
+    def _take(self, updates: list[tuple[float, ...]]) -> None:
+        for losses in updates:
+            bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            if bad and not self._may_lose_rounds:
+                raise ForgeError(
+                    f"the loss became NaN or infinite at step {self._next_step} (first on rank"
+                    f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched."
+                    " Lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then go"
+                    " on with --resume auto"
+                )
+            self._is_spoiled = self._is_spoiled or bool(bad)
+            self._nats += [] if bad else losses
+            self._next_step += 1
+            self._updates += 1
+
+    def since_log(self) -> dict[str, Any]:
+        """What a later run needs to go on; after `settle`."""
+        # A copy: the background writer reads it while the list grows.
+        return {
+            "nats": list(self._nats),
+            "updates": self._updates,
+            "is_spoiled": self._is_spoiled,
+        }
 
 
 def tracker_names(report_to: str) -> list[str]:

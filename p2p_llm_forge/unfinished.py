@@ -24,15 +24,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
-from p2p_llm_forge.corpus import TRAIN, UNFINISHED, VALIDATION
+from p2p_llm_forge.corpus import TRAIN, UNFINISHED, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sources import Part, Reading
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from p2p_llm_forge.corpus import Share
 
 HEARTBEAT_S = 2.0
 STALE_S = 30.0  # without a heartbeat for so long, a worker on another machine counts as gone
@@ -181,13 +180,6 @@ def require_no_failure(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class SplitCounts:
-    documents: int
-    bytes: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Record:
     """What is known of a piece that is done. checksum: of its file of tokens (XXH3)."""
 
@@ -206,6 +198,8 @@ class Pieces:
         self._rules = rules
         self._dtype = dtype
         self._records: dict[str, Record] = {}
+        # Tokens that were written just now and are still in somebody's hands.
+        self._fresh: WeakValueDictionary[str, np.ndarray] = WeakValueDictionary()
         self._part_keys: dict[int, tuple[Part, str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -219,7 +213,8 @@ class Pieces:
                 record = Record(**content | {"splits": splits})
             except (OSError, ValueError):
                 return None
-            if self._tokens(name) is None or self._checksum(self._tokens(name)) != record.checksum:
+            tokens = self._tokens(name)
+            if tokens is None or self._checksum(tokens) != record.checksum:
                 return None
             self._records[name] = record
         return self._records[name]
@@ -238,34 +233,34 @@ class Pieces:
         number: int,
         part: Part,
         piece: int,
-        shares: dict[str, Share],
+        tokens: np.ndarray,
+        splits: dict[str, SplitCounts],
         facts: dict[str, Any],
     ) -> Record:
-        """Keep the tokens of a piece. facts: digest, skipped, is_last. Raises OSError."""
-        import numpy as np
+        """Keep the tokens of a piece: those to train on, then those held out, as `splits` counts.
 
+        facts: digest, skipped, is_last. Raises OSError.
+        """
         name = self._name(number, part, piece)
-        tokens = np.concatenate([shares[TRAIN].tokens, shares[VALIDATION].tokens])
-        splits = {
-            key: SplitCounts(share.documents, share.bytes, len(share.tokens))
-            for key, share in shares.items()
-        }
         record = Record(splits=splits, checksum=self._checksum(tokens), **facts)
         # No fsync: a crash of the machine can damage these, which the checksum tells.
         write_whole(self._folder / f"{name}.tokens", tokens.data)
         write_whole(self._folder / f"{name}.json", json.dumps(asdict(record)).encode())
+        self._fresh[name] = tokens
         self._records[name] = record
         return record
 
     def tokens(self, number: int, part: Part, piece: int) -> dict[str, np.ndarray]:
         """The tokens of a piece that is done, by split."""
         name = self._name(number, part, piece)
-        tokens, record = self._tokens(name), self._records[name]
-        if tokens is None or self._checksum(tokens) != record.checksum:
-            raise ForgeError(
-                f"{self._folder / name}.tokens was damaged on the disk: run the same command "
-                "again, and it is made anew"
-            )
+        record, tokens = self._records[name], self._fresh.get(name)
+        if tokens is None:
+            tokens = self._tokens(name)
+            if tokens is None or self._checksum(tokens) != record.checksum:
+                raise ForgeError(
+                    f"{self._folder / name}.tokens was damaged on the disk: run the same command "
+                    "again, and it is made anew"
+                )
         train = record.splits[TRAIN].tokens
         return {TRAIN: tokens[:train], VALIDATION: tokens[train:]}
 

@@ -124,3 +124,31 @@ def test_settings_that_ranks_must_share_leave_out_places_and_addresses():
     other = TrainConfig(output_dir="b", rank=1, master_addr="y", micro_batch_size=2)
     assert one.shared_settings() == other.shared_settings()
     assert TrainConfig(learning_rate=1.0).shared_settings() != one.shared_settings()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"sync_every": 20}, "--sync-every belongs to --sync diloco, this run is --sync ddp"),
+        ({"fragments": 2, "outer_lr": 0.5}, "--outer-lr, --fragments belong to --sync diloco"),
+        ({"sync": "diloco", "compress": "powersgd"}, "goes with --sync ddp"),
+        ({"sync": "diloco", "sync_every": 4, "overlap_steps": 4}, "use 3 or fewer"),
+        ({"sync": "diloco", "sync_every": 4, "fragments": 5}, "use 4 fragments or fewer"),
+        ({"sync": "diloco", "sync_every": 30, "eval_every": 100}, "use 90 or 120"),
+        ({"sync": "diloco", "sync_every": 0}, "--sync-every is 0: use 1 or more"),
+        ({"sync": "diloco", "outer_momentum": 1.0}, "from 0 to below 1"),
+        ({"sync": "diloco", "outer_lr": 0.0}, "--outer-lr is 0.0: use a number above 0"),
+        ({"sync": "auto", "compress": "int8"}, "leave out --compress int8"),
+        ({"compress": "int8", "powersgd_rank": 2}, "belongs to --compress powersgd"),
+        ({"compress": "int4,powersgd"}, "choose from none, fp16, bf16, int8, int4, powersgd"),
+    ],
+)
+def test_settings_of_sync_that_do_not_fit_are_refused_with_a_mend(asked, told):
+    with pytest.raises(ForgeError) as error:
+        TrainConfig("data", "run", **asked).problems().raise_any()
+    assert told in str(error.value)
+
+
+def test_streaming_runs_may_be_evaluated_at_any_update():
+    asked = {"sync": "diloco", "sync_every": 30, "fragments": 2, "eval_every": 100}
+    TrainConfig("data", "run", **asked).problems().raise_any()

@@ -220,6 +220,41 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
     assert asked == [("someone/corpus", "en", "train", True)]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_dataset_is_streamed_by_the_library_itself(tmp_path, monkeypatch, suffix):
+    """Without a network: `load_dataset` takes a name that is a folder here for a dataset's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 2_000)
+    asked = Reading(dataset_config="en", dataset_split="test", text_column="body")
+    parts = sources.find(["someone/corpus"], asked).parts  # the folder is not there yet
+    assert [part.kind for part in parts] == ["hub"]
+    folder = tmp_path / "someone" / "corpus"
+    texts = [f"{n} {text}" for n in range(3) for text in TEXTS]
+    for config in ("en", "tr"):
+        (folder / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            for half in (0, 1):
+                rows = [f"{config} {split} {text}" for text in texts[half::2]]
+                write_rows(folder / config / f"{split}-{half}.{suffix}", rows, "body")
+    card = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(
+            f"  - split: {split}\n    path: {config}/{split}-*.{suffix}\n"
+            for split in ("train", "test")
+        )
+        for config in ("en", "tr")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    found = list(sources.read_pieces(parts[0], asked))
+    assert len(found) > 1 and [piece.is_last for piece in found].count(True) == 1
+    expected = [f"en test {text}".encode() for half in (0, 1) for text in texts[half::2]]
+    assert [d for piece in found for d in piece.column.to_pylist()] == expected
+    with pytest.raises(ForgeError, match="no text column 'text': found n, body.*--text-column"):
+        list(sources.read_pieces(parts[0], Reading(dataset_config="en")))
+    with pytest.raises(ForgeError, match="someone/corpus: no such file, and no dataset.*dev"):
+        list(sources.read_pieces(parts[0], Reading(dataset_config="en", dataset_split="dev")))
+
+
 def test_a_hub_name_out_of_reach_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ForgeError, match="nobody/nothing: no such file, and no dataset"):
@@ -355,6 +390,23 @@ def test_a_truncated_file_is_named_or_counted(tmp_path, name):
     assert sources.find([str(path)], Reading(skip_bad_rows=True)).unreadable or sum(
         piece.skipped for piece in pieces(path, skip_bad_rows=True)
     )
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_damaged_row_group_costs_just_the_rows_that_it_holds(tmp_path, suffix):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(300)]
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), stream, row_group_size=100, use_dictionary=False)
+    content = bytearray(stream.getvalue().to_pybytes())
+    group = pq.ParquetFile(pa.BufferReader(bytes(content))).metadata.row_group(1).column(0)
+    content[group.data_page_offset : group.data_page_offset + 50] = b"\xff" * 50
+    path = compress(tmp_path / f"a.parquet{suffix}", bytes(content))
+    with pytest.raises(ForgeError, match="a.parquet.* is damaged.*--skip-bad-rows"):
+        documents(path)
+    found = pieces(path, skip_bad_rows=True)
+    kept = [d.decode() for piece in found for d in piece.column.to_pylist()]
+    assert kept == texts[:100] + texts[200:]
+    assert sum(piece.skipped for piece in found) == 100
 
 
 def test_a_compressed_array_damaged_at_its_start_is_counted(tmp_path):

@@ -201,6 +201,24 @@ def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
         encoders.encode(column([b"peers and blocks"] * 5_000 + ["peers 🦀".encode()]))
 
 
+def test_an_encoder_whose_cache_has_grown_is_made_anew_and_the_tokens_are_the_same(
+    tokenizer, monkeypatch
+):
+    right, made = tokenization.fast_encoder, []
+    monkeypatch.setattr(
+        tokenization, "fast_encoder", lambda rules: (made.append(rules), right(rules))[1]
+    )
+    documents = column([text.encode() for text in some_documents(50)])
+    encoders = Encoders(tokenizer)
+    first = [encoders.encode(documents)[0].tolist() for _ in range(4)]
+    assert len(made) == 1
+    monkeypatch.setattr(tokenization, "RENEWED_AFTER_BYTES", 1.5 * documents.nbytes)
+    monkeypatch.setattr(tokenization, "MEMORY_OF_A_THREAD", -(1 << 40))
+    encoders = Encoders(tokenizer)
+    assert [encoders.encode(documents)[0].tolist() for _ in range(4)] == first
+    assert len(made) == 1 + 2, "after every second call"
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])
 def test_a_tokenizer_out_of_reach_is_a_clear_error(name):
     with pytest.raises(ForgeError) as told:

@@ -358,12 +358,13 @@ def test_what_a_save_keeps_of_the_losses_is_a_copy():
     from p2p_llm_forge.tracking import LossWindow
 
     alone = Cluster(Launch(), torch.device("cpu"), store=None)
-    window = LossWindow(alone, 0, {"nats": [], "updates": 0})
+    window = LossWindow(alone, 1, 0, {"nats": [], "updates": 0})
     window.add(torch.tensor(1.0))
-    kept = window.collect()
+    window.settle()
+    kept = window.since_log()
     window.add(torch.tensor(2.0))
-    window.collect()
-    assert kept == {"nats": [1.0], "updates": 1}
+    window.settle()
+    assert kept == {"nats": [1.0], "updates": 1, "is_spoiled": False}
 
 
 def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):

@@ -62,6 +62,32 @@ class Host:
         """Put the cable back."""
         ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "up")
 
+    def shape(self, mbit: float) -> None:
+        """Let the host send so many Mbit/s and no more; shape the others too, for both ways.
+
+        What may leave at once is 0.6 ms worth (or ten packets), so that a megabyte gains under 8 %;
+        what would wait over 50 ms is dropped, as by a router.
+        """
+        burst = max(10 * 1514, round(mbit * 1e6 / 8 * 0.6e-3))
+        ip(
+            *("netns", "exec", self.name, "tc", "qdisc", "replace", "dev", "eth0", "root"),
+            *("tbf", "rate", f"{round(mbit * 1e6)}bit", "burst", str(burst), "latency", "50ms"),
+        )
+
+    def bytes_sent(self) -> int:
+        """All that the host's interface has sent, headers too."""
+        return self._counters()[8]
+
+    def bytes_received(self) -> int:
+        """All that the host's interface has received, headers too."""
+        return self._counters()[0]
+
+    def _counters(self) -> list[int]:
+        words = ["ip", "netns", "exec", self.name, "cat", "/proc/net/dev"]
+        told = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        (line,) = [line for line in told.splitlines() if line.strip().startswith("eth0:")]
+        return [int(number) for number in line.split(":")[1].split()]
+
     def run(self, *words: str) -> str:
         """What a command of the system, such as `tc` or `nft`, prints on the host."""
         done = subprocess.run(
@@ -93,6 +119,10 @@ class Host:
         finally:
             self.run("nft", "delete table inet test")
 
+    def is_running(self) -> bool:
+        """Whether nothing that was started has ended yet."""
+        return all(process.poll() is None for process in self._processes)
+
     def ask_to_stop(self) -> None:
         """SIGTERM to what was started, as a shutdown of the machine sends it."""
         for process in self._processes:
@@ -116,8 +146,11 @@ class Host:
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts on one switch; everything on them ends, and they vanish, with the block."""
+def hosts(count: int, mbit: float | None = None) -> Iterator[list[Host]]:
+    """So many hosts on one switch; everything on them ends, and they vanish, with the block.
+
+    mbit: what each may send in a second; without it as much as the machine can.
+    """
     tag, third = f"forge{os.getpid()}", os.getpid() % 250
     switch, made = f"{tag}-switch", []
     try:
@@ -144,6 +177,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             ip("-n", host.name, "link", "set", "eth0", "up")
             ip("-n", host.name, "link", "set", "lo", "up")
+            if mbit is not None:
+                host.shape(mbit)
         yield made
     finally:
         for host in made:

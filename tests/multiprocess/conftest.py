@@ -41,4 +41,5 @@ def lines(folder: Path) -> list[dict]:
     text = (folder / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     assert found
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
+    clocked = ("tokens_per_second", "communication", "bytes_sent_per_update")
+    return [{k: v for k, v in line.items() if k not in clocked} for line in found]

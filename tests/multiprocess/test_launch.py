@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY_MODEL, free_port
+from tests.conftest import ROOT, TINY_MODEL, free_port, write_text
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"
@@ -184,3 +184,27 @@ def test_a_peer_without_the_data_is_named(start, prepared, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
     assert re.search(r"error: rank 1 \(.*\): .*broken", outputs[0])
+
+
+def test_accelerate_prepares_the_same_bytes_as_one_process(run, tmp_path):
+    for number in range(9):  # more than four parts a process: each has its own
+        folder = tmp_path / "text" / f"{number}"
+        folder.mkdir(parents=True)
+        write_text(folder / "a.txt", documents=40, seed=number)
+        rows = (folder / "a.txt").read_text().split("\n\n")
+        lines = [json.dumps({"text": f"row {row}"}) + "\n" for row in rows]
+        (folder / "b.jsonl").write_text("".join(lines))
+    asked = ["--dataset-path", tmp_path / "text", "--vocab-size", 300, "--sequence-length", 32]
+    one = run(sys.executable, "prepare_data.py", *asked, "--output-dir", tmp_path / "one")
+    assert one[0] == 0, one[1]
+    two = run(
+        *(BIN / "accelerate", "launch", "--config_file", CONFIGS / "cpu_2_processes.yaml"),
+        *("prepare_data.py", *asked, "--output-dir", tmp_path / "two"),
+    )
+    assert two[0] == 0, two[1]
+    assert two[1].count("prepared") == 1 + str(tmp_path).count("prepared"), "one process tells"
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) > 5
+    assert files == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.*"))
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -7,6 +7,7 @@ signalled and waited for like any other. The zygote itself never starts a thread
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ class Zygote:
     ) -> int:
         """Start `train.py argv`, its output appended to `log`; returns the process id.
 
-        script: another one that `_script` knows; host: the network namespace to start it in, which
+        script: another module with a `main`; host: the network namespace to start it in, which
         becomes its host name too; hosts_file: what it finds as /etc/hosts; terminal: what it reads
         from.
         """
@@ -118,6 +119,7 @@ def main() -> None:
     import p2p_llm_forge.checkpoint
     import p2p_llm_forge.cluster
     import p2p_llm_forge.company
+    import p2p_llm_forge.diloco
     import p2p_llm_forge.language_modeling_metric  # noqa: F401
     import p2p_llm_forge.links
     import p2p_llm_forge.machine  # noqa: F401
@@ -162,13 +164,10 @@ def _move(host: str, hosts_file: str | None) -> None:
 
 
 def _script(name: str) -> Callable[[], int | None]:
-    """The `main` of a script: train, check_cluster, or the wizard `accelerate config`."""
-    from accelerate.commands.config.config import main as wizard
-
-    import check_cluster
-    import train
-
-    return {"train": train.main, "check_cluster": check_cluster.main, "wizard": wizard}[name]
+    """The `main` of a module, or of the wizard `accelerate config`."""
+    if name == "wizard":
+        name = "accelerate.commands.config.config"
+    return importlib.import_module(name).main
 
 
 def _become(order: dict) -> None:

@@ -1,0 +1,248 @@
+"""Gradients averaged over all ranks in every update, by DDP while backward runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.averaging import Averager, dealt_out
+from p2p_llm_forge.cluster import Cluster
+from p2p_llm_forge.compress import CODECS, Codec
+from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState
+
+
+class AllReduce:
+    """Gradients averaged over all ranks in every update, by DDP while backward runs."""
+
+    trains_alone = may_lose_rounds = False
+
+    def __init__(self, cluster: Cluster, model: Any, codec: Codec) -> None:
+        self._cluster, self._model, self._codec = cluster, model, codec
+        self._channel = cluster.open_channel()
+        self._names = {parameter: name for name, parameter in parameters_of(model)}
+        self._averagers: dict[int, tuple[Averager, list[tuple[str, int]]]] = {}
+        self._lost: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
+        self._bytes_before = self._bytes_by_nccl = 0
+        self._last_began = self._last_ended = 0.0
+        self.is_priming = False
+        self.has_own_state = codec.is_lossy and cluster.world_size > 1
+        if cluster.world_size > 1:
+            # Set here because the constructor's argument has two names (renamed in torch 2.13). A
+            # language model's buffers are constants: sending them in every forward costs a slow
+            # link a round trip.
+            model.broadcast_buffers = False
+            self._register()
+
+    def _register(self) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        on_nccl = {
+            "fp16": default_hooks.fp16_compress_hook,
+            "bf16": default_hooks.bf16_compress_hook,
+        }
+        if torch.distributed.get_backend() != "nccl" or self._codec.name.startswith("int"):
+            self._model.register_comm_hook(None, self._hook)
+            return
+        if self._codec.name in on_nccl:
+            self._model.register_comm_hook(None, on_nccl[self._codec.name])
+        # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
+        size = 2 if self._codec.name in on_nccl else 4
+        values = sum(p.numel() for p in self._names if p.requires_grad)
+        world = self._cluster.world_size
+        self._bytes_by_nccl = 2 * (world - 1) * size * values // world
+
+    def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
+        """Only an update's last micro-batch exchanges gradients."""
+        return (
+            nullcontext() if is_last_micro_batch else self._cluster.accelerator.no_sync(self._model)
+        )
+
+    def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
+        """DDP averages over the ranks; what is wanted is the mean over all tokens."""
+        return self._cluster.world_size / tokens_per_update
+
+    @contextlib.contextmanager
+    def priming(self) -> Iterator[None]:
+        """Backward without any exchange, in which DDP learns in which order gradients come.
+
+        It cuts them into other buckets after its first backward (torch 2.13). A resumed run would
+        add in another order there than the run that it goes on with.
+        """
+        self.is_priming = True
+        try:
+            yield
+        finally:
+            self.is_priming = False
+
+    @property
+    def _hook(self) -> Any:
+        # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
+        return lambda state, bucket: self._exchange(bucket)
+
+    def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """DDP's communication hook: called for one bucket after the other, while backward runs."""
+        buffer = bucket.buffer()
+        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        if self.is_priming:
+            future.set_result(buffer)
+            return future
+        self._last_began = time.perf_counter()
+        average = self._way(bucket)
+
+        def exchange() -> None:
+            try:
+                with torch.no_grad():
+                    averaged = average(buffer)
+                self._last_ended = time.perf_counter()
+                future.set_result(averaged)
+            except Exception as error:  # raised where DDP waits
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        self._channel.in_background(exchange)
+        return future
+
+    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What averages this bucket's buffer, and returns it."""
+        world = self._cluster.world_size
+        if self._codec.name == "none":
+            return lambda buffer: self._channel.sum_(buffer.div_(world))
+        if bucket.index() not in self._averagers:
+            parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
+            averager = Averager(self._channel, self._codec, len(bucket.buffer()))
+            averager.restore(self._lost, parts)
+            self._averagers[bucket.index()] = averager, parts
+        averager, _ = self._averagers[bucket.index()]
+        return lambda buffer: buffer.copy_(averager.sum(buffer.div_(world).float().cpu()))
+
+    def after_update(self, step: int, own_tokens: int) -> SyncReport:
+        """Nothing is left to do: DDP exchanged the gradients during backward."""
+        sent = self._channel.bytes_sent - self._bytes_before
+        self._bytes_before += sent
+        # The last bucket is ready when backward is over; from then on everybody waits.
+        waited = max(0.0, self._last_ended - self._last_began)
+        return SyncReport(sent + self._bytes_by_nccl, waited, self._cluster.world_size)
+
+    def meets(self, done: int) -> bool:
+        """Every update is a meeting."""
+        return True
+
+    def settings(self) -> list[Any]:
+        """There are no rounds."""
+        return ["ddp"]
+
+    def is_agreed(self) -> bool:
+        """All ranks hold the same weights after every update."""
+        return True
+
+    def agreed_weights(self) -> AbstractContextManager[None]:
+        """They are in the model."""
+        return nullcontext()
+
+    def state(self) -> SyncState:
+        """What compression still owes to the gradients."""
+        own: dict[str, torch.Tensor] = {}
+        for averager, parts in self._averagers.values():
+            own |= averager.lost(parts)
+        facts = {"ranks": self._cluster.world_size} if self.has_own_state else {}
+        return SyncState(facts, own={key: tensor.clone() for key, tensor in own.items()})
+
+    def load_state(self, saved: SavedSync) -> None:
+        """See `state`."""
+        if not self.has_own_state or not saved.is_of(self):
+            return
+        if saved.world_size == self._cluster.world_size:
+            self._lost = saved.own_of(self._cluster.rank)
+        else:
+            self._lost = dealt_out(saved, self._cluster)
+
+
+class PowerSGD(AllReduce):
+    """Gradients approximated by matrices of low rank (arXiv 1905.13727), by PyTorch's own hook.
+
+    What the approximation loses is added to the next gradient.
+    """
+
+    def __init__(self, cluster: Cluster, model: Any, rank: int) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+        # The hook's first updates, which set it up, are not compressed; it wants two of them.
+        self._powersgd = PowerSGDState(
+            None, matrix_approximation_rank=rank, start_powerSGD_iter=2, min_compression_rate=1
+        )
+        super().__init__(cluster, model, CODECS["none"])
+        self.has_own_state = cluster.world_size > 1
+
+    def _register(self) -> None:
+        self._model.register_comm_hook(None, self._hook)
+
+    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+
+        def average(buffer: torch.Tensor) -> torch.Tensor:
+            world, before = self._cluster.world_size, self._compressed_values()
+            # The hook chains all-reduces, and those of two buckets under way at once meet each
+            # other's on gloo (torch 2.13): here one bucket is done before the next begins.
+            averaged = powerSGD_hook(self._powersgd, bucket).wait()
+            values = self._compressed_values() - before or buffer.numel()
+            self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
+            return averaged
+
+        return average
+
+    def _compressed_values(self) -> int:
+        """Values that the hook has given to all-reduces since it compresses."""
+        return int(self._powersgd.total_numel_after_compression)
+
+    def state(self) -> SyncState:
+        """The matrices of the last update, and what they have lost."""
+        state = self._powersgd
+        own = {
+            f"{kind}.{bucket}": tensor.detach().cpu().clone()
+            for kind, tensors in self._matrices().items()
+            for bucket, tensor in tensors.items()
+        }
+        return SyncState(
+            {"ranks": self._cluster.world_size, "powersgd_updates": state.iter}, own=own
+        )
+
+    def _matrices(self) -> dict[str, dict[int, torch.Tensor]]:
+        state = self._powersgd
+        return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
+
+    def load_state(self, saved: SavedSync) -> None:
+        """See `state`. Ranks of another number deal out among them what was lost."""
+        rank, world = self._cluster.rank, self._cluster.world_size
+        if not self.has_own_state or "powersgd_updates" not in saved.facts:
+            return
+        self._powersgd.iter = saved.facts["powersgd_updates"]
+        device = self._cluster.device
+        for key, tensor in saved.own_of(rank % saved.world_size).items():
+            kind, _, number = key.partition(".")
+            if kind in self._matrices():
+                self._matrices()[kind][int(number)] = tensor.to(device)
+        if saved.world_size == world:
+            return
+        # Errors are added to gradients that are averaged: their sum by the number of ranks stays.
+        for bucket, error in self._powersgd.error_dict.items():
+            error.zero_()
+            for other in range(rank, saved.world_size, world):
+                error += (
+                    saved.own_of(other)[f"error.{bucket}"].to(device) * world / saved.world_size
+                )
+
+
+def parameters_of(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """The model's own names and parameters, seen through DDP's and the loss's wrapping."""
+    prefixes = ("module.", "lm.")
+    found = []
+    for name, parameter in model.named_parameters():
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        found.append((name, parameter))
+    return found

@@ -1,0 +1,67 @@
+"""DiLoCo's outer step, and which part of the model takes it when: pure functions."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def outer_step(
+    anchor: Tensor, move: Tensor, velocity: Tensor | None, lr: float, momentum: float
+) -> tuple[Tensor, Tensor | None]:
+    """One step of SGD with Nesterov momentum. Returns the new anchor and the new velocity.
+
+    anchor: the weights that the peers agreed on last. move: anchor minus the peers' averaged
+    weights, which stands for a gradient. velocity: what the step before returned, None before the
+    first. All float32 of one shape; none is changed, so a round that fails has changed nothing.
+    The arithmetic is that of torch.optim.SGD(nesterov=True), bit for bit. Momentum 0 has no
+    velocity, and with lr 1 gives anchor - move exactly: plain averaging.
+    Source: DiLoCo, arXiv 2311.08105, algorithm 1.
+    """
+    import torch
+
+    if momentum == 0:
+        return torch.add(anchor, move, alpha=-lr), None
+    velocity = move.clone() if velocity is None else torch.mul(velocity, momentum).add_(move)
+    direction = torch.add(move, velocity, alpha=momentum)
+    return torch.add(anchor, direction, alpha=-lr, out=direction), velocity
+
+
+def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
+    """Divide units into `count` fragments of neighbours, the largest as small as possible.
+
+    sizes_by_unit: parameters of the embedding, of each layer, of the head, in order. Returns the
+    units' numbers, fragment by fragment; of equally good divisions an even one. Raises ValueError
+    where there are fewer units than fragments. Source: Streaming DiLoCo, arXiv 2501.18512.
+    """
+    if not 1 <= count <= len(sizes_by_unit):
+        raise ValueError(f"{len(sizes_by_unit)} units cannot make {count} fragments")
+    until = [0, *accumulate(sizes_by_unit)]
+    # The best division of the units before each end: its largest, its evenness, where it cuts.
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
+    for number in range(1, count + 1):
+        best = {
+            end: min(
+                (
+                    max(largest, until[end] - until[cut]),
+                    squares + (until[end] - until[cut]) ** 2,
+                    [*cuts, end],
+                )
+                for cut, (largest, squares, cuts) in best.items()
+                if cut < end
+            )
+            for end in range(number, len(until))
+        }
+    cuts = best[len(sizes_by_unit)][2]
+    return [list(range(first, end)) for first, end in zip(cuts, cuts[1:], strict=False)]
+
+
+def fragment_due(done: int, every: int, fragments: int) -> list[int]:
+    """The fragments that are synchronised after update number `done`, counted from 1.
+
+    Each once in `every` updates, evenly spread, the last (or only) one when `every` divides `done`.
+    """
+    return [p for p in range(fragments) if done % every == (p + 1) * every // fragments % every]

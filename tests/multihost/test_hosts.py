@@ -1,0 +1,94 @@
+"""Shaped hosts send as fast as they were told, in both directions, and count what they send."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.multihost.hosts import PYTHON, hosts, why_not
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
+]
+HEADERS = 1514 / 1448  # of a packet that is full: Ethernet, IP and TCP
+
+# Sends and receives so many bytes at once with its fellow, and prints the seconds until all came.
+EXCHANGE = """
+import socket, sys, threading, time
+role, address, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if role == "listen":
+    with socket.create_server((address, 29500)) as server:
+        fellow, _ = server.accept()
+else:
+    while True:
+        try:
+            fellow = socket.create_connection((address, 29500), timeout=1)
+            break
+        except OSError:
+            time.sleep(0.01)
+fellow.settimeout(60)
+fellow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+began, left = time.perf_counter(), count  # the fellow sends nothing before this "!"
+fellow.sendall(b"!")
+assert fellow.recv(1) == b"!"
+sender = threading.Thread(target=fellow.sendall, args=(bytes(count),))
+sender.start()
+while left:
+    left -= len(fellow.recv(min(left, 1 << 20)))
+print(time.perf_counter() - began)
+sender.join()
+"""
+
+
+def exchange(machines, count, tmp_path) -> list[float]:
+    """Seconds until `count` bytes from the other have arrived, on each of two hosts."""
+    logs = [tmp_path / f"{host.name}-{time.monotonic_ns()}.log" for host in machines]
+    for host, log, role in zip(machines, logs, ("listen", "connect"), strict=True):
+        host.start(PYTHON, "-c", EXCHANGE, role, machines[0].address, count, log=log)
+    statuses = [status for host in machines for status in host.wait(timeout_s=60)]
+    assert statuses == [0] * len(statuses), [log.read_text() for log in logs]
+    return [float(log.read_text()) for log in logs]
+
+
+def rates(machines, count, tmp_path) -> list[float]:
+    """Mbit/s on the wire in each direction of an exchange."""
+    return [count * 8 * HEADERS / spent / 1e6 for spent in exchange(machines, count, tmp_path)]
+
+
+def assert_shaped(machines, mbit, count, tmp_path) -> None:
+    """Never too fast; and not too slow, but for moments in which a busy machine was."""
+    for _ in range(5):
+        found = rates(machines, count, tmp_path)
+        assert max(found) < 1.1 * mbit
+        if min(found) > 0.9 * mbit:
+            return
+    raise AssertionError(f"{found} instead of {mbit} Mbit/s, five times")
+
+
+@pytest.mark.parametrize(("mbit", "megabytes"), [(50, 2), (50, 8), (200, 16), (1000, 64)])
+def test_both_directions_have_the_rate_that_was_asked_for(mbit, megabytes, tmp_path):
+    with hosts(2, mbit=mbit) as machines:
+        assert_shaped(machines, mbit, megabytes * 1_000_000, tmp_path)
+
+
+def test_the_interface_counts_what_was_sent_and_received(tmp_path):
+    count = 4_000_000
+    with hosts(2, mbit=200) as machines:
+        before = [(host.bytes_sent(), host.bytes_received()) for host in machines]
+        exchange(machines, count, tmp_path)
+        after = [(host.bytes_sent(), host.bytes_received()) for host in machines]
+    for then, now in zip(before, after, strict=True):
+        for way in (0, 1):
+            assert count < now[way] - then[way] < 1.1 * count
+
+
+def test_shaping_again_replaces_the_rate(tmp_path):
+    with hosts(2) as machines:
+        unshaped = min(rates(machines, 8_000_000, tmp_path))
+        for mbit in (20, 40):
+            for host in machines:
+                host.shape(mbit)
+            assert_shaped(machines, mbit, 2_000_000, tmp_path)
+    assert unshaped > 80

@@ -1,0 +1,203 @@
+"""How ranks agree on weights: every strategy, as real processes, against runs of another kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY_MODEL, free_port
+from tests.multiprocess.conftest import flags, lines, tensors
+from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
+
+pytestmark = pytest.mark.slow
+DROPOUT = TINY_MODEL + ",resid_pdrop=0.1"
+PLAIN_SGD = {
+    **{"optimizer": "sgd", "learning_rate": 0.1, "lr_scheduler": "constant", "weight_decay": 0},
+    **{"max_grad_norm": 0, "mixed_precision": "no"},
+}
+DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9}
+
+
+def finish(zygote, prepared, folder, processes=2, **settings):
+    """A run that is left in peace; returns its folder."""
+    log = folder.with_suffix(".log")
+    ranks = start_ranks(zygote, flags(prepared, folder, **settings), processes, log)
+    assert [zygote.wait(pid) for pid in ranks] == [0] * processes, read(log)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_file(folder / "model.safetensors")
+    assert found
+    return found
+
+
+STRATEGIES = {
+    "fp16": {"compress": "fp16"},
+    "bf16": {"compress": "bf16"},
+    "int8": {"compress": "int8"},
+    "int4": {"compress": "int4"},
+    "powersgd": {"compress": "powersgd", "powersgd_rank": 4},
+    "diloco": {**DILOCO, "sync_every": 6},
+    "diloco_int8": {**DILOCO, "sync_every": 6, "compress": "int8", "ddp_warmup_steps": 4},
+    "streaming_int4": {
+        **{**DILOCO, "sync_every": 6, "compress": "int4"},
+        **{"fragments": 2, "overlap_steps": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_path, name):
+    """Saved at every fourth step: in the middle of rounds, and while moves are on their way."""
+    settings = {
+        **{"config_overrides": DROPOUT, "max_steps": 34, "save_every": 4, "log_every": 3},
+        **{"keep_checkpoints": 9, "peer_timeout": 8, **STRATEGIES[name]},
+    }
+    calm = finish(zygote, prepared, tmp_path / "calm", **settings)
+    stormy, log = tmp_path / "stormy", tmp_path / "log"
+    for goal in (8, 20):
+        ranks = start_ranks(zygote, flags(prepared, stormy, **settings), 2, log)
+        while newest_step(stormy) < goal:
+            assert not zygote.has_ended(ranks[1]), read(log)
+            time.sleep(0.001)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert zygote.wait(ranks[0]) in (1, 2), read(log)
+    finish(zygote, prepared, stormy, **settings)
+    expected, got = tensors(calm, 34), tensors(stormy, 34)
+    assert set(got) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, got[key]), key
+    assert lines(stormy) == lines(calm)
+    assert not list(stormy.glob("tmp-*"))
+    own = load_file(calm / "checkpoint-32" / "rank-00001.safetensors")
+    assert all(
+        torch.equal(tensor, load_file(stormy / "checkpoint-32" / "rank-00001.safetensors")[key])
+        for key, tensor in own.items()
+    )
+
+
+def test_rounds_of_one_plain_update_are_ddp(zygote, prepared, tmp_path):
+    """Averaging weights after one step of SGD is averaging gradients, but for rounding."""
+    settings = {**PLAIN_SGD, "max_steps": 8, "micro_batch_size": 2}
+    ddp = weights(finish(zygote, prepared, tmp_path / "ddp", **settings))
+    rounds = {"sync": "diloco", "sync_every": 1, "outer_lr": 1.0, "outer_momentum": 0.0}
+    diloco = weights(finish(zygote, prepared, tmp_path / "diloco", **settings, **rounds))
+    start = weights(finish(zygote, prepared, tmp_path / "start", **{**settings, "max_steps": 1}))
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(diloco[name], tensor, rtol=0, atol=2e-6)
+    assert any((ddp[name] - start[name]).abs().max() > 1e-3 for name in ddp)
+
+
+def test_the_loss_is_that_of_ddp_on_the_same_tokens(zygote, prepared, tmp_path):
+    settings = {"max_steps": 60, "learning_rate": 3e-3, "mixed_precision": "no"}
+    bytes_of_ddp = {"int8": 0.26, "int4": 0.14, "powersgd": 0.3, "diloco_int8": 0.12}
+    folders = [finish(zygote, prepared, tmp_path / "ddp", **settings)]
+    for name in bytes_of_ddp:
+        plain = {"outer_lr": 1.0, "outer_momentum": 0.0} if "diloco" in name else {}
+        changed = {**settings, **STRATEGIES[name], **plain}
+        folders.append(finish(zygote, prepared, tmp_path / name, **changed))
+    ddp, *others = [json.loads((f / "all_results.json").read_text()) for f in folders]
+    assert ddp["eval_loss"] < 4.5, "of 5.7 by guessing"
+    for (name, share), other in zip(bytes_of_ddp.items(), others, strict=True):
+        assert other["eval_loss"] == pytest.approx(ddp["eval_loss"], rel=0.03), name
+        assert 0 < other["bytes_sent_per_update"] < share * ddp["bytes_sent_per_update"], name
+
+
+def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
+    """2, then 3, then 1: every time all go on from the weights that were agreed on."""
+    settings = {**DILOCO, "sync_every": 5, "compress": "int8", "save_every": 5}
+    for processes, until in ((2, 15), (3, 30), (1, 40)):
+        folder = finish(
+            zygote, prepared, tmp_path / "run", processes, **settings, max_steps=until,
+            lr_scheduler="constant", learning_rate=3e-3,
+        )  # fmt: skip
+    losses = [line["loss"] for line in lines(folder) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert [line["peers"] for line in lines(folder) if "peers" in line] == [2, 2, 3, 3, 1]
+
+
+def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_path):
+    settings = {
+        **DILOCO,
+        "sync_every": 8,
+        "save_every": 4,
+        "keep_checkpoints": 9,
+        "peer_timeout": 4,
+    }
+    folder, log = tmp_path / "run", tmp_path / "log"
+    ranks = start_ranks(zygote, flags(prepared, folder, **settings, max_steps=10**6), 2, log)
+    while newest_step(folder) < 20:
+        assert not zygote.has_ended(ranks[1]), read(log)
+        time.sleep(0.001)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert zygote.wait(ranks[0]) in (1, 2)
+    for refused, changes in ((3, {}), (2, {"sync_every": 4}), (2, {"sync": "ddp"})):
+        changed = {**settings, **changes, "resume": folder / "checkpoint-20", "max_steps": 30}
+        if "sync" in changes:
+            changed = {k: v for k, v in changed.items() if k not in ("outer_lr", "outer_momentum")}
+            del changed["sync_every"]
+        told = tmp_path / f"told{refused}{len(changed)}{changed.get('sync_every')}"
+        ranks = start_ranks(zygote, flags(prepared, folder, **changed), refused, told)
+        assert [zygote.wait(pid) for pid in ranks] == [2] * refused, read(told)
+        assert "in the middle of a round of 2 process(es)" in read(told)
+        assert "Traceback" not in read(told)
+    changed = {**settings, "sync_every": 4, "resume": folder / "checkpoint-16", "max_steps": 20}
+    finish(zygote, prepared, folder, 3, **changed)
+
+
+def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    models = []
+    for name, layers, seed in (("a", 2, 0), ("deeper", 3, 0), ("other", 2, 1)):
+        torch.manual_seed(seed)
+        sizes = {"n_layer": layers, "n_head": 2, "n_embd": 32, "n_positions": 32}
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes, **ends)).save_pretrained(
+            tmp_path / name
+        )
+        shutil.copytree(prepared / "tokenizer", tmp_path / name, dirs_exist_ok=True)
+        models.append(tmp_path / name)
+    for other, told in (
+        (1, r"rank 1 \(.*\) has transformer.h.2"),
+        (2, r"rank 1 \(.*\) has others"),
+    ):
+        log = tmp_path / f"log{other}"
+        settings = {"config_overrides": None, "max_steps": 2}
+        words = [
+            flags(prepared, tmp_path / "run", **settings, model_name=models[index])
+            for index in (0, other)
+        ]
+        by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        ranks = [zygote.start([*w, *by_hand, f"--rank={r}"], log) for r, w in enumerate(words)]
+        assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+        assert re.search(told, read(log)), read(log)
+        assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_ranks_with_state_of_their_own_must_share_the_folder(zygote, prepared, tmp_path):
+    log = tmp_path / "log"
+    by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    ranks = [
+        zygote.start(
+            [
+                *flags(prepared, tmp_path / f"run{rank}", compress="int8"),
+                *by_hand,
+                f"--rank={rank}",
+            ],
+            log,
+        )
+        for rank in range(2)
+    ]
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    assert "rank 1 (" in read(log) and "put --output-dir on a network share" in read(log)
