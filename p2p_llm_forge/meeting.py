@@ -17,6 +17,8 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
@@ -90,7 +92,32 @@ def open_store(place: Place, environ: Mapping[str, str]) -> dist.Store:
     state = addresses.wait_until_open(host, port, place.patience_s)
     if state != addresses.OPEN:
         raise Refused(_unreachable_main(place, state))
-    return dist.TCPStore(host, port, place.world_size, False, timeout, False, multi_tenant=True)
+    # Against something else that listens there, this (torch 2.13) can wait for ever.
+    joined: Queue[dist.Store | Exception] = Queue()
+
+    def join() -> None:
+        try:
+            joined.put(
+                dist.TCPStore(
+                    host, port, place.world_size, False, timeout, False, multi_tenant=True
+                )
+            )
+        except (dist.DistError, RuntimeError) as error:
+            joined.put(error)
+
+    Thread(target=join, daemon=True, name="joining the store").start()
+    with contextlib.suppress(Empty):
+        store = joined.get(timeout=place.patience_s)
+        if isinstance(store, dist.Store):
+            return store
+    raise Refused(
+        failure(
+            "meeting",
+            f"{place.name()} found something else than a run at {host}:{port}",
+            f"see what listens there (on that machine: ss -ltnp 'sport = :{port}'), and end it or"
+            " choose another port on all machines",
+        )
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

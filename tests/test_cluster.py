@@ -107,3 +107,16 @@ def test_a_main_address_that_nobody_serves_is_one_message():
     ):
         pass
     assert dict(os.environ) == before
+
+
+def test_something_else_at_the_main_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        config = TrainConfig(
+            rank=1, world_size=2, master_addr="127.0.0.1", master_port=port, peer_timeout=1
+        )
+        with (
+            pytest.raises(ForgeError, match=f"something else than a run at 127.0.0.1:{port}"),
+            cluster.join(config),
+        ):
+            pass

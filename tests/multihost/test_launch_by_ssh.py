@@ -25,15 +25,19 @@ needs_ssh = [
 ]
 # Stands for a training: says that it runs, then fails or waits for the sign to stop.
 STAND_IN = """
-import signal, sys, time
+import os, pathlib, signal, sys
+ready = pathlib.Path(__file__).with_suffix(".ready")
 rank = sys.argv[sys.argv.index("--rank") + 1]
 def stop(*_):
-    print(f"rank {rank} saved", flush=True)
-    sys.exit(143)
+    os.write(1, f"rank {rank} saved\\n".encode())  # a print may be under way
+    os._exit(143)
 signal.signal(signal.SIGTERM, stop)
 print("running", *sys.argv[1:], flush=True)
 if "--failure" in sys.argv and rank == "1":
+    while not ready.exists():
+        pass
     sys.exit(5)
+ready.touch()
 if "--success" in sys.argv:
     sys.exit(0)
 signal.pause()
