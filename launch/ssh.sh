@@ -29,8 +29,9 @@ ssh+=(-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 # stop, and it also comes when the connection is lost.
 # shellcheck disable=SC2016  # expanded there, not here
 there='cd "$1" || exit 2; shift; exec 3<&0; "$@" </dev/null & run=$!
-{ read -r _ <&3; kill -TERM $run; sleep 60; kill -KILL $run; } >/dev/null 2>&1 & guard=$!
-wait $run; status=$?; kill $guard 2>/dev/null; exit $status'
+{ read -r _ <&3; kill -TERM $run; sleep 60 & nap=$!; trap "kill $nap; exit" TERM; wait $nap
+  kill -KILL $run; } >/dev/null 2>&1 & guard=$!
+wait $run; status=$?; kill $guard 2>/dev/null; wait $guard; exit $status'
 
 # As long as this script keeps the pipe open, nobody's standard input ends.
 pipe=$(mktemp -u) && mkfifo "$pipe" && exec 9<>"$pipe"
