@@ -43,14 +43,16 @@ DILOCO = {
     "sync": "diloco",
     "outer_lr": TrainConfig.outer_lr,
     "outer_momentum": TrainConfig.outer_momentum,
+    "outer_warmup_rounds": TrainConfig.outer_warmup_rounds,
 }
+AT_ONCE = {"outer_warmup_rounds": 0}
 ARMS: dict[str, dict[str, object]] = {
     "ddp": {"sync": "ddp"},
-    "plain averaging": {**DILOCO, "outer_lr": 1.0, "outer_momentum": 0.0},
+    "plain averaging": {**DILOCO, "outer_lr": 1.0, "outer_momentum": 0.0, **AT_ONCE},
     "diloco": DILOCO,
     "diloco int8": {**DILOCO, "compress": "int8"},
     "diloco int4": {**DILOCO, "compress": "int4"},
-    "published 0.7/0.9": {**DILOCO, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "published 0.7/0.9": {**DILOCO, "outer_lr": 0.7, "outer_momentum": 0.9, **AT_ONCE},
 }
 TUNED_BY = {"diloco int8": "diloco", "diloco int4": "diloco"}
 MODEL = "n_layer=2,n_head=4,n_embd=192"  # 1.0 M parameters with 512 tokens
