@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
 
 LINKS_S = 30.0  # what measuring all links may take, about
 LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
-COMPUTING_S, FEWEST_MICRO_BATCHES = 2.0, 3
 
 
 def check(config: CheckConfig) -> ClusterReport:

@@ -169,10 +169,12 @@ def judge_reach(state: str, host: str, port: int, own_address: str) -> Finding:
             " the address is nobody's",
             opening(port, own_address),
         )
+    # firewalld answers what it forbids by ICMP "prohibited", which Linux reports as no route.
     return failure(
         "port",
-        f"there is no route to {where}",
-        f"check the address, the cable or VPN, and `ip route get {host}`",
+        f"there is no route to {where}, or its firewall says that it is prohibited",
+        f"check the address, the cable or VPN, and `ip route get {host}`; if another machine gets"
+        f" there, open the firewall: {opening(port, own_address)}",
     )
 
 

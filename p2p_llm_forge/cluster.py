@@ -30,7 +30,7 @@ from p2p_llm_forge import __version__
 from p2p_llm_forge.addresses import address_of, judge_name, judge_public, resolve
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.findings import refuse_failures
+from p2p_llm_forge.findings import Refused, failure, refuse_failures
 from p2p_llm_forge.meeting import Place, meet
 from p2p_llm_forge.shared_secret import read_secret
 
@@ -682,11 +682,12 @@ def _refuse_different(told: list[dict[str, Any]]) -> None:
                     f" {told[0]['recipe'].get(key)}"
                 )
     if problems:
-        raise ForgeError(
-            "the peers of a run must be started alike:\n  "
-            + "\n  ".join(problems)
-            + "\n  Make them equal (a machine with a GPU joins one without by --backend gloo on"
-            " all)"
+        raise Refused(
+            failure(
+                "alike",
+                "the peers of a run must be started alike:\n  " + "\n  ".join(problems),
+                "make them equal (a machine with a GPU joins one without by --backend gloo on all)",
+            )
         )
 
 

@@ -43,18 +43,6 @@ class Links:
         rate, source, target = min(rates)
         return source, target, rate
 
-    def all_reduce_s(self, nbytes: int) -> float:
-        """About the seconds that a ring all-reduce of so many bytes takes over the slowest link.
-
-        Each rank sends 2 (n - 1) / n of them in 2 (n - 1) steps (Patarasuk and Yuan, "Bandwidth
-        optimal all-reduce algorithms", 2009).
-        """
-        world = len(self.bytes_per_s)
-        if world == 1:
-            return 0.0
-        latency_s = max(value for row in self.latency_s for value in row if not math.isnan(value))
-        return 2 * (world - 1) * (nbytes / world / self.slowest()[2] + latency_s)
-
 
 def measure_links(cluster: Cluster, budget_s: float = 0.6) -> Links:
     """Measure every pair of ranks, one link in one direction at a time. All ranks must call.

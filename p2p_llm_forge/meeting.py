@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import platform
 import socket
@@ -94,22 +95,20 @@ def open_store(place: Place, environ: Mapping[str, str]) -> dist.Store:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at the main port: on the main address alone where it is this machine's own."""
-    own = addresses.resolve(host)[0]
-    family = socket.AF_INET6 if ":" in own else socket.AF_INET
-    # Behind a router that forwards the port, or with a name that means something else here, the
-    # main address is not one to bind.
-    for address in (own, ""):
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A name may mean another address elsewhere, and a router may forward the port to here.
+    named = [host] if addresses.is_literal(host) or host == "localhost" else []
+    for address in (*named, "::", "0.0.0.0"):
+        is_any, family = address == "::", socket.AF_INET6 if ":" in address else socket.AF_INET
+        if is_any and not socket.has_dualstack_ipv6():
+            continue
         try:
-            listener.bind((address, port))
-            listener.listen(128)
-            return listener
+            return socket.create_server(
+                (address, port), family=family, backlog=128, dualstack_ipv6=is_any
+            )
         except OSError as error:
-            listener.close()
-            if "assign" not in str(error):
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise Refused(addresses.judge_own_port(port)) from error
-    raise AssertionError("all addresses can be bound")
+    raise Refused(addresses.judge_own_port(port))
 
 
 def _unreachable_main(place: Place, state: str) -> Finding:

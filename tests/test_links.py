@@ -19,12 +19,6 @@ def test_the_slowest_link_is_a_direction():
     assert LINKS.slowest() == (2, 0, 1e6)
 
 
-def test_an_all_reduce_takes_the_steps_of_a_ring():
-    steps = [9e6 / 3 / 1e6 + 0.003 for _ in range(2 * (3 - 1))]
-    assert LINKS.all_reduce_s(9_000_000) == pytest.approx(sum(steps))
-    assert Links([[NAN]], [[NAN]]).all_reduce_s(9_000_000) == 0
-
-
 def test_the_burst_at_the_start_of_a_stream_does_not_count():
     # 1 MB arrives at once, then 100 kB every tenth of a second: 1 MB/s.
     arrivals = [(10.01, 1_000_000)]

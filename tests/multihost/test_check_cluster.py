@@ -103,7 +103,7 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
     assert not (tmp_path / "run").exists(), "a check changes nothing"
 
 
-def test_accelerate_launch_starts_the_same_check(machines, tmp_path, prepared):
+def test_accelerate_launch_starts_the_same_check(machines, tmp_path):
     addresses = [host.address for host in machines[:2]]
     write_launch_files(tmp_path, addresses, free_port(), None, False)
     logs = [tmp_path / f"host{number}.log" for number in range(2)]
@@ -112,13 +112,12 @@ def test_accelerate_launch_starts_the_same_check(machines, tmp_path, prepared):
         host.start(
             *(Path(PYTHON).parent / "accelerate", "launch", "--config_file", file),
             *("check_cluster.py", "--config-file", file),
-            *training(prepared, tmp_path / "run"),
             log=logs[number],
         )
     statuses = [status for host in machines[:2] for status in host.wait(120)]
     told = [log.read_text() for log in logs]
     assert statuses == [WORKS, WORKS], told
-    assert "all 2 processes are here" in told[0] and "plain DDP" in told[0]
+    assert "all 2 processes are here" in told[0] and "bandwidth" in told[0]
     assert "this launch" not in told[1], "a peer has nothing to say but its own failures"
 
 
@@ -145,6 +144,12 @@ def test_one_machine_tells_refused_filtered_and_no_route_apart(zygote, machines,
         *(WORKS, WORKS_WITH_WARNINGS, WILL_NOT_WORK, WILL_NOT_WORK)
     ]
     assert "as far as one machine can tell" in told[0]
+    rule = f"tcp dport {peers.port} reject with icmp type admin-prohibited"  # as firewalld does
+    with machines[0].firewall(rule):
+        peers.start(1, "--config-file", peers.files[1])
+        statuses, told = peers.end()
+    assert statuses[1] == WILL_NOT_WORK
+    assert re.search(f"no route to {main}, or its firewall .* open the firewall", said(told[1]))
 
 
 def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_path):
@@ -255,11 +260,16 @@ def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared)
 
     for number, file in enumerate(peers.files):
         environ = {"PYTHONPATH": str(fake.parent)} if number == 1 else None
-        peers.start(number, "--config-file", file, "--meet", *folder, environ=environ)
+        own = ["--seed=7"] if number == 2 else []
+        peers.start(number, "--config-file", file, "--meet", *folder, *own, environ=environ)
     statuses, told = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}, told
     for number in range(3):
-        assert re.search(r"rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1", told[number]), told
+        assert re.search(
+            r"FAILED alike .* rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1.* rank 2 \(.*\) was"
+            r" started with --seed 7, rank 0 with 0 mend: make them equal",
+            said(told[number]),
+        ), told[number]
 
 
 def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path, prepared):
