@@ -18,7 +18,7 @@ from p2p_llm_forge.compress import CODECS
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.gradients import AllReduce
-from p2p_llm_forge.outer import fragment_due, fragments_of, outer_step
+from p2p_llm_forge.outer import fragment_due, fragments_of, outer_settings, outer_step
 from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState, units_of
 
 LOST_ROUNDS_IN_A_ROW = 3  # until the run ends
@@ -195,9 +195,8 @@ class DiLoCo:
         """
         assert fragment.move is not None
         move, fragment.move = fragment.move.result(), None
-        anchor, velocity = outer_step(
-            fragment.anchor, move, fragment.velocity, self._config.outer_lr, self._momentum()
-        )
+        lr, momentum = self._outer_settings(fragment)
+        anchor, velocity = outer_step(fragment.anchor, move, fragment.velocity, lr, momentum)
         if not is_finite(anchor):
             fragment.averager.forget()
             return False
@@ -225,8 +224,14 @@ class DiLoCo:
         for fragment in self._fragments:
             fragment.anchor = fragment.weights()
 
-    def _momentum(self) -> float:
-        return self._config.outer_momentum
+    def _outer_settings(self, fragment: Fragment) -> tuple[float, float]:
+        """Rate and momentum of the move that the fragment sent; from the step alone, so that
+        resuming needs nothing saved."""
+        config = self._config
+        rounds_done = max(0, fragment.sent_at - 1 - self._warmup) // self._every
+        return outer_settings(
+            rounds_done, config.outer_lr, config.outer_momentum, config.outer_warmup_rounds
+        )
 
     def meets(self, done: int) -> bool:
         """The ranks wait for each other where something is sent."""

@@ -30,6 +30,21 @@ def outer_step(
     return torch.add(anchor, direction, alpha=-lr, out=direction), velocity
 
 
+def outer_settings(
+    rounds_done: int, lr: float, momentum: float, warmup_rounds: int
+) -> tuple[float, float]:
+    """The rate and momentum of the outer step after so many rounds.
+
+    They go from those of plain averaging (1 and 0) in equal steps to those asked for, which they
+    reach after `warmup_rounds`: the first moves are large and soon outdated, and a run of few
+    rounds ends before momentum has paid for the damping. Rate 1 and momentum 0 stay exactly so.
+    """
+    if rounds_done >= warmup_rounds:
+        return lr, momentum
+    share = rounds_done / warmup_rounds
+    return 1 + (lr - 1) * share, momentum * share
+
+
 def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
     """Divide units into `count` fragments of neighbours, the largest as small as possible.
 

@@ -108,8 +108,8 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     computed = (
         *("learning_rate", "lr_scheduler", "warmup_steps", "epochs", "max_steps", "seed"),
         *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision"),
-        *("sync", "compress", "sync_every", "outer_lr", "outer_momentum", "fragments"),
-        *("overlap_steps", "ddp_warmup_steps"),
+        *("sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
+        *("outer_warmup_rounds", "fragments", "overlap_steps", "ddp_warmup_steps"),
     )
     return [
         f"{key}: {before.get(key)} -> {now[key]}" for key in computed if before.get(key) != now[key]

@@ -130,7 +130,7 @@ def test_settings_that_ranks_must_share_leave_out_places_and_addresses():
     ("asked", "told"),
     [
         ({"sync_every": 20}, "--sync-every belongs to --sync diloco, this run is --sync ddp"),
-        ({"fragments": 2, "outer_lr": 0.5}, "--outer-lr, --fragments belong to --sync diloco"),
+        ({"fragments": 2, "outer_lr": 0.6}, "--outer-lr, --fragments belong to --sync diloco"),
         ({"sync": "diloco", "compress": "powersgd"}, "goes with --sync ddp"),
         ({"sync": "diloco", "sync_every": 4, "overlap_steps": 4}, "use 3 or fewer"),
         ({"sync": "diloco", "sync_every": 4, "fragments": 5}, "use 4 fragments or fewer"),

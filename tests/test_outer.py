@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2p_llm_forge.outer import fragment_due, fragments_of, outer_step
+from p2p_llm_forge.outer import fragment_due, fragments_of, outer_settings, outer_step
 
 SETTINGS = [(1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (1.0, 0.5), (0.3, 0.99)]
 
@@ -61,6 +62,40 @@ def test_rate_1_without_momentum_is_plain_averaging_bit_for_bit():
     averaged, velocity = outer_step(anchor, move, None, 1.0, 0.0)
     assert torch.equal(averaged, anchor - move)
     assert velocity is None
+
+
+@pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
+@pytest.mark.parametrize("warmup", [0, 1, 4, 20])
+def test_outer_settings_go_evenly_from_plain_averaging_to_those_asked_for(lr, momentum, warmup):
+    path = [outer_settings(rounds, lr, momentum, warmup) for rounds in range(warmup + 3)]
+    assert path[warmup:] == [(lr, momentum)] * 3
+    if warmup:
+        assert path[0] == (1.0, 0.0)
+    for rounds, settings_then in enumerate(path[:warmup]):
+        share = Fraction(rounds, warmup)
+        wanted = (1 - share + share * Fraction(lr), share * Fraction(momentum))
+        assert settings_then == pytest.approx([float(number) for number in wanted], abs=1e-15)
+
+
+def test_plain_averaging_stays_plain_averaging_while_it_warms_up():
+    assert {outer_settings(rounds, 1.0, 0.0, 7) for rounds in range(9)} == {(1.0, 0.0)}
+
+
+def test_rounds_that_warm_up_are_those_of_a_float64_loop():
+    anchor, moves = random_rounds(12, count=50)
+    wanted, speeds = anchor.tolist(), [0.0] * 50
+    velocity = None
+    for rounds, move in enumerate(moves):
+        anchor, velocity = outer_step(anchor, move, velocity, *outer_settings(rounds, 0.5, 0.7, 8))
+        share = min(1.0, rounds / 8)
+        lr, momentum = (1 - share) + share * 0.5, share * 0.7
+        for place, gradient in enumerate(move.tolist()):
+            # The first round has no momentum, and leaves no velocity.
+            speeds[place] = momentum * speeds[place] + gradient if rounds else 0.0
+            wanted[place] -= lr * (gradient + momentum * speeds[place])
+    torch.testing.assert_close(
+        anchor.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
