@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from p2p_llm_forge.config import PrepareConfig, TrainConfig, parse
+from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
 from tests.conftest import ROOT
 
@@ -102,7 +102,7 @@ def test_all_problems_of_a_configuration_are_told_at_once():
     assert text.startswith("6 problems:")
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_data.py", "check_cluster.py"])
 def test_help_needs_no_heavy_library(script):
     code = (
         f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}',"
@@ -114,7 +114,8 @@ def test_help_needs_no_heavy_library(script):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    config_class = TrainConfig if script == "train.py" else PrepareConfig
+    classes = {"train": TrainConfig, "prepare_data": PrepareConfig, "check_cluster": CheckConfig}
+    config_class = classes[script.removesuffix(".py")]
     for field in config_class.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in done.stdout
 
