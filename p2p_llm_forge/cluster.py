@@ -275,6 +275,7 @@ class Cluster:
         self.device = device
         self._store = store
         self._control = control
+        self.is_on_gloo = control is None  # or gradients travel by another way, as NCCL
         self._peer_timeout_s = peer_timeout_s
         self._talks = 0
         self._channels: list[Channel] = []
