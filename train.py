@@ -341,12 +341,12 @@ def settle_strategy(
     from p2p_llm_forge.company import hosts_of, judge_shared_folder
     from p2p_llm_forge.findings import refuse_failures
     from p2p_llm_forge.model import build_model
-    from p2p_llm_forge.outlook import outlook, with_strategy
+    from p2p_llm_forge.outlook import as_begun, outlook, with_strategy
     from p2p_llm_forge.sync import refuse_elastic
 
     if config.sync == "auto" and checkpoint is not None:
         begun = cluster.main_only(lambda: read_state(checkpoint)["config"])
-        config = with_strategy(config, begun)
+        config = as_begun(config, begun)
     elif config.sync == "auto":
         lm = cluster.together(lambda: build_model(config, data))
         forecasts = outlook(config, cluster, data, plan, lm)
@@ -427,7 +427,7 @@ def set_up(
             plan.tokens_per_update,
             state["step"],
             state["since_log"],
-            sync.may_lose_rounds,
+            sync.loses_rounds_after,
         ),
         Writer(config.save_in_background),
         Balance(plan.shares, config.balance == "auto"),
@@ -439,6 +439,8 @@ def set_up(
     if cluster.accelerator.scaler is not None and state.get("scaler"):
         cluster.accelerator.scaler.load_state_dict(state["scaler"])
     tracking.say(introduction(cluster, data, plan, lm))
+    if config.sync == "diloco" and cluster.world_size == 1:
+        tracking.say("note      --sync diloco is pointless with one process: nobody to agree with")
     if checkpoint:
         tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
         for line in settings_changed(state["config"], as_dict(config)):
@@ -517,9 +519,11 @@ def save(run: Run, step: int) -> None:
             checkpoint.take_over(folder, output_dir, step, rank)
 
     def hand_over(own: dict[str, torch.Tensor]) -> None:
-        cluster.leave_word(
-            f"saved/{step}", checkpoint.hand_over(output_dir, step, cluster.rank, own)
-        )
+        wrong = f"rank {cluster.rank} could not write its file of the checkpoint"
+        try:
+            wrong = checkpoint.hand_over(output_dir, step, cluster.rank, own)
+        finally:  # the main process waits for the word, whatever happens
+            cluster.leave_word(f"saved/{step}", wrong)
 
     cluster.main_only(run.writer.wait)  # the last save is out of the way, on every rank
     if cluster.is_main:

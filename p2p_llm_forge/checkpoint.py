@@ -230,7 +230,10 @@ def hand_over(output_dir: Path, step: int, rank: int, own: dict[str, torch.Tenso
         save_file(own, path)
         _fsync(path)
     except (OSError, SafetensorError) as error:
-        return f"rank {rank} could not write {path}: {getattr(error, 'strerror', None) or error}"
+        return (
+            f"rank {rank} could not write {path}: {getattr(error, 'strerror', None) or error}."
+            " Older checkpoints are untouched: make room on the disk"
+        )
     return ""
 
 
@@ -306,8 +309,9 @@ def optimizer_tensors(
 
 
 def read_own(folder: Path, rank: int) -> dict[str, torch.Tensor]:
-    """What a rank of the saved run kept as its own, in a verified checkpoint."""
-    return load_file(folder / rank_file(rank))
+    """What a rank of the saved run kept as its own, in a verified checkpoint; it may be nothing."""
+    path = folder / rank_file(rank)
+    return load_file(path) if path.exists() else {}
 
 
 def read_shared(folder: Path) -> dict[str, torch.Tensor]:

@@ -275,6 +275,7 @@ class Cluster:
         self.device = device
         self._store = store
         self._control = control
+        self.is_on_gloo = control is None  # or gradients travel by another way, as NCCL
         self._peer_timeout_s = peer_timeout_s
         self._talks = 0
         self._channels: list[Channel] = []
@@ -400,18 +401,20 @@ class Cluster:
             while not self._store.check([key]):
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+                if self._store.check([f"forge/gone/{rank}"]):
+                    raise _lost(f"lost a peer: rank {rank} has failed. Its own output says why")
                 alive = f"forge/alive/{rank}"
                 beat = self._store.get(alive) if self._store.check([alive]) else b""
                 if beat != pulse:
                     pulse, seen_at = beat, time.monotonic()
                 elif time.monotonic() - seen_at > max(self._peer_timeout_s, 3 * HEARTBEAT_S):
-                    raise ForgeError(
+                    raise _lost(
                         f"lost a peer: rank {rank} has shown no sign of life for "
                         f"{time.monotonic() - seen_at:.0f} s. Its own output says why"
                     )
             return self._store.get(key).decode()
         except (dist.DistError, RuntimeError) as error:
-            raise ForgeError(
+            raise _lost(
                 "lost the main process: its store does not answer any more "
                 f"({str(error).splitlines()[0]}). Its own output says why it ended"
             ) from error
@@ -424,6 +427,12 @@ class Cluster:
                 self._store.set(f"forge/alive/{self.rank}", str(count))
                 if self._left.wait(HEARTBEAT_S):
                     return
+
+    def say_gone(self) -> None:
+        """Tell the others that this rank has failed, so that none waits for a sign of life."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the store may be what has failed
+                self._store.set(f"forge/gone/{self.rank}", "")
 
     def fall_silent(self) -> None:
         """Show no more signs of life; no thread of ours must outlive the process group."""
@@ -474,6 +483,13 @@ class Cluster:
         failure = ForgeError(told)
         failure.status, failure.is_of_this_rank = 1, True
         return failure
+
+
+def _lost(told: str) -> ForgeError:
+    """The end of a rank that others have left: status 1, as when an exchange breaks."""
+    error = ForgeError(told)
+    error.status, error.is_of_this_rank = 1, True
+    return error
 
 
 class Channel:
@@ -545,9 +561,11 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         cluster = _meet(config, launch, threads, store)
         try:
             yield cluster
-        except ForgeError as error:
-            if not error.is_of_this_rank:  # what all ranks know, all have to hear
-                cluster.leave()
+        except BaseException as error:
+            if isinstance(error, ForgeError) and not error.is_of_this_rank:
+                cluster.leave()  # what all ranks know, all have to hear
+            else:
+                cluster.say_gone()
             raise
         finally:
             cluster.fall_silent()

@@ -64,7 +64,7 @@ class DiLoCo:
     round.
     """
 
-    has_own_state = trains_alone = may_lose_rounds = True
+    has_own_state = trains_alone = True
 
     def __init__(
         self,
@@ -96,6 +96,11 @@ class DiLoCo:
             self._fragments.append(Fragment(parameters, Averager(self._channel, codec, count)))
         self._bytes_before = 0
         self._lost_rounds = 0  # in a row
+
+    @property
+    def loses_rounds_after(self) -> float:
+        """See `Sync`: in the warm-up there is nothing to go back to."""
+        return self._warmup
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """No gradient is exchanged after the warm-up."""
@@ -220,9 +225,18 @@ class DiLoCo:
             state.clear()
 
     def _agree(self) -> None:
-        """Take the weights, which are the same on all ranks, as agreed on."""
+        """Take the weights, which are the same on all ranks, as agreed on.
+
+        Raises ForgeError where they are not finite: no round could go back to them.
+        """
         for fragment in self._fragments:
             fragment.anchor = fragment.weights()
+        if not all(fragment.anchor.isfinite().all() for fragment in self._fragments):
+            raise ForgeError(
+                f"weights became NaN or infinite in the first {self._done} updates; nothing was"
+                " saved after it and earlier checkpoints are untouched. Lower --learning-rate,"
+                " raise --warmup-steps or set --max-grad-norm 1, then go on with --resume auto"
+            )
 
     def _outer_settings(self, fragment: Fragment) -> tuple[float, float]:
         """Rate and momentum of the move that the fragment sent; from the step alone, so that
@@ -259,6 +273,9 @@ class DiLoCo:
     def state(self) -> SyncState:
         """The velocity, and of each rank what it has done alone. Waits for what is sent."""
         fragments, is_agreed = self._fragments, self.is_agreed()
+        for fragment in fragments:
+            if fragment.move:
+                fragment.move.result()  # the exchange changes what is owed
         shared: dict[str, torch.Tensor] = {}
         own = {"tokens": torch.tensor([fragment.tokens for fragment in fragments])}
         for fragment in fragments:
@@ -274,6 +291,7 @@ class DiLoCo:
             "is_agreed": is_agreed,
             "ranks": self._cluster.world_size,
             "lost_rounds": self._lost_rounds,
+            "is_warming_up": self._done <= self._warmup,
             "sent_at": [fragment.sent_at for fragment in fragments],
             "lands_at": [fragment.lands_at if fragment.move else 0 for fragment in fragments],
         }
@@ -289,10 +307,15 @@ class DiLoCo:
         return ["diloco", self._every, len(self._fragments), self._config.overlap_steps]
 
     def load_state(self, saved: SavedSync) -> None:
-        """See `state`. The weights in the model are those that all agree on."""
+        """See `state`. The weights in the model are those that all agree on.
+
+        A warm-up is over where rounds have begun: ranks that have trained alone have other moments.
+        """
         self._agree()
         if not saved.is_of(self):
             return
+        if not saved.facts.get("is_warming_up", False):
+            self._warmup = min(self._warmup, self._done - 1)
         self._lost_rounds = saved.facts["lost_rounds"]
         is_same = (
             saved.facts["strategy"] == self.settings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,8 @@ from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState
 class AllReduce:
     """Gradients averaged over all ranks in every update, by DDP while backward runs."""
 
-    trains_alone = may_lose_rounds = False
+    trains_alone = False
+    loses_rounds_after = math.inf
 
     def __init__(self, cluster: Cluster, model: Any, codec: Codec) -> None:
         self._cluster, self._model, self._codec = cluster, model, codec
@@ -45,7 +47,8 @@ class AllReduce:
             "fp16": default_hooks.fp16_compress_hook,
             "bf16": default_hooks.bf16_compress_hook,
         }
-        if torch.distributed.get_backend() != "nccl" or self._codec.name.startswith("int"):
+        # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
+        if self._cluster.is_on_gloo or self._codec.name.startswith("int"):
             self._model.register_comm_hook(None, self._hook)
             return
         if self._codec.name in on_nccl:
@@ -111,14 +114,21 @@ class AllReduce:
         """What averages this bucket's buffer, and returns it."""
         world = self._cluster.world_size
         if self._codec.name == "none":
-            return lambda buffer: self._channel.sum_(buffer.div_(world))
+            return lambda buffer: buffer.copy_(self._channel.sum_(buffer.div_(world).cpu()))
         if bucket.index() not in self._averagers:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
             averager = Averager(self._channel, self._codec, len(bucket.buffer()))
             averager.restore(self._lost, parts)
             self._averagers[bucket.index()] = averager, parts
         averager, _ = self._averagers[bucket.index()]
-        return lambda buffer: buffer.copy_(averager.sum(buffer.div_(world).float().cpu()))
+
+        def average(buffer: torch.Tensor) -> torch.Tensor:
+            summed = averager.sum(buffer.div_(world).float().cpu())
+            if not summed.isfinite().all():
+                averager.forget()  # loss scaling skips this update; the next must not owe NaN
+            return buffer.copy_(summed)
+
+        return average
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
@@ -191,6 +201,9 @@ class PowerSGD(AllReduce):
             averaged = powerSGD_hook(self._powersgd, bucket).wait()
             values = self._compressed_values() - before or buffer.numel()
             self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
+            if not averaged.isfinite().all():  # see AllReduce
+                for tensors in self._matrices().values():
+                    tensors.pop(bucket.index(), None)
             return averaged
 
         return average
@@ -201,31 +214,41 @@ class PowerSGD(AllReduce):
 
     def state(self) -> SyncState:
         """The matrices of the last update, and what they have lost."""
+        if not self.has_own_state:
+            return SyncState()
         state = self._powersgd
         own = {
             f"{kind}.{bucket}": tensor.detach().cpu().clone()
             for kind, tensors in self._matrices().items()
             for bucket, tensor in tensors.items()
         }
-        return SyncState(
-            {"ranks": self._cluster.world_size, "powersgd_updates": state.iter}, own=own
-        )
+        facts = {
+            "ranks": self._cluster.world_size,
+            "powersgd_updates": state.iter,
+            "powersgd_rank": state.matrix_approximation_rank,
+        }
+        return SyncState(facts, own=own)
 
     def _matrices(self) -> dict[str, dict[int, torch.Tensor]]:
         state = self._powersgd
         return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
 
     def load_state(self, saved: SavedSync) -> None:
-        """See `state`. Ranks of another number deal out among them what was lost."""
+        """See `state`. Ranks of another number deal out among them what was lost.
+
+        Matrices of another --powersgd-rank are made anew; what they have lost still counts.
+        """
         rank, world = self._cluster.rank, self._cluster.world_size
         if not self.has_own_state or "powersgd_updates" not in saved.facts:
             return
         self._powersgd.iter = saved.facts["powersgd_updates"]
-        device = self._cluster.device
+        device, matrices = self._cluster.device, self._matrices()
+        if saved.facts.get("powersgd_rank") != self._powersgd.matrix_approximation_rank:
+            matrices = {"error": matrices["error"]}
         for key, tensor in saved.own_of(rank % saved.world_size).items():
             kind, _, number = key.partition(".")
-            if kind in self._matrices():
-                self._matrices()[kind][int(number)] = tensor.to(device)
+            if kind in matrices:
+                matrices[kind][int(number)] = tensor.to(device)
         if saved.world_size == world:
             return
         # Errors are added to gradients that are averaged: their sum by the number of ranks stays.

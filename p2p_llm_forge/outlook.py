@@ -12,7 +12,7 @@ import torch
 
 from p2p_llm_forge import advice
 from p2p_llm_forge.cluster import Cluster
-from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config import OF_DILOCO, TrainConfig
 from p2p_llm_forge.corpus import PreparedDataset
 from p2p_llm_forge.data_order import Plan
 from p2p_llm_forge.errors import ForgeError
@@ -110,16 +110,21 @@ def outlook(
     return forecasts(config, cluster, plan, lm, links, update_s)
 
 
-def with_strategy(
-    config: TrainConfig, way: advice.Strategy | advice.Forecast | dict[str, Any]
-) -> TrainConfig:
+def with_strategy(config: TrainConfig, way: advice.Strategy | advice.Forecast) -> TrainConfig:
     """The same run, its peers kept in step in that way."""
-    chosen = (
-        way if isinstance(way, dict) else {name: getattr(way, name) for name in STRATEGY_FIELDS}
-    )
+    chosen = {name: getattr(way, name) for name in STRATEGY_FIELDS}
     if chosen["sync"] == "ddp":
-        chosen = {**chosen, "sync_every": None}
-    return replace(config, **{name: chosen[name] for name in STRATEGY_FIELDS})
+        chosen["sync_every"] = None
+    return replace(config, **chosen)
+
+
+def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
+    """The same run, its peers kept in step as they were so far.
+
+    begun: the configuration in a checkpoint; settings that are younger than it have defaults.
+    """
+    names = ("sync", "compress", "powersgd_rank", *OF_DILOCO)
+    return replace(config, **{name: begun.get(name, getattr(TrainConfig, name)) for name in names})
 
 
 def is_possible(config: TrainConfig, cluster: Cluster, lm: Any, way: advice.Strategy) -> bool:

@@ -62,7 +62,10 @@ class Sync(Protocol):
 
     has_own_state: bool  # whether ranks hold what others do not: checkpoints take a file of each
     trains_alone: bool  # whether optimizer states are among that
-    may_lose_rounds: bool  # whether it goes back by itself when weights become NaN
+
+    @property
+    def loses_rounds_after(self) -> float:
+        """After how many updates it goes back by itself when weights become NaN."""
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """What forward and backward of a micro-batch run in."""
@@ -220,12 +223,13 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
 def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
     """The model's parameters in the parts that a fragment is made of: what comes before the layers
     (embeddings), each layer, what comes after. Tied weights count where they come first."""
+    # The largest: a layer may itself hold a longer list, of experts.
     stacks = [
-        (name, len(module))
+        (sum(p.numel() for p in module.parameters()), name, len(module))
         for name, module in lm.named_modules()
         if isinstance(module, torch.nn.ModuleList)
     ]
-    stack, layers = max(stacks, key=lambda entry: entry[1], default=("", 0))
+    _, stack, layers = max(stacks, key=lambda entry: entry[0], default=(0, "", 0))
     units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
     is_behind = False
     for name, parameter in lm.named_parameters():

@@ -143,7 +143,8 @@ class LossWindow:
     They are summed without rounding errors, so the line is the same whether or not the run was
     saved and resumed in between. They leave the device, and this rank, only when asked for.
 
-    may_lose_rounds: losses that are not finite do not end the run, which will go back by itself.
+    loses_rounds_after: after so many updates losses that are not finite do not end the run, which
+    will go back by itself.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class LossWindow:
         tokens_per_update: int,
         first_step: int,
         since_log: dict[str, Any],
-        may_lose_rounds: bool = False,
+        loses_rounds_after: float = math.inf,
     ) -> None:
         self._cluster = cluster
         self._tokens_per_update = tokens_per_update
@@ -162,7 +163,7 @@ class LossWindow:
         self._pending: list[torch.Tensor] = []  # of this rank
         self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
         self._next_step = first_step + 1
-        self._may_lose_rounds = may_lose_rounds
+        self._loses_rounds_after = loses_rounds_after
 
     def add(self, nats: torch.Tensor) -> None:
         """This rank's summed loss of one more update: a scalar on the device."""
@@ -179,8 +180,8 @@ class LossWindow:
     def settle(self) -> list[dict[str, Any]]:
         """The lines that have ended, with all ranks' losses. All ranks must call.
 
-        Raises ForgeError, on all ranks, if a loss is not finite (but see `may_lose_rounds`: then
-        the line's loss is None).
+        Raises ForgeError, on all ranks, if a loss is not finite (but see `loses_rounds_after`:
+        then the line's loss is None).
         """
         by_rank: list[list[float]] = [[]]
         if self._pending:
@@ -200,7 +201,7 @@ class LossWindow:
     def _take(self, updates: list[tuple[float, ...]]) -> None:
         for losses in updates:
             bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-            if bad and not self._may_lose_rounds:
+            if bad and self._next_step <= self._loses_rounds_after:
                 raise ForgeError(
                     f"the loss became NaN or infinite at step {self._next_step} (first on rank"
                     f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched."

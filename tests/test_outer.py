@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p_llm_forge.outer import fragment_due, fragments_of, outer_settings, outer_step
+from p2p_llm_forge.sync import units_of
 
 SETTINGS = [(1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (1.0, 0.5), (0.3, 0.99)]
 
@@ -160,3 +161,20 @@ def test_turns_are_spread_evenly():
     }
     assert fragment_due(1, 20, 1) == [] and fragment_due(40, 20, 1) == [0]
     assert sorted(fragment_due(1, 1, 3)) == [0, 1, 2], "more fragments than updates: together"
+
+
+def test_units_are_the_layers_also_where_a_layer_holds_more_experts_than_there_are_layers():
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+
+    class Mixture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(5, 2)
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+            self.head = torch.nn.Linear(2, 5)
+
+    sizes = [sum(p.numel() for _, p in unit) for unit in units_of(Mixture())]
+    assert sizes == [10, 48, 48, 48, 15]

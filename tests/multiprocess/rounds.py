@@ -1,14 +1,17 @@
 """A program for tests: ranks that 'train' by known amounts, synchronised by the product's DiLoCo.
 
 Its argument is JSON: the settings, the number of updates and, for each rank, what to break. Every
-rank writes its weights after every update, so that a simulation can be compared with them.
+rank writes its weights after every update, so that a simulation can be compared with them. In
+the update `stalled` the network stands still for a moment after the move was sent.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 LAYERS, WIDTH = 3, 7
 
@@ -16,6 +19,11 @@ LAYERS, WIDTH = 3, 7
 def moved(rank: int, step: int, count: int) -> list[float]:
     """By how much rank `rank` changes its `count` weights in update `step`."""
     return [((rank + 2) * (step + 3) * (number + 5) % 17 - 8) / 64 for number in range(count)]
+
+
+def owed(state: Any) -> dict[str, list[float]]:
+    """What compression still owes, in what a checkpoint would hold."""
+    return {key: value.tolist() for key, value in state.own.items() if key.startswith("lost_")}
 
 
 def main() -> int:
@@ -56,6 +64,10 @@ def main() -> int:
                     if [cluster.rank, step] == order.get("break"):
                         parameter.flatten()[0] = float("nan")
             tokens = order["tokens"][cluster.rank]
+            if step == order.get("stalled"):
+                gate = threading.Event()
+                sync._channel.in_background(gate.wait)
+                threading.Timer(0.3, gate.set).start()
             report = sync.after_update(step, tokens)
             trace.append(
                 {
@@ -64,5 +76,7 @@ def main() -> int:
                     "is_agreed": sync.is_agreed(),
                 }
             )
+            if step == order.get("stalled"):
+                trace[-1]["owed"] = [owed(sync.state()), owed(sync.state())]
         Path(order["folder"], f"rank{cluster.rank}.json").write_text(json.dumps(trace))
     return 0

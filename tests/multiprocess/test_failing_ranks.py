@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -115,3 +116,17 @@ def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(zygote, pr
     os.kill(ranks[1], signal.SIGKILL)
     os.kill(ranks[1], signal.SIGCONT)
     zygote.wait(ranks[1])
+
+
+def test_an_evaluation_waits_for_a_slow_rank(zygote, tmp_path):
+    """It may compile, or have a slower machine; it lives, so the others do not give it up."""
+    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    ranks = [
+        zygote.start(
+            [json.dumps({**by_hand, "rank": rank, "peer_timeout": 1.0})],
+            tmp_path / "log",
+            script="tests.multiprocess.slow_evaluation",
+        )
+        for rank in range(2)
+    ]
+    assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(tmp_path / "log")

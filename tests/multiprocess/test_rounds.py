@@ -15,12 +15,13 @@ pytestmark = pytest.mark.slow
 SIZES = [3 * WIDTH, *[WIDTH] * LAYERS]  # embedding (tied with the head), layers
 
 
-def rounds(zygote, tmp_path, updates, tokens=(1, 1), broken=None, **settings):
+def rounds(zygote, tmp_path, updates, tokens=(1, 1), broken=None, stalled=None, **settings):
     """The weights of every rank after every update, and the bytes it sent for it."""
     by_hand = {"world_size": len(tokens), "master_addr": "127.0.0.1", "master_port": free_port()}
     pids = []
     for rank in range(len(tokens)):
         order = {"updates": updates, "tokens": tokens, "break": broken, "folder": str(tmp_path)}
+        order["stalled"] = stalled
         order["config"] = {**by_hand, "rank": rank, "sync": "diloco", "peer_timeout": 10.0}
         order["config"] |= settings
         pids.append(
@@ -146,3 +147,11 @@ def test_a_round_with_nan_on_one_rank_is_given_up_by_all(zygote, tmp_path, strea
         assert all(math.isfinite(weight) for trace in traces for weight in trace[step]["weights"])
     assert traces[0][-1]["weights"] == traces[1][-1]["weights"]
     assert traces[0][-1]["weights"] != traces[0][back]["weights"], "training has gone on"
+
+
+def test_a_checkpoint_waits_for_the_move_that_is_on_its_way(zygote, tmp_path):
+    """What compression owes is known only when the exchange is over."""
+    settings = {"sync_every": 4, "overlap_steps": 2, "compress": "int4"}
+    for trace in rounds(zygote, tmp_path, 8, stalled=3, **settings):
+        at_once, later = trace[3]["owed"]
+        assert later and at_once == later

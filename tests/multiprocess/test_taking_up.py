@@ -1,0 +1,143 @@
+"""Strategies taken up from checkpoints of other moments, settings and programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+
+import pytest
+import torch
+
+from p2p_llm_forge.checkpoint import MANIFEST, TRAINER_STATE, read_state, sha256_of, write_json
+from tests.conftest import free_port
+from tests.multiprocess import overflow
+from tests.multiprocess.conftest import flags, tensors
+from tests.multiprocess.test_interruptions import LONG, wait_until
+from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
+from tests.multiprocess.test_sync import finish
+
+pytestmark = pytest.mark.slow
+CONSTANT = {"lr_scheduler": "constant", "keep_checkpoints": 9}
+
+
+def test_powersgd_goes_on_from_any_update_rank_and_number_of_peers(zygote, prepared, tmp_path):
+    """Its first updates, and those of one process, leave no matrices behind."""
+    settings = {**CONSTANT, "compress": "powersgd", "save_every": 1}
+    for processes, until, changes in (
+        (1, 1, {}),
+        (2, 2, {}),
+        (2, 6, {}),
+        (2, 8, {"powersgd_rank": 2}),
+        (3, 10, {"powersgd_rank": 2}),
+        (2, 12, {"compress": "int8"}),
+    ):
+        folder = finish(
+            zygote, prepared, tmp_path / "run", processes, max_steps=until, **(settings | changes)
+        )
+    assert newest_step(folder) == 12
+
+
+def test_auto_goes_on_from_a_checkpoint_of_before_there_were_strategies(zygote, prepared, tmp_path):
+    folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, max_steps=2)
+    saved = folder / "checkpoint-2"
+    state = read_state(saved)
+    del state["sync"]
+    for name in ("sync", "sync_every", "compress", "powersgd_rank", "fragments", "outer_lr"):
+        del state["config"][name]
+    write_json(saved / TRAINER_STATE, state)
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["files"][TRAINER_STATE] = {
+        "size": (saved / TRAINER_STATE).stat().st_size,
+        "sha256": sha256_of(saved / TRAINER_STATE),
+    }
+    write_json(saved / MANIFEST, manifest)
+    finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
+    assert read_state(folder / "checkpoint-4")["config"]["sync"] == "ddp"
+
+
+def test_auto_keeps_all_of_the_way_that_a_run_has_begun_with(zygote, prepared, tmp_path):
+    way = {"sync": "diloco", "sync_every": 2, "outer_lr": 0.8, "outer_momentum": 0.3}
+    folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, **way, max_steps=2)
+    finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
+    kept = read_state(folder / "checkpoint-4")["config"]
+    assert {name: kept[name] for name in way} == way
+
+
+def test_a_warm_up_does_not_come_back_when_ranks_have_trained_alone(zygote, prepared, tmp_path):
+    """Their weights and moments differ by then: gradients cannot be averaged any more."""
+    settings = {**CONSTANT, "sync": "diloco", "sync_every": 4, "learning_rate": 3e-3}
+    begun = tmp_path / "begun"
+    finish(zygote, prepared, begun, **settings, ddp_warmup_steps=2, max_steps=8)
+    ends = []
+    for warmup in (2, 10):
+        folder = shutil.copytree(begun, tmp_path / f"warmup{warmup}")
+        finish(zygote, prepared, folder, **settings, ddp_warmup_steps=warmup, max_steps=12)
+        ends.append(tensors(folder, 12))
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+def test_a_warm_up_that_has_not_ended_goes_on(zygote, prepared, tmp_path):
+    settings = {**CONSTANT, "sync": "diloco", "sync_every": 4, "ddp_warmup_steps": 6}
+    calm = finish(zygote, prepared, tmp_path / "calm", **settings, max_steps=10)
+    folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=3)
+    finish(zygote, prepared, folder, **settings, max_steps=10)
+    expected = tensors(calm, 10)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors(folder, 10).items())
+
+
+def test_a_run_that_breaks_in_the_warm_up_ends_and_saves_nothing(zygote, prepared, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    settings = {"sync": "diloco", "sync_every": 4, "ddp_warmup_steps": 20, "learning_rate": 1e30}
+    words = flags(prepared, folder, **CONSTANT, **settings, save_every=5, max_steps=10)
+    ranks = start_ranks(zygote, words, 2, log)
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    assert "the loss became NaN or infinite" in read(log) and newest_step(folder) == 0
+
+
+@pytest.mark.parametrize("compress", ["fp16", "bf16", "int8", "int4", "powersgd"])
+def test_an_infinite_gradient_is_not_owed_to_the_next_updates(zygote, tmp_path, compress):
+    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    ranks = [
+        zygote.start(
+            [
+                json.dumps(
+                    {
+                        "folder": str(tmp_path),
+                        "config": {**by_hand, "rank": rank, "compress": compress},
+                    }
+                )
+            ],
+            tmp_path / "log",
+            script="tests.multiprocess.overflow",
+        )
+        for rank in range(2)
+    ]
+    assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(tmp_path / "log")
+    for rank in range(2):
+        gradients = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for number, gradient in enumerate(gradients):
+            assert all(map(math.isfinite, gradient)) == (number != overflow.SPOILED)
+        assert gradients[-1] == pytest.approx([0.5] * overflow.WIDTH**2, rel=0.1)
+
+
+def test_one_process_is_told_that_rounds_are_pointless(zygote, prepared, tmp_path):
+    finish(zygote, prepared, tmp_path / "run", 1, sync="diloco", sync_every=2, max_steps=4)
+    assert "pointless with one process" in read(tmp_path / "run.log")
+
+
+def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_goes_on(zygote, prepared, tmp_path):
+    """Its files may have no more than 40 kB, as on a disk that is full."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    way = {"sync": "diloco", "sync_every": 4, "save_every": 4}
+    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **way}), 2, log)
+    wait_until(lambda: newest_step(folder) >= 4)
+    resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    wait_until(lambda: "make room on the disk; training goes on" in read(log))
+    resource.prlimit(
+        ranks[1], resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
+    reached = newest_step(folder)
+    wait_until(lambda: newest_step(folder) > reached + 8)
+    assert "rank 1 could not write" in read(log)
