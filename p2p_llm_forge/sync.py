@@ -147,11 +147,13 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step
         return
     before, now = saved.facts["strategy"], sync.settings()
     if before != now or saved.world_size != cluster.world_size:
+        other = "from a checkpoint between two rounds by --resume FOLDER"
+        if before[0] == "diloco" and before[2:] != [1, 0]:
+            other = "anew from its model (--fragments and --overlap-steps leave no time between)"
         raise ForgeError(
             f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
             f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
-            f" ({told_settings(now)}): go on with the same, or from a checkpoint between two rounds"
-            " by --resume FOLDER"
+            f" ({told_settings(now)}): go on with the same, or {other}"
         )
 
 
@@ -192,7 +194,7 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
     digest = hashlib.blake2b(digest_size=16)
     if is_loaded:
         for _, parameter in lm.named_parameters():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     described = hashlib.blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
     fact = {"shapes": described, "weights": digest.hexdigest(), "host": platform.node()}
     told = cluster.gather_facts(fact)
