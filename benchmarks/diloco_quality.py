@@ -261,7 +261,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--every", type=int, nargs="+", default=[10, 20, 50], help="round lengths")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 3e-3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names, or KEY=VALUE,...")
     parser.add_argument("--model", default=MODEL, help="--config-overrides of train.py")
     parser.add_argument("--batch-size", type=int, default=8)

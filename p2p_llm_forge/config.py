@@ -289,15 +289,16 @@ class TrainConfig:
     sync_every: int | None = flag(
         None, f"diloco: updates in a round; {ROUND_LENGTH} if nothing else says it"
     )
-    # benchmarks/diloco_quality.py: the published 0.7 and 0.9 (arXiv 2311.08105) lose to plain
-    # averaging in runs of some hundred rounds. What counts is that a round's own move is damped
-    # (0.5 x 1.7 of it, as in Lookahead, arXiv 1907.08610), while momentum makes up the distance.
+    # The published 0.7 and 0.9 (arXiv 2311.08105) lose to plain averaging in short runs:
+    # they go 7 times as far. These take a little less than a round's own move
+    # (0.5 x 1.8 of it: noise averages out, as in Lookahead, arXiv 1907.08610), and momentum makes
+    # up the distance. Figures: benchmarks/diloco_quality.py.
     outer_lr: float = flag(
         0.5,
         "diloco: share of the peers' average move that is taken; 1 with --outer-momentum 0 is"
         " plain averaging",
     )
-    outer_momentum: float = flag(0.7, "diloco: Nesterov momentum of the outer step")
+    outer_momentum: float = flag(0.8, "diloco: Nesterov momentum of the outer step")
     outer_warmup_rounds: int = flag(
         20, "diloco: rounds in which the outer step goes from plain averaging to these settings"
     )

@@ -87,9 +87,9 @@ def test_rounds_that_warm_up_are_those_of_a_float64_loop():
     wanted, speeds = anchor.tolist(), [0.0] * 50
     velocity = None
     for rounds, move in enumerate(moves):
-        anchor, velocity = outer_step(anchor, move, velocity, *outer_settings(rounds, 0.5, 0.7, 8))
+        anchor, velocity = outer_step(anchor, move, velocity, *outer_settings(rounds, 0.5, 0.8, 8))
         share = min(1.0, rounds / 8)
-        lr, momentum = (1 - share) + share * 0.5, share * 0.7
+        lr, momentum = (1 - share) + share * 0.5, share * 0.8
         for place, gradient in enumerate(move.tolist()):
             # The first round has no momentum, and leaves no velocity.
             speeds[place] = momentum * speeds[place] + gradient if rounds else 0.0

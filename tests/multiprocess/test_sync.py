@@ -24,7 +24,8 @@ PLAIN_SGD = {
     **{"optimizer": "sgd", "learning_rate": 0.1, "lr_scheduler": "constant", "weight_decay": 0},
     **{"max_grad_norm": 0, "mixed_precision": "no"},
 }
-DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9}
+# Its rate and momentum change while the run is killed and resumed.
+DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
 
 
 def finish(zygote, prepared, folder, processes=2, **settings):
