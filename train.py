@@ -23,9 +23,9 @@ from p2p_llm_forge.results import RESULTS, TrainResult
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     import torch
 
-    from p2p_llm_forge.checkpoint import Writer
     from p2p_llm_forge.cluster import Cluster
     from p2p_llm_forge.corpus import Blocks, PreparedDataset
+    from p2p_llm_forge.saving import Saving
     from p2p_llm_forge.sync import Meter, Sync
     from p2p_llm_forge.tracking import LossWindow, Silent
 
@@ -49,7 +49,7 @@ class Run:
     meter: Meter
     tracking: Silent
     window: LossWindow
-    writer: Writer
+    saving: Saving
     balance: Balance
     first_step: int
     first_position: int  # of update `first_step` in the stream of blocks
@@ -100,7 +100,7 @@ def learn(run: Run, interruptions: Interruptions) -> TrainResult:
             loop(run, interruptions)
             return conclude(run)
     finally:
-        run.writer.wait()
+        run.saving.wait()
         run.tracking.finish()
 
 
@@ -142,7 +142,7 @@ def loop(run: Run, interruptions: Interruptions) -> None:
                 interruptions.saved()
             started = time.perf_counter()
         if should_stop:
-            finish_saving(run)
+            run.saving.finish()
             raise interruption(asked, done, run.cluster.launch.is_elastic)
 
 
@@ -367,35 +367,20 @@ def set_up(
     plan: data_order.Plan,
     checkpoint: Path | None,
 ) -> Run:
-    """Build the model and optimizer, or load them, and hand them to Accelerate."""
-    from p2p_llm_forge import model as models
-    from p2p_llm_forge.checkpoint import Writer, read_state
+    """Everything that the loop works on, new or as a checkpoint left it."""
+    from p2p_llm_forge.checkpoint import read_state
     from p2p_llm_forge.loss import NextTokenLoss
-    from p2p_llm_forge.run_folder import settings_changed
-    from p2p_llm_forge.sync import Meter, refuse_different_models, strategy
-    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking, introduction
+    from p2p_llm_forge.model import build_optimizer, learning_rate_factor
+    from p2p_llm_forge.saving import Saving, take_up
+    from p2p_llm_forge.sync import Meter, strategy
+    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking
 
-    models.without_progress_bars()
-
-    def build_or_load() -> Any:
-        if checkpoint is None:
-            return models.build_model(config, data)
-        if not checkpoint.is_dir():
-            raise ForgeError(
-                f"{checkpoint} is not seen from here: to resume, every machine must see the"
-                " --output-dir of rank 0; share it, or copy it over"
-            )
-        return models.load_model(str(checkpoint), data, config.trust_remote_code)
-
-    lm = cluster.together(build_or_load)
-    refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
-    if config.gradient_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+    lm = build_or_load(config, cluster, data, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
     blocks = cluster.together(data.train_blocks)
     if config.compile:
         lm.base_model.compile()
-    optimizer = models.build_optimizer(config, lm)
+    optimizer = build_optimizer(config, lm)
     state: dict[str, Any] = {
         **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
         "figures": {},
@@ -407,7 +392,8 @@ def set_up(
     sync = strategy(config, cluster, model, lm, optimizer, plan.total_steps, state["step"])
     prime(model, sync, blocks, plan, cluster)
     if checkpoint:
-        cluster.together(lambda: take_up(checkpoint, state, sync, cluster, lm, optimizer))
+        bare = optimizer.optimizer
+        cluster.together(lambda: take_up(checkpoint, state, sync, cluster, lm, bare))
     tracking = Tracking(config, cluster) if cluster.is_main else Silent()
     run = Run(
         config,
@@ -418,7 +404,7 @@ def set_up(
         model,
         bare_model,
         optimizer,
-        models.learning_rate_factor(config, plan.total_steps),
+        learning_rate_factor(config, plan.total_steps),
         sync,
         Meter(),
         tracking,
@@ -429,23 +415,56 @@ def set_up(
             state["since_log"],
             sync.loses_rounds_after,
         ),
-        Writer(config.save_in_background),
+        Saving(config, cluster, lm, optimizer.optimizer, sync, data.tokenizer_dir, tracking),
         Balance(plan.shares, config.balance == "auto"),
         first_step=state["step"],
         first_position=state["blocks_read"],
         train_loss=state["train_loss"],
         figures=state["figures"],
     )
-    if cluster.accelerator.scaler is not None and state.get("scaler"):
-        cluster.accelerator.scaler.load_state_dict(state["scaler"])
-    tracking.say(introduction(cluster, data, plan, lm))
-    if config.sync == "diloco" and cluster.world_size == 1:
-        tracking.say("note      --sync diloco is pointless with one process: nobody to agree with")
-    if checkpoint:
-        tracking.say(f"resuming  after step {run.first_step} from {checkpoint}")
-        for line in settings_changed(state["config"], as_dict(config)):
-            tracking.say(f"changed   {line}")
+    introduce(run, checkpoint, state["config"])
     return run
+
+
+def build_or_load(
+    config: TrainConfig, cluster: Cluster, data: PreparedDataset, checkpoint: Path | None
+) -> Any:
+    """The causal LM of the run, the same on every rank."""
+    from p2p_llm_forge.model import build_model, load_model, without_progress_bars
+    from p2p_llm_forge.sync import refuse_different_models
+
+    without_progress_bars()
+
+    def of_this_rank() -> Any:
+        if checkpoint is None:
+            return build_model(config, data)
+        if not checkpoint.is_dir():
+            raise ForgeError(
+                f"{checkpoint} is not seen from here: to resume, every machine must see the"
+                " --output-dir of rank 0; share it, or copy it over"
+            )
+        return load_model(str(checkpoint), data, config.trust_remote_code)
+
+    lm = cluster.together(of_this_rank)
+    refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
+    if config.gradient_checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def introduce(run: Run, checkpoint: Path | None, config_before: dict[str, Any]) -> None:
+    """Say what is about to happen, and what it goes on from."""
+    from p2p_llm_forge.run_folder import settings_changed
+    from p2p_llm_forge.tracking import introduction
+
+    say = run.tracking.say
+    say(introduction(run.cluster, run.data, run.plan, run.bare_model.lm))
+    if run.config.sync == "diloco" and run.cluster.world_size == 1:
+        say("note      --sync diloco is pointless with one process: nobody to agree with")
+    if checkpoint:
+        say(f"resuming  after step {run.first_step} from {checkpoint}")
+        for line in settings_changed(config_before, as_dict(run.config)):
+            say(f"changed   {line}")
 
 
 def document_end(config: TrainConfig, data: PreparedDataset) -> int | None:
@@ -471,99 +490,18 @@ def prime(model: Any, sync: Sync, blocks: Blocks, plan: data_order.Plan, cluster
     cluster.gather_facts({})
 
 
-def take_up(
-    folder: Path, state: dict[str, Any], sync: Sync, cluster: Cluster, lm: Any, optimizer: Any
-) -> None:
-    """Put the optimizer and the strategy where the checkpoint in `folder` left them."""
-    from p2p_llm_forge import checkpoint
-    from p2p_llm_forge.sync import SavedSync, refuse_unfinished_round
-
-    saved = SavedSync(
-        state.get("sync", {}),
-        checkpoint.read_shared(folder),
-        lambda rank: checkpoint.read_own(folder, rank),
-    )
-    refuse_unfinished_round(saved, sync, cluster, state["step"])
-    # A rank that has joined takes over from one that was there.
-    both_alone = sync.trains_alone and saved.is_of(sync)
-    of_rank = cluster.rank % saved.world_size if both_alone else 0
-    checkpoint.load_optimizer(folder, lm, optimizer.optimizer, of_rank)
-    sync.load_state(saved)
-
-
 def save(run: Run, step: int) -> None:
     """Save a checkpoint after `step` updates; in the background, training goes on meanwhile."""
-    from p2p_llm_forge import checkpoint
-
-    config, cluster, scaler = run.config, run.cluster, run.cluster.accelerator.scaler
-    output_dir, lm, optimizer = Path(config.output_dir), run.bare_model.lm, run.optimizer.optimizer
-    held = run.sync.state()
-    state = {
-        "step": step,
-        "blocks_read": position_of(run, step),
-        "tokens": step * run.plan.tokens_per_update,
-        "train_loss": run.train_loss,
-        "figures": run.figures,
-        "since_log": run.window.since_log(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "config": as_dict(config),
-        "sync": {**held.facts, "strategy": run.sync.settings()},
-    }
-    handing_over = range(1, cluster.world_size if run.sync.has_own_state else 1)
-
-    def write(folder: Path, snapshot: checkpoint.Snapshot) -> None:
-        snapshot.write(folder, lm, run.data.tokenizer_dir)
-        for rank in handing_over:
-            if wrong := cluster.read_word(f"saved/{step}", rank):
-                raise ForgeError(wrong)
-            checkpoint.take_over(folder, output_dir, step, rank)
-
-    def hand_over(own: dict[str, torch.Tensor]) -> None:
-        wrong = f"rank {cluster.rank} could not write its file of the checkpoint"
-        try:
-            wrong = checkpoint.hand_over(output_dir, step, cluster.rank, own)
-        finally:  # the main process waits for the word, whatever happens
-            cluster.leave_word(f"saved/{step}", wrong)
-
-    cluster.main_only(run.writer.wait)  # the last save is out of the way, on every rank
-    if cluster.is_main:
-        tell_failed_save(run)
-        with run.sync.agreed_weights():
-            snapshot = checkpoint.Snapshot.take(lm, optimizer, state, held.shared, held.own)
-        run.writer.start(
-            lambda: checkpoint.commit(
-                output_dir,
-                step,
-                lambda folder: write(folder, snapshot),
-                config.keep_checkpoints,
-                config.keep_best,
-            )
-        )
-    elif cluster.rank in handing_over:
-        own = held.own
-        if run.sync.trains_alone:
-            moments = checkpoint.optimizer_tensors(lm, optimizer)
-            own = own | {checkpoint.OF_OPTIMIZER + key: value for key, value in moments.items()}
-        run.writer.start(lambda: hand_over(own))
-
-
-def tell_failed_save(run: Run) -> None:
-    """Say that a save has failed: the run goes on, its older checkpoints are untouched."""
-    failure = run.writer.failure()
-    if failure:
-        run.tracking.say(f"warning: {failure}; training goes on")
-
-
-def finish_saving(run: Run) -> None:
-    """Return when the last checkpoint is on disk. Raises ForgeError, everywhere, if it is not."""
-
-    def finish() -> None:
-        run.writer.wait()
-        failure = run.writer.failure()
-        if failure:
-            raise ForgeError(f"{failure}, then go on with --resume auto")
-
-    run.cluster.main_only(finish)
+    run.saving.save(
+        step,
+        {
+            "blocks_read": position_of(run, step),
+            "tokens": step * run.plan.tokens_per_update,
+            "train_loss": run.train_loss,
+            "figures": run.figures,
+            "since_log": run.window.since_log(),
+        },
+    )
 
 
 def evaluate(run: Run, step: int) -> dict[str, Any]:
@@ -590,7 +528,7 @@ def conclude(run: Run) -> TrainResult:
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
     updates = steps - run.first_step
     tokens = updates * run.plan.tokens_per_update
-    finish_saving(run)
+    run.saving.finish()
     figures = run.figures or evaluate(run, steps)  # a run killed after its last save has none
 
     def publish() -> dict[str, Any]:

@@ -289,10 +289,9 @@ class TrainConfig:
     sync_every: int | None = flag(
         None, f"diloco: updates in a round; {ROUND_LENGTH} if nothing else says it"
     )
-    # The published 0.7 and 0.9 (arXiv 2311.08105) lose to plain averaging in short runs:
-    # they go 7 times as far. These take a little less than a round's own move
-    # (0.5 x 1.8 of it: noise averages out, as in Lookahead, arXiv 1907.08610), and momentum makes
-    # up the distance. Figures: benchmarks/diloco_quality.py.
+    # The published 0.7 and 0.9 (arXiv 2311.08105) suit thousands of rounds: in a few hundred they
+    # overshoot. These take a little less than a round's own move (0.5 x 1.8 of it, as Lookahead
+    # does, arXiv 1907.08610), and momentum makes up the distance: benchmarks/diloco_quality.py.
     outer_lr: float = flag(
         0.5,
         "diloco: share of the peers' average move that is taken; 1 with --outer-momentum 0 is"
