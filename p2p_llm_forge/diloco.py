@@ -292,6 +292,7 @@ class DiLoCo:
             "ranks": self._cluster.world_size,
             "lost_rounds": self._lost_rounds,
             "is_warming_up": self._done <= self._warmup,
+            "warmup_steps": self._warmup,
             "sent_at": [fragment.sent_at for fragment in fragments],
             "lands_at": [fragment.lands_at if fragment.move else 0 for fragment in fragments],
         }
@@ -315,7 +316,7 @@ class DiLoCo:
         if not saved.is_of(self):
             return
         if not saved.facts.get("is_warming_up", False):
-            self._warmup = min(self._warmup, self._done - 1)
+            self._warmup = saved.facts["warmup_steps"]
         self._lost_rounds = saved.facts["lost_rounds"]
         is_same = (
             saved.facts["strategy"] == self.settings()
