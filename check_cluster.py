@@ -271,7 +271,8 @@ def show(report: ClusterReport, config: CheckConfig) -> None:
     if report.rank:
         own = f"rank {report.rank} (" if report.peers else ""
         report = ClusterReport(
-            [f for f in report.findings if f.level == FAILURE and f.where.startswith(own)]
+            [f for f in report.findings if f.level == FAILURE and f.where.startswith(own)],
+            rank=report.rank,
         )
         if not report.findings:
             return

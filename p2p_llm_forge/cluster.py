@@ -163,7 +163,7 @@ def route_to(host: str) -> Route | None:
             own = probe.getsockname()[0]
     except OSError as error:
         raise ForgeError(
-            f"no way to the main process at {host}: {error}. Check the address "
+            f"no way to the main process at {host} ({error}): check the address "
             "(main_process_ip, --master-addr) and that this machine is on its network"
         ) from error
     for interface, addresses in psutil.net_if_addrs().items():

@@ -5,6 +5,7 @@ What Accelerate does with each key was seen with its version 1.15, by launching.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from p2p_llm_forge.findings import Finding, failure, fine, warning
 DEFAULT_PORT = 29500
 STARTS_PROCESSES = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
 PRECISIONS = ("no", "bf16", "fp16")
+# A name of a machine; its last part is no number, as that of a mistyped IP address is.
+NAME = re.compile(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*\.?")
 AS_ON_ALL = ("num_machines", "num_processes", "main_process_ip", "main_process_port")
 MULTI_GPU_MEND = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
 
@@ -383,6 +386,13 @@ def write_launch_files(
 
     gpus_per_host: None for one process on the CPU of each. Raises ForgeError.
     """
+    wrong = [host for host in hosts if not (is_literal(host) or NAME.fullmatch(host))]
+    if wrong:
+        raise ForgeError(
+            f"--hosts names {', '.join(map(repr, wrong))}, which is no address: write IP addresses"
+            " or names of machines with spaces between them, without user or port (--master-port"
+            " sets it)"
+        )
     twice = sorted({host for host in hosts if hosts.count(host) > 1})
     if twice:
         raise ForgeError(f"--hosts names {', '.join(twice)} twice: give each machine once")

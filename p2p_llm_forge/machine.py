@@ -74,7 +74,8 @@ def judge_way(
         found = addresses.judge_name(host, machines)
         route = route_to(host)
     except ForgeError as error:
-        return [failure("address", str(error), "see the line above; `ip route get` tells more")]
+        told, _, mend = str(error).rpartition(": ")
+        return [failure("address", told, mend)]
     own = route.address if route else "127.0.0.1"
     listening = [*addresses.resolve(host), own]
     found += addresses.judge_public(listening, config.allow_public_address)

@@ -14,11 +14,11 @@ import errno
 import json
 import platform
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from dataclasses import dataclass
-from queue import Empty, Queue
-from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
@@ -82,42 +82,32 @@ def open_store(place: Place, environ: Mapping[str, str]) -> dist.Store:
     host, port = place.main_address, place.main_port
     timeout = datetime.timedelta(seconds=place.patience_s)
     served_by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if place.rank == 0 and not served_by_launcher:
-        listener = _listen(host, port)
-        return dist.TCPStore(
-            *(host, port, place.world_size, True, timeout, False),
-            multi_tenant=True,
-            master_listen_fd=listener.detach(),
-        )
-    state = addresses.wait_until_open(host, port, place.patience_s)
+    serves = place.rank == 0 and not served_by_launcher
+    listener = _listen(host, port) if serves else None
+    # Rank 0 is a client of its own store, and comes to it by the main address too.
+    patience_s = addresses.CONNECT_S if serves else place.patience_s
+    state = addresses.wait_until_open(host, port, patience_s)
     if state != addresses.OPEN:
-        raise Refused(_unreachable_main(place, state))
-    # Against something else that listens there, this (torch 2.13) can wait for ever.
-    joined: Queue[dist.Store | Exception] = Queue()
+        raise Refused(_lost_itself(place) if serves else _unreachable_main(place, state))
+    options: dict[str, Any] = {"master_listen_fd": listener.detach()} if listener else {}
+    opened: futures.Future[dist.Store] = futures.Future()
 
-    def join() -> None:
+    def open_it() -> None:
         try:
-            joined.put(
-                dist.TCPStore(
-                    host, port, place.world_size, False, timeout, False, multi_tenant=True
-                )
-            )
+            where = (host, port, place.world_size, serves, timeout, False)
+            opened.set_result(dist.TCPStore(*where, multi_tenant=True, **options))
         except (dist.DistError, RuntimeError) as error:
-            joined.put(error)
+            opened.set_exception(error)
 
-    Thread(target=join, daemon=True, name="joining the store").start()
-    with contextlib.suppress(Empty):
-        store = joined.get(timeout=place.patience_s)
-        if isinstance(store, dist.Store):
-            return store
-    raise Refused(
-        failure(
-            "meeting",
-            f"{place.name()} found something else than a run at {host}:{port}",
-            f"see what listens there (on that machine: ss -ltnp 'sport = :{port}'), and end it or"
-            " choose another port on all machines",
-        )
-    )
+    # In a thread: where something else listens and says nothing, torch (2.13) waits for ever.
+    threading.Thread(target=open_it, daemon=True, name="store").start()
+    try:
+        return opened.result(place.patience_s)
+    except futures.TimeoutError as error:
+        told = f"it said nothing for {place.patience_s:.0f} s"
+        raise Refused(_no_store(place, told)) from error
+    except (dist.DistError, RuntimeError) as error:
+        raise Refused(_no_store(place, str(error))) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -136,6 +126,27 @@ def _listen(host: str, port: int) -> socket.socket:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise Refused(addresses.judge_own_port(port)) from error
     raise Refused(addresses.judge_own_port(port))
+
+
+def _lost_itself(place: Place) -> Finding:
+    where = f"{place.main_address}:{place.main_port}"
+    return failure(
+        "meeting",
+        f"rank 0 listens at port {place.main_port}, and {where} does not lead to it",
+        "write the address of this machine that the others reach (main_process_ip, --master-addr;"
+        " `ip -brief address` shows them), or start rank 0 on the machine of that address",
+    )
+
+
+def _no_store(place: Place, told: str) -> Finding:
+    first_line = told.splitlines()[0] if told else "no reason given"
+    return failure(
+        "meeting",
+        f"{place.name()}: what answers at {place.main_address}:{place.main_port} is not rank 0 of"
+        f" a run ({first_line})",
+        "see on that machine which program has the port, and choose one that is free, the same on"
+        " all machines (main_process_port, --master-port)",
+    )
 
 
 def _unreachable_main(place: Place, state: str) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import time
 
@@ -117,3 +118,16 @@ def test_a_clock_that_is_off_is_named():
     assert finding.level == "warning" and "rank 2 (carla) is 90.0 s behind" in finding.found
     (finding,) = company.judge_clocks(Clocks(0, 0.2), ["anna", "berta"])
     assert finding.level == "fine" and "0.2" in finding.found
+
+
+def test_another_program_at_the_main_port_is_told_within_the_deadline(zygote, tmp_path):
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never says a word
+        port = silent.getsockname()[1]
+        flags = ["--world-size=2", "--rank=1", "--master-addr=127.0.0.1", "--peer-timeout=1"]
+        pid = zygote.start([*flags, f"--master-port={port}", "--json"], log, script="check_cluster")
+        assert zygote.wait(pid, 30) == 1
+    report = json.loads(log.read_text())
+    assert report["rank"] == 1
+    (found,) = report["findings"]
+    assert f"127.0.0.1:{port} is not rank 0 of a run (it said nothing for 1 s)" in found["found"]

@@ -116,7 +116,7 @@ def test_something_else_at_the_main_port_is_told():
             rank=1, world_size=2, master_addr="127.0.0.1", master_port=port, peer_timeout=1
         )
         with (
-            pytest.raises(ForgeError, match=f"something else than a run at 127.0.0.1:{port}"),
+            pytest.raises(ForgeError, match=f"what answers at 127.0.0.1:{port} is not rank 0"),
             cluster.join(config),
         ):
             pass

@@ -141,3 +141,6 @@ def test_what_cannot_be_read_or_written_is_told(tmp_path):
         read_launch_file(str(tmp_path / "list.yaml"))
     with pytest.raises(ForgeError, match="names 10.0.0.1 twice"):
         write_launch_files(tmp_path, ["10.0.0.1", "10.0.0.1"], 29500, None, False)
+    for wrong in ("", "a b", "user@berta", "10.0.0.2:22", "10.0.0.300", "10.0.0.2,10.0.0.3"):
+        with pytest.raises(ForgeError, match=f"names '{wrong}', which is no address"):
+            write_launch_files(tmp_path, ["10.0.0.1", wrong], 29500, None, False)

@@ -329,3 +329,12 @@ def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_
     statuses, told = peers.end()
     assert set(statuses.values()) == {WORKS_WITH_WARNINGS}, told
     assert re.search(f"WARNING public {expected}", said(told[0]))
+
+
+def test_a_main_machine_with_the_address_of_another_is_told(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 2, main=machines[2].address)
+    peers.start(0, "--config-file", peers.files[0], "--meet", "--peer-timeout=2")
+    statuses, told = peers.end()
+    assert statuses[0] == WILL_NOT_WORK
+    main = re.escape(f"{machines[2].address}:{peers.port}")
+    assert re.search(f"FAILED meeting rank 0 listens .* {main} does not lead to it", said(told[0]))
