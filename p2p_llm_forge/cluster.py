@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -485,6 +486,12 @@ class Cluster:
         return failure
 
 
+def _arrived(work: Any, received: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+    """What an exchange has brought, when it is over; `sent` has to stay in memory until then."""
+    work.wait()
+    return received
+
+
 def _lost(told: str) -> ForgeError:
     """The end of a rank that others have left: status 1, as when an exchange breaks."""
     error = ForgeError(told)
@@ -505,26 +512,29 @@ class Channel:
         self._group = group
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exchange")
 
-    def deal(self, rows: torch.Tensor) -> torch.Tensor:
-        """Send row r to rank r; returns the rows that all ranks have sent here, by rank.
+    def deal(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to send row r to rank r. Returns what waits for the rows that all ranks send here.
 
-        rows: (ranks, n), any dtype, contiguous, on the CPU.
+        rows: (ranks, n), any dtype, contiguous, on the CPU; the same shape comes back, by rank.
         """
         if self._group is None:
-            return rows
+            return lambda: rows
         received = torch.empty_like(rows)
-        dist.all_to_all_single(received, rows, group=self._group)
+        work = dist.all_to_all_single(received, rows, group=self._group, async_op=True)
         self.bytes_sent += (self.world_size - 1) * rows[0].nbytes
-        return received
+        return partial(_arrived, work, received, rows)
 
-    def share(self, row: torch.Tensor) -> torch.Tensor:
-        """Send `row` to all; returns the rows of all ranks, (ranks, n). row: (n), on the CPU."""
+    def share(self, row: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to send `row` to all. Returns what waits for the rows of all ranks, (ranks, n).
+
+        row: (n), any dtype, contiguous, on the CPU.
+        """
         if self._group is None:
-            return row.unsqueeze(0)
+            return lambda: row.unsqueeze(0)
         rows = row.new_empty((self.world_size, *row.shape))
-        dist.all_gather(list(rows), row, group=self._group)
+        work = dist.all_gather(list(rows), row, group=self._group, async_op=True)
         self.bytes_sent += (self.world_size - 1) * row.nbytes
-        return rows
+        return partial(_arrived, work, rows, row)
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place (a ring: 2 (ranks - 1) / ranks of its size are sent)."""
