@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -70,6 +71,7 @@ ARMS = {
 
 def main() -> int:
     """Measure what is asked for and not known yet; print and draw all that is known."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts and runs end with it
     arguments = parse()
     results = read(arguments.results)
     failed = measure(arguments, results)
