@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -119,3 +120,9 @@ def joined(
     """The inverse of `split_by_name`; what is missing is zero."""
     missing = torch.zeros
     return torch.cat([named.get(prefix + name, missing(size)) for name, size in parts])
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; the extremes tell, and no mask is made."""
+    low, high = values.aminmax()
+    return math.isfinite(low) and math.isfinite(high)

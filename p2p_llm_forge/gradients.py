@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from p2p_llm_forge.averaging import Averager, dealt_out
+from p2p_llm_forge.averaging import Averager, dealt_out, is_finite
 from p2p_llm_forge.cluster import Cluster
 from p2p_llm_forge.compress import CODECS, Codec
 from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState
@@ -124,7 +124,7 @@ class AllReduce:
 
         def average(buffer: torch.Tensor) -> torch.Tensor:
             summed = averager.sum(buffer.div_(world).float().cpu())
-            if not summed.isfinite().all():
+            if not is_finite(summed):
                 averager.forget()  # loss scaling skips this update; the next must not owe NaN
             return buffer.copy_(summed)
 
@@ -201,7 +201,7 @@ class PowerSGD(AllReduce):
             averaged = powerSGD_hook(self._powersgd, bucket).wait()
             values = self._compressed_values() - before or buffer.numel()
             self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
-            if not averaged.isfinite().all():  # see AllReduce
+            if not is_finite(averaged):  # see AllReduce
                 for tensors in self._matrices().values():
                     tensors.pop(bucket.index(), None)
             return averaged

@@ -153,3 +153,5 @@ def test_settings_of_sync_that_do_not_fit_are_refused_with_a_mend(asked, told):
 def test_streaming_runs_may_be_evaluated_at_any_update():
     asked = {"sync": "diloco", "sync_every": 30, "fragments": 2, "eval_every": 100}
     TrainConfig("data", "run", **asked).problems().raise_any()
+    with pytest.raises(ForgeError, match="--eval-every 100 is not a multiple"):
+        TrainConfig("data", "run", **{**asked, "fragments": 1}).problems().raise_any()
