@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from p2p_llm_forge.errors import ForgeError, run_script
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     import pyarrow as pa
 
@@ -85,7 +87,7 @@ def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -
     encode = tokenization.reference_encoder(tokenization.load_tokenizer(**loaded_from))
     schema = pa.schema([("tokens", pa.large_list(pa.uint32()))])
     stream = pa.ipc.new_stream(answers, schema)
-    for batch in pa.ipc.open_stream(questions):
+    for batch in _asked(questions):
         tokens, lengths, notes = np.empty(0, np.uint32), np.empty(0, np.int64), None
         try:
             tokens, lengths = encode(batch.column(0))
@@ -94,6 +96,17 @@ def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -
         column = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), tokens)
         stream.write_batch(pa.record_batch([column], schema=schema), custom_metadata=notes)
         answers.flush()
+
+
+def _asked(questions: BinaryIO) -> Iterator[pa.RecordBatch]:
+    """Batches until their stream ends, or is cut off because the parent was killed."""
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(questions)
+    except (pa.ArrowInvalid, OSError):
+        if questions.read(1):  # not cut off, but wrong
+            raise
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 import prepare_data
-from p2p_llm_forge import sources, tokenization
+from p2p_llm_forge import sources, tokenization, tokenizer_process
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.tokenizer_process import TokenizerProcess
@@ -104,6 +105,22 @@ def test_a_process_answers_as_the_tokenizer_does_and_its_failures_are_told(tmp_p
     finally:
         process.close()
     assert not children()
+
+
+def test_questions_end_wherever_the_parent_was_killed():
+    asked = pa.record_batch([pa.array([b"one", b"two"], pa.large_binary())], ["documents"])
+    pipe = io.BytesIO()
+    with pa.ipc.new_stream(pipe, asked.schema) as stream:
+        stream.write_batch(asked)
+        first = pipe.tell()
+        stream.write_batch(asked)
+        second = pipe.tell()
+    sent = pipe.getvalue()
+    for cut in range(len(sent)):
+        heard = list(tokenizer_process._asked(io.BytesIO(sent[:cut])))
+        assert heard == [asked] * ((cut >= first) + (cut >= second)), cut
+    with pytest.raises(OSError):
+        list(tokenizer_process._asked(io.BytesIO(bytes([8, 0, 0, 0]) * 99)))
 
 
 @pytest.mark.slow
