@@ -4,12 +4,16 @@
 
 Two hosts (network namespaces joined by a switch, which need root) send at most so many Mbit/s each,
 shaped by tc. On each a peer trains with one thread: a GPT-2 shape of 6 layers of 384, vocabulary
-8192, blocks of 256 tokens, float32, two blocks per peer and update. A peer alone is measured with
-the other host idle, and with another peer alone on it: both share this machine's memory.
+8192, blocks of 256 tokens, float32, two blocks per peer and update.
+
+A machine's speed drifts from minute to minute, so one peer alone, on a host of its own, is measured
+before and after every arm (it is stopped meanwhile), and an arm is told as a multiple of the mean
+of both. The arm "apart" is two peers that never hear of each other: they share this machine's
+memory and caches, so no arm can be faster.
 
 Measured is the time of updates after the first few: of DDP several, of DiLoCo one whole round with
-its exchange. Every arm is written to --results as soon as it is measured; arms that are there are
-not measured again. The end prints a table and draws the PNG.
+its exchange. Every measurement is written to --results at once; what is there counts as a repeat.
+The end prints a table of medians and draws the PNG.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +43,14 @@ SEQUENCE_LENGTH, BLOCKS_PER_PEER = 256, 2
 MODEL = "n_layer=6,n_head=6,n_embd=384,vocab_size=8192"
 PAYLOAD = 1448 / 1514  # of what goes over a full wire: the rest is Ethernet's, IP's and TCP's
 LONGEST_RUN_S = 400.0
+ALONE_UPDATES = 24  # before and after an arm
 
 
 @dataclass(frozen=True)
 class Arm:
     """A way to train, and how many updates are left out and measured."""
 
-    strategy: Strategy | None  # None: one peer alone
+    strategy: Strategy | None  # None: each peer for itself
     skipped: int
     measured: int
 
@@ -55,16 +61,16 @@ def diloco(every: int, compress: str, fragments: int = 1, overlap_steps: int = 0
     return Arm(strategy, skipped=10 if overlap_steps else 2, measured=every)
 
 
-ALONE, BOTH_ALONE = "alone", "both-alone"
+APART = "apart"
 ARMS = {
-    ALONE: Arm(None, 4, 12),
-    BOTH_ALONE: Arm(None, 4, 12),
+    APART: Arm(None, 4, 40),
     "ddp": Arm(Strategy(), 2, 4),
     "ddp-fp16": Arm(Strategy(compress="fp16"), 2, 6),
-    "ddp-int8": Arm(Strategy(compress="int8"), 2, 6),
-    "ddp-powersgd": Arm(Strategy(compress="powersgd"), 4, 8),  # its first two send everything
+    "ddp-int8": Arm(Strategy(compress="int8"), 2, 8),
+    "ddp-powersgd": Arm(Strategy(compress="powersgd"), 4, 12),  # its first two send everything
     **{f"diloco-20-{how}": diloco(20, how) for how in ("none", "int8", "int4")},
     **{f"diloco-100-{how}": diloco(100, how) for how in ("none", "int8", "int4")},
+    "diloco-100-int8-overlap": diloco(100, "int8", overlap_steps=5),
     "streaming-100-int8": diloco(100, "int8", fragments=4, overlap_steps=5),
 }
 
@@ -91,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=artifacts / "slow_network.json")
     parser.add_argument("--table", type=Path, default=artifacts / "slow_network.md")
     parser.add_argument("--plot", type=Path, default=ROOT / "benchmarks" / "slow_network.png")
-    parser.add_argument("--again", action="store_true", help="measure also what is known")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
     return parser.parse_args()
 
 
@@ -99,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
     """What earlier calls have measured."""
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    return {"alone": {}, "runs": {}}
+    return {"shapes": None, "runs": {}}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -113,12 +119,14 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     """Measure the arms; returns the names of those that failed."""
-    todo = [(name, None) for name in arguments.arms if ARMS[name].strategy is None]
-    todo += [
-        (name, mbit) for mbit in arguments.mbit for name in arguments.arms if ARMS[name].strategy
+    todo = [
+        (name, mbit)
+        for repeat in range(arguments.repeats)
+        for mbit in arguments.mbit
+        for name in arguments.arms
+        if len(results["runs"].get(key_of(name, mbit), [])) <= repeat
+        and (ARMS[name].strategy or mbit == arguments.mbit[0])
     ]
-    known = results["alone"].keys() | results["runs"].keys()
-    todo = [entry for entry in todo if arguments.again or key_of(*entry) not in known]
     if not todo:
         return []
     if why := why_not():
@@ -129,25 +137,62 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]
     with tempfile.TemporaryDirectory(prefix="slow_network-") as temporary:
         folder = Path(temporary)
         data = prepare_data(folder)
-        with hosts(2) as machines:
+        results["shapes"] = results["shapes"] or shapes_of_model(data)
+        with hosts(3) as (*machines, lonely):
+            alone = Alone(lonely, data, folder)
+            before = alone.tokens_per_s()
             for name, mbit in todo:
                 began = time.monotonic()
                 found = measure_arm(ARMS[name], name, mbit, machines, data, folder)
-                spent = time.monotonic() - began
+                after = alone.tokens_per_s()
                 if found is None:
                     failed.append(key_of(name, mbit))
                     continue
-                results["alone" if mbit is None else "runs"][key_of(name, mbit)] = found
+                found["alone"], before = (before + after) / 2, after
+                results["runs"].setdefault(key_of(name, mbit), []).append(found)
                 results["machine"] = machine()
                 write(arguments.results, results)
-                speed = f"{found['tokens_per_s']:,.0f} tokens/s"
-                print(f"{key_of(name, mbit):28} {speed:>16}  ({spent:.0f} s)", flush=True)
+                speed, times = found["tokens_per_s"], found["tokens_per_s"] / found["alone"]
+                print(
+                    f"{key_of(name, mbit):28} {speed:>8,.0f} tokens/s  {times:.2f}x alone"
+                    f"  ({time.monotonic() - began:.0f} s)",
+                    flush=True,
+                )
     return failed
 
 
-def key_of(name: str, mbit: float | None) -> str:
-    """What an arm's measurement is called in the results."""
-    return name if mbit is None else f"{name}@{mbit:g}"
+def key_of(name: str, mbit: float) -> str:
+    """What an arm's measurements are called in the results."""
+    return f"{name}@{mbit:g}" if ARMS[name].strategy else name
+
+
+class Alone:
+    """One peer that trains on and on, but is stopped except while it is measured."""
+
+    def __init__(self, host: Host, data: Path, folder: Path) -> None:
+        self._host, self._output, self._log = host, folder / "alone", folder / "alone.log"
+        words = [*common_flags(data, 1), "--max-steps", 1_000_000, "--log-every", 2]
+        words += ["--output-dir", self._output, "--world-size", 1]
+        host.start(PYTHON, "train.py", *words, log=self._log)
+        self._more_lines(2)
+        host.pause()
+
+    def tokens_per_s(self) -> float:
+        """Its speed now."""
+        self._host.go_on()
+        # The line that ends first contains the pause.
+        first, *_, last = self._more_lines(1 + ALONE_UPDATES // 2)
+        self._host.pause()
+        return speed_between(first, last)
+
+    def _more_lines(self, count: int) -> list[dict[str, Any]]:
+        known = len(read_lines(self._output))
+        deadline = time.monotonic() + LONGEST_RUN_S
+        while len(lines := read_lines(self._output)) < known + count:
+            if not self._host.is_running() or time.monotonic() > deadline:
+                sys.exit(f"error: a peer alone failed:\n{self._log.read_text(errors='replace')}")
+            time.sleep(0.1)
+        return lines[known : known + count]
 
 
 def machine() -> str:
@@ -177,18 +222,26 @@ def prepare_data(folder: Path) -> Path:
     return data
 
 
+def shapes_of_model(data: Path) -> list[list[int]]:
+    """The shapes of the parameters of the model that is trained."""
+    from p2p_llm_forge.config import TrainConfig
+    from p2p_llm_forge.corpus import open_prepared
+    from p2p_llm_forge.model import build_model
+
+    config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
+    return [list(p.shape) for p in build_model(config, open_prepared(data)).parameters()]
+
+
 def measure_arm(
-    arm: Arm, name: str, mbit: float | None, machines: list[Host], data: Path, folder: Path
+    arm: Arm, name: str, mbit: float, machines: list[Host], data: Path, folder: Path
 ) -> dict[str, Any] | None:
     """Run one arm on the hosts; None, after the end of its log, if it failed."""
-    if mbit is not None:
-        for host in machines:
-            host.shape(mbit)
-    used = machines if name != ALONE else machines[:1]
-    outputs = [folder / f"run-{name}-{number}" for number in range(len(used))]
-    logs = [folder / f"{name}-{number}.log" for number in range(len(used))]
+    for host in machines:
+        host.shape(mbit)
+    outputs = [folder / f"run-{number}" for number in range(len(machines))]
+    logs = [folder / f"{name}-{number}.log" for number in range(len(machines))]
     try:
-        for number, host in enumerate(used):
+        for number, host in enumerate(machines):
             words = run_flags(arm, data)
             if arm.strategy is None:
                 words += ["--output-dir", outputs[number], "--world-size", 1]
@@ -198,17 +251,13 @@ def measure_arm(
                 words += arm.strategy.flags.split()
             host.start(PYTHON, "train.py", *words, log=logs[number])
         telling = outputs if arm.strategy is None else outputs[:1]  # rank 0 alone tells
-        if not measured_all(arm, telling, used):
+        if not measured_all(arm, telling, machines):
             ends = [log.read_text(errors="replace")[-1500:] for log in logs]
             print(f"{key_of(name, mbit)} failed:", *ends, sep="\n", flush=True)
             return None
-        found = steady_state(arm, [read_lines(output) for output in telling])
-        if name == ALONE:
-            used[0].wait(LONGEST_RUN_S)  # until its model is saved
-            found["shapes"] = shapes_of(outputs[0])
-        return found
+        return steady_state(arm, [read_lines(output) for output in telling])
     finally:
-        for host in used:
+        for host in machines:
             host.switch_off()
         for output in outputs:
             shutil.rmtree(output, ignore_errors=True)
@@ -229,18 +278,23 @@ def measured_all(arm: Arm, outputs: list[Path], used: list[Host]) -> bool:
 
 
 def run_flags(arm: Arm, data: Path) -> list[object]:
-    """What all arms have in common."""
-    peers = 1 if arm.strategy is None else 2
+    """What makes a run of a peer one of that arm."""
     # A line of metrics at both ends of what is measured. A run's last update ends its last round,
     # which is not measured.
     steps = arm.skipped + arm.measured + (arm.strategy is not None and arm.strategy.sync != "ddp")
     every = arm.skipped
     assert arm.measured % every == 0
+    peers = 1 if arm.strategy is None else 2
+    return [*common_flags(data, peers), "--max-steps", steps, "--log-every", every]
+
+
+def common_flags(data: Path, peers: int) -> list[object]:
+    """What all runs have in common."""
     return [
         *("--dataset-path", data, "--config-overrides", MODEL, "--mixed-precision", "no"),
         *("--batch-size", peers * BLOCKS_PER_PEER, "--micro-batch-size", BLOCKS_PER_PEER),
-        *("--max-steps", steps, "--log-every", every, "--report-to", "none"),
-        *("--cpu", "--cpu-threads", 1, "--peer-timeout", 60),
+        *("--report-to", "none", "--save-every", 0, "--cpu", "--cpu-threads", 1),
+        *("--peer-timeout", 60),
     ]
 
 
@@ -258,120 +312,140 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def steady_state(arm: Arm, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Figures between two lines of metrics.jsonl, whose own are those since the run began.
-
-    Of several runs (two peers, each alone) the mean.
-    """
-    speeds, shares, sent = [], [], []
-    for lines in runs:
-        by_step = {line["step"]: line for line in lines}
-        first, last = by_step[arm.skipped], by_step[arm.skipped + arm.measured]
-        spent = [line["tokens"] / line["tokens_per_second"] for line in (first, last)]
-        speeds.append((last["tokens"] - first["tokens"]) / (spent[1] - spent[0]))
-        if "communication" in last:
-            waited = [
-                line["communication"] * seconds
-                for line, seconds in zip((first, last), spent, strict=True)
-            ]
-            shares.append((waited[1] - waited[0]) / (spent[1] - spent[0]))
-            total = [line["bytes_sent_per_update"] * line["step"] for line in (first, last)]
-            sent.append((total[1] - total[0]) / arm.measured)
-    return {
-        "tokens_per_s": sum(speeds) / len(speeds),
-        "communication": sum(shares) / len(shares) if shares else None,
-        "bytes_per_update": sum(sent) / len(sent) if sent else None,
-    }
+    """Figures of all peers between two lines of metrics.jsonl; runs: one, or one of each peer."""
+    by_step = [{line["step"]: line for line in lines} for lines in runs]
+    ends = [(run[arm.skipped], run[arm.skipped + arm.measured]) for run in by_step]
+    found = {"tokens_per_s": sum(speed_between(*both) for both in ends)}
+    if arm.strategy is None:
+        return found
+    [(first, last)] = ends
+    spent = [seconds_until(line) for line in (first, last)]
+    waited = [line["communication"] * s for line, s in zip((first, last), spent, strict=True)]
+    sent = [line["bytes_sent_per_update"] * line["step"] for line in (first, last)]
+    found["communication"] = (waited[1] - waited[0]) / (spent[1] - spent[0])
+    found["bytes_per_update"] = (sent[1] - sent[0]) / arm.measured
+    return found
 
 
-def shapes_of(output: Path) -> list[list[int]]:
-    """The shapes of the trained model's parameters."""
-    from safetensors import safe_open
+def speed_between(first: dict[str, Any], last: dict[str, Any]) -> float:
+    """Tokens/s between two lines of metrics.jsonl, whose own are those since the run began."""
+    spent_s = seconds_until(last) - seconds_until(first)
+    return (last["tokens"] - first["tokens"]) / spent_s
 
-    with safe_open(output / "model.safetensors", framework="np") as file:
-        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+
+def seconds_until(line: dict[str, Any]) -> float:
+    """From the first update to a line."""
+    return line["tokens"] / line["tokens_per_second"]
 
 
 # --- telling --------------------------------------------------------------------------------------
 
 
-def predicted(strategy: Strategy, mbit: float, results: dict[str, Any]) -> dict[str, Any]:
-    """What advice.py says, knowing only the speed of a peer alone, the model and the bandwidth."""
-    alone = results["alone"][ALONE]
-    shapes = tuple(tuple(shape) for shape in alone["shapes"])
+def predicted(strategy: Strategy, mbit: float, alone: float, results: dict[str, Any]) -> float:
+    """The tokens/s of which advice.py speaks, knowing only the speed of a peer alone, the model and
+    the bandwidth."""
+    shapes = tuple(map(tuple, results["shapes"]))
     tokens = BLOCKS_PER_PEER * SEQUENCE_LENGTH
     measured = Measured(
         parameters=sum(map(math.prod, shapes)),
-        update_s=tokens / alone["tokens_per_s"],
+        update_s=tokens / alone,
         tokens_per_update=2 * tokens,
         peers=2,
         bytes_per_s=mbit * 1e6 / 8 * PAYLOAD,
         shapes=shapes,
     )
-    return asdict(forecast(strategy, measured))
+    return forecast(strategy, measured).tokens_per_s
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of every figure, and of the ratio to one peer alone; with how far that ratio ranged."""
+    found = {
+        name: statistics.median(run[name] for run in runs)
+        for name in runs[0]
+        if runs[0][name] is not None
+    }
+    times = sorted(run["tokens_per_s"] / run["alone"] for run in runs)
+    return {**found, "times": statistics.median(times), "least": times[0], "most": times[-1]}
 
 
 def runs_of(results: dict[str, Any]) -> dict[float, dict[str, dict[str, Any]]]:
-    """What was measured, by bandwidth and arm, in the order of ARMS."""
+    """The medians of what was measured, by bandwidth and arm, in the order of ARMS."""
     found: dict[float, dict[str, dict[str, Any]]] = {}
     for name in ARMS:
-        for key, run in results["runs"].items():
+        for key, runs in results["runs"].items():
             arm, _, mbit = key.partition("@")
-            if arm == name:
-                found.setdefault(float(mbit), {})[name] = run
+            if arm == name and mbit:
+                found.setdefault(float(mbit), {})[name] = {**medians(runs), "repeats": len(runs)}
     return dict(sorted(found.items()))
 
 
 def report(results: dict[str, Any]) -> str:
     """All that was measured as Markdown."""
-    if ALONE not in results["alone"]:
-        return "one peer alone is not measured yet: --arms alone\n"
-    alone = results["alone"][ALONE]["tokens_per_s"]
-    lines = [results["machine"] + ".", "", f"One peer alone: {alone:,.0f} tokens/s."]
-    if BOTH_ALONE in results["alone"]:
-        both = results["alone"][BOTH_ALONE]["tokens_per_s"]
-        lines.append(f"While another trains alone beside it: {both:,.0f} tokens/s.")
+    if not results["runs"]:
+        return "nothing is measured yet\n"
+    speeds = sorted(run["alone"] for runs in results["runs"].values() for run in runs)
+    lines = [
+        results["machine"] + ".",
+        "",
+        (
+            f"One peer alone: {statistics.median(speeds):,.0f} tokens/s ({speeds[0]:,.0f} to"
+            f" {speeds[-1]:,.0f} from one measurement to another)."
+        ),
+    ]
+    if APART in results["runs"]:
+        apart = medians(results["runs"][APART])
+        lines.append(
+            f"Two that never hear of each other: {told_times(apart)}x one alone, in"
+            f" {len(results['runs'][APART])} measurements."
+        )
     deviations = []
     for mbit, runs in runs_of(results).items():
         lines += ["", f"{mbit:g} Mbit/s:", ""]
         lines.append(
-            "| strategy | tokens/s | x one alone | predicted | predicted / measured |"
+            "| strategy | tokens/s | x one alone | measured | predicted x | predicted / measured |"
             " communication | MB sent per update |"
         )
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append("|---|---|---|---|---|---|---|---|")
         for name, run in runs.items():
             strategy = ARMS[name].strategy
             assert strategy is not None
-            hoped = predicted(strategy, mbit, results)["tokens_per_s"]
-            deviations.append((abs(hoped / run["tokens_per_s"] - 1), key_of(name, mbit)))
+            hoped = predicted(strategy, mbit, run["alone"], results) / run["alone"]
+            deviations.append((abs(hoped / run["times"] - 1), key_of(name, mbit)))
             lines.append(
-                f"| `{strategy.flags}` | {run['tokens_per_s']:,.0f} |"
-                f" {run['tokens_per_s'] / alone:.2f} | {hoped:,.0f} |"
-                f" {hoped / run['tokens_per_s']:.2f} | {percent(run['communication'])} |"
-                f" {megabytes(run['bytes_per_update'])} |"
+                f"| `{strategy.flags}` | {run['tokens_per_s']:,.0f} | {told_times(run)} |"
+                f" {run['repeats']}x | {hoped:.2f} | {hoped / run['times']:.2f} |"
+                f" {percent(run['communication'])} | {megabytes(run['bytes_per_update'])} |"
             )
-    lines += ["", *goals(results, alone, deviations)]
+    lines += ["", *goals(results, deviations)]
     return "\n".join(lines) + "\n"
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def told_times(run: dict[str, Any]) -> str:
+    """The median ratio to one peer alone, and how far it ranged if that is known."""
+    if run["least"] == run["most"]:
+        return f"{run['times']:.2f}"
+    return f"{run['times']:.2f} ({run['least']:.2f} to {run['most']:.2f})"
 
 
-def megabytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.2f}"
+def percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
-def goals(results: dict[str, Any], alone: float, deviations: list[tuple[float, str]]) -> list[str]:
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def goals(results: dict[str, Any], deviations: list[tuple[float, str]]) -> list[str]:
     """What was to be reached, and what was, as far as it is measured."""
-    runs, lines = results["runs"], []
-    if run := runs.get("diloco-100-int8@50"):
-        lines.append(
-            f"- diloco, int8, 100 updates a round at 50 Mbit/s: {run['tokens_per_s'] / alone:.2f}x"
-            f" one peer alone (goal: 1.9), communication {percent(run['communication'])} (goal:"
-            " under 5 %)"
-        )
-    if "ddp@50" in runs and "ddp-int8@50" in runs:
-        gain = runs["ddp-int8@50"]["tokens_per_s"] / runs["ddp@50"]["tokens_per_s"]
+    runs, lines = runs_of(results).get(50, {}), []
+    for name in ("diloco-100-int8", "diloco-100-int8-overlap"):
+        if run := runs.get(name):
+            lines.append(
+                f"- {name} at 50 Mbit/s: {told_times(run)}x one peer alone (goal: 1.9),"
+                f" communication {percent(run['communication'])} (goal: under 5 %)"
+            )
+    if "ddp" in runs and "ddp-int8" in runs:
+        gain = runs["ddp-int8"]["times"] / runs["ddp"]["times"]
         lines.append(f"- int8 gradients at 50 Mbit/s: {gain:.2f}x plain ddp (goal: 3.5)")
     if deviations:
         worst, where = max(deviations)
@@ -380,9 +454,9 @@ def goals(results: dict[str, Any], alone: float, deviations: list[tuple[float, s
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Tokens/s against bandwidth, a line for every strategy."""
+    """Speed against bandwidth, a line for every strategy."""
     by_rate = runs_of(results)
-    if not by_rate or ALONE not in results["alone"]:
+    if not by_rate:
         return
     try:
         import matplotlib
@@ -392,31 +466,29 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    alone = results["alone"][ALONE]["tokens_per_s"]
     styles = {"ddp": ("-", "o"), "diloco-20": ("--", "s"), "diloco-100": ("-.", "^")}
     colours = {"none": "C0", "fp16": "C1", "int8": "C2", "int4": "C3", "powersgd": "C4"}
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for name, arm in ARMS.items():
-        points = [
-            (rate, runs[name]["tokens_per_s"]) for rate, runs in by_rate.items() if name in runs
-        ]
+        points = [(rate, runs[name]["times"]) for rate, runs in by_rate.items() if name in runs]
         if not points or arm.strategy is None:
             continue
         family = name.removesuffix("-" + arm.strategy.compress)
         line, marker = styles.get(family, (":", "D"))
         colour = colours[arm.strategy.compress]
         axes.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=name)
-    for times, text in ((1, "one peer alone"), (2, "twice one peer")):
-        axes.axhline(times * alone, color="grey", linewidth=0.8)
-        axes.annotate(
-            text, (min(by_rate), times * alone), (0, 3), textcoords="offset points", fontsize=8
-        )
+    lines = {1.0: "one peer alone"}
+    if APART in results["runs"]:
+        lines[medians(results["runs"][APART])["times"]] = "two apart"
+    for times, text in lines.items():
+        axes.axhline(times, color="grey", linewidth=0.8)
+        axes.annotate(text, (min(by_rate), times), (0, 3), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xticks(list(by_rate), [f"{rate:g}" for rate in by_rate])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Mbit/s of each peer's link")
-    axes.set_ylabel("tokens/s of two peers")
+    axes.set_ylabel("tokens/s of two peers, in those of one alone")
     axes.set_title("Two peers, 13.9 M parameters, float32")
     figure.legend(loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,20 @@ class Host:
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
 
+    def pause(self) -> None:
+        """Stop what was started where it is, as a suspended laptop does."""
+        for member in self._members():
+            member.suspend()
+
+    def go_on(self) -> None:
+        """The end of a pause."""
+        for member in self._members():
+            member.resume()
+
+    def _members(self) -> list[psutil.Process]:
+        families = [psutil.Process(process.pid) for process in self._processes]
+        return [one for first in families for one in [first, *first.children(recursive=True)]]
+
     def switch_off(self) -> None:
         """Kill everything on the host at once, as a power cut does."""
         for process in self._processes:
