@@ -43,7 +43,7 @@ SEQUENCE_LENGTH, BLOCKS_PER_PEER = 256, 2
 MODEL = "n_layer=6,n_head=6,n_embd=384,vocab_size=8192"
 PAYLOAD = 1448 / 1514  # of what goes over a full wire: the rest is Ethernet's, IP's and TCP's
 LONGEST_RUN_S = 400.0
-ALONE_UPDATES = 24  # before and after an arm
+ALONE_UPDATES = 20  # before and after an arm
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,9 @@ def measured_all(arm: Arm, outputs: list[Path], used: list[Host]) -> bool:
 
 def run_flags(arm: Arm, data: Path) -> list[object]:
     """What makes a run of a peer one of that arm."""
-    # A line of metrics at both ends of what is measured. A run's last update ends its last round,
-    # which is not measured.
-    steps = arm.skipped + arm.measured + (arm.strategy is not None and arm.strategy.sync != "ddp")
+    # A line of metrics at both ends of what is measured, and some updates more: the last one ends
+    # a round early, and no peer should end while another is measured.
+    steps = arm.skipped + arm.measured + 20
     every = arm.skipped
     assert arm.measured % every == 0
     peers = 1 if arm.strategy is None else 2
