@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 GOAL = 0.95  # share of the time that should go into computing
 BACKWARD = 2 / 3  # of the time of a micro-batch: the part that DDP's exchange can hide behind
-LAST_BUCKET = 25 * 2**20  # bytes of gradients that DDP has only when backward is over
+LAST_BUCKET = 10 * 2**20  # bytes of gradients that DDP has only when backward is over
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from p2p_llm_forge.compress import Codec, ErrorFeedback
 from p2p_llm_forge.sync import SavedSync
 
 PIECE = 2**18  # values of one exchange
-AHEAD = 3  # exchanges that are begun before the first is waited for
+AHEAD = 3  # sums on their way before the first is waited for
+Waiting = Callable[[], torch.Tensor]  # gives what arrives, once it has
 SENDING, IN_SUM = "lost_sending.", "lost_in_sum."  # and the parameter's name
 
 
@@ -39,23 +40,37 @@ class Averager:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks. values: (count) float32 on the CPU, finite."""
+        return self.finish(self.begin(values))
+
+    def begin(self, values: torch.Tensor) -> deque[Waiting]:
+        """Begin to send `values` (see `sum`) to the owners of their shards; `finish` takes it.
+
+        All pieces at once: a link that waits for a CPU, for an answer or for a lost packet carries
+        nothing. (One piece at a time used less than half of 50 Mbit/s.)
+        """
         if self._channel.world_size == 1:  # alone there is no wire, so nothing is encoded
-            return values
+            return deque([lambda: values])
+        pieces = self._rows(values).split(self._piece, dim=1)
+        return deque(
+            self._channel.deal(sending.encode(self._codec, piece.contiguous()))
+            for piece, (sending, _) in zip(pieces, self._owed, strict=True)
+        )
+
+    def finish(self, dealt: deque[Waiting]) -> torch.Tensor:
+        """The sum over all ranks of what they have begun to send. (count) float32."""
         codec, channel = self._codec, self._channel
-        pieces = [rows.contiguous() for rows in self._rows(values).split(self._piece, dim=1)]
-        # Several exchanges are always under way: a link that waits for a CPU, for an answer or for
-        # a lost packet carries nothing. (One at a time: less than half of 50 Mbit/s was used.)
-        dealt: deque[Callable[[], torch.Tensor]] = deque()
-        shared = []
-        for number in range(len(pieces) + AHEAD):
-            if number < len(pieces):
-                sending, _ = self._owed[number]
-                dealt.append(channel.deal(sending.encode(codec, pieces[number])))
-            if number >= AHEAD:
-                _, in_sum = self._owed[number - AHEAD]
-                shard = codec.decode(dealt.popleft()()).sum(0)
-                shared.append(channel.share(in_sum.encode(codec, shard)))
-        return torch.cat([codec.decode(rows()) for rows in shared], dim=1).view(-1)[: self._count]
+        if channel.world_size == 1:
+            return dealt.popleft()()
+        summed = torch.empty(channel.world_size, self._width)
+        pieces, shared = deque(summed.split(self._piece, dim=1)), deque[Waiting]()
+        for _, in_sum in self._owed:
+            shard = codec.decode(dealt.popleft()()).sum(0)
+            shared.append(channel.share(in_sum.encode(codec, shard)))
+            if len(shared) > AHEAD:
+                pieces.popleft().copy_(codec.decode(shared.popleft()()))
+        for piece, rows in zip(pieces, shared, strict=True):
+            piece.copy_(codec.decode(rows()))
+        return summed.view(-1)[: self._count]
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         """The vector as (ranks, width), filled up with zeros."""

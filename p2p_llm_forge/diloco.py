@@ -175,7 +175,9 @@ class DiLoCo:
         )
         move = (fragment.anchor - fragment.start).mul_(fragment.share)
         fragment.tokens = 0
-        fragment.move = self._channel.in_background(lambda: fragment.averager.sum(move))
+        fragment.move = self._channel.in_background(
+            lambda: fragment.averager.begin(move), fragment.averager.finish
+        )
 
     def _land(self, fragment: Fragment) -> float:
         """Take the outer step with the move that was sent. Returns the seconds that it waited."""

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -96,39 +97,43 @@ class AllReduce:
             future.set_result(buffer)
             return future
         self._last_began = time.perf_counter()
-        average = self._way(bucket)
+        begin, finish = self._way(bucket)
 
-        def exchange() -> None:
-            try:
-                with torch.no_grad():
-                    averaged = average(buffer)
-                self._last_ended = time.perf_counter()
-                future.set_result(averaged)
-            except Exception as error:  # raised where DDP waits
+        def tell(exchanged: Future[torch.Tensor]) -> None:
+            self._last_ended = time.perf_counter()
+            if error := exchanged.exception():  # raised where DDP waits
                 future.set_exception(error)  # type: ignore[arg-type]
+            else:
+                future.set_result(exchanged.result())
 
-        self._channel.in_background(exchange)
+        without_grad = torch.no_grad()
+        self._channel.in_background(without_grad(begin), without_grad(finish)).add_done_callback(
+            tell
+        )
         return future
 
-    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What averages this bucket's buffer, and returns it."""
-        world = self._cluster.world_size
+    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+        """What begins to average this bucket's buffer, and what finishes it and returns it."""
+        world, buffer = self._cluster.world_size, bucket.buffer()
         if self._codec.name == "none":
-            return lambda buffer: buffer.copy_(self._channel.sum_(buffer.div_(world).cpu()))
+            return (
+                lambda: buffer.div_(world).cpu(),
+                lambda own: buffer.copy_(self._channel.sum_(own)),
+            )
         if bucket.index() not in self._averagers:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
-            averager = Averager(self._channel, self._codec, len(bucket.buffer()))
+            averager = Averager(self._channel, self._codec, len(buffer))
             averager.restore(self._lost, parts)
             self._averagers[bucket.index()] = averager, parts
         averager, _ = self._averagers[bucket.index()]
 
-        def average(buffer: torch.Tensor) -> torch.Tensor:
-            summed = averager.sum(buffer.div_(world).float().cpu())
+        def finish(dealt: Any) -> torch.Tensor:
+            summed = averager.finish(dealt)
             if not is_finite(summed):
                 averager.forget()  # loss scaling skips this update; the next must not owe NaN
             return buffer.copy_(summed)
 
-        return average
+        return lambda: averager.begin(buffer.div_(world).float().cpu()), finish
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
@@ -191,22 +196,22 @@ class PowerSGD(AllReduce):
     def _register(self) -> None:
         self._model.register_comm_hook(None, self._hook)
 
-    def _way(self, bucket: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
 
-        def average(buffer: torch.Tensor) -> torch.Tensor:
+        def average(_: Any) -> torch.Tensor:
             world, before = self._cluster.world_size, self._compressed_values()
             # The hook chains all-reduces, and those of two buckets under way at once meet each
             # other's on gloo (torch 2.13): here one bucket is done before the next begins.
             averaged = powerSGD_hook(self._powersgd, bucket).wait()
-            values = self._compressed_values() - before or buffer.numel()
-            self._channel.bytes_sent += 2 * (world - 1) * 4 * values // world
+            values = self._compressed_values() - before or bucket.buffer().numel()
+            self._channel.count(2 * (world - 1) * 4 * values // world)
             if not is_finite(averaged):  # see AllReduce
                 for tensors in self._matrices().values():
                     tensors.pop(bucket.index(), None)
             return averaged
 
-        return average
+        return lambda: None, average
 
     def _compressed_values(self) -> int:
         """Values that the hook has given to all-reduces since it compresses."""

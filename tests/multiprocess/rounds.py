@@ -66,7 +66,7 @@ def main() -> int:
             tokens = order["tokens"][cluster.rank]
             if step == order.get("stalled"):
                 gate = threading.Event()
-                sync._channel.in_background(gate.wait)
+                sync._channel.in_background(gate.wait, lambda _: None)
                 threading.Timer(0.3, gate.set).start()
             report = sync.after_update(step, tokens)
             trace.append(
