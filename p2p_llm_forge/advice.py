@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 GOAL = 0.95  # share of the time that should go into computing
 BACKWARD = 2 / 3  # of the time of a micro-batch: the part that DDP's exchange can hide behind
-LAST_BUCKET = 10 * 2**20  # bytes of gradients that DDP has only when backward is over
+# Bytes of gradients that DDP has only when backward is over: see BUCKET_MB in cluster.py.
+LAST_BUCKET, LAST_COMPRESSED_BUCKET = 25 * 2**20, 10 * 2**20
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:
     if strategy.sync == "diloco":
         return max(0.0, wire_s - strategy.overlap_steps * measured.update_s)
     # DDP sends while the last micro-batch runs backward, but for the gradients that come last.
-    last = min(1.0, LAST_BUCKET / (4 * measured.parameters))
+    is_whole = strategy.compress in ("none", "powersgd")
+    bucket = LAST_BUCKET if is_whole else LAST_COMPRESSED_BUCKET
+    last = min(1.0, bucket / (4 * measured.parameters))
     hidden_s = BACKWARD * measured.update_s / measured.micro_batches
     return max(last * wire_s, wire_s - hidden_s)
 

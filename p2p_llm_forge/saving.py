@@ -46,7 +46,8 @@ class Saving:
         state = {
             **state,
             "step": step,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            # By rank: where ranks train alone, each finds its own scale.
+            "scaler": None if scaler is None else cluster.gather_facts(scaler.state_dict()),
             "config": as_dict(self._config),
             "sync": {**held.facts, "strategy": self._sync.settings()},
         }
@@ -129,5 +130,7 @@ def take_up(
     of_rank = cluster.rank % saved.world_size if both_alone else 0
     checkpoint.load_optimizer(folder, lm, optimizer, of_rank)
     sync.load_state(saved)
-    if cluster.accelerator.scaler is not None and state.get("scaler"):
-        cluster.accelerator.scaler.load_state_dict(state["scaler"])
+    if cluster.accelerator.scaler is not None and (scaler := state.get("scaler")):
+        # Older checkpoints hold that of rank 0 alone.
+        by_rank = [scaler] if isinstance(scaler, dict) else scaler
+        cluster.accelerator.scaler.load_state_dict(by_rank[of_rank if of_rank < len(by_rank) else 0])

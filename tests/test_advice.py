@@ -65,7 +65,7 @@ def test_only_the_last_micro_batch_hides_an_exchange():
 
 def test_on_a_fast_network_the_last_gradients_are_still_waited_for():
     found = forecast(Strategy(), replace(SLOW, bytes_per_s=1e9 / 8))
-    share = 10 * 2**20 / 55_200_000
+    share = 25 * 2**20 / 55_200_000
     assert found.communication_s_per_update == pytest.approx(share * 55.2 / 125)
 
 

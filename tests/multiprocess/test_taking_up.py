@@ -122,6 +122,38 @@ def test_an_infinite_gradient_is_not_owed_to_the_next_updates(zygote, tmp_path, 
         assert gradients[-1] == pytest.approx([0.5] * overflow.WIDTH**2, rel=0.1)
 
 
+def test_every_rank_goes_on_with_its_own_loss_scale(zygote, prepared, tmp_path):
+    """Ranks that train alone find different scales, and what fp16 rounds away depends on them."""
+    way = {**CONSTANT, "sync": "diloco", "sync_every": 4, "save_every": 2, "max_grad_norm": 0}
+
+    def run(folder, first_scale, **settings):
+        words, environ = flags(prepared, folder, **way, **settings), {"FIRST_SCALE": first_scale}
+        by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        log = folder.with_suffix(".log")
+        ranks = [
+            zygote.start(
+                [*words, *by_hand, f"--rank={rank}"],
+                log,
+                environ,
+                script="tests.multiprocess.scaled",
+            )
+            for rank in range(2)
+        ]
+        assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(log)
+        return folder
+
+    calm = run(tmp_path / "calm", "64", max_steps=8)
+    broken = run(tmp_path / "broken", "64", max_steps=2)
+    run(broken, "4096", max_steps=8)
+    scales = [
+        [of_rank["scale"] for of_rank in read_state(folder / "checkpoint-8")["scaler"]]
+        for folder in (calm, broken)
+    ]
+    assert scales == [[256.0, 512.0]] * 2  # doubled after every third of 8 updates
+    there = tensors(broken, 8)
+    assert all(torch.equal(tensor, there[key]) for key, tensor in tensors(calm, 8).items())
+
+
 def test_one_process_is_told_that_rounds_are_pointless(zygote, prepared, tmp_path):
     finish(zygote, prepared, tmp_path / "run", 1, sync="diloco", sync_every=2, max_steps=4)
     assert "pointless with one process" in read(tmp_path / "run.log")

@@ -1,0 +1,27 @@
+"""A program for tests: train.py with loss scaling, as fp16 has it on a GPU, but on the CPU.
+
+The environment's FIRST_SCALE is the scale that a rank begins with, times its number from 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+def main() -> int:
+    import accelerate
+    import torch
+
+    import train
+
+    class Scaling(accelerate.Accelerator):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            first = float(os.environ["FIRST_SCALE"]) * (1 + self.process_index)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=first, growth_interval=3)
+
+    accelerate.Accelerator = Scaling  # the process is the test's own
+    sys.argv[0] = "train.py"
+    return train.main()
