@@ -94,7 +94,7 @@ ARMS: dict[str, Arm] = {
     "plain averaging": Arm(),
     **{  # 0.7/0.9: as published (arXiv 2311.08105)
         f"{lr:g}/{momentum:g}": Arm(outer_lr=lr, outer_momentum=momentum)
-        for lr in (0.3, 0.5, 0.7, 1.0)
+        for lr in (0.3, 0.5, 0.7)
         for momentum in (0.5, 0.8, 0.9)
     },
     "default": DEFAULT,

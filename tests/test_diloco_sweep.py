@@ -162,7 +162,7 @@ class Both:
 
 def test_of_each_chunk_the_largest_values_arrive_and_the_rest_waits():
     moves = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
-    rounds = Rounds(Arm(compress="top0.25"), rounds=2, anchor=torch.zeros(5000))
+    rounds = Rounds(Arm(compress="top0.25"), rounds=10, anchor=torch.zeros(5000))
     weights = -moves
     rounds.end_round(weights)
     sent = []
