@@ -1,7 +1,7 @@
 """Many small GPT-2s of one shape that train in one process, side by side, as one batch.
 
 A machine (a model with its optimizer) is a row of one tensor, and all machines go through batched
-multiplications together: small models cost mostly the start of each operation, which they share.
+multiplications together, so that dozens of models share what it costs to start each operation.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def losses(weights: Tensor, inputs: Tensor, targets: Tensor, sizes: Sizes) -> Te
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices (count, rows, columns) with their singular values brought near 1 (0.7 to 1.2).
+    """Matrices (count, rows, columns) with their singular values brought near 1 (0.5 to 1.5).
 
     Newton and Schulz's iteration with the coefficients of Muon (Keller Jordan, 2024).
     """
@@ -120,13 +120,14 @@ class Optimizer:
     def __init__(self, weights: Tensor, sizes: Sizes, rates: list[float], inner: list[str]) -> None:
         self.gradient = torch.zeros_like(weights)  # (machines, parameters), set before each step
         shapes = sizes.shapes()
-        counts = [math.prod(s) for name, s in shapes.items() if len(s) == 2 and name[0] == "h"]
-        matrices, self._decay = sum(counts), TrainConfig.weight_decay
-        embeddings = sum(math.prod(s) for s in shapes.values() if len(s) == 2) - matrices
+        hidden = [name for name, shape in shapes.items() if name[:2] == "h." and len(shape) == 2]
+        hidden_end = sum(math.prod(shapes[name]) for name in hidden)
+        decayed_end = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+        self._decay = TrainConfig.weight_decay
         groups = []
         for row, (rate, kind) in enumerate(zip(rates, inner, strict=True)):
-            start, end = matrices if kind == "muon" else 0, matrices + embeddings
-            for span, decay in ((slice(start, end), self._decay), (slice(end, None), 0.0)):
+            matrices = slice(hidden_end if kind == "muon" else 0, decayed_end)
+            for span, decay in ((matrices, self._decay), (slice(decayed_end, None), 0.0)):
                 parameter = torch.nn.Parameter(weights[row, span])
                 parameter.grad = self.gradient[row, span]
                 groups.append(
@@ -136,7 +137,7 @@ class Optimizer:
         self._rows = torch.tensor([row for row, kind in enumerate(inner) if kind == "muon"])
         self._rates = torch.tensor(rates)[:, None, None]
         weights_of, gradients_of = sizes.parts(weights), sizes.parts(self.gradient)
-        names = list(shapes)[: len(counts)] if len(self._rows) else []
+        names = hidden if len(self._rows) else []
         self._muon = [(weights_of[name], gradients_of[name]) for name in names]
         self._velocities = [torch.zeros_like(part[self._rows]) for part, _ in self._muon]
 
