@@ -289,9 +289,10 @@ class TrainConfig:
     sync_every: int | None = flag(
         None, f"diloco: updates in a round; {ROUND_LENGTH} if nothing else says it"
     )
-    # From a sweep on small models (one seed each; what real runs gave: benchmarks/README.md). They
-    # take a little less than a round's own move (0.5 x 1.8 of it) and let momentum make up the
-    # distance. The published 0.7 and 0.9 (arXiv 2311.08105) did worse there.
+    # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
+    # of real runs: benchmarks/README.md). They take a little less than a round's own move (0.5 x
+    # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)
+    # were the worst there.
     outer_lr: float = flag(
         0.5,
         "diloco: share of the peers' average move that is taken; 1 with --outer-momentum 0 is"

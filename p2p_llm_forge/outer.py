@@ -38,7 +38,7 @@ def outer_settings(
     They go from those of plain averaging (1 and 0) in equal steps to those asked for, which they
     reach after `warmup_rounds`: the first moves are large and soon outdated, and a run of few
     rounds would end before momentum has made up for a rate below 1. Rate 1 and momentum 0 stay
-    exactly so. Figures: benchmarks/diloco_quality.py.
+    exactly so. Figures: benchmarks/diloco_sweep.py.
     """
     if rounds_done >= warmup_rounds:
         return lr, momentum
