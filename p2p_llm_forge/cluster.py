@@ -37,10 +37,10 @@ from p2p_llm_forge.shared_secret import read_secret
 
 Begun = TypeVar("Begun")
 Result = TypeVar("Result")
-# Megabytes of gradients that DDP exchanges at once: its own, and where an exchange is compressed and
-# so begins while the one before is being finished. There smaller ones leave earlier while backward
-# runs (4 % less time for an update at 50 Mbit/s, 13.9 M parameters, int8); an all-reduce, which
-# waits for its end, takes longer in small ones (13.1 s instead of 11.3).
+# Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
+# exchange begins while the one before is being finished. There smaller ones leave earlier while
+# backward runs (4 % less time for an update at 50 Mbit/s, 13.9 M parameters, int8); an all-reduce,
+# which waits for its end, takes longer in small ones (13.1 s instead of 11.3).
 BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
 
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -96,6 +96,7 @@ def forecasts(
         latency_s=max(latencies, default=0.0),
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
         shapes=tuple(tuple(p.shape) for p in trained),
+        is_on_cpu=cluster.device.type == "cpu",
     )
     possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
     return [advice.forecast(way, known) for way in possible]

@@ -31,6 +31,7 @@ SLOW = Measured(
     peers=2,
     bytes_per_s=50e6 / 8,
 )
+ON_GPU = replace(SLOW, is_on_cpu=False)
 SHAPES = ((8192, 384), (384,), (384, 1536))
 measurements = st.builds(
     Measured,
@@ -42,6 +43,7 @@ measurements = st.builds(
     latency_s=st.floats(0, 1),
     micro_batches=st.integers(1, 64),
     shapes=st.just(SHAPES),
+    is_on_cpu=st.booleans(),
 )
 strategies = st.sampled_from(
     [*CANDIDATES, Strategy(compress="powersgd"), Strategy(compress="fp16")]
@@ -50,7 +52,7 @@ strategies = st.sampled_from(
 
 def test_plain_ddp_over_50_mbit_per_second():
     # 13.8 M x 4 bytes to the other peer and back: 55.2 MB, 8.832 s, of which 0.4 s are hidden.
-    found = forecast(Strategy(), SLOW)
+    found = forecast(Strategy(), ON_GPU)
     assert found.bytes_per_update == found.peak_bytes == 55_200_000
     assert found.communication_s_per_update == pytest.approx(8.432)
     assert found.tokens_per_s == pytest.approx(1024 / 9.032)
@@ -58,13 +60,19 @@ def test_plain_ddp_over_50_mbit_per_second():
     assert found.times_alone == pytest.approx(1.2 / 9.032), "two peers are slower than one"
 
 
+def test_a_cpu_that_computes_hides_nothing():
+    found = forecast(Strategy(), SLOW)
+    assert found.communication_s_per_update == pytest.approx(8.832)
+    assert found.tokens_per_s == pytest.approx(1024 / 9.432)
+
+
 def test_only_the_last_micro_batch_hides_an_exchange():
-    found = forecast(Strategy(), replace(SLOW, micro_batches=4))
+    found = forecast(Strategy(), replace(ON_GPU, micro_batches=4))
     assert found.communication_s_per_update == pytest.approx(8.832 - 0.1)
 
 
 def test_on_a_fast_network_the_last_gradients_are_still_waited_for():
-    found = forecast(Strategy(), replace(SLOW, bytes_per_s=1e9 / 8))
+    found = forecast(Strategy(), replace(ON_GPU, bytes_per_s=1e9 / 8))
     share = 25 * 2**20 / 55_200_000
     assert found.communication_s_per_update == pytest.approx(share * 55.2 / 125)
 
@@ -72,7 +80,7 @@ def test_on_a_fast_network_the_last_gradients_are_still_waited_for():
 def test_16_bits_halve_the_bytes():
     found = forecast(Strategy(compress="bf16"), SLOW, FREE)
     assert found.bytes_per_update == 27_600_000
-    assert found.communication_s_per_update == pytest.approx(4.416 - 0.4)
+    assert found.communication_s_per_update == pytest.approx(4.416)
 
 
 def test_rounds_of_100_updates_in_int8_over_50_mbit_per_second():
@@ -181,7 +189,7 @@ def test_the_most_exact_strategy_that_reaches_the_goal_is_chosen():
     assert chosen.utilisation >= 0.95
     assert all(one.utilisation < 0.95 for one in found[: found.index(chosen)])
     assert chosen.sync == "diloco"
-    fast = [forecast(strategy, replace(SLOW, bytes_per_s=1e9)) for strategy in CANDIDATES]
+    fast = [forecast(strategy, replace(SLOW, bytes_per_s=1e10)) for strategy in CANDIDATES]
     assert choose(fast) is fast[0], "nothing is given up where the network is fast"
     slow = [forecast(strategy, replace(SLOW, bytes_per_s=1e3)) for strategy in CANDIDATES]
     assert choose(slow).tokens_per_s == max(one.tokens_per_s for one in slow)
@@ -192,7 +200,7 @@ def test_the_table_tells_what_to_type():
     found = [forecast(strategy, SLOW) for strategy in CANDIDATES]
     lines = table(found).splitlines()
     assert len(lines) == 1 + len(CANDIDATES)
-    assert " ".join(lines[1].split()) == "--sync ddp --compress none 55.20 55.2 113 0.13 6.6%"
+    assert " ".join(lines[1].split()) == "--sync ddp --compress none 55.20 55.2 109 0.13 6.4%"
     marked = [line for line in lines if line.endswith("<- chosen")]
     assert len(marked) == 1 and marked[0].startswith(choose(found).flags + " ")
     assert "--sync-every 100 --fragments 4 --overlap-steps 10" in lines[-1]
