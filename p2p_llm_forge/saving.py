@@ -133,4 +133,6 @@ def take_up(
     if cluster.accelerator.scaler is not None and (scaler := state.get("scaler")):
         # Older checkpoints hold that of rank 0 alone.
         by_rank = [scaler] if isinstance(scaler, dict) else scaler
-        cluster.accelerator.scaler.load_state_dict(by_rank[of_rank if of_rank < len(by_rank) else 0])
+        cluster.accelerator.scaler.load_state_dict(
+            by_rank[of_rank if of_rank < len(by_rank) else 0]
+        )
