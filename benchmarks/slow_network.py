@@ -467,6 +467,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     styles = {"ddp": ("-", "o"), "diloco-20": ("--", "s"), "diloco-100": ("-.", "^")}
+    styles["diloco-100-int8-overlap"] = (":", "v")
     colours = {"none": "C0", "fp16": "C1", "int8": "C2", "int4": "C3", "powersgd": "C4"}
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for name, arm in ARMS.items():
