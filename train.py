@@ -369,6 +369,7 @@ def set_up(
 ) -> Run:
     """Everything that the loop works on, new or as a checkpoint left it."""
     from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.gradients import set_bucket_size
     from p2p_llm_forge.loss import NextTokenLoss
     from p2p_llm_forge.model import build_optimizer, learning_rate_factor
     from p2p_llm_forge.saving import Saving, take_up
@@ -388,6 +389,7 @@ def set_up(
     }
     if checkpoint:
         state = read_state(checkpoint)
+    set_bucket_size(config, cluster)
     model, optimizer = cluster.accelerator.prepare(bare_model, optimizer)
     sync = strategy(config, cluster, model, lm, optimizer, plan.total_steps, state["step"])
     prime(model, sync, blocks, plan, cluster)

@@ -14,7 +14,7 @@ GOAL = 0.95  # share of the time that should go into computing
 # computes. A CPU that computes on all its cores has no time to send: measured in
 # benchmarks/slow_network.py, updates took as long as computing and exchange one after the other.
 BACKWARD = 2 / 3
-# Bytes of gradients that DDP has only when backward is over: see BUCKET_MB in cluster.py.
+# Bytes of gradients that DDP has only when backward is over: see BUCKET_MB in gradients.py.
 LAST_BUCKET, LAST_COMPRESSED_BUCKET = 25 * 2**20, 10 * 2**20
 
 

@@ -37,11 +37,6 @@ from p2p_llm_forge.shared_secret import read_secret
 
 Begun = TypeVar("Begun")
 Result = TypeVar("Result")
-# Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
-# exchange begins while the one before is being finished. There smaller ones leave earlier while
-# backward runs (4 % less time for an update at 50 Mbit/s, 13.9 M parameters, int8); an all-reduce,
-# which waits for its end, takes longer in small ones (13.1 s instead of 11.3).
-BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
 
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
@@ -656,16 +651,12 @@ def _meet(config: TrainConfig, launch: Launch, threads: int, store: dist.Store |
     except ForgeError:
         cluster.leave()
         raise
-    is_in_halves = config.compress not in ("none", "powersgd") and state.backend != "nccl"
-    bucket_mb = COMPRESSED_BUCKET_MB if is_in_halves else BUCKET_MB
     cluster.accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision,
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     return cluster
 

@@ -15,7 +15,21 @@ import torch
 from p2p_llm_forge.averaging import Averager, dealt_out, is_finite
 from p2p_llm_forge.cluster import Cluster
 from p2p_llm_forge.compress import CODECS, Codec
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState
+
+# Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
+# exchange begins while the one before is being finished. There smaller ones leave earlier while
+# backward runs (4 % less time for an update at 50 Mbit/s, 13.9 M parameters, int8); an all-reduce,
+# which waits for its end, takes longer in small ones (13.1 s instead of 11.3).
+BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
+
+
+def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
+    """Tell Accelerate, before it wraps a model in DDP, how much DDP is to exchange at once."""
+    by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
+    bucket_mb = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
+    cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
 
 
 class AllReduce:
