@@ -9,7 +9,7 @@ shaped by tc. On each a peer trains with one thread: a GPT-2 shape of 6 layers o
 A machine's speed drifts from minute to minute, so one peer alone, on a host of its own, is measured
 before and after every arm (it is stopped meanwhile), and an arm is told as a multiple of the mean
 of both. The arm "apart" is two peers that never hear of each other: they share this machine's
-memory and caches, so no arm can be faster.
+memory and caches, so what stands above it is noise.
 
 Measured is the time of updates after the first few: of DDP several, of DiLoCo one whole round with
 its exchange. Every measurement is written to --results at once; what is there counts as a repeat.
@@ -145,10 +145,11 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]
                 began = time.monotonic()
                 found = measure_arm(ARMS[name], name, mbit, machines, data, folder)
                 after = alone.tokens_per_s()
+                beside, before = (before + after) / 2, after
                 if found is None:
                     failed.append(key_of(name, mbit))
                     continue
-                found["alone"], before = (before + after) / 2, after
+                found["alone"] = beside
                 results["runs"].setdefault(key_of(name, mbit), []).append(found)
                 results["machine"] = machine()
                 write(arguments.results, results)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 GOAL = 0.95  # share of the time that should go into computing
 # Of the time of a micro-batch: the part that DDP's exchange can hide behind, where an accelerator
-# computes. A CPU that computes on all its cores has no time to send: measured in
-# benchmarks/slow_network.py, updates took as long as computing and exchange one after the other.
+# computes. On a CPU that computes on all its cores, updates took about as long as computing and
+# exchange one after the other (benchmarks/slow_network.py); so any CPU is taken to hide nothing.
 BACKWARD = 2 / 3
 # Bytes of gradients that DDP has only when backward is over: see BUCKET_MB in gradients.py.
 LAST_BUCKET, LAST_COMPRESSED_BUCKET = 25 * 2**20, 10 * 2**20
@@ -27,8 +27,9 @@ class Cost:
 
 
 # One thread of a Xeon at 2.5 GHz, torch 2.13, a million values at a time, encoding with error
-# feedback. PowerSGD, of rank 1 or 4, encodes and decodes in one. A round of DiLoCo makes moves of
-# weights and weights of moves besides.
+# feedback. PowerSGD encodes and decodes in one; its figure was fitted to what
+# benchmarks/slow_network.py measured. A round of DiLoCo makes moves of weights and weights of moves
+# besides.
 CPU_COSTS: Mapping[str, Cost] = {
     "none": Cost(2.0, 0.9),
     "fp16": Cost(5.2, 1.5),
@@ -112,6 +113,7 @@ CANDIDATES = (
     Strategy("diloco", "int8", 20),
     Strategy("diloco", "int8", 50),
     Strategy("diloco", "int8", 100),
+    Strategy("diloco", "int8", 100, overlap_steps=5),
     Strategy("diloco", "int8", 100, fragments=4, overlap_steps=5),
     Strategy("diloco", "int4", 100),
     Strategy("diloco", "int4", 100, fragments=4, overlap_steps=10),

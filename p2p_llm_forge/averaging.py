@@ -13,7 +13,7 @@ from p2p_llm_forge.compress import Codec, ErrorFeedback
 from p2p_llm_forge.sync import SavedSync
 
 PIECE = 2**18  # values of one exchange
-AHEAD = 3  # sums on their way before the first is waited for
+AHEAD = 3  # sums that stay on their way while the next is made
 Waiting = Callable[[], torch.Tensor]  # gives what arrives, once it has
 SENDING, IN_SUM = "lost_sending.", "lost_in_sum."  # and the parameter's name
 

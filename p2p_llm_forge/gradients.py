@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -115,7 +115,8 @@ class AllReduce:
 
         def tell(exchanged: Future[torch.Tensor]) -> None:
             self._last_ended = time.perf_counter()
-            if error := exchanged.exception():  # raised where DDP waits
+            # Raised where DDP waits. Cancelled is what had not begun when the run ended.
+            if error := CancelledError() if exchanged.cancelled() else exchanged.exception():
                 future.set_exception(error)  # type: ignore[arg-type]
             else:
                 future.set_result(exchanged.result())

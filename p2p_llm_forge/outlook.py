@@ -83,10 +83,14 @@ def forecasts(
 ) -> list[advice.Forecast]:
     """What every strategy that this run could take would bring, most exact first.
 
+    All ranks must call.
+
     links, update_s: as measured, the same on all ranks, which then get the same answer.
     """
     trained = [p for p in lm.parameters() if p.requires_grad]
     latencies = [one for row in links.latency_s for one in row if not math.isnan(one)]
+    # Peers of both kinds may train together, and all must come to the same answer.
+    on_cpu = cluster.gather_numbers([float(cluster.device.type == "cpu")])
     known = advice.Measured(
         parameters=sum(p.numel() for p in trained),
         update_s=max(update_s),
@@ -96,7 +100,7 @@ def forecasts(
         latency_s=max(latencies, default=0.0),
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
         shapes=tuple(tuple(p.shape) for p in trained),
-        is_on_cpu=cluster.device.type == "cpu",
+        is_on_cpu=any(told for (told,) in on_cpu),
     )
     possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
     return [advice.forecast(way, known) for way in possible]
