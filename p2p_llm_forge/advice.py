@@ -14,8 +14,7 @@ GOAL = 0.95  # share of the time that should go into computing
 # computes. On a CPU that computes on all its cores, updates took about as long as computing and
 # exchange one after the other (benchmarks/slow_network.py); so any CPU is taken to hide nothing.
 BACKWARD = 2 / 3
-# Bytes of gradients that DDP has only when backward is over: see BUCKET_MB in gradients.py.
-LAST_BUCKET, LAST_COMPRESSED_BUCKET = 25 * 2**20, 10 * 2**20
+LAST_BUCKET = 25 * 2**20  # bytes of gradients that DDP has only when backward is over
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,7 @@ def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:
     if measured.is_on_cpu:
         return wire_s
     # DDP sends while the last micro-batch runs backward, but for the gradients that come last.
-    is_whole = strategy.compress in ("none", "powersgd")
-    bucket = LAST_BUCKET if is_whole else LAST_COMPRESSED_BUCKET
-    last = min(1.0, bucket / (4 * measured.parameters))
+    last = min(1.0, LAST_BUCKET / (4 * measured.parameters))
     hidden_s = BACKWARD * measured.update_s / measured.micro_batches
     return max(last * wire_s, wire_s - hidden_s)
 

@@ -83,9 +83,8 @@ def forecasts(
 ) -> list[advice.Forecast]:
     """What every strategy that this run could take would bring, most exact first.
 
-    All ranks must call.
-
-    links, update_s: as measured, the same on all ranks, which then get the same answer.
+    All ranks must call. links, update_s: as measured, the same on all ranks, which then get the
+    same answer.
     """
     trained = [p for p in lm.parameters() if p.requires_grad]
     latencies = [one for row in links.latency_s for one in row if not math.isnan(one)]

@@ -132,7 +132,6 @@ def take_up(
     sync.load_state(saved)
     if cluster.accelerator.scaler is not None and (scaler := state.get("scaler")):
         # Older checkpoints hold that of rank 0 alone.
-        by_rank = [scaler] if isinstance(scaler, dict) else scaler
-        of_this_rank = by_rank[of_rank if of_rank < len(by_rank) else 0]
+        of_this_rank = scaler if isinstance(scaler, dict) else scaler[of_rank]
         if of_this_rank:  # that of a scaler that is switched off is empty
             cluster.accelerator.scaler.load_state_dict(of_this_rank)

@@ -11,6 +11,7 @@ import torch
 
 from p2p_llm_forge.cluster import Channel
 from p2p_llm_forge.gradients import AllReduce
+from tests.test_resuming import wait_for
 
 
 def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_user(caplog):
@@ -29,9 +30,12 @@ def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_use
     assert begun.wait(60)
     closing = threading.Thread(target=sync._channel.close)
     closing.start()
+    try:
+        wait_for(second.done)
+    finally:
+        gate.set()
+        closing.join()
     with pytest.raises(CancelledError):
         second.wait()
-    gate.set()
-    closing.join()
     assert first.wait().tolist() == [0, 0, 0]
     assert not caplog.records

@@ -6,7 +6,6 @@ The environment's FIRST_SCALE is the scale that a rank begins with, times its nu
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 
@@ -23,5 +22,4 @@ def main() -> int:
             self.scaler = torch.amp.GradScaler("cpu", init_scale=first, growth_interval=3)
 
     accelerate.Accelerator = Scaling  # the process is the test's own
-    sys.argv[0] = "train.py"
     return train.main()

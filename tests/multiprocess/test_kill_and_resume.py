@@ -31,15 +31,18 @@ SCENARIOS = {
 }
 
 
-def start_ranks(zygote, words, processes, log):
+def start_ranks(zygote, words, processes, log, **how):
+    """Start a run by hand; `how` goes to `Zygote.start`."""
     if processes == 1:
-        return [zygote.start(words, log)]
+        return [zygote.start(words, log, **how)]
     by_hand = [
         f"--world-size={processes}",
         "--master-addr=127.0.0.1",
         f"--master-port={free_port()}",
     ]
-    return [zygote.start([*words, *by_hand, f"--rank={rank}"], log) for rank in range(processes)]
+    return [
+        zygote.start([*words, *by_hand, f"--rank={rank}"], log, **how) for rank in range(processes)
+    ]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -127,18 +127,9 @@ def test_every_rank_goes_on_with_its_own_loss_scale(zygote, prepared, tmp_path):
     way = {**CONSTANT, "sync": "diloco", "sync_every": 4, "save_every": 4, "max_grad_norm": 0}
 
     def run(folder, first_scale, **settings):
-        words, environ = flags(prepared, folder, **way, **settings), {"FIRST_SCALE": first_scale}
-        by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-        log = folder.with_suffix(".log")
-        ranks = [
-            zygote.start(
-                [*words, *by_hand, f"--rank={rank}"],
-                log,
-                environ,
-                script="tests.multiprocess.scaled",
-            )
-            for rank in range(2)
-        ]
+        words, log = flags(prepared, folder, **way, **settings), folder.with_suffix(".log")
+        how = {"environ": {"FIRST_SCALE": first_scale}, "script": "tests.multiprocess.scaled"}
+        ranks = start_ranks(zygote, words, 2, log, **how)
         assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(log)
         return folder
 
