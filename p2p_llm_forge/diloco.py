@@ -290,6 +290,7 @@ class DiLoCo:
                 own |= split_by_name(fragment.start, "start.", fragment.parts)
         facts = {
             "is_agreed": is_agreed,
+            "ranks_may_change": not any(fragment.tokens for fragment in fragments),
             "ranks": self._cluster.world_size,
             "lost_rounds": self._lost_rounds,
             "is_warming_up": self._done <= self._warmup,
@@ -311,7 +312,8 @@ class DiLoCo:
     def load_state(self, saved: SavedSync) -> None:
         """See `state`. The weights in the model are those that all agree on.
 
-        A warm-up is over where rounds have begun: ranks that have trained alone have other moments.
+        Other ranks than those that were saved go on from there, after a move that was on its way. A
+        warm-up is over where rounds have begun: ranks that have trained alone have other moments.
         """
         self._agree()
         if not saved.is_of(self):
@@ -329,6 +331,7 @@ class DiLoCo:
             if any(key.startswith("velocity.") for key in saved.shared):
                 fragment.velocity = joined(saved.shared, "velocity.", fragment.parts)
             if not is_same:
+                self._land_for_all(fragment, saved)
                 continue
             fragment.tokens = int(own["tokens"][number])
             if not saved.facts["is_agreed"]:
@@ -339,3 +342,13 @@ class DiLoCo:
                 fragment.start = joined(own, "start.", fragment.parts)
                 fragment.move = Future()
                 fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))
+
+    def _land_for_all(self, fragment: Fragment, saved: SavedSync) -> None:
+        """Take the outer step of the move that was on its way, if one was."""
+        if not any(saved.facts["lands_at"]):
+            return
+        fragment.sent_at = max(saved.facts["sent_at"])
+        fragment.move = Future()
+        fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))
+        if self._step(fragment):
+            fragment.put(fragment.anchor)

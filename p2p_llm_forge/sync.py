@@ -146,10 +146,13 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step
     if saved.facts.get("is_agreed", True):
         return
     before, now = saved.facts["strategy"], sync.settings()
+    if saved.is_of(sync) and saved.facts.get("ranks_may_change"):
+        return  # the end of a round whose exchange is on its way
     if before != now or saved.world_size != cluster.world_size:
-        other = "from a checkpoint between two rounds by --resume FOLDER"
-        if before[0] == "diloco" and before[2:] != [1, 0]:
-            other = "anew from its model (--fragments and --overlap-steps leave no time between)"
+        other = "from a checkpoint of the end of a round by --resume FOLDER"
+        _, _, fragments, overlap = before
+        if fragments > 1 or (overlap and not saved.is_of(sync)):
+            other = "anew from its model (between its rounds was no time when all ranks agreed)"
         raise ForgeError(
             f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
             f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
@@ -169,18 +172,18 @@ def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
     """Raise ForgeError where peers come and go, but could not between this strategy's rounds."""
     if not cluster.launch.is_elastic or config.sync != "diloco":
         return
-    if config.is_streaming():
+    if config.fragments > 1:
         raise ForgeError(
-            "--fragments and --overlap-steps leave no moment at which all peers hold the same"
-            " weights, so none could join or leave: leave them out, or launch with a fixed number"
-            " of peers"
+            f"--fragments {config.fragments} leaves no moment at which the round ends for the whole"
+            " model, so no peer could join or leave: leave it out, or launch with a fixed number of"
+            " peers"
         )
     if config.save_every % config.round_length():
         sizes = " or ".join(map(str, multiples_near(config.save_every, config.round_length())))
         raise ForgeError(
             f"--save-every {config.save_every} is not a multiple of --sync-every"
-            f" {config.round_length()}, and only between rounds can peers join or leave: use"
-            f" {sizes}"
+            f" {config.round_length()}, and only where a round ends can peers join or leave:"
+            f" use {sizes}"
         )
 
 

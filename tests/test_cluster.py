@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from p2p_llm_forge import cluster
 from p2p_llm_forge.cluster import Launch, read_launch
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.sync import refuse_elastic
 
 TORCHRUN = {
     "RANK": "3",
@@ -36,6 +39,21 @@ def test_an_elastic_launch_must_not_share_its_store_over_restarts():
         read_launch(TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     once = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     assert not read_launch(TrainConfig(), once).is_elastic
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"sync_every": 20, "overlap_steps": 5, "save_every": 40}, None),
+        ({"sync_every": 20, "save_every": 50}, "use 40 or 60"),
+        ({"sync_every": 20, "fragments": 2, "save_every": 40}, "--fragments 2 leaves no moment"),
+    ],
+)
+def test_peers_can_come_and_go_only_where_a_round_ends_for_the_whole_model(settings, told):
+    elastic = SimpleNamespace(launch=Launch(0, 2, 0, 1, "10.0.0.1", 29500, is_elastic=True))
+    config = TrainConfig(sync="diloco", **settings)
+    with pytest.raises(ForgeError, match=told) if told else nullcontext():
+        refuse_elastic(config, elastic)
 
 
 def test_flags_describe_a_launch_by_hand():

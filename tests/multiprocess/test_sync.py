@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from p2p_llm_forge.checkpoint import read_state
 from tests.conftest import TINY_MODEL, free_port
 from tests.multiprocess.conftest import flags, lines, tensors
 from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
@@ -125,6 +126,21 @@ def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
     losses = [line["loss"] for line in lines(folder) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
     assert [line["peers"] for line in lines(folder) if "peers" in line] == [2, 2, 3, 3, 1]
+
+
+def test_peers_may_come_while_the_moves_of_a_round_are_on_their_way(zygote, prepared, tmp_path):
+    """Until the first moves are sent it does not matter whether the ranks will wait for them."""
+    settings = {**DILOCO, "lr_scheduler": "constant", "keep_checkpoints": 9}
+    settings |= {"sync_every": 5, "compress": "int8", "save_every": 5}
+    ends = []
+    for name, overlap in (("waits", 0), ("overlaps", 2)):
+        folder = tmp_path / name
+        finish(zygote, prepared, folder, **settings, overlap_steps=overlap, max_steps=8)
+        assert (sum(read_state(folder / "checkpoint-5")["sync"]["lands_at"]) > 0) == (overlap > 0)
+        begun = {"resume": folder / "checkpoint-5", "max_steps": 15}
+        finish(zygote, prepared, folder, 3, **settings, **begun)
+        ends.append(tensors(folder, 15))
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
 def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_path):
