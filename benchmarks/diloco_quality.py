@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
+from p2p_llm_forge.outer import usual_outer_lr
 from p2p_llm_forge.results import RESULTS
 from prepare_data import prepare
 from tests.conftest import ROOT, free_port
@@ -41,7 +42,7 @@ SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 # Spelled out, so that results of other defaults are not taken for those of today's.
 DILOCO = {
     "sync": "diloco",
-    "outer_lr": TrainConfig.outer_lr,
+    "outer_lr": TrainConfig.outer_lr,  # None: as usual with so many peers
     "outer_momentum": TrainConfig.outer_momentum,
     "outer_warmup_rounds": TrainConfig.outer_warmup_rounds,
 }
@@ -170,7 +171,11 @@ class Plan:
 
     def job(self, arm: str, peers: int, every: int, rate: float, seed: int) -> Job:
         options = self._options
-        settings = ",".join(f"{name}={value}" for name, value in ARMS[arm].items())
+        rate_of = {"outer_lr": usual_outer_lr(peers)}  # told, as other defaults are
+        settings = ",".join(
+            f"{name}={rate_of[name] if value is None else value}"
+            for name, value in ARMS[arm].items()
+        )
         updates = options.rounds * every
         sizes = (options.model, options.batch_size)
         return Job(arm, settings, peers, every, updates, rate, seed, *sizes)

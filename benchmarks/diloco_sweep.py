@@ -38,7 +38,7 @@ from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.corpus import VALIDATION, Blocks, open_prepared
 from p2p_llm_forge.data_order import blocks_at
 from p2p_llm_forge.model import learning_rate_factor
-from p2p_llm_forge.outer import outer_settings, outer_step
+from p2p_llm_forge.outer import outer_settings, outer_step, usual_outer_lr
 from prepare_data import prepare
 
 
@@ -47,6 +47,7 @@ class Arm:
     """A setting of the sweep; as it stands here, plain averaging."""
 
     sync: str = "diloco"  # or ddp
+    ddp_updates: int = 0  # before the first round
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     warmup_rounds: int = 0  # from plain averaging to the two above
@@ -54,6 +55,7 @@ class Arm:
     compress: str = "none"  # of the moves: a codec's name
     feedback_decay: float = 1.0  # what is kept from round to round of what compressing lost
     inner: str = "adamw"  # or muon, for the layers' matrices
+    averages_moments: bool = False  # of AdamW, too, at the end of a round
 
 
 class TopK(Codec):
@@ -81,8 +83,9 @@ class TopK(Codec):
 
 
 TOP = {codec.name: codec for codec in (TopK(0.25), TopK(0.05))}
+USUAL = 0.0  # stands for the outer rate that so many peers take by default
 DEFAULT = Arm(
-    outer_lr=TrainConfig.outer_lr,
+    outer_lr=USUAL,
     outer_momentum=TrainConfig.outer_momentum,
     warmup_rounds=TrainConfig.outer_warmup_rounds,
 )
@@ -110,6 +113,8 @@ ARMS: dict[str, Arm] = {
     "default int8": replace(DEFAULT, compress="int8"),
     "default int4": replace(DEFAULT, compress="int4"),
     **{f"sparse {name}": replace(SPARSE, compress=name) for name in TOP},
+    "default after 200 updates of ddp": replace(DEFAULT, ddp_updates=200),
+    "default, averages moments": replace(DEFAULT, averages_moments=True),
     "ddp, Muon": Arm(sync="ddp", inner="muon"),
     "plain averaging, Muon": Arm(inner="muon"),
     "default, Muon": replace(DEFAULT, inner="muon"),  # MuLoCo, arXiv 2505.23725
@@ -134,6 +139,11 @@ class Rounds:
         self._anchor, self._velocity = outer_step(self._anchor, move, self._velocity, lr, momentum)
         weights.copy_(self._anchor)
         self._done += 1
+
+    def agree(self, weights: Tensor) -> None:
+        """Take weights (parameters) that all peers have, after updates as ddp's, as agreed on."""
+        self._anchor = weights.clone()
+        self._left -= 1
 
     def _arriving(self, moves: Tensor) -> Tensor:
         """What the others decode of each peer's move; the sum is not compressed again."""
@@ -172,7 +182,9 @@ def train(runs: list[Run], blocks: Blocks) -> Tensor:
     by_run, gradients_by_run = (
         flat.view(len(runs), peers, -1) for flat in (weights, optimizer.gradient)
     )
-    is_ddp = torch.tensor([run.arm.sync == "ddp" for run in runs])
+    ddp_updates = torch.tensor(
+        [updates if run.arm.sync == "ddp" else run.arm.ddp_updates for run in runs]
+    )
     rounds = [Rounds(run.arm, run.rounds, start[0]) for run in runs]
     schedule = TrainConfig(warmup_steps=updates // 20, max_steps=updates)
     factor = learning_rate_factor(schedule, updates)
@@ -185,6 +197,7 @@ def train(runs: list[Run], blocks: Blocks) -> Tensor:
         )
         total = losses(leaf, inputs, targets, sizes).sum()
         optimizer.gradient.copy_(torch.autograd.grad(total, leaf)[0])
+        is_ddp = step < ddp_updates
         gradients_by_run[is_ddp] = (
             gradients_by_run[is_ddp].mean(1, keepdim=True).expand(-1, peers, -1)
         )
@@ -193,8 +206,12 @@ def train(runs: list[Run], blocks: Blocks) -> Tensor:
         optimizer.step(factor(step))
         if (step + 1) % first.every == 0:
             for number, run in enumerate(runs):
-                if run.arm.sync == "diloco":
-                    rounds[number].end_round(by_run[number])
+                if is_ddp[number]:
+                    rounds[number].agree(by_run[number, 0])
+                    continue
+                rounds[number].end_round(by_run[number])
+                if run.arm.averages_moments:
+                    optimizer.average_moments(range(number * peers, (number + 1) * peers))
     return by_run[:, 0].clone()
 
 
@@ -274,7 +291,7 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, float], list[Run]]:
     lengths = (options.every, options.rounds, options.peers, options.batch_size)
     return {
         (name, rate): [
-            Run(arm_of(name), rate, seed, *lengths, sizes, options.text.name)
+            Run(arm_of(name, options.peers), rate, seed, *lengths, sizes, options.text.name)
             for seed in options.seeds
         ]
         for name in options.arms
@@ -282,10 +299,11 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, float], list[Run]]:
     }
 
 
-def arm_of(name: str) -> Arm:
+def arm_of(name: str, peers: int) -> Arm:
     """One of ARMS, or what KEY=VALUE,... makes of plain averaging."""
     if name in ARMS:
-        return ARMS[name]
+        arm = ARMS[name]
+        return replace(arm, outer_lr=usual_outer_lr(peers)) if arm.outer_lr == USUAL else arm
     pairs = dict(pair.split("=") for pair in name.split(","))
     return Arm(**{key: type(getattr(Arm, key))(value) for key, value in pairs.items()})
 

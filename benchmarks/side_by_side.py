@@ -141,6 +141,18 @@ class Optimizer:
         self._muon = [(weights_of[name], gradients_of[name]) for name in names]
         self._velocities = [torch.zeros_like(part[self._rows]) for part, _ in self._muon]
 
+    def average_moments(self, machines: range) -> None:
+        """Give each of these machines the mean of their AdamW's moments."""
+        groups = self._adamw.param_groups
+        for part in range(2):
+            states = [
+                self._adamw.state[groups[2 * machine + part]["params"][0]] for machine in machines
+            ]
+            for name in ("exp_avg", "exp_avg_sq"):
+                mean = torch.stack([state[name] for state in states]).mean(0)
+                for state in states:
+                    state[name].copy_(mean)
+
     def step(self, factor: float) -> None:
         """Take an update with `factor` times the peak learning rates."""
         for group in self._adamw.param_groups:

@@ -292,11 +292,11 @@ class TrainConfig:
     # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
     # of real runs: benchmarks/README.md). They take a little less than a round's own move (0.5 x
     # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)
-    # were the worst there.
-    outer_lr: float = flag(
-        0.5,
-        "diloco: share of the peers' average move that is taken; 1 with --outer-momentum 0 is"
-        " plain averaging",
+    # were the worst there. More peers bear a higher rate: see `outer.usual_outer_lr`.
+    outer_lr: float | None = flag(
+        None,
+        "diloco: share of the peers' average move that is taken; if nothing else says it, 0.5 of"
+        " two peers, 0.7 of four, 1 of eight or more; 1 with --outer-momentum 0 is plain averaging",
     )
     outer_momentum: float = flag(0.8, "diloco: Nesterov momentum of the outer step")
     outer_warmup_rounds: int = flag(
@@ -470,7 +470,8 @@ class TrainConfig:
                 getattr(self, name) >= 0, f"{option(name)} is {getattr(self, name)}: use 0 or more"
             )
         problems.require(
-            0 < self.outer_lr < math.inf, f"--outer-lr is {self.outer_lr}: use a number above 0"
+            self.outer_lr is None or 0 < self.outer_lr < math.inf,
+            f"--outer-lr is {self.outer_lr}: use a number above 0",
         )
         problems.require(
             0 <= self.outer_momentum < 1,

@@ -17,7 +17,13 @@ from p2p_llm_forge.compress import CODECS
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.gradients import AllReduce
-from p2p_llm_forge.outer import fragment_due, fragments_of, outer_settings, outer_step
+from p2p_llm_forge.outer import (
+    fragment_due,
+    fragments_of,
+    outer_settings,
+    outer_step,
+    usual_outer_lr,
+)
 from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState, units_of
 
 LOST_ROUNDS_IN_A_ROW = 3  # until the run ends
@@ -77,6 +83,7 @@ class DiLoCo:
     ) -> None:
         self._cluster, self._config, self._optimizer = cluster, config, optimizer
         self._every = config.round_length()
+        self._outer_lr = config.outer_lr or usual_outer_lr(cluster.world_size)
         self._warmup, self._total, self._done = config.ddp_warmup_steps, total, done
         self._warm = AllReduce(cluster, model, CODECS["none"])
         self._channel = cluster.open_channel()
@@ -245,7 +252,7 @@ class DiLoCo:
         config = self._config
         rounds_done = max(0, fragment.sent_at - 1 - self._warmup) // self._every
         return outer_settings(
-            rounds_done, config.outer_lr, config.outer_momentum, config.outer_warmup_rounds
+            rounds_done, self._outer_lr, config.outer_momentum, config.outer_warmup_rounds
         )
 
     def meets(self, done: int) -> bool:

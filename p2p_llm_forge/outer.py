@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,17 @@ def outer_step(
     velocity = move.clone() if velocity is None else torch.mul(velocity, momentum).add_(move)
     direction = torch.add(move, velocity, alpha=momentum)
     return torch.add(anchor, direction, alpha=-lr, out=direction), velocity
+
+
+def usual_outer_lr(ranks: int) -> float:
+    """The outer rate of so many ranks, unless another is asked for: 0.5 of two, 0.7 of four, at
+    most 1.
+
+    It grows with the root of their number. Where noise rules, AdamW divides a gradient by the noise
+    of its batch: ranks that read a part each take steps of the same size, but that much less of
+    them is common to all and outlives the average. Figures: benchmarks/README.md.
+    """
+    return min(1.0, math.sqrt(ranks / 8))
 
 
 def outer_settings(

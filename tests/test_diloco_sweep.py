@@ -105,20 +105,30 @@ def test_ddp_takes_the_updates_of_one_model_with_the_whole_batch(blocks):
     torch.testing.assert_close(trained[1], flat(model), atol=2e-5, rtol=0)
 
 
-def test_plain_averaging_is_the_mean_of_models_that_train_alone(blocks):
+@pytest.mark.parametrize("arm", [Arm(), Arm(averages_moments=True), Arm(ddp_updates=4)])
+def test_plain_averaging_is_the_mean_of_models_that_train_alone(blocks, arm):
     models = [gpt2_of(SIZES.initial(RUN.seed)[0])]
     models.append(copy.deepcopy(models[0]))
     config = TrainConfig(learning_rate=RUN.learning_rate)
     optimizers = [build_optimizer(config, model) for model in models]
     for first in range(0, 6, 2):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            share = slice(2 * rank, 2 * rank + 2)
+            share = slice(2 * rank, 2 * rank + 2) if first >= arm.ddp_updates else slice(None)
             updates_alone(model, optimizer, blocks, RUN, share, range(first, first + 2))
         with torch.no_grad():
             for one, other in zip(*(model.parameters() for model in models), strict=True):
-                one.copy_((one + other) / 2)
-                other.copy_(one)
-    torch.testing.assert_close(train([RUN], blocks)[0], flat(models[0]), atol=2e-5, rtol=0)
+                means(one, other)
+                if arm.averages_moments:
+                    ours, theirs = optimizers[0].state[one], optimizers[1].state[other]
+                    means(ours["exp_avg"], theirs["exp_avg"])
+                    means(ours["exp_avg_sq"], theirs["exp_avg_sq"])
+    trained = train([replace(RUN, arm=arm)], blocks)[0]
+    torch.testing.assert_close(trained, flat(models[0]), atol=2e-5, rtol=0)
+
+
+def means(one: torch.Tensor, other: torch.Tensor) -> None:
+    one.copy_((one + other) / 2)
+    other.copy_(one)
 
 
 def test_singular_values_are_brought_near_one():

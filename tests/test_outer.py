@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2p_llm_forge.outer import fragment_due, fragments_of, outer_settings, outer_step
+from p2p_llm_forge.outer import (
+    fragment_due,
+    fragments_of,
+    outer_settings,
+    outer_step,
+    usual_outer_lr,
+)
 from p2p_llm_forge.sync import units_of
 
 SETTINGS = [(1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (1.0, 0.5), (0.3, 0.99)]
@@ -63,6 +69,13 @@ def test_rate_1_without_momentum_is_plain_averaging_bit_for_bit():
     averaged, velocity = outer_step(anchor, move, None, 1.0, 0.0)
     assert torch.equal(averaged, anchor - move)
     assert velocity is None
+
+
+def test_more_ranks_take_a_higher_outer_rate_by_the_root_of_their_number():
+    rates = {ranks: usual_outer_lr(ranks) for ranks in range(1, 20)}
+    assert rates[2] == 0.5
+    assert all(rates[4 * n] == pytest.approx(2 * rates[n]) for n in (1, 2))
+    assert all(rate == 1 for ranks, rate in rates.items() if ranks >= 8)
 
 
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
