@@ -395,7 +395,8 @@ def set_up(
     prime(model, sync, blocks, plan, cluster)
     if checkpoint:
         bare = optimizer.optimizer
-        cluster.together(lambda: take_up(checkpoint, state, sync, cluster, lm, bare))
+        total = plan.total_steps
+        cluster.together(lambda: take_up(checkpoint, state, sync, cluster, lm, bare, total))
     tracking = Tracking(config, cluster) if cluster.is_main else Silent()
     run = Run(
         config,
@@ -456,11 +457,18 @@ def build_or_load(
 
 def introduce(run: Run, checkpoint: Path | None, config_before: dict[str, Any]) -> None:
     """Say what is about to happen, and what it goes on from."""
+    from p2p_llm_forge.outer import outer_lr_of
     from p2p_llm_forge.run_folder import settings_changed
     from p2p_llm_forge.tracking import introduction
 
     say = run.tracking.say
     say(introduction(run.cluster, run.data, run.plan, run.bare_model.lm))
+    if run.config.sync == "diloco":
+        rate = outer_lr_of(run.config.outer_lr, run.cluster.world_size)
+        say(
+            f"rounds    of {run.config.round_length()} updates, then an outer step with rate"
+            f" {rate:.3g} and momentum {run.config.outer_momentum:g}"
+        )
     if run.config.sync == "diloco" and run.cluster.world_size == 1:
         say("note      --sync diloco is pointless with one process: nobody to agree with")
     if checkpoint:

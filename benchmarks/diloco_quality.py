@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.outer import usual_outer_lr
+from p2p_llm_forge.outer import outer_lr_of
 from p2p_llm_forge.results import RESULTS
 from prepare_data import prepare
 from tests.conftest import ROOT, free_port
@@ -171,7 +171,7 @@ class Plan:
 
     def job(self, arm: str, peers: int, every: int, rate: float, seed: int) -> Job:
         options = self._options
-        rate_of = {"outer_lr": usual_outer_lr(peers)}  # told, as other defaults are
+        rate_of = {"outer_lr": outer_lr_of(None, peers)}  # told, as other defaults are
         settings = ",".join(
             f"{name}={rate_of[name] if value is None else value}"
             for name, value in ARMS[arm].items()

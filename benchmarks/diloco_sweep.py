@@ -38,7 +38,7 @@ from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.corpus import VALIDATION, Blocks, open_prepared
 from p2p_llm_forge.data_order import blocks_at
 from p2p_llm_forge.model import learning_rate_factor
-from p2p_llm_forge.outer import outer_settings, outer_step, usual_outer_lr
+from p2p_llm_forge.outer import outer_lr_of, outer_settings, outer_step
 from prepare_data import prepare
 
 
@@ -55,7 +55,7 @@ class Arm:
     compress: str = "none"  # of the moves: a codec's name
     feedback_decay: float = 1.0  # what is kept from round to round of what compressing lost
     inner: str = "adamw"  # or muon, for the layers' matrices
-    averages_moments: bool = False  # of AdamW, too, at the end of a round
+    averages_moments: int = 0  # 1: of AdamW, too, at the end of a round
 
 
 class TopK(Codec):
@@ -114,7 +114,7 @@ ARMS: dict[str, Arm] = {
     "default int4": replace(DEFAULT, compress="int4"),
     **{f"sparse {name}": replace(SPARSE, compress=name) for name in TOP},
     "default after 200 updates of ddp": replace(DEFAULT, ddp_updates=200),
-    "default, averages moments": replace(DEFAULT, averages_moments=True),
+    "default, averages moments": replace(DEFAULT, averages_moments=1),
     "ddp, Muon": Arm(sync="ddp", inner="muon"),
     "plain averaging, Muon": Arm(inner="muon"),
     "default, Muon": replace(DEFAULT, inner="muon"),  # MuLoCo, arXiv 2505.23725
@@ -172,6 +172,7 @@ class Run:
 def train(runs: list[Run], blocks: Blocks) -> Tensor:
     """Train runs that differ in arm and learning rate. Returns weights (runs, parameters)."""
     first, peers = runs[0], runs[0].peers
+    assert all(run.arm.ddp_updates % first.every == 0 for run in runs), "rounds follow whole rounds"
     sizes, updates, seed = first.sizes, first.rounds * first.every, first.seed
     start = sizes.initial(seed)
     weights = start.repeat(len(runs) * peers, 1)
@@ -235,6 +236,8 @@ class Results:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._runs: list[dict] = json.loads(file.read_text()) if file.exists() else []
+        for done in self._runs:  # before an arm had them, settings were as they are by default
+            done["run"]["arm"] = dataclasses.asdict(Arm()) | done["run"]["arm"]
 
     def loss(self, run: Run) -> float | None:
         """The validation loss of a run; None if it has not been done."""
@@ -303,7 +306,7 @@ def arm_of(name: str, peers: int) -> Arm:
     """One of ARMS, or what KEY=VALUE,... makes of plain averaging."""
     if name in ARMS:
         arm = ARMS[name]
-        return replace(arm, outer_lr=usual_outer_lr(peers)) if arm.outer_lr == USUAL else arm
+        return replace(arm, outer_lr=outer_lr_of(None, peers)) if arm.outer_lr == USUAL else arm
     pairs = dict(pair.split("=") for pair in name.split(","))
     return Arm(**{key: type(getattr(Arm, key))(value) for key, value in pairs.items()})
 

@@ -292,7 +292,7 @@ class TrainConfig:
     # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
     # of real runs: benchmarks/README.md). They take a little less than a round's own move (0.5 x
     # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)
-    # were the worst there. More peers bear a higher rate: see `outer.usual_outer_lr`.
+    # were the worst there. More processes bear a higher rate: see `outer.outer_lr_of`.
     outer_lr: float | None = flag(
         None,
         "diloco: share of the peers' average move that is taken; if nothing else says it, 0.5 of"

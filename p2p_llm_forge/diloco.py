@@ -20,9 +20,9 @@ from p2p_llm_forge.gradients import AllReduce
 from p2p_llm_forge.outer import (
     fragment_due,
     fragments_of,
+    outer_lr_of,
     outer_settings,
     outer_step,
-    usual_outer_lr,
 )
 from p2p_llm_forge.sync import SavedSync, SyncReport, SyncState, units_of
 
@@ -43,6 +43,7 @@ class Fragment:
         self.move: Future[torch.Tensor] | None = None  # of all ranks, on its way
         self.start = self.anchor  # this rank's weights when it was sent
         self.sent_at = self.lands_at = 0  # updates done when it was sent, and when it is applied
+        self.outer = (1.0, 0.0)  # rate and momentum of the step that it is for
 
     def weights(self) -> torch.Tensor:
         """A copy of this rank's weights."""
@@ -83,7 +84,7 @@ class DiLoCo:
     ) -> None:
         self._cluster, self._config, self._optimizer = cluster, config, optimizer
         self._every = config.round_length()
-        self._outer_lr = config.outer_lr or usual_outer_lr(cluster.world_size)
+        self._outer_lr = outer_lr_of(config.outer_lr, cluster.world_size)
         self._warmup, self._total, self._done = config.ddp_warmup_steps, total, done
         self._warm = AllReduce(cluster, model, CODECS["none"])
         self._channel = cluster.open_channel()
@@ -175,11 +176,9 @@ class DiLoCo:
         return not bad
 
     def _send(self, fragment: Fragment, lands_at: int) -> None:
-        fragment.start, fragment.sent_at, fragment.lands_at = (
-            fragment.weights(),
-            self._done,
-            lands_at,
-        )
+        fragment.start = fragment.weights()
+        fragment.sent_at, fragment.lands_at = self._done, lands_at
+        fragment.outer = self._outer_settings(self._done)
         move = (fragment.anchor - fragment.start).mul_(fragment.share)
         fragment.tokens = 0
         fragment.move = self._channel.in_background(
@@ -208,8 +207,7 @@ class DiLoCo:
         """
         assert fragment.move is not None
         move, fragment.move = fragment.move.result(), None
-        lr, momentum = self._outer_settings(fragment)
-        anchor, velocity = outer_step(fragment.anchor, move, fragment.velocity, lr, momentum)
+        anchor, velocity = outer_step(fragment.anchor, move, fragment.velocity, *fragment.outer)
         if not is_finite(anchor):
             fragment.averager.forget()
             return False
@@ -246,11 +244,10 @@ class DiLoCo:
                 " raise --warmup-steps or set --max-grad-norm 1, then go on with --resume auto"
             )
 
-    def _outer_settings(self, fragment: Fragment) -> tuple[float, float]:
-        """Rate and momentum of the move that the fragment sent; from the step alone, so that
-        resuming needs nothing saved."""
+    def _outer_settings(self, sent_at: int) -> tuple[float, float]:
+        """Rate and momentum for a move that is sent after so many updates."""
         config = self._config
-        rounds_done = max(0, fragment.sent_at - 1 - self._warmup) // self._every
+        rounds_done = max(0, sent_at - 1 - self._warmup) // self._every
         return outer_settings(
             rounds_done, self._outer_lr, config.outer_momentum, config.outer_warmup_rounds
         )
@@ -297,13 +294,13 @@ class DiLoCo:
                 own |= split_by_name(fragment.start, "start.", fragment.parts)
         facts = {
             "is_agreed": is_agreed,
-            "ranks_may_change": not any(fragment.tokens for fragment in fragments),
             "ranks": self._cluster.world_size,
             "lost_rounds": self._lost_rounds,
             "is_warming_up": self._done <= self._warmup,
             "warmup_steps": self._warmup,
             "sent_at": [fragment.sent_at for fragment in fragments],
             "lands_at": [fragment.lands_at if fragment.move else 0 for fragment in fragments],
+            "outer": [fragment.outer for fragment in fragments],
         }
         # Parts of one flat tensor: the file format wants each to have memory of its own.
         return SyncState(
@@ -347,15 +344,20 @@ class DiLoCo:
             fragment.lands_at = saved.facts["lands_at"][number]
             if fragment.lands_at:
                 fragment.start = joined(own, "start.", fragment.parts)
-                fragment.move = Future()
-                fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))
+                self._take_move(fragment, saved, number)
 
     def _land_for_all(self, fragment: Fragment, saved: SavedSync) -> None:
-        """Take the outer step of the move that was on its way, if one was."""
+        """Take the outer step of the move that was on its way, if one was: of the whole model."""
         if not any(saved.facts["lands_at"]):
             return
-        fragment.sent_at = max(saved.facts["sent_at"])
-        fragment.move = Future()
-        fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))
+        self._take_move(fragment, saved, number=0)
         if self._step(fragment):
             fragment.put(fragment.anchor)
+
+    def _take_move(self, fragment: Fragment, saved: SavedSync, number: int) -> None:
+        """Take over a move that was on its way; number: its fragment's in the checkpoint."""
+        # Older checkpoints do not tell what the step is taken with.
+        sent_at, told = saved.facts["sent_at"][number], saved.facts.get("outer")
+        fragment.outer = tuple(told[number]) if told else self._outer_settings(sent_at)
+        fragment.move = Future()
+        fragment.move.set_result(joined(saved.shared, "move.", fragment.parts))

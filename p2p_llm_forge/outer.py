@@ -31,15 +31,15 @@ def outer_step(
     return torch.add(anchor, direction, alpha=-lr, out=direction), velocity
 
 
-def usual_outer_lr(ranks: int) -> float:
-    """The outer rate of so many ranks, unless another is asked for: 0.5 of two, 0.7 of four, at
-    most 1.
+def outer_lr_of(asked: float | None, ranks: int) -> float:
+    """The outer rate asked for, or, if none is, the usual one of so many ranks: 0.5 of two, 0.7 of
+    four, 1 of eight or more.
 
     It grows with the root of their number. Where noise rules, AdamW divides a gradient by the noise
     of its batch: ranks that read a part each take steps of the same size, but that much less of
     them is common to all and outlives the average. Figures: benchmarks/README.md.
     """
-    return min(1.0, math.sqrt(ranks / 8))
+    return min(1.0, math.sqrt(ranks / 8)) if asked is None else asked
 
 
 def outer_settings(

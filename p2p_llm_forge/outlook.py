@@ -127,7 +127,9 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
 
     begun: the configuration in a checkpoint; settings that are younger than it have defaults.
     """
-    names = ("sync", "compress", "powersgd_rank", *OF_DILOCO)
+    names = ["sync", "compress", "powersgd_rank"]
+    if begun.get("sync") == "diloco":
+        names += OF_DILOCO
     return replace(config, **{name: begun.get(name, getattr(TrainConfig, name)) for name in names})
 
 

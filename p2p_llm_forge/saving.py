@@ -11,7 +11,7 @@ from p2p_llm_forge import checkpoint
 from p2p_llm_forge.cluster import Cluster
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.sync import SavedSync, Sync, refuse_unfinished_round
+from p2p_llm_forge.sync import SavedSync, Sync, refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.tracking import Silent
 
 
@@ -114,16 +114,19 @@ def take_up(
     cluster: Cluster,
     lm: Any,
     optimizer: torch.optim.Optimizer,
+    total_steps: int,
 ) -> None:
     """Put optimizer, loss scaling and strategy where the checkpoint in `folder` left them.
 
-    state: of its trainer. Raises ForgeError where this run cannot go on from there.
+    state: of its trainer; total_steps: after how many updates this run ends. Raises ForgeError
+    where this run cannot go on from there.
     """
     saved = SavedSync(
         state.get("sync", {}),
         checkpoint.read_shared(folder),
         lambda rank: checkpoint.read_own(folder, rank),
     )
+    refuse_to_end_in_a_round(saved, state["step"], total_steps)
     refuse_unfinished_round(saved, sync, cluster, state["step"])
     # A rank that has joined takes over from one that was there.
     both_alone = sync.trains_alone and saved.is_of(sync)

@@ -146,17 +146,35 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step
     if saved.facts.get("is_agreed", True):
         return
     before, now = saved.facts["strategy"], sync.settings()
-    if saved.is_of(sync) and saved.facts.get("ranks_may_change"):
-        return  # the end of a round whose exchange is on its way
-    if before != now or saved.world_size != cluster.world_size:
-        other = "from a checkpoint of the end of a round by --resume FOLDER"
-        _, _, fragments, overlap = before
-        if fragments > 1 or (overlap and not saved.is_of(sync)):
-            other = "anew from its model (between its rounds was no time when all ranks agreed)"
+    if before == now and saved.world_size == cluster.world_size:
+        return
+    sent_at, lands_at = saved.facts["sent_at"], saved.facts["lands_at"]
+    if all(lands_at) and all(sent == step for sent in sent_at):
+        if saved.is_of(sync):
+            return
         raise ForgeError(
-            f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
-            f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
-            f" ({told_settings(now)}): go on with the same, or {other}"
+            f"the checkpoint of step {step} was saved while the moves of its round were on their"
+            " way, and --sync ddp cannot take them: go on with --sync diloco, and change after a"
+            " round without --overlap-steps"
+        )
+    other = "from a checkpoint of the end of a round by --resume FOLDER"
+    if before[2] > 1:
+        other = "anew from its model (between its rounds was no time when all ranks agreed)"
+    raise ForgeError(
+        f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
+        f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
+        f" ({told_settings(now)}): go on with the same, or {other}"
+    )
+
+
+def refuse_to_end_in_a_round(saved: SavedSync, step: int, total_steps: int) -> None:
+    """Raise ForgeError if the run would end with a checkpoint whose round has not been agreed on:
+    its model lacks what the ranks have done since."""
+    if step == total_steps and not saved.facts.get("is_agreed", True):
+        raise ForgeError(
+            f"the run was asked to end after {total_steps} updates, but the checkpoint of step"
+            f" {step} lies before the end of its round, and its model lacks what the ranks have"
+            f" done since: let it take at least one more update with --max-steps {step + 1}"
         )
 
 

@@ -105,7 +105,7 @@ def test_ddp_takes_the_updates_of_one_model_with_the_whole_batch(blocks):
     torch.testing.assert_close(trained[1], flat(model), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arm", [Arm(), Arm(averages_moments=True), Arm(ddp_updates=4)])
+@pytest.mark.parametrize("arm", [Arm(), Arm(averages_moments=1), Arm(ddp_updates=4)])
 def test_plain_averaging_is_the_mean_of_models_that_train_alone(blocks, arm):
     models = [gpt2_of(SIZES.initial(RUN.seed)[0])]
     models.append(copy.deepcopy(models[0]))

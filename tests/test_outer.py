@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from p2p_llm_forge.outer import (
     fragment_due,
     fragments_of,
+    outer_lr_of,
     outer_settings,
     outer_step,
-    usual_outer_lr,
 )
 from p2p_llm_forge.sync import units_of
 
@@ -72,7 +72,7 @@ def test_rate_1_without_momentum_is_plain_averaging_bit_for_bit():
 
 
 def test_more_ranks_take_a_higher_outer_rate_by_the_root_of_their_number():
-    rates = {ranks: usual_outer_lr(ranks) for ranks in range(1, 20)}
+    rates = {ranks: outer_lr_of(None, ranks) for ranks in range(1, 20)}
     assert rates[2] == 0.5
     assert all(rates[4 * n] == pytest.approx(2 * rates[n]) for n in (1, 2))
     assert all(rate == 1 for ranks, rate in rates.items() if ranks >= 8)

@@ -17,9 +17,13 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
 ]
 PEER_TIMEOUT_S = 6
+WAYS = {
+    "ddp": [],
+    "rounds": ["--sync=diloco", "--sync-every=10", "--overlap-steps=3", "--compress=int8"],
+}
 
 
-def start(host, number, endpoint, prepared, folder, log):
+def start(host, number, endpoint, prepared, folder, log, way):
     """The README's elastic launch, with shorter waits."""
     waits = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
     host.start(
@@ -30,7 +34,7 @@ def start(host, number, endpoint, prepared, folder, log):
         *("train.py", f"--dataset-path={prepared}", f"--output-dir={folder}", "--resume=auto"),
         *("--batch-size=8", "--max-steps=1000000", "--save-every=20", "--log-every=5"),
         *(f"--config-overrides={TINY_MODEL}", f"--peer-timeout={PEER_TIMEOUT_S}"),
-        *("--report-to=none", "--cpu-threads=1"),
+        *("--report-to=none", "--cpu-threads=1", *way),
         log=log,
         environ={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
@@ -54,13 +58,14 @@ def wait_for_peers(folder, log, count, timeout_s):
         time.sleep(0.05)
 
 
-def test_peers_are_killed_unplugged_and_come_back(prepared, tmp_path):
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_peers_are_killed_unplugged_and_come_back(prepared, tmp_path, way):
     folder = tmp_path / "run"
     logs = [tmp_path / f"host{number}.log" for number in range(3)]
     with hosts(3) as machines:
         endpoint = f"{machines[0].address}:29600"
         for number, host in enumerate(machines):
-            start(host, number, endpoint, prepared, folder, logs[number])
+            start(host, number, endpoint, prepared, folder, logs[number], way)
         wait_for_peers(folder, logs[0], 3, timeout_s=90)
         while lines(folder)[-1]["step"] < 50:
             time.sleep(0.05)
@@ -77,7 +82,7 @@ def test_peers_are_killed_unplugged_and_come_back(prepared, tmp_path):
 
         machines[1].switch_off()
         machines[1].plug_in()
-        start(machines[1], 1, endpoint, prepared, folder, logs[1])
+        start(machines[1], 1, endpoint, prepared, folder, logs[1], way)
         spent = wait_for_peers(folder, logs[0], 2, timeout_s=90)
         print(f"a peer back: {spent:.1f} s until the next line of both")
 

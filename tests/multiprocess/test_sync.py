@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from p2p_llm_forge.checkpoint import read_state
+from p2p_llm_forge.config import OF_DILOCO
 from tests.conftest import TINY_MODEL, free_port
 from tests.multiprocess.conftest import flags, lines, tensors
 from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
@@ -128,19 +129,59 @@ def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
     assert [line["peers"] for line in lines(folder) if "peers" in line] == [2, 2, 3, 3, 1]
 
 
-def test_peers_may_come_while_the_moves_of_a_round_are_on_their_way(zygote, prepared, tmp_path):
-    """Until the first moves are sent it does not matter whether the ranks will wait for them."""
-    settings = {**DILOCO, "lr_scheduler": "constant", "keep_checkpoints": 9}
-    settings |= {"sync_every": 5, "compress": "int8", "save_every": 5}
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (3, {}),
+        (1, {"outer_lr": None}),
+        (2, {"sync_every": 3}),
+        (3, {"outer_lr": None, "fragments": 2}),
+    ],
+)
+def test_peers_may_change_while_the_moves_of_a_round_are_on_their_way(
+    zygote, prepared, tmp_path, ranks, changes
+):
+    """Until the next moves are sent it does not matter whether ranks wait for exchanges."""
+    settings = {**DILOCO, "lr_scheduler": "constant", "keep_checkpoints": 9, "compress": "int8"}
+    settings |= {"sync_every": 5, "save_every": 5, "outer_warmup_rounds": 2}
+    settings["outer_lr"] = changes.get("outer_lr", 0.7)
     ends = []
     for name, overlap in (("waits", 0), ("overlaps", 2)):
         folder = tmp_path / name
-        finish(zygote, prepared, folder, **settings, overlap_steps=overlap, max_steps=8)
-        assert (sum(read_state(folder / "checkpoint-5")["sync"]["lands_at"]) > 0) == (overlap > 0)
-        begun = {"resume": folder / "checkpoint-5", "max_steps": 15}
-        finish(zygote, prepared, folder, 3, **settings, **begun)
-        ends.append(tensors(folder, 15))
+        finish(zygote, prepared, folder, **settings, max_steps=18)
+        # Rounds of another length, so that both take up anew what compression owes.
+        begun = {"resume": folder / "checkpoint-15", "max_steps": 23, "overlap_steps": overlap}
+        finish(zygote, prepared, folder, **settings | {"sync_every": 10}, **begun)
+        facts = read_state(folder / "checkpoint-20")["sync"]
+        assert (sum(facts["lands_at"]) > 0) == (overlap > 0)
+        assert facts["outer"][0][1] == pytest.approx(0.45), "half of the warm-up is over"
+        begun = {"resume": folder / "checkpoint-20", "max_steps": 31}
+        finish(zygote, prepared, folder, ranks, **settings | changes, **begun)
+        ends.append(tensors(folder, 31))
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+def test_a_run_cannot_end_with_moves_that_are_on_their_way(zygote, prepared, tmp_path):
+    """They are not in the checkpoint's model, and a further update is needed to take them."""
+    settings = {**DILOCO, "sync_every": 5, "save_every": 5, "overlap_steps": 2}
+    settings |= {"lr_scheduler": "constant", "keep_checkpoints": 9}
+    folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=8)
+    settings["resume"] = folder / "checkpoint-5"
+    for ranks, changes, told in (
+        (2, {"max_steps": 5}, "one more update with --max-steps 6"),
+        (3, {"max_steps": 5}, "one more update with --max-steps 6"),
+        (2, {"max_steps": 9, "sync": "ddp"}, "--sync ddp cannot take them"),
+    ):
+        changed = settings | changes
+        if "sync" in changes:
+            changed = {k: v for k, v in changed.items() if k not in OF_DILOCO}
+        log = tmp_path / f"{ranks}{changed['sync']}"
+        started = start_ranks(zygote, flags(prepared, folder, **changed), ranks, log)
+        assert [zygote.wait(pid) for pid in started] == [2] * ranks, read(log)
+        assert told in read(log) and "Traceback" not in read(log)
+    finish(zygote, prepared, folder, 3, **settings, max_steps=6)
+    result = json.loads((folder / "all_results.json").read_text())
+    assert result["eval_loss"] < 5.7, "it has learned since its start"
 
 
 def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_path):
@@ -161,8 +202,7 @@ def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_
     for refused, changes in ((3, {}), (2, {"sync_every": 4}), (2, {"sync": "ddp"})):
         changed = {**settings, **changes, "resume": folder / "checkpoint-20", "max_steps": 30}
         if "sync" in changes:
-            of_diloco = {*DILOCO, "sync_every"} - {"sync"}
-            changed = {k: v for k, v in changed.items() if k not in of_diloco}
+            changed = {k: v for k, v in changed.items() if k not in OF_DILOCO}
         told = tmp_path / f"told{refused}{len(changed)}{changed.get('sync_every')}"
         ranks = start_ranks(zygote, flags(prepared, folder, **changed), refused, told)
         assert [zygote.wait(pid) for pid in ranks] == [2] * refused, read(told)
