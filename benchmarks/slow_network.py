@@ -446,7 +446,8 @@ def goals(results: dict[str, Any], deviations: list[tuple[float, str]]) -> list[
                 f" communication {percent(run['communication'])} (goal: under 5 %)"
             )
     if "ddp" in runs and "ddp-int8" in runs:
-        gain = runs["ddp-int8"]["times"] / runs["ddp"]["times"]
+        # Not as multiples of one peer alone: the limit of both is the link.
+        gain = runs["ddp-int8"]["tokens_per_s"] / runs["ddp"]["tokens_per_s"]
         lines.append(f"- int8 gradients at 50 Mbit/s: {gain:.2f}x plain ddp (goal: 3.5)")
     if deviations:
         worst, where = max(deviations)
@@ -484,7 +485,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         lines[medians(results["runs"][APART])["times"]] = "two apart"
     for times, text in lines.items():
         axes.axhline(times, color="grey", linewidth=0.8)
-        axes.annotate(text, (min(by_rate), times), (0, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            text, (0.15, times), (0, 3), ("axes fraction", "data"), "offset points", fontsize=8
+        )
     axes.set_xscale("log")
     axes.set_xticks(list(by_rate), [f"{rate:g}" for rate in by_rate])
     axes.minorticks_off()
