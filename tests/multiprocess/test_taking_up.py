@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from p2p_llm_forge.checkpoint import MANIFEST, TRAINER_STATE, read_state, sha256_of, write_json
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.outlook import as_begun
 from tests.conftest import free_port
 from tests.multiprocess import overflow
 from tests.multiprocess.conftest import flags, tensors
@@ -63,6 +65,14 @@ def test_auto_keeps_all_of_the_way_that_a_run_has_begun_with(zygote, prepared, t
     finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
     kept = read_state(folder / "checkpoint-4")["config"]
     assert {name: kept[name] for name in way} == way
+
+
+def test_auto_takes_of_a_run_by_ddp_no_settings_of_rounds():
+    """Their defaults were others once, and without rounds they would be refused."""
+    begun = {"sync": "ddp", "compress": "int8", "outer_lr": 0.5}
+    config = as_begun(TrainConfig(dataset_path="data", output_dir="run", sync="auto"), begun)
+    assert (config.sync, config.compress, config.outer_lr) == ("ddp", "int8", None)
+    config.problems().raise_any()
 
 
 def test_a_warm_up_does_not_come_back_when_ranks_have_trained_alone(zygote, prepared, tmp_path):
@@ -147,7 +157,9 @@ def test_every_rank_goes_on_with_its_own_loss_scale(zygote, prepared, tmp_path):
 
 def test_one_process_is_told_that_rounds_are_pointless(zygote, prepared, tmp_path):
     finish(zygote, prepared, tmp_path / "run", 1, sync="diloco", sync_every=2, max_steps=4)
-    assert "pointless with one process" in read(tmp_path / "run.log")
+    told = read(tmp_path / "run.log")
+    assert "pointless with one process" in told
+    assert "rounds    of 2 updates, then an outer step with rate 0.354 and momentum 0.8" in told
 
 
 def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_goes_on(zygote, prepared, tmp_path):
