@@ -464,10 +464,10 @@ def introduce(run: Run, checkpoint: Path | None, config_before: dict[str, Any]) 
     say = run.tracking.say
     say(introduction(run.cluster, run.data, run.plan, run.bare_model.lm))
     if run.config.sync == "diloco":
-        rate = outer_lr_of(run.config.outer_lr, run.cluster.world_size)
+        config, rate = run.config, outer_lr_of(run.config.outer_lr, run.cluster.world_size)
         say(
-            f"rounds    of {run.config.round_length()} updates, then an outer step with rate"
-            f" {rate:.3g} and momentum {run.config.outer_momentum:g}"
+            f"rounds    of {config.round_length()} updates; outer rate {rate:.3g} and momentum"
+            f" {config.outer_momentum:g}, reached after {config.outer_warmup_rounds} rounds"
         )
     if run.config.sync == "diloco" and run.cluster.world_size == 1:
         say("note      --sync diloco is pointless with one process: nobody to agree with")

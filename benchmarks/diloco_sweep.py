@@ -47,7 +47,7 @@ class Arm:
     """A setting of the sweep; as it stands here, plain averaging."""
 
     sync: str = "diloco"  # or ddp
-    ddp_updates: int = 0  # before the first round
+    ddp_rounds: int = 0  # before the first: as many updates as by ddp
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     warmup_rounds: int = 0  # from plain averaging to the two above
@@ -113,7 +113,7 @@ ARMS: dict[str, Arm] = {
     "default int8": replace(DEFAULT, compress="int8"),
     "default int4": replace(DEFAULT, compress="int4"),
     **{f"sparse {name}": replace(SPARSE, compress=name) for name in TOP},
-    "default after 200 updates of ddp": replace(DEFAULT, ddp_updates=200),
+    "default after 10 rounds of ddp": replace(DEFAULT, ddp_rounds=10),
     "default, averages moments": replace(DEFAULT, averages_moments=1),
     "ddp, Muon": Arm(sync="ddp", inner="muon"),
     "plain averaging, Muon": Arm(inner="muon"),
@@ -172,7 +172,6 @@ class Run:
 def train(runs: list[Run], blocks: Blocks) -> Tensor:
     """Train runs that differ in arm and learning rate. Returns weights (runs, parameters)."""
     first, peers = runs[0], runs[0].peers
-    assert all(run.arm.ddp_updates % first.every == 0 for run in runs), "rounds follow whole rounds"
     sizes, updates, seed = first.sizes, first.rounds * first.every, first.seed
     start = sizes.initial(seed)
     weights = start.repeat(len(runs) * peers, 1)
@@ -183,8 +182,8 @@ def train(runs: list[Run], blocks: Blocks) -> Tensor:
     by_run, gradients_by_run = (
         flat.view(len(runs), peers, -1) for flat in (weights, optimizer.gradient)
     )
-    ddp_updates = torch.tensor(
-        [updates if run.arm.sync == "ddp" else run.arm.ddp_updates for run in runs]
+    ddp_rounds = torch.tensor(
+        [run.rounds if run.arm.sync == "ddp" else run.arm.ddp_rounds for run in runs]
     )
     rounds = [Rounds(run.arm, run.rounds, start[0]) for run in runs]
     schedule = TrainConfig(warmup_steps=updates // 20, max_steps=updates)
@@ -198,7 +197,7 @@ def train(runs: list[Run], blocks: Blocks) -> Tensor:
         )
         total = losses(leaf, inputs, targets, sizes).sum()
         optimizer.gradient.copy_(torch.autograd.grad(total, leaf)[0])
-        is_ddp = step < ddp_updates
+        is_ddp = step // first.every < ddp_rounds
         gradients_by_run[is_ddp] = (
             gradients_by_run[is_ddp].mean(1, keepdim=True).expand(-1, peers, -1)
         )

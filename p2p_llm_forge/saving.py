@@ -126,8 +126,8 @@ def take_up(
         checkpoint.read_shared(folder),
         lambda rank: checkpoint.read_own(folder, rank),
     )
-    refuse_to_end_in_a_round(saved, state["step"], total_steps)
     refuse_unfinished_round(saved, sync, cluster, state["step"])
+    refuse_to_end_in_a_round(saved, state["step"], total_steps)
     # A rank that has joined takes over from one that was there.
     both_alone = sync.trains_alone and saved.is_of(sync)
     of_rank = cluster.rank % saved.world_size if both_alone else 0

@@ -149,21 +149,18 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step
     if before == now and saved.world_size == cluster.world_size:
         return
     sent_at, lands_at = saved.facts["sent_at"], saved.facts["lands_at"]
-    if all(lands_at) and all(sent == step for sent in sent_at):
-        if saved.is_of(sync):
-            return
-        raise ForgeError(
-            f"the checkpoint of step {step} was saved while the moves of its round were on their"
-            " way, and --sync ddp cannot take them: go on with --sync diloco, and change after a"
-            " round without --overlap-steps"
-        )
+    if saved.is_of(sync) and all(lands_at) and all(sent == step for sent in sent_at):
+        return  # a round has ended; its moves are on their way
+    _, _, fragments, overlap = before
     other = "from a checkpoint of the end of a round by --resume FOLDER"
-    if before[2] > 1:
-        other = "anew from its model (between its rounds was no time when all ranks agreed)"
+    if fragments > 1:
+        other = "change at its end (--max-steps), when all ranks agree"
+    elif overlap and not saved.is_of(sync):
+        other = "change after a round without --overlap-steps, when no move is on its way"
     raise ForgeError(
-        f"the checkpoint of step {step} lies in the middle of a round of {saved.world_size}"
-        f" process(es) ({told_settings(before)}), this run has {cluster.world_size}"
-        f" ({told_settings(now)}): go on with the same, or {other}"
+        f"the checkpoint of step {step} holds a round of {saved.world_size} process(es)"
+        f" ({told_settings(before)}) that has not been agreed on, this run has"
+        f" {cluster.world_size} ({told_settings(now)}): go on with the same, or {other}"
     )
 
 
@@ -173,8 +170,8 @@ def refuse_to_end_in_a_round(saved: SavedSync, step: int, total_steps: int) -> N
     if step == total_steps and not saved.facts.get("is_agreed", True):
         raise ForgeError(
             f"the run was asked to end after {total_steps} updates, but the checkpoint of step"
-            f" {step} lies before the end of its round, and its model lacks what the ranks have"
-            f" done since: let it take at least one more update with --max-steps {step + 1}"
+            f" {step} was saved before its round was agreed on, and its model lacks what the ranks"
+            f" have done in it: take at least one more update with --max-steps {step + 1}"
         )
 
 

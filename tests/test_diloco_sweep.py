@@ -105,7 +105,7 @@ def test_ddp_takes_the_updates_of_one_model_with_the_whole_batch(blocks):
     torch.testing.assert_close(trained[1], flat(model), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("arm", [Arm(), Arm(averages_moments=1), Arm(ddp_updates=4)])
+@pytest.mark.parametrize("arm", [Arm(), Arm(averages_moments=1), Arm(ddp_rounds=2)])
 def test_plain_averaging_is_the_mean_of_models_that_train_alone(blocks, arm):
     models = [gpt2_of(SIZES.initial(RUN.seed)[0])]
     models.append(copy.deepcopy(models[0]))
@@ -113,7 +113,7 @@ def test_plain_averaging_is_the_mean_of_models_that_train_alone(blocks, arm):
     optimizers = [build_optimizer(config, model) for model in models]
     for first in range(0, 6, 2):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            share = slice(2 * rank, 2 * rank + 2) if first >= arm.ddp_updates else slice(None)
+            share = slice(2 * rank, 2 * rank + 2) if first >= 2 * arm.ddp_rounds else slice(None)
             updates_alone(model, optimizer, blocks, RUN, share, range(first, first + 2))
         with torch.no_grad():
             for one, other in zip(*(model.parameters() for model in models), strict=True):

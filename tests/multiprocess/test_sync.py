@@ -170,7 +170,7 @@ def test_a_run_cannot_end_with_moves_that_are_on_their_way(zygote, prepared, tmp
     for ranks, changes, told in (
         (2, {"max_steps": 5}, "one more update with --max-steps 6"),
         (3, {"max_steps": 5}, "one more update with --max-steps 6"),
-        (2, {"max_steps": 9, "sync": "ddp"}, "--sync ddp cannot take them"),
+        (2, {"max_steps": 9, "sync": "ddp"}, "change after a round without --overlap-steps"),
     ):
         changed = settings | changes
         if "sync" in changes:
@@ -206,7 +206,8 @@ def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_
         told = tmp_path / f"told{refused}{len(changed)}{changed.get('sync_every')}"
         ranks = start_ranks(zygote, flags(prepared, folder, **changed), refused, told)
         assert [zygote.wait(pid) for pid in ranks] == [2] * refused, read(told)
-        assert "in the middle of a round of 2 process(es)" in read(told)
+        assert "a round of 2 process(es)" in read(told)
+        assert "or from a checkpoint of the end of a round" in read(told)
         assert "Traceback" not in read(told)
     changed = {**settings, "sync_every": 4, "resume": folder / "checkpoint-16", "max_steps": 20}
     finish(zygote, prepared, folder, 3, **changed)

@@ -159,7 +159,7 @@ def test_one_process_is_told_that_rounds_are_pointless(zygote, prepared, tmp_pat
     finish(zygote, prepared, tmp_path / "run", 1, sync="diloco", sync_every=2, max_steps=4)
     told = read(tmp_path / "run.log")
     assert "pointless with one process" in told
-    assert "rounds    of 2 updates, then an outer step with rate 0.354 and momentum 0.8" in told
+    assert "rounds    of 2 updates; outer rate 0.354 and momentum 0.8, reached after 20" in told
 
 
 def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_goes_on(zygote, prepared, tmp_path):
