@@ -469,8 +469,8 @@ def introduce(run: Run, checkpoint: Path | None, config_before: dict[str, Any]) 
             f"rounds    of {config.round_length()} updates; outer rate {rate:.3g} and momentum"
             f" {config.outer_momentum:g}, reached after {config.outer_warmup_rounds} rounds"
         )
-    if run.config.sync == "diloco" and run.cluster.world_size == 1:
-        say("note      --sync diloco is pointless with one process: nobody to agree with")
+        if run.cluster.world_size == 1:
+            say("note      --sync diloco is pointless with one process: nobody to agree with")
     if checkpoint:
         say(f"resuming  after step {run.first_step} from {checkpoint}")
         for line in settings_changed(config_before, as_dict(run.config)):

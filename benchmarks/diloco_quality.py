@@ -27,6 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,7 +48,7 @@ DILOCO = {
     "outer_warmup_rounds": TrainConfig.outer_warmup_rounds,
 }
 AT_ONCE = {"outer_warmup_rounds": 0}
-ARMS: dict[str, dict[str, object]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "ddp": {"sync": "ddp"},
     "plain averaging": {**DILOCO, "outer_lr": 1.0, "outer_momentum": 0.0, **AT_ONCE},
     "diloco": DILOCO,
@@ -171,11 +172,10 @@ class Plan:
 
     def job(self, arm: str, peers: int, every: int, rate: float, seed: int) -> Job:
         options = self._options
-        rate_of = {"outer_lr": outer_lr_of(None, peers)}  # told, as other defaults are
-        settings = ",".join(
-            f"{name}={rate_of[name] if value is None else value}"
-            for name, value in ARMS[arm].items()
-        )
+        given = dict(ARMS[arm])
+        if given["sync"] == "diloco":
+            given["outer_lr"] = outer_lr_of(given["outer_lr"], peers)
+        settings = ",".join(f"{name}={value}" for name, value in given.items())
         updates = options.rounds * every
         sizes = (options.model, options.batch_size)
         return Job(arm, settings, peers, every, updates, rate, seed, *sizes)

@@ -48,7 +48,7 @@ class Arm:
 
     sync: str = "diloco"  # or ddp
     ddp_rounds: int = 0  # before the first: as many updates as by ddp
-    outer_lr: float = 1.0
+    outer_lr: float | None = 1.0  # None: the usual one of so many peers
     outer_momentum: float = 0.0
     warmup_rounds: int = 0  # from plain averaging to the two above
     fade_rounds: int = 0  # and back, at the end of the run
@@ -83,9 +83,8 @@ class TopK(Codec):
 
 
 TOP = {codec.name: codec for codec in (TopK(0.25), TopK(0.05))}
-USUAL = 0.0  # stands for the outer rate that so many peers take by default
 DEFAULT = Arm(
-    outer_lr=USUAL,
+    outer_lr=TrainConfig.outer_lr,
     outer_momentum=TrainConfig.outer_momentum,
     warmup_rounds=TrainConfig.outer_warmup_rounds,
 )
@@ -304,8 +303,7 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, float], list[Run]]:
 def arm_of(name: str, peers: int) -> Arm:
     """One of ARMS, or what KEY=VALUE,... makes of plain averaging."""
     if name in ARMS:
-        arm = ARMS[name]
-        return replace(arm, outer_lr=outer_lr_of(None, peers)) if arm.outer_lr == USUAL else arm
+        return replace(ARMS[name], outer_lr=outer_lr_of(ARMS[name].outer_lr, peers))
     pairs = dict(pair.split("=") for pair in name.split(","))
     return Arm(**{key: type(getattr(Arm, key))(value) for key, value in pairs.items()})
 

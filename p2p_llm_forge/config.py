@@ -296,7 +296,8 @@ class TrainConfig:
     outer_lr: float | None = flag(
         None,
         "diloco: share of the peers' average move that is taken; if nothing else says it, 0.5 of"
-        " two peers, 0.7 of four, 1 of eight or more; 1 with --outer-momentum 0 is plain averaging",
+        " two processes, 0.7 of four, 1 of eight or more; 1 with --outer-momentum 0 is plain"
+        " averaging",
     )
     outer_momentum: float = flag(0.8, "diloco: Nesterov momentum of the outer step")
     outer_warmup_rounds: int = flag(

@@ -154,7 +154,7 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, cluster: Cluster, step
     _, _, fragments, overlap = before
     other = "from a checkpoint of the end of a round by --resume FOLDER"
     if fragments > 1:
-        other = "change at its end (--max-steps), when all ranks agree"
+        other = "change when the run has ended (--max-steps), as all ranks agree then"
     elif overlap and not saved.is_of(sync):
         other = "change after a round without --overlap-steps, when no move is on its way"
     raise ForgeError(

@@ -166,16 +166,18 @@ def test_a_run_cannot_end_with_moves_that_are_on_their_way(zygote, prepared, tmp
     settings = {**DILOCO, "sync_every": 5, "save_every": 5, "overlap_steps": 2}
     settings |= {"lr_scheduler": "constant", "keep_checkpoints": 9}
     folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=8)
+    in_parts = finish(zygote, prepared, tmp_path / "parts", **settings, fragments=2, max_steps=8)
     settings["resume"] = folder / "checkpoint-5"
     for ranks, changes, told in (
         (2, {"max_steps": 5}, "one more update with --max-steps 6"),
         (3, {"max_steps": 5}, "one more update with --max-steps 6"),
         (2, {"max_steps": 9, "sync": "ddp"}, "change after a round without --overlap-steps"),
+        (3, {"max_steps": 9, "resume": in_parts / "checkpoint-5"}, "change when the run has ended"),
     ):
         changed = settings | changes
         if "sync" in changes:
             changed = {k: v for k, v in changed.items() if k not in OF_DILOCO}
-        log = tmp_path / f"{ranks}{changed['sync']}"
+        log = tmp_path / f"{ranks}{changed['sync']}{changed['max_steps']}"
         started = start_ranks(zygote, flags(prepared, folder, **changed), ranks, log)
         assert [zygote.wait(pid) for pid in started] == [2] * ranks, read(log)
         assert told in read(log) and "Traceback" not in read(log)
