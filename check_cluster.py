@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from p2p_llm_forge.config import CheckConfig, parse
 from p2p_llm_forge.errors import ForgeError, run_script
-from p2p_llm_forge.findings import (
+from p2p_llm_forge.peers.findings import (
     FAILURE,
     WORKS,
     WORKS_WITH_WARNINGS,
@@ -28,7 +28,8 @@ from p2p_llm_forge.findings import (
     fine,
     warning,
 )
-from p2p_llm_forge.launch_files import (
+from p2p_llm_forge.peers.launch import local_rank
+from p2p_llm_forge.peers.launch_files import (
     DEFAULT_PORT,
     LaunchFile,
     judge_launch_file,
@@ -38,9 +39,9 @@ from p2p_llm_forge.launch_files import (
 )
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
-    from p2p_llm_forge.cluster import Cluster, Launch
-    from p2p_llm_forge.corpus import PreparedDataset
-    from p2p_llm_forge.links import Links
+    from p2p_llm_forge.data.dataset import PreparedDataset
+    from p2p_llm_forge.peers.cluster import Cluster, Launch
+    from p2p_llm_forge.peers.links import Links
 
 LINKS_S = 30.0  # what measuring all links may take, about
 LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
@@ -104,7 +105,7 @@ def by_hand(config: CheckConfig, file: LaunchFile) -> CheckConfig:
 
 def read_or_refuse(config: CheckConfig, report: ClusterReport) -> Launch | None:
     """This process's place in the launch; None, with a finding, if there is none."""
-    from p2p_llm_forge.cluster import read_launch
+    from p2p_llm_forge.peers.cluster import read_launch
 
     try:
         return read_launch(config, os.environ)
@@ -128,7 +129,7 @@ def look_at_promise(launch: Launch, file: LaunchFile | None, config: CheckConfig
 
 def look_before(config: CheckConfig, launch: Launch, file: LaunchFile | None) -> list[Finding]:
     """What one machine can say: what it has, and its way to the main address."""
-    from p2p_llm_forge.machine import judge_machine, judge_way
+    from p2p_llm_forge.peers.machine import judge_machine, judge_way
 
     if launch.local_rank:
         return []  # one process speaks for its machine
@@ -148,7 +149,7 @@ def look_before(config: CheckConfig, launch: Launch, file: LaunchFile | None) ->
 
 def look_together(config: CheckConfig, report: ClusterReport) -> None:
     """Meet the peers and add what they say together; rank 0 gets the findings of all."""
-    from p2p_llm_forge.cluster import join
+    from p2p_llm_forge.peers.cluster import join
 
     try:
         with join(config) as cluster:
@@ -169,7 +170,7 @@ def look_together(config: CheckConfig, report: ClusterReport) -> None:
 
 def share_findings(cluster: Cluster, report: ClusterReport) -> None:
     """Bring every rank's findings together, each with its name."""
-    from p2p_llm_forge.company import hosts_of
+    from p2p_llm_forge.peers.preflight import hosts_of
 
     report.peers = hosts_of(cluster)
     told = cluster.gather_facts({"findings": [vars(finding) for finding in report.findings]})
@@ -182,8 +183,8 @@ def share_findings(cluster: Cluster, report: ClusterReport) -> None:
 
 def measure(config: CheckConfig, cluster: Cluster, report: ClusterReport) -> None:
     """What the peers find out together: the same report on every rank."""
-    from p2p_llm_forge import company
-    from p2p_llm_forge.links import measure_links
+    from p2p_llm_forge.peers import preflight as company
+    from p2p_llm_forge.peers.links import measure_links
 
     add, hosts = report.findings.extend, report.peers
     if cluster.world_size > 1:
@@ -238,10 +239,10 @@ def time_an_update(
     report: ClusterReport,
 ) -> None:
     """Time the real model on each rank's own hardware; add the times and what follows of them."""
-    from p2p_llm_forge.advice import table
-    from p2p_llm_forge.machine import judge_checkpoints
-    from p2p_llm_forge.model import build_model, without_progress_bars
-    from p2p_llm_forge.outlook import forecasts, update_s_by_rank
+    from p2p_llm_forge.model.causal_lm import build_model, without_progress_bars
+    from p2p_llm_forge.peers.machine import judge_checkpoints
+    from p2p_llm_forge.sync.forecast import table
+    from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
     from train import make_plan
 
     without_progress_bars()
@@ -306,4 +307,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, local_rank())

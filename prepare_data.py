@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2p_llm_forge import config as configuration
-from p2p_llm_forge import corpus, packing, sources, tokenization, unfinished
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.corpus import TRAIN, VALIDATION, Manifest, SplitFacts
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import packing, sources
+from p2p_llm_forge.data import pieces as unfinished
+from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data.dataset import TRAIN, VALIDATION, Manifest, SplitFacts
+from p2p_llm_forge.data.pieces import PIECES_OF_A_PART, Pieces, Ranks
+from p2p_llm_forge.data.sources import Found, Part, Piece, Reading
 from p2p_llm_forge.errors import ForgeError, run_script
-from p2p_llm_forge.sources import Found, Part, Piece, Reading
-from p2p_llm_forge.unfinished import PIECES_OF_A_PART, Pieces, Ranks
+from p2p_llm_forge.peers.launch import local_rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         PrepareConfig, sys.argv[1:] if argv is None else argv, "prepare_data.py"
     )
     if config.describe:
-        from p2p_llm_forge import inspection
+        from p2p_llm_forge.data import describe as inspection
 
         files = inspection.verify(Path(config.describe)) if config.verify else 0
         print(inspection.describe(Path(config.describe)))
@@ -613,4 +617,4 @@ def _summary(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, local_rank())

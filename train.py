@@ -13,21 +13,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2p_llm_forge import data_order
-from p2p_llm_forge.balance import Balance
 from p2p_llm_forge.config import PrepareConfig, TrainConfig, as_dict, parse
+from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import ForgeError, run_script
-from p2p_llm_forge.interruptions import NOTHING, SAVE_NOW, Interruptions, interruption
-from p2p_llm_forge.results import RESULTS, TrainResult
+from p2p_llm_forge.peers.launch import local_rank
+from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW, Interruptions, interruption
+from p2p_llm_forge.training.results import RESULTS, TrainResult
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     import torch
 
-    from p2p_llm_forge.cluster import Cluster
-    from p2p_llm_forge.corpus import Blocks, PreparedDataset
-    from p2p_llm_forge.saving import Saving
-    from p2p_llm_forge.sync import Meter, Sync
-    from p2p_llm_forge.tracking import LossWindow, Silent
+    from p2p_llm_forge.data.dataset import Blocks, PreparedDataset
+    from p2p_llm_forge.peers.cluster import Cluster
+    from p2p_llm_forge.sync.base import Meter, Sync
+    from p2p_llm_forge.training.saving import Saving
+    from p2p_llm_forge.training.tracking import LossWindow, Silent
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -65,8 +66,13 @@ def train(config: TrainConfig) -> TrainResult:
     Interrupted when the run was asked to stop and has saved.
     """
     check(config)
-    from p2p_llm_forge.cluster import join
-    from p2p_llm_forge.run_folder import claim_output, find_checkpoint, finished_result, only_run
+    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.training.run_folder import (
+        claim_output,
+        find_checkpoint,
+        finished_result,
+        only_run,
+    )
 
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     with join(config) as cluster:
@@ -233,8 +239,8 @@ def take_update(run: Run, step: int) -> Taken:
 
 def check(config: TrainConfig) -> None:
     """Raise ForgeError with every problem of the configuration that needs no data and no peers."""
-    from p2p_llm_forge.model import check_names
-    from p2p_llm_forge.tracking import tracker_names
+    from p2p_llm_forge.model.causal_lm import check_names
+    from p2p_llm_forge.training.tracking import tracker_names
 
     problems = config.problems()
     for look in (lambda: check_names(config), lambda: tracker_names(config.report_to)):
@@ -247,7 +253,7 @@ def check(config: TrainConfig) -> None:
 
 def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     """The prepared dataset; a text file is prepared first, by the main process alone."""
-    from p2p_llm_forge.corpus import open_prepared
+    from p2p_llm_forge.data.dataset import open_prepared
 
     folder = Path(config.dataset_path)
     if folder.suffix and not cluster.main_only(folder.exists):
@@ -306,7 +312,7 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
 
 def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> data_order.Plan:
     """How the updates are made up, for as many peers as there are."""
-    from p2p_llm_forge.checkpoint import recorded_identity, steps_saved
+    from p2p_llm_forge.training.checkpoint import recorded_identity, steps_saved
 
     def look() -> list[Any]:
         identity = recorded_identity(Path(config.output_dir)) or {}
@@ -336,13 +342,13 @@ def settle_strategy(
 
     Raises ForgeError where the launch or the folder does not go with the strategy.
     """
-    from p2p_llm_forge.advice import choose, table
-    from p2p_llm_forge.checkpoint import read_state
-    from p2p_llm_forge.company import hosts_of, judge_shared_folder
-    from p2p_llm_forge.findings import refuse_failures
-    from p2p_llm_forge.model import build_model
-    from p2p_llm_forge.outlook import as_begun, outlook, with_strategy
-    from p2p_llm_forge.sync import refuse_elastic
+    from p2p_llm_forge.model.causal_lm import build_model
+    from p2p_llm_forge.peers.findings import refuse_failures
+    from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
+    from p2p_llm_forge.sync.base import refuse_elastic
+    from p2p_llm_forge.sync.forecast import choose, table
+    from p2p_llm_forge.training.checkpoint import read_state
+    from p2p_llm_forge.training.forecast import as_begun, outlook, with_strategy
 
     if config.sync == "auto" and checkpoint is not None:
         begun = cluster.main_only(lambda: read_state(checkpoint)["config"])
@@ -368,13 +374,13 @@ def set_up(
     checkpoint: Path | None,
 ) -> Run:
     """Everything that the loop works on, new or as a checkpoint left it."""
-    from p2p_llm_forge.checkpoint import read_state
-    from p2p_llm_forge.gradients import set_bucket_size
-    from p2p_llm_forge.loss import NextTokenLoss
-    from p2p_llm_forge.model import build_optimizer, learning_rate_factor
-    from p2p_llm_forge.saving import Saving, take_up
-    from p2p_llm_forge.sync import Meter, strategy
-    from p2p_llm_forge.tracking import LossWindow, Silent, Tracking
+    from p2p_llm_forge.model.causal_lm import build_optimizer, learning_rate_factor
+    from p2p_llm_forge.model.loss import NextTokenLoss
+    from p2p_llm_forge.sync.base import Meter, strategy
+    from p2p_llm_forge.sync.ddp import set_bucket_size
+    from p2p_llm_forge.training.checkpoint import read_state
+    from p2p_llm_forge.training.saving import Saving, take_up
+    from p2p_llm_forge.training.tracking import LossWindow, Silent, Tracking
 
     lm = build_or_load(config, cluster, data, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
@@ -433,8 +439,8 @@ def build_or_load(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, checkpoint: Path | None
 ) -> Any:
     """The causal LM of the run, the same on every rank."""
-    from p2p_llm_forge.model import build_model, load_model, without_progress_bars
-    from p2p_llm_forge.sync import refuse_different_models
+    from p2p_llm_forge.model.causal_lm import build_model, load_model, without_progress_bars
+    from p2p_llm_forge.sync.base import refuse_different_models
 
     without_progress_bars()
 
@@ -457,9 +463,9 @@ def build_or_load(
 
 def introduce(run: Run, checkpoint: Path | None, config_before: dict[str, Any]) -> None:
     """Say what is about to happen, and what it goes on from."""
-    from p2p_llm_forge.outer import outer_lr_of
-    from p2p_llm_forge.run_folder import settings_changed
-    from p2p_llm_forge.tracking import introduction
+    from p2p_llm_forge.sync.outer import outer_lr_of
+    from p2p_llm_forge.training.run_folder import settings_changed
+    from p2p_llm_forge.training.tracking import introduction
 
     say = run.tracking.say
     say(introduction(run.cluster, run.data, run.plan, run.bare_model.lm))
@@ -516,7 +522,7 @@ def save(run: Run, step: int) -> None:
 
 def evaluate(run: Run, step: int) -> dict[str, Any]:
     """The figures on the validation split after `step` updates; empty without one."""
-    from p2p_llm_forge.evaluation import evaluate_split
+    from p2p_llm_forge.training.evaluation import evaluate_split
 
     blocks = run.data.blocks("validation")
     if blocks is None:
@@ -532,8 +538,8 @@ def evaluate(run: Run, step: int) -> dict[str, Any]:
 
 def conclude(run: Run) -> TrainResult:
     """Evaluate, publish the final model into the output directory, write and print results."""
-    from p2p_llm_forge import checkpoint
-    from p2p_llm_forge.evaluation import sample_text
+    from p2p_llm_forge.training import checkpoint
+    from p2p_llm_forge.training.evaluation import sample_text
 
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
     updates = steps - run.first_step
@@ -568,10 +574,10 @@ def conclude(run: Run) -> TrainResult:
 
 def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
-    from p2p_llm_forge import checkpoint
-    from p2p_llm_forge.evaluation import evaluate_split
-    from p2p_llm_forge.loss import NextTokenLoss
-    from p2p_llm_forge.model import load_model, without_progress_bars
+    from p2p_llm_forge.model.causal_lm import load_model, without_progress_bars
+    from p2p_llm_forge.model.loss import NextTokenLoss
+    from p2p_llm_forge.training import checkpoint
+    from p2p_llm_forge.training.evaluation import evaluate_split
 
     without_progress_bars()
     blocks = data.blocks("validation")
@@ -609,12 +615,12 @@ def describe(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
 ) -> TrainResult:
     """What a run would do, and how fast in which way; trains no model and writes nothing."""
-    from p2p_llm_forge.advice import table
-    from p2p_llm_forge.checkpoint import refuse_another_run
-    from p2p_llm_forge.model import build_model
-    from p2p_llm_forge.outlook import outlook
-    from p2p_llm_forge.run_folder import run_identity
-    from p2p_llm_forge.tracking import introduction
+    from p2p_llm_forge.model.causal_lm import build_model
+    from p2p_llm_forge.sync.forecast import table
+    from p2p_llm_forge.training.checkpoint import refuse_another_run
+    from p2p_llm_forge.training.forecast import outlook
+    from p2p_llm_forge.training.run_folder import run_identity
+    from p2p_llm_forge.training.tracking import introduction
 
     output_dir, identity = Path(config.output_dir), run_identity(config, data, plan)
     if not config.overwrite:
@@ -640,7 +646,7 @@ def main() -> int:
 
 def cli() -> None:
     """Entry point of the command `p2p-llm-forge`."""
-    run_script(main)
+    run_script(main, local_rank())
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from p2p_llm_forge import sources, tokenization
+    from p2p_llm_forge.data import sources
+    from p2p_llm_forge.data import tokenizer as tokenization
 
     for name in ("text", "jsonl", "parquet", "small"):
         (folder / name).mkdir(exist_ok=True)
@@ -209,7 +210,7 @@ def gigatoken_alone(folder: Path) -> dict[str, float]:
     import gigatoken
     from transformers import AutoTokenizer
 
-    from p2p_llm_forge import tokenization
+    from p2p_llm_forge.data import tokenizer as tokenization
 
     rules = tokenization.rules_of_text(AutoTokenizer.from_pretrained(folder / "tokenizer"))
     encoder = gigatoken.Tokenizer.from_json(rules)
@@ -225,7 +226,7 @@ def usual_way(folder: Path) -> dict[str, float]:
     import datasets
     from transformers import AutoTokenizer
 
-    from p2p_llm_forge import sources
+    from p2p_llm_forge.data import sources
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -266,7 +267,7 @@ def usual_way(folder: Path) -> dict[str, float]:
 
 def reader(folder: Path) -> dict[str, float]:
     """Blocks a second that training reads, 8 at a time in a random order."""
-    from p2p_llm_forge.corpus import open_prepared
+    from p2p_llm_forge.data.dataset import open_prepared
 
     blocks = open_prepared(folder / "out" / "text").blocks("train")
     assert blocks is not None

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.outer import outer_lr_of
-from p2p_llm_forge.results import RESULTS
+from p2p_llm_forge.sync.outer import outer_lr_of
+from p2p_llm_forge.training.results import RESULTS
 from prepare_data import prepare
 from tests.conftest import ROOT, free_port
 from tests.multiprocess.zygote import Zygote

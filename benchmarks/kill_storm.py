@@ -23,8 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from p2p_llm_forge import checkpoint
 from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.training import checkpoint
 from prepare_data import prepare
 from tests.conftest import SEQUENCE_LENGTH, write_text
 from tests.multiprocess.conftest import flags, lines, tensors

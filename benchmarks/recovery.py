@@ -23,8 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from p2p_llm_forge import data_order
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
+from p2p_llm_forge.data import order as data_order
 from prepare_data import prepare
 from tests.conftest import write_text
 

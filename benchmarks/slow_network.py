@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from p2p_llm_forge.advice import Measured, Strategy, forecast
+from p2p_llm_forge.sync.forecast import Measured, Strategy, forecast
 from tests.multihost.hosts import PYTHON, ROOT, Host, hosts, why_not
 
 SEQUENCE_LENGTH, BLOCKS_PER_PEER = 256, 2
@@ -226,8 +226,8 @@ def prepare_data(folder: Path) -> Path:
 def shapes_of_model(data: Path) -> list[list[int]]:
     """The shapes of the parameters of the model that is trained."""
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.corpus import open_prepared
-    from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.data.dataset import open_prepared
+    from p2p_llm_forge.model.causal_lm import build_model
 
     config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
     return [list(p.shape) for p in build_model(config, open_prepared(data)).parameters()]

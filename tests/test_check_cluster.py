@@ -11,10 +11,10 @@ import time
 import pytest
 
 from check_cluster import check, main
-from p2p_llm_forge import company
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.findings import ClusterReport, failure, fine, warning
+from p2p_llm_forge.peers import preflight as company
+from p2p_llm_forge.peers.findings import ClusterReport, failure, fine, warning
 from tests.conftest import ROOT, TINY_MODEL
 
 TWO_MACHINES = [

@@ -16,9 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_data
-from p2p_llm_forge import corpus, sources, tokenization
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.corpus import Manifest, looks_like_prepared, open_prepared
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data.dataset import Manifest, looks_like_prepared, open_prepared
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import prepare
 

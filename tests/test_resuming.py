@@ -17,14 +17,16 @@ import psutil
 import pytest
 
 import prepare_data
-from p2p_llm_forge import corpus, sources, unfinished
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.corpus import Manifest, open_prepared
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import pieces as unfinished
+from p2p_llm_forge.data import sources
+from p2p_llm_forge.data.dataset import Manifest, open_prepared
+from p2p_llm_forge.data.pieces import Ranks
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.unfinished import Ranks
 from prepare_data import prepare
+from tests.data.test_sources import write_rows
 from tests.test_prepare_data import contents, some_text
-from tests.test_sources import write_rows
 
 ROOT = Path(prepare_data.__file__).parent
 
@@ -32,7 +34,9 @@ ROOT = Path(prepare_data.__file__).parent
 SMALL_PIECES = """
 import sys, time
 import prepare_data
-from p2p_llm_forge import corpus, sources, unfinished
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import pieces as unfinished
 from p2p_llm_forge.errors import run_script
 sources.PIECE_BYTES, corpus.BATCH_BYTES, corpus.BATCHES_PER_SHARD = 3000, 1000, 4
 unfinished.HEARTBEAT_S, unfinished.STALE_S, prepare_data.POLL_S = 0.2, 4.0, 0.05
@@ -115,7 +119,11 @@ def wait_for(condition, timeout_s: float = 60.0) -> None:
 KILLED_AGAIN_AND_AGAIN = """
 import os, random, shutil, signal, sys, time
 import prepare_data
-from p2p_llm_forge import corpus, packing, sources, tokenization, unfinished
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import packing
+from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data import pieces as unfinished
 # What is loaded once serves every child.
 import awkward, datasets, gigatoken, psutil, pyarrow.compute, pyarrow.json, pyarrow.parquet, xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -108,9 +108,9 @@ def test_accumulation_takes_the_same_updates(config, tmp_path):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(config):
     """One SGD step moves the weights by minus the rate times a gradient computed here by hand."""
-    from p2p_llm_forge import data_order
-    from p2p_llm_forge.corpus import open_prepared
-    from p2p_llm_forge.model import build_model
+    from p2p_llm_forge.data import order as data_order
+    from p2p_llm_forge.data.dataset import open_prepared
+    from p2p_llm_forge.model.causal_lm import build_model
 
     config = replace(
         config,
@@ -181,7 +181,7 @@ def test_an_output_directory_of_another_run_is_refused_and_left_alone(config, pr
 
 
 def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(config, tmp_path):
-    from p2p_llm_forge import checkpoint
+    from p2p_llm_forge.training import checkpoint
 
     train(replace(config, optimizer="sgd", learning_rate=1e-3, lr_scheduler="constant"))
     with pytest.raises(ForgeError, match=r"NaN or infinite at step \d+ \(first on rank 0\)"):
@@ -327,7 +327,7 @@ def test_a_document_mask_changes_the_training_and_the_evaluation(config, tmp_pat
 
 def test_a_run_goes_on_with_another_batch_size_and_reads_every_block_once(config, tmp_path):
     """--resume-changed: the stream of blocks goes on where it was, in other portions."""
-    from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.training.checkpoint import read_state
 
     train(replace(config, lr_scheduler="constant"))
     with pytest.raises(ForgeError, match="batch_size: the run has 8, asked was 4"):
@@ -338,7 +338,7 @@ def test_a_run_goes_on_with_another_batch_size_and_reads_every_block_once(config
 
 
 def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
-    from p2p_llm_forge import checkpoint
+    from p2p_llm_forge.training import checkpoint
 
     train(
         replace(
@@ -354,8 +354,8 @@ def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
 
 def test_what_a_save_keeps_of_the_losses_is_a_copy():
     """The background writer reads it while the run goes on."""
-    from p2p_llm_forge.cluster import Cluster, Launch
-    from p2p_llm_forge.tracking import LossWindow
+    from p2p_llm_forge.peers.cluster import Cluster, Launch
+    from p2p_llm_forge.training.tracking import LossWindow
 
     alone = Cluster(Launch(), torch.device("cpu"), store=None)
     window = LossWindow(alone, 1, 0, {"nats": [], "updates": 0})
@@ -381,7 +381,7 @@ def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):
 
 
 def test_going_on_from_a_named_checkpoint_takes_its_branch(config, tmp_path):
-    from p2p_llm_forge import checkpoint
+    from p2p_llm_forge.training import checkpoint
 
     train(replace(config, lr_scheduler="constant"))
     again = replace(config, lr_scheduler="constant", learning_rate=0.02, max_steps=6)
@@ -393,7 +393,7 @@ def test_going_on_from_a_named_checkpoint_takes_its_branch(config, tmp_path):
 
 
 def test_the_batch_stays_what_it_was_when_a_run_goes_on(config, tmp_path):
-    from p2p_llm_forge.checkpoint import read_state
+    from p2p_llm_forge.training.checkpoint import read_state
 
     config = replace(config, batch_size=None, lr_scheduler="constant")
     train(replace(config, micro_batch_size=4, gradient_accumulation_steps=5))

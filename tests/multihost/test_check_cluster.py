@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from p2p_llm_forge.launch_files import write_launch_files
+from p2p_llm_forge.peers.launch_files import write_launch_files
 from tests.conftest import TINY_MODEL, free_port
 from tests.multihost.hosts import PYTHON, hosts, why_not
 

@@ -30,9 +30,9 @@ def main() -> int:
     import torch
     from torch import nn
 
-    from p2p_llm_forge.cluster import join
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.sync import strategy
+    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.sync.base import strategy
 
     order = json.loads(sys.argv[1])
     config = TrainConfig(output_dir="unused", cpu=True, **order["config"])

@@ -15,9 +15,9 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from p2p_llm_forge.cluster import join
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.evaluation import evaluate_split
+    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.training.evaluation import evaluate_split
 
     config = TrainConfig(output_dir="unused", cpu=True, **json.loads(sys.argv[1]))
 

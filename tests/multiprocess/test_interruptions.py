@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from p2p_llm_forge import checkpoint
+from p2p_llm_forge.training import checkpoint
 from tests.multiprocess.conftest import flags, lines
 from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
 

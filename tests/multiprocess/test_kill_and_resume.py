@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p2p_llm_forge import checkpoint
+from p2p_llm_forge.training import checkpoint
 from tests.conftest import TINY_MODEL, free_port
 from tests.multiprocess.conftest import flags, lines, tensors
 

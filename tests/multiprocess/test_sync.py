@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from p2p_llm_forge.checkpoint import read_state
 from p2p_llm_forge.config import OF_DILOCO
+from p2p_llm_forge.training.checkpoint import read_state
 from tests.conftest import TINY_MODEL, free_port
 from tests.multiprocess.conftest import flags, lines, tensors
 from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks

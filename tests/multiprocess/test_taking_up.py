@@ -10,9 +10,15 @@ import shutil
 import pytest
 import torch
 
-from p2p_llm_forge.checkpoint import MANIFEST, TRAINER_STATE, read_state, sha256_of, write_json
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.outlook import as_begun
+from p2p_llm_forge.training.checkpoint import (
+    MANIFEST,
+    TRAINER_STATE,
+    read_state,
+    sha256_of,
+    write_json,
+)
+from p2p_llm_forge.training.forecast import as_begun
 from tests.conftest import free_port
 from tests.multiprocess import overflow
 from tests.multiprocess.conftest import flags, tensors

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from p2p_llm_forge.findings import FAILURE
-from p2p_llm_forge.launch_files import judge_launch_file, read_launch_file
+from p2p_llm_forge.peers.findings import FAILURE
+from p2p_llm_forge.peers.launch_files import judge_launch_file, read_launch_file
 
 pytestmark = pytest.mark.slow
 

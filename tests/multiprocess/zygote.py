@@ -116,13 +116,13 @@ def main() -> None:
     import torch.nn.parallel  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
-    import p2p_llm_forge.checkpoint
-    import p2p_llm_forge.cluster
-    import p2p_llm_forge.company
-    import p2p_llm_forge.diloco
-    import p2p_llm_forge.language_modeling_metric  # noqa: F401
-    import p2p_llm_forge.links
-    import p2p_llm_forge.machine  # noqa: F401
+    import p2p_llm_forge.peers.cluster
+    import p2p_llm_forge.peers.links
+    import p2p_llm_forge.peers.machine  # noqa: F401
+    import p2p_llm_forge.peers.preflight
+    import p2p_llm_forge.sync.diloco
+    import p2p_llm_forge.training.checkpoint
+    import p2p_llm_forge.training.language_modeling_metric  # noqa: F401
     import prepare_data  # noqa: F401
 
     children: set[int] = set()
@@ -183,7 +183,7 @@ def _become(order: dict) -> None:
     sys.path[:0] = filter(None, order["environ"].get("PYTHONPATH", "").split(":"))
     sys.argv = [f"{order['script']}.py", *order["argv"]]
     try:
-        run_script(_script(order["script"]))
+        run_script(_script(order["script"]), int(os.environ.get("LOCAL_RANK", "0")))
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()

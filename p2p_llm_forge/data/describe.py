@@ -1,0 +1,99 @@
+"""What a prepared dataset holds, in words, and whether its files are as they were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data.dataset import TRAIN, PreparedDataset
+from p2p_llm_forge.errors import ForgeError
+
+END_MARK = "⏹"  # what stands for the end of a document in a decoded block
+
+
+def describe(folder: Path) -> str:
+    """Documents, blocks, tokens, bytes per token, vocabulary use, and the first block as text."""
+    from transformers import AutoTokenizer
+
+    data = corpus.open_prepared(folder)
+    manifest = data.manifest
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    except Exception as error:  # what transformers raises for damaged files is not one class
+        raise ForgeError(
+            f"{data.tokenizer_dir} cannot be read ({error}): prepare the text again with "
+            "--overwrite"
+        ) from error
+    lines = [
+        f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
+        f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
+    ]
+    lines += [_split_line(data, name) for name in manifest.splits]
+    if manifest.skipped_rows:
+        lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
+    lines += [f"first block of {TRAIN} ({END_MARK} ends a document):", _block_text(data, tokenizer)]
+    return "\n".join(lines)
+
+
+def _split_line(data: PreparedDataset, name: str) -> str:
+    facts = data.manifest.splits[name]
+    used = vocabulary_use(data, name)
+    size = sum(path.stat().st_size for path in (data.path / name).glob("*.arrow"))
+    return (
+        f"{name}: {facts.documents:,} documents, {facts.blocks:,} blocks, {facts.tokens:,} tokens "
+        f"({facts.bytes / max(1, facts.tokens):.2f} bytes of text and "
+        f"{size / max(1, facts.tokens):.3f} bytes of disk per token), "
+        f"{used:,} entries of the vocabulary used ({100 * used / data.manifest.vocab_size:.1f} %)"
+    )
+
+
+def vocabulary_use(data: PreparedDataset, split: str) -> int:
+    """How many different tokens the blocks of a split hold."""
+    import numpy as np
+
+    blocks = data.blocks(split)
+    counts = np.zeros(data.manifest.vocab_size, np.int64)
+    for chunk in blocks.chunks() if blocks else ():
+        if chunk.max() >= len(counts):
+            raise ForgeError(
+                f"{data.path / split} is damaged: it holds the token {chunk.max()}, the vocabulary "
+                f"has {len(counts)}. Prepare the text again with --overwrite"
+            )
+        counts += np.bincount(chunk.ravel(), minlength=len(counts))
+    return int(np.count_nonzero(counts))
+
+
+def _block_text(data: PreparedDataset, tokenizer: Any) -> str:
+    blocks = data.blocks(TRAIN)
+    assert blocks is not None
+    tokens = blocks.inputs_and_targets([0])[1][0].tolist()
+    documents: list[list[int]] = [[]]
+    for token in tokens:
+        if token == data.manifest.eos_token_id:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return f"{END_MARK}\n".join(tokenizer.decode(document) for document in documents)
+
+
+def verify(folder: Path) -> int:
+    """Read every file of a prepared dataset. Returns how many there are.
+
+    Raises ForgeError that names all files which are missing or not as they were written.
+    """
+    manifest = corpus.Manifest.load(folder)
+    wrong = []
+    for name, facts in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}")
+        elif corpus.checksum(path) != facts["blake2b"]:
+            wrong.append(f"{name} has another checksum")
+    if wrong:
+        raise ForgeError(
+            f"{folder} is damaged: {'; '.join(wrong)}. Prepare it again with --overwrite"
+        )
+    return len(manifest.files)

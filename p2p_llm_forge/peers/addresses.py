@@ -1,0 +1,213 @@
+"""Addresses and ports: what a name means, who may reach it, and whether anybody answers there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+
+# What a connection attempt shows.
+OPEN, REFUSED, FILTERED, NO_ROUTE = "open", "refused", "filtered", "no route"
+CONNECT_S = 3.0  # a packet that is lost is sent again after 1 s and 3 s: one loss is forgiven
+PAUSE_S = 0.1
+NO_ROUTE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL)
+
+
+def resolve(host: str) -> list[str]:
+    """The IP addresses that a name means on this machine. Raises ForgeError if it means none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ForgeError(
+            f"the main address {host} means nothing on this machine ({error}): write its IP"
+            " address, or add the name to /etc/hosts"
+        ) from error
+    return list(dict.fromkeys(str(entry[4][0]).split("%")[0] for entry in found))
+
+
+def address_of(interface: str) -> str:
+    """The address that peers reach this machine by, on an interface. Raises ForgeError if none."""
+    import psutil
+
+    found = psutil.net_if_addrs()
+    families = (socket.AF_INET, socket.AF_INET6)
+    for family in families:
+        for entry in found.get(interface, []):
+            if entry.family == family:
+                return entry.address.split("%")[0]
+    usable = [name for name, entries in found.items() if any(e.family in families for e in entries)]
+    raise ForgeError(
+        f"GLOO_SOCKET_IFNAME is {interface}, and this machine has no such interface with an"
+        f" address: {nearest(interface, usable)} Without the variable, the one that leads to the"
+        " main machine is taken"
+    )
+
+
+def is_literal(host: str) -> bool:
+    """Whether a host is given by its IP address and not by a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address never leaves the machine."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def is_public(address: str) -> bool:
+    """Whether the whole internet could reach an address, firewalls aside.
+
+    Private ranges, link-local ones and the shared range 100.64.0.0/10, which Tailscale uses, are
+    not public.
+    """
+    return ipaddress.ip_address(address).is_global
+
+
+def judge_name(host: str, machines: int) -> list[Finding]:
+    """Whether the main address, as this machine understands it, can bring several machines
+    together."""
+    found = resolve(host)
+    loopback = [address for address in found if is_loopback(address)]
+    if machines == 1 or not loopback:
+        return [fine("address", f"{host}" + ("" if found == [host] else f" is {found[0]}"))]
+    if is_literal(host) or host == "localhost":
+        return [
+            warning(
+                "address",
+                f"{host} is each machine's own: {machines} machines will not meet there",
+                "write the address of machine 0 as the others reach it (`ip -brief address` there);"
+                " this is right only if all of them run on this machine",
+            )
+        ]
+    return [
+        failure(
+            "address",
+            f"the name {host} means {loopback[0]} on this machine, where no other can reach it",
+            f"write the machine's IP address instead of its name, or take {host} off the line"
+            f" `{loopback[0]}` in /etc/hosts",
+        )
+    ]
+
+
+def judge_public(addresses: list[str], is_allowed: bool) -> list[Finding]:
+    """Whether the peers would listen where strangers can reach them."""
+    public = [address for address in dict.fromkeys(addresses) if is_public(address)]
+    if not public:
+        return []
+    told = (
+        f"{', '.join(public)} is a public address, and whoever reaches the ports of a run can read"
+        " and change it: nothing there is encrypted"
+    )
+    mend = 'use the address of a private network or a VPN (README, "On networks you do not own")'
+    if is_allowed:
+        return [warning("public", told, f"{mend}, or keep a firewall before it")]
+    return [failure("public", told, f"{mend}; --allow-public-address if a firewall guards it")]
+
+
+def probe(host: str, port: int, timeout_s: float = CONNECT_S) -> str:
+    """What a connection to the port shows: OPEN, REFUSED, FILTERED or NO_ROUTE."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return OPEN
+    except TimeoutError:
+        return FILTERED
+    except ConnectionRefusedError:
+        return REFUSED
+    except OSError as error:
+        return NO_ROUTE if error.errno in NO_ROUTE_ERRORS else FILTERED
+
+
+def probe_all(targets: list[tuple[str, int]]) -> list[str]:
+    """`probe` of many at once."""
+    if not targets:
+        return []
+    with ThreadPoolExecutor(max_workers=min(32, len(targets))) as threads:
+        return list(threads.map(lambda target: probe(*target), targets))
+
+
+def opening(port: int | None, source: str) -> str:
+    """The command that lets `source` through to a port, or to all of them."""
+    if port is None:
+        return (
+            f"on that machine: sudo ufw allow from {source}  (or: sudo nft insert rule inet filter"
+            f" input ip saddr {source} accept; firewalld: sudo firewall-cmd --zone=trusted"
+            f" --add-source={source})"
+        )
+    return (
+        f"on that machine: sudo ufw allow from {source} to any port {port} proto tcp  (or: sudo nft"
+        f" insert rule inet filter input ip saddr {source} tcp dport {port} accept; firewalld: sudo"
+        f" firewall-cmd --add-port={port}/tcp)"
+    )
+
+
+def judge_reach(state: str, host: str, port: int, own_address: str) -> Finding:
+    """What a try to reach the main port means. The port may not be served yet."""
+    where = f"{host}:{port}"
+    if state == OPEN:
+        return fine("port", f"{where} answers")
+    if state == REFUSED:
+        return warning(
+            "port",
+            f"{where} refused the connection: its machine is there, but nobody listens yet (or a"
+            " firewall rejects)",
+            "start machine 0 first; if it runs already, let the port through: "
+            + opening(port, own_address),
+        )
+    if state == FILTERED:
+        return failure(
+            "port",
+            f"{where} does not answer within {CONNECT_S:.0f} s: a firewall drops the packets, or"
+            " the address is nobody's",
+            opening(port, own_address),
+        )
+    # firewalld answers what it forbids by ICMP "prohibited", which Linux reports as no route.
+    return failure(
+        "port",
+        f"there is no route to {where}, or its firewall says that it is prohibited",
+        f"check the address, the cable or VPN, and `ip route get {host}`; if another machine gets"
+        f" there, open the firewall: {opening(port, own_address)}",
+    )
+
+
+def judge_own_port(port: int) -> Finding:
+    """Whether the main port can be served on this machine, which is the main one."""
+    with contextlib.closing(socket.socket()) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen(1)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            return failure(
+                "port",
+                f"port {port} is {'taken' if taken else f'not to be had ({error.strerror})'}",
+                (f"see who has it: ss -ltnp 'sport = :{port}'; " if taken else "")
+                + "end that program, or choose another port, the same on all machines"
+                " (main_process_port, --master-port)",
+            )
+    return fine("port", f"{port} is free")
+
+
+def wait_until_open(host: str, port: int, patience_s: float) -> str:
+    """Try a port until it is open; returns the last state.
+
+    A refusal means that the machine is there and not ready yet: that is waited for. Silence or a
+    missing route will hardly pass, so they are tried a second time only.
+    """
+    deadline, tries = time.monotonic() + patience_s, 0
+    while True:
+        left = deadline - time.monotonic()
+        state = probe(host, port, max(0.1, min(CONNECT_S, left)))
+        tries += state != REFUSED
+        if state == OPEN or left <= PAUSE_S or tries == 2:
+            return state
+        time.sleep(PAUSE_S)

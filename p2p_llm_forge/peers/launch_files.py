@@ -1,0 +1,458 @@
+"""The files of `accelerate launch`: read, judged before anything starts, and written.
+
+What Accelerate does with each key was seen with its version 1.15, by launching.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.peers.addresses import is_literal, is_loopback
+from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+
+DEFAULT_PORT = 29500
+STARTS_PROCESSES = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
+PRECISIONS = ("no", "bf16", "fp16")
+# A name of a machine; its last part is no number, as that of a mistyped IP address is.
+NAME = re.compile(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*\.?")
+AS_ON_ALL = ("num_machines", "num_processes", "main_process_ip", "main_process_port")
+MULTI_GPU_MEND = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
+
+
+@dataclass(frozen=True)
+class LaunchFile:
+    """One machine's file, as YAML has read it."""
+
+    path: str
+    keys: dict[str, Any]
+
+    def number(self, key: str, default: int) -> int:
+        """The value of a key that holds a number; the default where it holds none."""
+        value = self.keys.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+    @property
+    def machines(self) -> int:
+        return self.number("num_machines", 1)
+
+    @property
+    def processes(self) -> int:
+        """Over all machines."""
+        return self.number("num_processes", -1)
+
+    @property
+    def rank(self) -> int:
+        """This machine's number."""
+        return self.number("machine_rank", 0)
+
+    @property
+    def address(self) -> str | None:
+        address = self.keys.get("main_process_ip")
+        return None if address is None else str(address)
+
+    @property
+    def port(self) -> int:
+        return self.number("main_process_port", DEFAULT_PORT)
+
+    @property
+    def processes_here(self) -> int:
+        """What Accelerate starts on this machine."""
+        return self.processes // max(1, self.machines)
+
+
+def read_launch_file(path: str) -> LaunchFile:
+    """The file's keys. Raises ForgeError if it is not there or not of this kind."""
+    import yaml
+
+    try:
+        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ForgeError(
+            f"--config-file {path}: {error.strerror}; --write-configs makes such files"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ForgeError(f"--config-file {path} is not YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise ForgeError(
+            f"--config-file {path} must hold `key: value` lines as accelerate_configs/ shows them,"
+            f" found a {type(keys).__name__}"
+        )
+    return LaunchFile(path, {str(key): value for key, value in keys.items()})
+
+
+def judge_launch_file(file: LaunchFile, gpus: int) -> list[Finding]:
+    """Whether `accelerate launch` with this file starts the processes that it promises.
+
+    gpus: how many this machine has.
+    """
+    found = [
+        *_judge_keys(file),
+        *_judge_type(file),
+        *_judge_counts(file),
+        *_judge_meeting_place(file),
+        *_judge_devices(file, gpus),
+        *_judge_precision(file),
+        *_judge_ignored(file),
+    ]
+    if any(finding.level == "failure" for finding in found):
+        return found
+    told = (
+        f"{file.path}: machine {file.rank} of {file.machines}, {file.processes_here} of"
+        f" {file.processes} processes"
+    )
+    return [fine("file", told), *found]
+
+
+def judge_together(files: Sequence[LaunchFile]) -> list[Finding]:
+    """Whether several machines' files belong to one launch."""
+    found = []
+    first = files[0]
+    for file in files[1:]:
+        for key in AS_ON_ALL:
+            if file.keys.get(key) != first.keys.get(key):
+                found.append(
+                    failure(
+                        "files",
+                        f"{file.path} has {key} {file.keys.get(key)}, {first.path} has"
+                        f" {first.keys.get(key)}",
+                        f"write the same {key} into the files of all machines",
+                    )
+                )
+        if _precision(file) != _precision(first):
+            found.append(
+                failure(
+                    "files",
+                    f"{file.path} has mixed_precision {_precision(file)}, {first.path} has"
+                    f" {_precision(first)}",
+                    "write the same into all files, or give --mixed-precision on all machines",
+                )
+            )
+    by_rank: dict[int, list[str]] = {}
+    for file in files:
+        by_rank.setdefault(file.rank, []).append(file.path)
+    for rank, paths in by_rank.items():
+        if len(paths) > 1:
+            found.append(
+                failure(
+                    "files",
+                    f"{' and '.join(paths)} both have machine_rank {rank}",
+                    f"give every machine a number of its own, 0 to {first.machines - 1}",
+                )
+            )
+    absent = [str(rank) for rank in range(first.machines) if rank not in by_rank]
+    if absent and len(files) > 1:
+        found.append(
+            warning(
+                "files",
+                f"no file was given for machine {', '.join(absent)} of {first.machines}",
+                "name the files of all machines, or set num_machines to as many as there are",
+            )
+        )
+    return found or ([fine("files", f"{len(files)} files of one launch")] if len(files) > 1 else [])
+
+
+def _judge_keys(file: LaunchFile) -> list[Finding]:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    known = set(ClusterConfig.__dataclass_fields__) | {"dynamo_backend", "fp16"}
+    found = []
+    for key in sorted(set(file.keys) - known):
+        alike = nearest(key, known)
+        told = f"{file.path}: unknown key '{key}', with which Accelerate does not start"
+        mend = f"{alike} Otherwise take it out" if "mean" in alike else "take it out"
+        found.append(failure("file", told, mend))
+    for key in ("num_machines", "num_processes", "machine_rank", "main_process_port"):
+        value = file.keys.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            found.append(
+                failure("file", f"{file.path}: {key} is {value!r}", "write a whole number")
+            )
+    if file.keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: compute_environment is {file.keys['compute_environment']}",
+                "write LOCAL_MACHINE: managed services are not supported",
+            )
+        )
+    return found
+
+
+def _judge_type(file: LaunchFile) -> list[Finding]:
+    kind, wants_many = file.keys.get("distributed_type"), file.processes > 1 or file.machines > 1
+    if kind is False:
+        told = "distributed_type: NO without quotes, which YAML reads as false"
+        return [failure("file", f"{file.path}: {told}", "write 'NO' in quotes")]
+    if kind in STARTS_PROCESSES:
+        return []
+    if kind in ("MULTI_CPU", "NO") and not wants_many:
+        return []
+    if kind in ("MULTI_CPU", "NO"):
+        needs = ", which needs MPI," if kind == "MULTI_CPU" else ""
+        return [
+            failure(
+                "file",
+                f"{file.path}: distributed_type {kind}{needs} starts one process on each machine"
+                " that knows nothing of the others, whatever num_processes"
+                f" ({file.keys.get('num_processes')}) says",
+                MULTI_GPU_MEND,
+            )
+        ]
+    told = "no distributed_type" if kind is None else f"distributed_type {kind} is not supported"
+    return [failure("file", f"{file.path}: {told}", MULTI_GPU_MEND)]
+
+
+def _judge_counts(file: LaunchFile) -> list[Finding]:
+    machines, processes = file.machines, file.processes
+    if machines < 1:
+        return [failure("file", f"{file.path}: num_machines is {machines}", "write 1 or more")]
+    found = []
+    if processes < machines or processes % machines:
+        each = max(1, -(-processes // machines))
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: num_processes is {file.keys.get('num_processes', 'missing')} for"
+                f" {machines} machine(s); it counts the processes of all machines together",
+                f"write {machines * each} for {each} on each machine, the same in all files",
+            )
+        )
+    if not 0 <= file.rank < machines:
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: machine_rank is {file.rank}, and num_machines is {machines}",
+                f"number the machines from 0 to {machines - 1}",
+            )
+        )
+    return found
+
+
+def _judge_meeting_place(file: LaunchFile) -> list[Finding]:
+    if file.machines <= 1:
+        return []
+    found = []
+    if not file.address:
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: no main_process_ip for {file.machines} machines",
+                "write the address of machine 0 as the others reach it, in all files",
+            )
+        )
+    elif is_literal(file.address) and is_loopback(file.address):
+        found.append(
+            warning(
+                "file",
+                f"{file.path}: main_process_ip {file.address} is each machine's own",
+                "write the address of machine 0 as the others reach it; this is right only if all"
+                " run on one machine",
+            )
+        )
+    if not 0 < file.port < 65536 or file.keys.get("main_process_port") is None:
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: main_process_port is"
+                f" {file.keys.get('main_process_port', 'missing')} for {file.machines} machines",
+                f"write a port that is free on machine 0, such as {DEFAULT_PORT}, in all files",
+            )
+        )
+    return found
+
+
+def _judge_devices(file: LaunchFile, gpus: int) -> list[Finding]:
+    kind, here = file.keys.get("distributed_type"), file.processes_here
+    if kind not in STARTS_PROCESSES:
+        return []
+    if file.keys.get("use_cpu"):
+        if not gpus:
+            return []
+        return [
+            warning(
+                "file",
+                f"{file.path}: use_cpu is true, this machine has {gpus} GPU(s), and Accelerate does"
+                " not hand the key on to several processes",
+                "set ACCELERATE_USE_CPU=true in the environment, or train with --cpu",
+            )
+        ]
+    ids = file.keys.get("gpu_ids")
+    listed = None if ids in (None, "all") else len(str(ids).split(","))
+    if listed is not None and listed < here:
+        return [
+            failure(
+                "file",
+                f"{file.path}: gpu_ids {ids} names {listed} GPU(s) for {here} processes on this"
+                " machine",
+                "write `gpu_ids: all`, or name one for each process",
+            )
+        ]
+    if not gpus:
+        return [
+            warning(
+                "file",
+                f"{file.path} is for GPUs, and this machine has none that torch can use: its"
+                " processes will train on the CPU",
+                "write `use_cpu: true`, or install the driver and torch's build for this GPU",
+            )
+        ]
+    if here != gpus and listed is None:
+        return [
+            warning(
+                "file",
+                f"{file.path} starts {here} process(es) here, and this machine has {gpus} GPU(s)",
+                (
+                    f"write num_processes: {gpus * file.machines} in all files if the others have"
+                    f" {gpus} too"
+                    if here < gpus
+                    else "lower num_processes to the GPUs there are"
+                ),
+            )
+        ]
+    return []
+
+
+def _precision(file: LaunchFile) -> Any:
+    return file.keys.get("mixed_precision") or "no"
+
+
+def _judge_precision(file: LaunchFile) -> list[Finding]:
+    value = file.keys.get("mixed_precision")
+    if value is False:
+        return [
+            failure(
+                "file",
+                f"{file.path}: mixed_precision: no without quotes, which YAML reads as false:"
+                " Accelerate ends with an AttributeError",
+                "write 'no' in quotes",
+            )
+        ]
+    if value not in (None, *PRECISIONS) or (value == "fp16" and file.keys.get("use_cpu")):
+        return [
+            failure(
+                "file",
+                f"{file.path}: mixed_precision is {value}"
+                + (" on CPUs" if file.keys.get("use_cpu") else ""),
+                "write 'no' or bf16 (fp16 on GPUs)",
+            )
+        ]
+    return []
+
+
+def _judge_ignored(file: LaunchFile) -> list[Finding]:
+    """Keys that look as if they did something."""
+    found = []
+    if file.keys.get("rdzv_backend", "static") != "static":
+        found.append(
+            warning(
+                "file",
+                f"{file.path}: rdzv_backend {file.keys['rdzv_backend']} is not read from the file",
+                'take it out; for peers that come and go use torchrun (README, "When peers come'
+                ' and go")',
+            )
+        )
+    if file.keys.get("dynamo_config") or file.keys.get("dynamo_backend"):
+        found.append(
+            warning(
+                "file",
+                f"{file.path}: dynamo settings compile the whole wrapped model, loss and all",
+                "take them out and train with --compile",
+            )
+        )
+    if file.keys.get("debug"):
+        found.append(
+            warning("file", f"{file.path}: debug: true checks every exchange", "write false")
+        )
+    if file.keys.get("mpirun_config"):
+        found.append(
+            failure(
+                "file",
+                f"{file.path}: mpirun_config starts the processes by MPI, which is not supported",
+                f"take it out, and {MULTI_GPU_MEND}",
+            )
+        )
+    return found
+
+
+def write_launch_files(
+    folder: Path, hosts: list[str], port: int, gpus_per_host: int | None, overwrite: bool
+) -> list[str]:
+    """Write one file for each host, the first of which is the main one; returns the lines to run.
+
+    gpus_per_host: None for one process on the CPU of each. Raises ForgeError.
+    """
+    wrong = [host for host in hosts if not (is_literal(host) or NAME.fullmatch(host))]
+    if wrong:
+        raise ForgeError(
+            f"--hosts names {', '.join(map(repr, wrong))}, which is no address: write IP addresses"
+            " or names of machines with spaces between them, without user or port (--master-port"
+            " sets it)"
+        )
+    twice = sorted({host for host in hosts if hosts.count(host) > 1})
+    if twice:
+        raise ForgeError(f"--hosts names {', '.join(twice)} twice: give each machine once")
+    files = [folder / f"node{rank}.yaml" for rank in range(len(hosts))]
+    there = [str(file) for file in files if file.exists()]
+    if there and not overwrite:
+        raise ForgeError(
+            f"--write-configs would overwrite {', '.join(there)}: choose another folder, or add"
+            " --overwrite"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rank, file in enumerate(files):
+            text = launch_file_text(rank, hosts, port, gpus_per_host, file)
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ForgeError(
+            f"--write-configs {folder} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    return [
+        f"on {host}:  accelerate launch --config_file {file} train.py ..."
+        for host, file in zip(hosts, files, strict=True)
+    ]
+
+
+def launch_file_text(
+    rank: int, hosts: list[str], port: int, gpus_per_host: int | None, file: Path
+) -> str:
+    """The file of machine `rank`, commented."""
+    machines, each = len(hosts), gpus_per_host or 1
+    kind = "one process for each GPU; they talk by NCCL" if gpus_per_host else "one CPU process"
+    lines = [
+        f"# Machine {rank} of {machines} ({hosts[rank]}), {kind}. On this machine:",
+        f"#   accelerate launch --config_file {file} train.py ...",
+        "compute_environment: LOCAL_MACHINE  # not a managed cloud service",
+    ]
+    if machines * each == 1:
+        lines += ["distributed_type: 'NO'  # one process, nobody to talk to"]
+    else:
+        lines += [
+            "# MULTI_GPU is the value that makes Accelerate start real processes, on CPUs too;",
+            "# MULTI_CPU, which sounds right, starts strangers.",
+            "distributed_type: MULTI_GPU",
+        ]
+    lines += [] if gpus_per_host else ["use_cpu: true  # processes on the CPU"]
+    lines += [
+        f"num_machines: {machines}  # machines in all",
+        f"num_processes: {machines * each}  # processes in all, over all machines: {each} on each",
+        f"machine_rank: {rank}  # this machine's number; machine 0 is the main one",
+    ]
+    if machines > 1:
+        lines += [
+            f"main_process_ip: {hosts[0]}  # address of machine 0, as the others reach it",
+            f"main_process_port: {port}  # a free port of machine 0 that its firewall lets through",
+        ]
+    else:
+        lines += ["main_process_port: 0  # 0: any free port of this machine"]
+    lines += ["gpu_ids: all  # which GPUs of this machine, such as 0,1"] if gpus_per_host else []
+    lines += [
+        "mixed_precision: 'no'  # or bf16, the same on all; the quotes are needed",
+        "main_training_function: main  # only used on TPUs; Accelerate expects the key",
+    ]
+    return "\n".join(lines) + "\n"

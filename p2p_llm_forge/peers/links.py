@@ -1,0 +1,156 @@
+"""How fast the network between the peers is: latency and bandwidth of every pair, measured."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from p2p_llm_forge.peers.cluster import Cluster, Wire
+
+ECHOES = 8  # round trips that the latency is the median of, after one that warms up
+FIRST_BYTES, LARGEST_BYTES, GROWTH = 16 << 10, 16 << 20, 4
+CHUNKS_AHEAD = 2  # the link stays busy while the receiver's answer travels
+SHORTEST_CHUNK_S = 0.04
+ROUND_TRIPS_OF_A_CHUNK = 4
+CHUNKS_MEASURED = 4  # the least that a rate is taken from
+STOP = 0
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network as the ranks see it: matrices [from][to], NaN on the diagonal.
+
+    `latency_s` is half the time of a small message and its answer, so it is the same both ways.
+    `bytes_per_s` is what one stream carries with all other links idle.
+    """
+
+    latency_s: list[list[float]]
+    bytes_per_s: list[list[float]]
+
+    def slowest(self) -> tuple[int, int, float]:
+        """(from, to, bytes per second) of the link with the smallest bandwidth; needs two ranks."""
+        rates = [
+            (rate, source, target)
+            for source, row in enumerate(self.bytes_per_s)
+            for target, rate in enumerate(row)
+            if source != target
+        ]
+        rate, source, target = min(rates)
+        return source, target, rate
+
+
+def measure_links(cluster: Cluster, budget_s: float = 0.6) -> Links:
+    """Measure every pair of ranks, one link in one direction at a time. All ranks must call.
+
+    budget_s: about what one direction takes; a link with long round trips takes more. Costs
+    world x (world - 1) times as much.
+    """
+    world = cluster.world_size
+    links = Links(*([[math.nan] * world for _ in range(world)] for _ in range(2)))
+    if world == 1:
+        return links
+    with cluster.wire() as wire:
+        chunk = torch.frombuffer(bytearray(os.urandom(LARGEST_BYTES)), dtype=torch.uint8)
+        for one in range(world):
+            for other in range(one + 1, world):
+                latency_s = _latency(cluster, wire, one, other)
+                links.latency_s[one][other] = links.latency_s[other][one] = latency_s
+                for source, target in ((one, other), (other, one)):
+                    links.bytes_per_s[source][target] = _bandwidth(
+                        cluster, wire, source, target, chunk, latency_s, budget_s
+                    )
+    return links
+
+
+def _latency(cluster: Cluster, wire: Wire, one: int, other: int) -> float:
+    """Half a round trip between two ranks in seconds, the same number on every rank."""
+    note, seconds = torch.zeros(1, dtype=torch.int64), []
+    for _ in range(ECHOES + 1):
+        started = time.perf_counter()
+        if cluster.rank == one:
+            wire.send(note, other).wait()
+            wire.receive(note, other).wait()
+        elif cluster.rank == other:
+            wire.receive(note, one).wait()
+            wire.send(note, one).wait()
+        seconds.append(time.perf_counter() - started)
+    told = cluster.gather_numbers([statistics.median(seconds[1:]) / 2])
+    return told[one][0]
+
+
+def _bandwidth(
+    cluster: Cluster,
+    wire: Wire,
+    source: int,
+    target: int,
+    chunk: torch.Tensor,
+    latency_s: float,
+    budget_s: float,
+) -> float:
+    """Bytes per second from `source` to `target`, the same number on every rank."""
+    rate = math.nan
+    if cluster.rank == source:
+        _stream(wire, target, chunk)
+    elif cluster.rank == target:
+        rate = _time_stream(wire, source, chunk, latency_s, budget_s)
+    return cluster.gather_numbers([rate])[target][0]
+
+
+def _stream(wire: Wire, target: int, chunk: torch.Tensor) -> None:
+    """Send chunks of the sizes that the receiver asks for, until it asks for none."""
+    size = torch.zeros(1, dtype=torch.int64)
+    sent = [wire.send(chunk[:FIRST_BYTES], target) for _ in range(CHUNKS_AHEAD)]
+    while True:
+        wire.receive(size, target).wait()
+        if size.item() == STOP:
+            break
+        sent.append(wire.send(chunk[: int(size.item())], target))
+    for work in sent:
+        work.wait()
+
+
+def _time_stream(
+    wire: Wire, source: int, chunk: torch.Tensor, latency_s: float, budget_s: float
+) -> float:
+    """Ask for chunks until the budget is used; the bytes per second of the stream's second half.
+
+    Its start is discarded: a shaper lets a burst through at the speed of the wire, and TCP begins
+    slowly. Chunks grow until one takes several round trips, so that answers cost nothing.
+    """
+    buffer = torch.empty_like(chunk)
+    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * latency_s)
+    budget_s = max(budget_s, 2 * CHUNKS_MEASURED * chunk_s)
+    sizes = [FIRST_BYTES] * CHUNKS_AHEAD
+    works = [wire.receive(buffer[:size], source) for size in sizes]
+    arrivals: list[tuple[float, int]] = []  # (when, bytes until then)
+    started, total = time.perf_counter(), 0
+    for number, work in enumerate(works):  # grows while it is read
+        work.wait()
+        now = time.perf_counter()
+        last_s = now - (arrivals[-1][0] if arrivals else started)
+        total += sizes[number]
+        arrivals.append((now, total))
+        half = [when for when, _ in arrivals if when - started > (now - started) / 2]
+        is_enough = now - started > budget_s and len(half) > CHUNKS_MEASURED
+        if STOP in sizes:
+            continue  # what is still under way
+        wanted = sizes[number] * chunk_s / max(last_s, 1e-6)
+        size = STOP if is_enough else int(min(max(wanted, FIRST_BYTES), GROWTH * sizes[-1]))
+        size = min(size, LARGEST_BYTES)
+        wire.send(torch.tensor([size]), source).wait()
+        sizes.append(size)
+        if size != STOP:
+            works.append(wire.receive(buffer[:size], source))
+    return _slope(started, arrivals)
+
+
+def _slope(started: float, arrivals: list[tuple[float, int]]) -> float:
+    """Bytes per second over the second half of the time. arrivals: (when, bytes until then)."""
+    end, total = arrivals[-1]
+    when, before = next(entry for entry in arrivals if entry[0] - started > (end - started) / 2)
+    return (total - before) / (end - when)

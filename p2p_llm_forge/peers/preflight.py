@@ -1,0 +1,112 @@
+"""What only the peers together can say: clocks, versions, a folder that all of them see."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import secrets
+import statistics
+import time
+from pathlib import Path
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+
+CLOCK_TRIES = 5
+LARGEST_CLOCK_OFFSET_S = 1.0
+SHARE_S = 3.0  # a network share may show a new file late
+
+
+def hosts_of(cluster: Cluster) -> list[str]:
+    """Every rank's host name, by rank."""
+    return [fact["host"] for fact in cluster.gather_facts({"host": platform.node()})]
+
+
+def judge_clocks(cluster: Cluster, hosts: list[str]) -> list[Finding]:
+    """How far the clocks are from that of rank 0: all ranks leave an exchange at about once."""
+    offsets: list[list[float]] = []
+    for _ in range(CLOCK_TRIES):
+        cluster.gather_numbers([0.0])
+        told = [clock for (clock,) in cluster.gather_numbers([time.time()])]
+        offsets.append([clock - told[0] for clock in told])
+    by_rank = [statistics.median(column) for column in zip(*offsets, strict=True)]
+    found = [
+        warning(
+            "clock",
+            f"the clock of rank {rank} ({hosts[rank]}) is {abs(offset):.1f} s"
+            f" {'ahead of' if offset > 0 else 'behind'} that of rank 0",
+            "on that machine: sudo timedatectl set-ntp true (times in logs and of files will not"
+            " agree)",
+        )
+        for rank, offset in enumerate(by_rank)
+        if abs(offset) > LARGEST_CLOCK_OFFSET_S
+    ]
+    largest = max(map(abs, by_rank))
+    return found or [fine("clock", f"at most {largest:.3f} s apart")]
+
+
+def judge_pythons(cluster: Cluster, hosts: list[str]) -> list[Finding]:
+    """Whether all ranks run the same minor version of Python; libraries are compared before."""
+    own = ".".join(platform.python_version_tuple()[:2])
+    told = [fact["python"] for fact in cluster.gather_facts({"python": own})]
+    found = [
+        warning(
+            "versions",
+            f"rank {rank} ({hosts[rank]}) has Python {version}, rank 0 has {told[0]}",
+            "use the same minor version everywhere: libraries may behave otherwise",
+        )
+        for rank, version in enumerate(told)
+        if version != told[0]
+    ]
+    return found or [fine("versions", f"all ranks have the same libraries and Python {told[0]}")]
+
+
+def judge_shared_folder(
+    cluster: Cluster, folder: Path, is_needed: bool, hosts: list[str]
+) -> list[Finding]:
+    """Whether what rank 0 writes into the folder is read by all. Leaves nothing behind."""
+    note, nonce = folder / f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
+
+    def write() -> list[str]:
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(nonce)
+        except OSError as error:
+            raise ForgeError(
+                f"--output-dir {folder} cannot be written by rank 0: {error.strerror}"
+            ) from error
+        return [note.name, nonce, *map(str, made)]
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            note.unlink()
+            for parent in made:
+                Path(parent).rmdir()
+
+    try:
+        name, wanted, *made = cluster.main_only(write)
+    except ForgeError as error:
+        return [failure("folder", str(error), "choose another --output-dir, or give the right to")]
+    told = cluster.gather_facts({"seen": _reads(folder / name, wanted)})
+    cluster.main_only(remove)
+    blind = [f"rank {rank} ({hosts[rank]})" for rank, fact in enumerate(told) if not fact["seen"]]
+    if not blind:
+        return [fine("folder", f"{folder} is seen by all ranks")]
+    found = f"{', '.join(blind)} cannot see what rank 0 writes into {folder}"
+    mend = "put --output-dir on a network share at the same path on all machines"
+    if is_needed:
+        return [failure("folder", f"{found}, where every rank reads or writes checkpoints", mend)]
+    return [warning("folder", found, f"{mend}, to be able to --resume without copying")]
+
+
+def _reads(file: Path, wanted: str) -> bool:
+    deadline = time.monotonic() + SHARE_S
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text() == wanted:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)

@@ -1,0 +1,292 @@
+"""Gradients averaged over all ranks in every update, by DDP while backward runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.sync.base import SavedSync, SyncReport, SyncState
+from p2p_llm_forge.sync.compress import CODECS, Codec
+from p2p_llm_forge.sync.compressed_allreduce import Averager, dealt_out, is_finite
+
+# Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
+# exchange begins while the one before is being finished. There smaller ones leave earlier while
+# backward runs; an all-reduce, which waits for its end, takes longer in small ones. (Trials at 50
+# Mbit/s, 13.9 M parameters: int8 in halves and small buckets 3.16 s an update, in one piece and
+# large ones 3.27 s; plain 13.1 s in small ones, 10.9 s in large ones.)
+BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
+
+
+def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
+    """Tell Accelerate, before it wraps a model in DDP, how much DDP is to exchange at once."""
+    by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
+    bucket_mb = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
+    cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
+
+
+class AllReduce:
+    """Gradients averaged over all ranks in every update, by DDP while backward runs."""
+
+    trains_alone = False
+    loses_rounds_after = math.inf
+
+    def __init__(self, cluster: Cluster, model: Any, codec: Codec) -> None:
+        self._cluster, self._model, self._codec = cluster, model, codec
+        self._channel = cluster.open_channel()
+        self._names = {parameter: name for name, parameter in parameters_of(model)}
+        self._averagers: dict[int, tuple[Averager, list[tuple[str, int]]]] = {}
+        self._lost: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
+        self._bytes_before = self._bytes_by_nccl = 0
+        self._last_began = self._last_ended = 0.0
+        self.is_priming = False
+        self.has_own_state = codec.is_lossy and cluster.world_size > 1
+        if cluster.world_size > 1:
+            # Set here because the constructor's argument has two names (renamed in torch 2.13). A
+            # language model's buffers are constants: sending them in every forward costs a slow
+            # link a round trip.
+            model.broadcast_buffers = False
+            self._register()
+
+    def _register(self) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        on_nccl = {
+            "fp16": default_hooks.fp16_compress_hook,
+            "bf16": default_hooks.bf16_compress_hook,
+        }
+        # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
+        if self._cluster.is_on_gloo or self._codec.name.startswith("int"):
+            self._model.register_comm_hook(None, self._hook)
+            return
+        if self._codec.name in on_nccl:
+            self._model.register_comm_hook(None, on_nccl[self._codec.name])
+        # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
+        size = 2 if self._codec.name in on_nccl else 4
+        values = sum(p.numel() for p in self._names if p.requires_grad)
+        world = self._cluster.world_size
+        self._bytes_by_nccl = 2 * (world - 1) * size * values // world
+
+    def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
+        """Only an update's last micro-batch exchanges gradients."""
+        return (
+            nullcontext() if is_last_micro_batch else self._cluster.accelerator.no_sync(self._model)
+        )
+
+    def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
+        """DDP averages over the ranks; what is wanted is the mean over all tokens."""
+        return self._cluster.world_size / tokens_per_update
+
+    @contextlib.contextmanager
+    def priming(self) -> Iterator[None]:
+        """Backward without any exchange, in which DDP learns in which order gradients come.
+
+        It cuts them into other buckets after its first backward (torch 2.13). A resumed run would
+        add in another order there than the run that it goes on with.
+        """
+        self.is_priming = True
+        try:
+            yield
+        finally:
+            self.is_priming = False
+
+    @property
+    def _hook(self) -> Any:
+        # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
+        return lambda state, bucket: self._exchange(bucket)
+
+    def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """DDP's communication hook: called for one bucket after the other, while backward runs."""
+        buffer = bucket.buffer()
+        devices = None if buffer.device.type == "cpu" else [buffer.device]
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        if self.is_priming:
+            future.set_result(buffer)
+            return future
+        self._last_began = time.perf_counter()
+        begin, finish = self._way(bucket)
+
+        def tell(exchanged: Future[torch.Tensor]) -> None:
+            self._last_ended = time.perf_counter()
+            # Raised where DDP waits. Cancelled is what had not begun when the run ended.
+            if error := CancelledError() if exchanged.cancelled() else exchanged.exception():
+                future.set_exception(error)  # type: ignore[arg-type]
+            else:
+                future.set_result(exchanged.result())
+
+        without_grad = torch.no_grad()
+        self._channel.in_background(without_grad(begin), without_grad(finish)).add_done_callback(
+            tell
+        )
+        return future
+
+    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+        """What begins to average this bucket's buffer, and what finishes it and returns it."""
+        world, buffer = self._cluster.world_size, bucket.buffer()
+        if self._codec.name == "none":
+            return (
+                lambda: buffer.div_(world).cpu(),
+                lambda own: buffer.copy_(self._channel.sum_(own)),
+            )
+        if bucket.index() not in self._averagers:
+            parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
+            averager = Averager(self._channel, self._codec, len(buffer))
+            averager.restore(self._lost, parts)
+            self._averagers[bucket.index()] = averager, parts
+        averager, _ = self._averagers[bucket.index()]
+
+        def finish(dealt: Any) -> torch.Tensor:
+            summed = averager.finish(dealt)
+            if not is_finite(summed):
+                averager.forget()  # loss scaling skips this update; the next must not owe NaN
+            return buffer.copy_(summed)
+
+        return lambda: averager.begin(buffer.div_(world).float().cpu()), finish
+
+    def after_update(self, step: int, own_tokens: int) -> SyncReport:
+        """Nothing is left to do: DDP exchanged the gradients during backward."""
+        sent = self._channel.bytes_sent - self._bytes_before
+        self._bytes_before += sent
+        # The last bucket is ready when backward is over; from then on everybody waits.
+        waited = max(0.0, self._last_ended - self._last_began)
+        return SyncReport(sent + self._bytes_by_nccl, waited, self._cluster.world_size)
+
+    def meets(self, done: int) -> bool:
+        """Every update is a meeting."""
+        return True
+
+    def settings(self) -> list[Any]:
+        """There are no rounds."""
+        return ["ddp"]
+
+    def is_agreed(self) -> bool:
+        """All ranks hold the same weights after every update."""
+        return True
+
+    def agreed_weights(self) -> AbstractContextManager[None]:
+        """They are in the model."""
+        return nullcontext()
+
+    def state(self) -> SyncState:
+        """What compression still owes to the gradients."""
+        own: dict[str, torch.Tensor] = {}
+        for averager, parts in self._averagers.values():
+            own |= averager.lost(parts)
+        facts = {"ranks": self._cluster.world_size} if self.has_own_state else {}
+        return SyncState(facts, own={key: tensor.clone() for key, tensor in own.items()})
+
+    def load_state(self, saved: SavedSync) -> None:
+        """See `state`."""
+        if not self.has_own_state or not saved.is_of(self):
+            return
+        if saved.world_size == self._cluster.world_size:
+            self._lost = saved.own_of(self._cluster.rank)
+        else:
+            self._lost = dealt_out(saved, self._cluster)
+
+
+class PowerSGD(AllReduce):
+    """Gradients approximated by matrices of low rank (arXiv 1905.13727), by PyTorch's own hook.
+
+    What the approximation loses is added to the next gradient.
+    """
+
+    def __init__(self, cluster: Cluster, model: Any, rank: int) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+        # The hook's first updates, which set it up, are not compressed; it wants two of them.
+        self._powersgd = PowerSGDState(
+            None, matrix_approximation_rank=rank, start_powerSGD_iter=2, min_compression_rate=1
+        )
+        super().__init__(cluster, model, CODECS["none"])
+        self.has_own_state = cluster.world_size > 1
+
+    def _register(self) -> None:
+        self._model.register_comm_hook(None, self._hook)
+
+    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+
+        def average(_: Any) -> torch.Tensor:
+            world, before = self._cluster.world_size, self._compressed_values()
+            # The hook chains all-reduces, and those of two buckets under way at once meet each
+            # other's on gloo (torch 2.13): here one bucket is done before the next begins.
+            averaged = powerSGD_hook(self._powersgd, bucket).wait()
+            values = self._compressed_values() - before or bucket.buffer().numel()
+            self._channel.count(2 * (world - 1) * 4 * values // world)
+            if not is_finite(averaged):  # see AllReduce
+                for tensors in self._matrices().values():
+                    tensors.pop(bucket.index(), None)
+            return averaged
+
+        return lambda: None, average
+
+    def _compressed_values(self) -> int:
+        """Values that the hook has given to all-reduces since it compresses."""
+        return int(self._powersgd.total_numel_after_compression)
+
+    def state(self) -> SyncState:
+        """The matrices of the last update, and what they have lost."""
+        if not self.has_own_state:
+            return SyncState()
+        state = self._powersgd
+        own = {
+            f"{kind}.{bucket}": tensor.detach().cpu().clone()
+            for kind, tensors in self._matrices().items()
+            for bucket, tensor in tensors.items()
+        }
+        facts = {
+            "ranks": self._cluster.world_size,
+            "powersgd_updates": state.iter,
+            "powersgd_rank": state.matrix_approximation_rank,
+        }
+        return SyncState(facts, own=own)
+
+    def _matrices(self) -> dict[str, dict[int, torch.Tensor]]:
+        state = self._powersgd
+        return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
+
+    def load_state(self, saved: SavedSync) -> None:
+        """See `state`. Ranks of another number deal out among them what was lost.
+
+        Matrices of another --powersgd-rank are made anew; what they have lost still counts.
+        """
+        rank, world = self._cluster.rank, self._cluster.world_size
+        if not self.has_own_state or "powersgd_updates" not in saved.facts:
+            return
+        self._powersgd.iter = saved.facts["powersgd_updates"]
+        device, matrices = self._cluster.device, self._matrices()
+        if saved.facts.get("powersgd_rank") != self._powersgd.matrix_approximation_rank:
+            matrices = {"error": matrices["error"]}
+        for key, tensor in saved.own_of(rank % saved.world_size).items():
+            kind, _, number = key.partition(".")
+            if kind in matrices:
+                matrices[kind][int(number)] = tensor.to(device)
+        if saved.world_size == world:
+            return
+        # Errors are added to gradients that are averaged: their sum by the number of ranks stays.
+        for bucket, error in self._powersgd.error_dict.items():
+            error.zero_()
+            for other in range(rank, saved.world_size, world):
+                error += (
+                    saved.own_of(other)[f"error.{bucket}"].to(device) * world / saved.world_size
+                )
+
+
+def parameters_of(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """The model's own names and parameters, seen through DDP's and the loss's wrapping."""
+    prefixes = ("module.", "lm.")
+    found = []
+    for name, parameter in model.named_parameters():
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        found.append((name, parameter))
+    return found

@@ -1,0 +1,243 @@
+"""Which way to keep peers in step suits a network: arithmetic on sizes, speeds and bandwidth.
+
+What is predicted is checked against measurements in benchmarks/slow_network.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+GOAL = 0.95  # share of the time that should go into computing
+# Of the time of a micro-batch: the part that DDP's exchange can hide behind, where an accelerator
+# computes. On a CPU that computes on all its cores, updates took about as long as computing and
+# exchange one after the other (benchmarks/slow_network.py); so any CPU is taken to hide nothing.
+BACKWARD = 2 / 3
+LAST_BUCKET = 25 * 2**20  # bytes of gradients that DDP has only when backward is over
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Nanoseconds that a CPU works for one value; what the network does meanwhile waits."""
+
+    encode: float
+    decode: float
+
+
+# One thread of a Xeon at 2.5 GHz, torch 2.13, a million values at a time, encoding with error
+# feedback. PowerSGD encodes and decodes in one; its figure was fitted to what
+# benchmarks/slow_network.py measured. A round of DiLoCo makes moves of weights and weights of moves
+# besides.
+CPU_COSTS: Mapping[str, Cost] = {
+    "none": Cost(2.0, 0.9),
+    "fp16": Cost(5.2, 1.5),
+    "bf16": Cost(4.0, 0.7),
+    "int8": Cost(5.8, 1.1),
+    "int4": Cost(9.7, 2.0),
+    "powersgd": Cost(7.0, 0.0),
+    "outer step": Cost(38.0, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a run and its network before it starts."""
+
+    parameters: int
+    update_s: float  # one update on the slowest peer, without any communication
+    tokens_per_update: int  # of all peers together
+    peers: int
+    bytes_per_s: float  # of the slowest link, in one direction
+    latency_s: float = 0.0  # from one peer to another
+    micro_batches: int = 1  # in one update of one peer
+    is_on_cpu: bool = True  # what computes the updates
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the parameters, for PowerSGD
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to keep peers in step, as the flags of train.py name it."""
+
+    sync: str = "ddp"
+    compress: str = "none"
+    sync_every: int = 1
+    fragments: int = 1
+    overlap_steps: int = 0
+    powersgd_rank: int = 4
+
+    @property
+    def flags(self) -> str:
+        """What to type."""
+        words = [f"--sync {self.sync} --compress {self.compress}"]
+        if self.sync == "diloco":
+            words.append(f"--sync-every {self.sync_every}")
+        if self.fragments > 1:
+            words.append(f"--fragments {self.fragments}")
+        if self.overlap_steps:
+            words.append(f"--overlap-steps {self.overlap_steps}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a strategy would cost and bring. Bytes and seconds are those of one peer."""
+
+    sync: str
+    compress: str
+    sync_every: int
+    fragments: int
+    overlap_steps: int
+    bytes_per_update: float  # sent, averaged over updates
+    peak_bytes: int  # sent in one exchange
+    communication_s_per_update: float  # not hidden behind computing, averaged over updates
+    tokens_per_s: float  # of all peers together
+    times_alone: float  # that speed, over what one peer would make alone
+    utilisation: float  # time for computing over all time
+
+    @property
+    def flags(self) -> str:
+        """What to type."""
+        return Strategy(
+            self.sync, self.compress, self.sync_every, self.fragments, self.overlap_steps
+        ).flags
+
+
+# From the most exact to the most thrifty.
+CANDIDATES = (
+    Strategy(),
+    Strategy(compress="bf16"),
+    Strategy(compress="int8"),
+    Strategy("diloco", "none", 20),
+    Strategy("diloco", "int8", 20),
+    Strategy("diloco", "int8", 50),
+    Strategy("diloco", "int8", 100),
+    Strategy("diloco", "int8", 100, overlap_steps=5),
+    Strategy("diloco", "int8", 100, fragments=4, overlap_steps=5),
+    Strategy("diloco", "int4", 100),
+    Strategy("diloco", "int4", 100, fragments=4, overlap_steps=10),
+)
+
+
+def forecast(
+    strategy: Strategy, measured: Measured, costs: Mapping[str, Cost] = CPU_COSTS
+) -> Forecast:
+    """What `strategy` would do with what was `measured`.
+
+    An exchange of n values between w peers: each encodes all and sends every other peer its w-th,
+    decodes and adds those it gets, encodes the sum, sends it to all and decodes all sums. So
+    (w - 1) / w of the bytes go out twice, as in the ring all-reduce that plain DDP takes.
+    """
+    is_outer = strategy.sync == "diloco"
+    values = -(-measured.parameters // strategy.fragments)
+    sent = bytes_of_exchange(strategy, measured, values)
+    coding_s = coding_of_exchange(strategy, measured, values, costs)
+    wire_s = 0.0
+    if measured.peers > 1:
+        wire_s = sent / measured.bytes_per_s + 2 * (measured.peers - 1) * measured.latency_s
+    exchanges = strategy.fragments / strategy.sync_every if is_outer else 1.0
+    exposed_s = exchanges * (exposed(strategy, measured, wire_s) + coding_s)
+    update_s = measured.update_s + exposed_s
+    utilisation = measured.update_s / update_s
+    return Forecast(
+        **{name: getattr(strategy, name) for name in ("sync", "compress", "sync_every")},
+        fragments=strategy.fragments,
+        overlap_steps=strategy.overlap_steps,
+        bytes_per_update=exchanges * sent,
+        peak_bytes=sent,
+        communication_s_per_update=exposed_s,
+        tokens_per_s=measured.tokens_per_update / update_s,
+        times_alone=measured.peers * utilisation,
+        utilisation=utilisation,
+    )
+
+
+def bytes_of_exchange(strategy: Strategy, measured: Measured, values: int) -> int:
+    """Bytes that a peer sends when `values` are exchanged."""
+    others = measured.peers - 1
+    if strategy.compress == "powersgd":
+        values = powersgd_values(measured.shapes, strategy.powersgd_rank)
+        return 2 * others * 4 * -(-values // measured.peers)
+    if others == 0:
+        return 0
+    from p2p_llm_forge.sync.compress import CODECS
+
+    codec = CODECS[strategy.compress]
+    groups_of_shard = -(-values // (measured.peers * codec.group))
+    return 2 * others * codec.wire_bytes(groups_of_shard * codec.group)
+
+
+def coding_of_exchange(
+    strategy: Strategy, measured: Measured, values: int, costs: Mapping[str, Cost]
+) -> float:
+    """Seconds that a peer encodes and decodes when `values` are exchanged."""
+    if measured.peers == 1 or (strategy.sync == "ddp" and strategy.compress == "none"):
+        return 0.0
+    cost, share = costs[strategy.compress], 1 / measured.peers
+    if strategy.compress == "powersgd":
+        return 1e-9 * values * cost.encode
+    coding_ns = (1 + share) * cost.encode + (1 + 1) * cost.decode
+    if strategy.sync == "diloco":
+        coding_ns += costs["outer step"].encode
+    return 1e-9 * values * coding_ns
+
+
+def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:
+    """Seconds of an exchange of `wire_s` in which a peer waits, because it does not compute."""
+    if strategy.sync == "diloco":
+        return max(0.0, wire_s - strategy.overlap_steps * measured.update_s)
+    if measured.is_on_cpu:
+        return wire_s
+    # DDP sends while the last micro-batch runs backward, but for the gradients that come last.
+    last = min(1.0, LAST_BUCKET / (4 * measured.parameters))
+    hidden_s = BACKWARD * measured.update_s / measured.micro_batches
+    return max(last * wire_s, wire_s - hidden_s)
+
+
+def powersgd_values(shapes: Sequence[tuple[int, ...]], rank: int) -> int:
+    """Values that PowerSGD exchanges: two thin factors of a matrix, all of the rest.
+
+    Source: PowerSGD, arXiv 1905.13727, as PyTorch's hook divides the parameters.
+    """
+    if not shapes:
+        raise ValueError("PowerSGD's bytes depend on the shapes of the parameters: give them")
+    total = 0
+    for shape in shapes:
+        count = math.prod(shape)
+        rows = shape[0] if shape else 1
+        thin = min(rank, rows, count // rows) * (rows + count // rows)
+        total += thin if len(shape) > 1 and thin < count else count
+    return total
+
+
+def choose(forecasts: Sequence[Forecast], goal: float = GOAL) -> Forecast:
+    """The first, so the most exact, that reaches the goal of utilisation; else the fastest."""
+    reached = [forecast for forecast in forecasts if forecast.utilisation >= goal]
+    return reached[0] if reached else max(forecasts, key=lambda one: one.tokens_per_s)
+
+
+def table(forecasts: Sequence[Forecast], goal: float = GOAL) -> str:
+    """The forecasts as lines of aligned text, the chosen one marked."""
+    chosen = choose(forecasts, goal)
+    rows = [("strategy", "MB/update", "MB at once", "tokens/s", "x alone", "utilisation", "")]
+    for one in forecasts:
+        rows.append(
+            (
+                one.flags,
+                f"{one.bytes_per_update / 1e6:.2f}",
+                f"{one.peak_bytes / 1e6:.1f}",
+                f"{one.tokens_per_s:,.0f}",
+                f"{one.times_alone:.2f}",
+                f"{one.utilisation:.1%}",
+                "<- chosen" if one is chosen else "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+            + [row[-1]]
+        ).rstrip()
+        for row in rows
+    )

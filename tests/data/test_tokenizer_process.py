@@ -1,0 +1,159 @@
+"""Tokenizers written in Python work in processes: the same bytes, mistakes told, nobody left."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+from transformers import ByT5Tokenizer
+
+import prepare_data
+from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import sources, tokenizer_process
+from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
+from p2p_llm_forge.errors import ForgeError
+from prepare_data import prepare
+from tests.test_prepare_data import contents, some_text
+from tests.test_resuming import wait_for
+
+# A tokenizer that brings its own code, with a mistake in it.
+FRAGILE = """
+from transformers import ByT5Tokenizer
+
+class Fragile(ByT5Tokenizer):
+    def _tokenize(self, text, **names):
+        if "boom" in text:
+            raise ValueError("no such letters")
+        print("a tokenizer may print")
+        return super()._tokenize(text, **names)
+"""
+
+
+@pytest.fixture
+def slow_tokenizer(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    return tmp_path / "byt5"
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(some_text(2_000))
+    return tmp_path / "text.txt"
+
+
+def children() -> list[psutil.Process]:
+    return [c for c in psutil.Process().children() if "tokenizer_process" in " ".join(c.cmdline())]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(
+    slow_tokenizer, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(tokenization, "DOCUMENTS_AT_A_TIME", 7)
+    most = []
+    right = TokenizerProcess.encode
+
+    def count(self, documents):
+        most.append(len(children()))
+        return right(self, documents)
+
+    monkeypatch.setattr(TokenizerProcess, "encode", count)
+    for workers in (1, 2):
+        asked = PrepareConfig(
+            [str(text)], str(tmp_path / f"{workers}"), tokenizer=str(slow_tokenizer),
+            num_workers=workers, sequence_length=32,
+        )  # fmt: skip
+        prepare(asked)
+        assert bool(most) == (workers == 2), "one worker needs no process, two need one"
+    assert max(most) == 1 and not children()
+    assert "ByT5" in capsys.readouterr().out
+    assert len(contents(tmp_path / "1")) > 5
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_a_process_answers_as_the_tokenizer_does_and_its_failures_are_told(tmp_path, monkeypatch):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["fragile.Fragile", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "Fragile"})
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    process = TokenizerProcess({"name": str(tmp_path), "trust_remote_code": True})
+    try:
+        texts = ["plain", "", "ağ </s> 模型"]
+        column = pa.array([text.encode() for text in texts], pa.large_binary())
+        tokens, lengths = process.encode(column)
+        # ByT5's tokens are bytes, moved by the three control tokens.
+        assert tokens.tolist() == [byte + 3 for text in texts for byte in text.encode()]
+        assert lengths.tolist() == [len(text.encode()) for text in texts]
+        with pytest.raises(ForgeError, match="failed .ValueError: no such letters.*'fine'"):
+            process.encode(pa.array([b"fine", b"boom"], pa.large_binary()))
+        assert process.encode(column)[0].tolist() == tokens.tolist()
+        [child] = children()
+        child.kill()
+        with pytest.raises(ForgeError, match="ended early .status -9.*--num-workers"):
+            process.encode(column)
+    finally:
+        process.close()
+    assert not children()
+
+
+def test_questions_end_wherever_the_parent_was_killed():
+    asked = pa.record_batch([pa.array([b"one", b"two"], pa.large_binary())], ["documents"])
+    pipe = io.BytesIO()
+    with pa.ipc.new_stream(pipe, asked.schema) as stream:
+        stream.write_batch(asked)
+        first = pipe.tell()
+        stream.write_batch(asked)
+        second = pipe.tell()
+    sent = pipe.getvalue()
+    for cut in range(len(sent)):
+        heard = list(tokenizer_process._asked(io.BytesIO(sent[:cut])))
+        assert heard == [asked] * ((cut >= first) + (cut >= second)), cut
+    with pytest.raises(OSError):
+        list(tokenizer_process._asked(io.BytesIO(bytes([8, 0, 0, 0]) * 99)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_a_run_that_is_ended(slow_tokenizer, text, tmp_path, end):
+    code = """if True:
+        import sys
+        import prepare_data
+        from p2p_llm_forge.data import sources
+        from p2p_llm_forge.errors import run_script
+        sources.PIECE_BYTES = 2_000
+        run_script(lambda: prepare_data.main(sys.argv[1:]))
+    """
+    text.write_text(some_text(2_000) * 20)
+    run = subprocess.Popen(
+        [
+            *(sys.executable, "-c", code, "--dataset-path", text, "--output-dir", tmp_path / "out"),
+            *("--tokenizer", slow_tokenizer, "--num-workers", "3"),
+        ],
+        cwd=Path(prepare_data.__file__).parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: len(psutil.Process(run.pid).children()) == 2)
+        helpers = psutil.Process(run.pid).children()
+        run.send_signal(end)
+        told = run.communicate(timeout=60)[1]
+        assert run.returncode == (130 if end == signal.SIGINT else -9), told
+        assert "Traceback" not in told
+        gone, alive = psutil.wait_procs(helpers, timeout=60)
+        assert len(gone) == 2 and not alive
+    finally:
+        run.kill()

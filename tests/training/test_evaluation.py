@@ -1,0 +1,67 @@
+"""The figures of an evaluation are those of a plain loop over the split."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.data.dataset import open_prepared
+from p2p_llm_forge.model.causal_lm import build_model
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.peers.cluster import join
+from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
+from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
+from tests.conftest import TINY_MODEL
+
+
+def test_the_metric_weighs_every_token_alike_and_works_offline():
+    figures = LanguageModelingMetric().compute(
+        nats=[10.0, 50.0], tokens=[10, 20], correct=[5, 1], bytes_of_text=90
+    )
+    assert figures["eval_loss"] == pytest.approx(2.0)
+    assert figures["perplexity"] == pytest.approx(math.e**2)
+    assert figures["bits_per_byte"] == pytest.approx(60 / math.log(2) / 90)
+    assert figures["token_accuracy"] == pytest.approx(0.2)
+
+
+def test_the_metric_adds_up_batches():
+    metric = LanguageModelingMetric()
+    for nats in (1.0, 3.0):
+        metric.add_batch(nats=[nats], tokens=[2], correct=[1])
+    assert metric.compute(bytes_of_text=None)["eval_loss"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_every_token_of_the_split_is_predicted_once(prepared, micro_batch_size):
+    data = open_prepared(prepared)
+    blocks = data.blocks("validation")
+    with join(TrainConfig(output_dir=str(prepared))) as cluster:
+        lm = build_model(TrainConfig(config_overrides=TINY_MODEL), data).eval()
+        size = data.manifest.splits["validation"].bytes
+        figures = evaluate_split(NextTokenLoss(lm), blocks, size, micro_batch_size, cluster)
+    # The oracle reads the table's rows as `datasets` does and predicts them token by token.
+    import datasets
+
+    rows = np.array(datasets.load_from_disk(str(prepared))["validation"]["input_ids"], np.int64)
+    assert len(rows) > 1
+    before = np.concatenate([[data.manifest.eos_token_id], rows.flatten()[:-1]]).reshape(rows.shape)
+    with torch.no_grad():
+        logits = lm(input_ids=torch.from_numpy(before)).logits.double()
+    chosen = logits.log_softmax(-1).gather(-1, torch.from_numpy(rows).unsqueeze(-1))
+    nats = -chosen.sum().item()
+    assert figures["eval_loss"] == pytest.approx(nats / rows.size, rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    right = (logits.argmax(-1).numpy() == rows).mean()
+    assert figures["token_accuracy"] == pytest.approx(right)
+
+
+def test_a_sample_goes_on_from_its_prompt_and_repeats_with_its_seed(prepared):
+    data = open_prepared(prepared)
+    lm = build_model(TrainConfig(config_overrides=TINY_MODEL), data)
+    sample = sample_text(lm, data, "Mara bakes", seed=1, new_tokens=10)
+    assert sample.startswith("Mara bakes")
+    assert sample == sample_text(lm, data, "Mara bakes", seed=1, new_tokens=10)
