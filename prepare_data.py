@@ -28,7 +28,7 @@ from p2p_llm_forge.data import pieces as unfinished
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import TRAIN, VALIDATION, Manifest, SplitFacts
 from p2p_llm_forge.data.pieces import PIECES_OF_A_PART, Pieces, Ranks
-from p2p_llm_forge.data.sources import Found, Part, Piece, Reading
+from p2p_llm_forge.data.sources import Found, Part, Piece, ReadOptions
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.peers.launch import local_rank
 
@@ -94,10 +94,10 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
 # --- before any work: what is asked, what is there ------------------------------------------------
 
 
-def reading_of(config: PrepareConfig) -> Reading:
+def reading_of(config: PrepareConfig) -> ReadOptions:
     """How the files are to be read."""
-    names = [field.name for field in dataclasses.fields(Reading) if field.name != "separator"]
-    return Reading(config.separator(), **{name: getattr(config, name) for name in names})
+    names = [field.name for field in dataclasses.fields(ReadOptions) if field.name != "separator"]
+    return ReadOptions(config.separator(), **{name: getattr(config, name) for name in names})
 
 
 def find_text(config: PrepareConfig) -> Found:
@@ -335,8 +335,8 @@ class Job:
     """What is needed to tokenize any piece."""
 
     parts: list[Part]
-    reading: Reading
-    rules: corpus.Rules
+    reading: ReadOptions
+    rules: corpus.EncodeOptions
     pieces: Pieces
     workers: int
     give_up: Callable[[], None]  # makes pieces that are being encoded fail soon
@@ -427,7 +427,7 @@ def job_of(
     folder: Path,
 ) -> Job:
     """The work on the pieces, the same on every rank."""
-    rules = corpus.Rules(
+    rules = corpus.EncodeOptions(
         encode=encoders.encode,
         eos_token_id=labels.eos_token_id,
         dtype=labels.dtype,

@@ -123,7 +123,7 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
             size += len(parts[-1])
         raw = b"\n\n".join(parts)
         (folder / "text" / f"{number:03d}.txt").write_bytes(raw)
-        column = sources.text_column(raw, "", 0, sources.Reading()).cast(pa.large_string())
+        column = sources.text_column(raw, "", 0, sources.ReadOptions()).cast(pa.large_string())
         pq.write_table(pa.table({"text": column}), folder / "parquet" / f"{number:03d}.parquet")
         with (folder / "jsonl" / f"{number:03d}.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in column.to_pylist())
@@ -232,7 +232,7 @@ def usual_way(folder: Path) -> dict[str, float]:
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     raw = (folder / "small" / "part.txt").read_bytes()
-    documents = sources.text_column(raw, "", 0, sources.Reading()).to_pylist()
+    documents = sources.text_column(raw, "", 0, sources.ReadOptions()).to_pylist()
     rows = datasets.Dataset.from_dict({"text": [document.decode() for document in documents]})
     rows.save_to_disk(folder / "small" / "rows")
     rows = datasets.load_from_disk(str(folder / "small" / "rows"))
@@ -358,7 +358,7 @@ def table(
     need = TRAINING_TOKENS_PER_SECOND / SEQUENCE_LENGTH
     lines += [
         "",
-        f"Reading, one process: {speed:,.0f} blocks/s = {speed * SEQUENCE_LENGTH / 1e6:.0f} "
+        f"ReadOptions, one process: {speed:,.0f} blocks/s = {speed * SEQUENCE_LENGTH / 1e6:.0f} "
         f"Mtoken/s, {speed / need:,.0f} times what training takes on this machine "
         f"({TRAINING_TOKENS_PER_SECOND:,} tokens/s).",
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -23,22 +22,9 @@ from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, looks_like_prepared, open_prepared
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import prepare
+from tests.texts import contents, decoded_documents, some_text, stream
 
 SCRIPT = Path(prepare_data.__file__)
-WORDS = ["peers", "Blöcke", "ağ", "模型", "👩🏽\u200d🚀", "and", "<|endoftext|>", "don't", "3.14"]
-
-
-def some_text(count: int = 400, seed: int = 3) -> str:
-    chosen = random.Random(seed)
-    return "".join(
-        f"{number} "
-        + " ".join(chosen.choices(WORDS, k=chosen.randint(1, 50)))
-        + chosen.choice(ENDS)
-        for number in range(count)
-    )
-
-
-ENDS = ["\n\n", "\n\n\n", "\r\n\r\n", ".\n\n"]
 
 
 @pytest.fixture(scope="module")
@@ -68,31 +54,6 @@ def config(text: Path, folder: Path, **changes) -> PrepareConfig:
     return PrepareConfig(**asked | {"vocab_size": 400, "validation_fraction": 0.2} | changes)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def stream(folder: Path, split: str) -> list[int]:
-    rows = datasets.load_from_disk(str(folder))[split]["input_ids"]
-    return [token for row in rows for token in row]
-
-
-def decoded_documents(folder: Path, split: str) -> list[str]:
-    """The documents of a split, the last perhaps cut, by the tokenizer beside the dataset."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    documents: list[list[int]] = [[]]
-    for token in stream(folder, split):
-        if token == tokenizer.eos_token_id:
-            documents.append([])
-        else:
-            documents[-1].append(token)
-    return [tokenizer.decode(document) for document in documents if document]
-
-
 def expected_documents(text: str) -> list[str]:
     return [d for piece in re.split(r"(?:\r?\n){2,}", text) if (d := piece.strip("\r\n"))]
 
@@ -106,7 +67,7 @@ def test_decoding_the_blocks_gives_the_documents_back(
 ):
     manifest = prepare(config(text_file, tmp_path / "a", tokenizer_backend=backend))
     expected = expected_documents(text_file.read_bytes().decode())
-    assert len(sources.find([str(text_file)], sources.Reading()).parts) > 5, (
+    assert len(sources.find([str(text_file)], sources.ReadOptions()).parts) > 5, (
         "the text must be cut for this to say much"
     )
     position = {document: place for place, document in enumerate(expected)}

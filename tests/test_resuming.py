@@ -25,8 +25,7 @@ from p2p_llm_forge.data.dataset import Manifest, open_prepared
 from p2p_llm_forge.data.pieces import Ranks
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import prepare
-from tests.data.test_sources import write_rows
-from tests.test_prepare_data import contents, some_text
+from tests.texts import contents, some_text, write_rows
 
 ROOT = Path(prepare_data.__file__).parent
 
@@ -317,9 +316,9 @@ def test_what_ends_a_rank_ends_the_launch_and_is_told(text, tmp_path):
 
 def test_each_rank_takes_its_share(text, tmp_path):
     prepare(config(text, tmp_path / "out"))
-    found = sources.find([str(text)], sources.Reading())
+    found = sources.find([str(text)], sources.ReadOptions())
     pieces = mock.Mock(records=lambda *_: [], record=lambda *_: None)
-    job = mock.Mock(parts=found.parts, reading=sources.Reading(), pieces=pieces)
+    job = mock.Mock(parts=found.parts, reading=sources.ReadOptions(), pieces=pieces)
     alone = [(t.number, t.place) for t in prepare_data.pieces_to_do(job, Ranks())]
     for world in (2, 3, 50):
         shares = [

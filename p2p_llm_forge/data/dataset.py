@@ -71,7 +71,7 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
-class Rules:
+class EncodeOptions:
     """How documents become splits of tokens: what a worker must know besides the text."""
 
     encode: Callable[[pa.LargeBinaryArray], tuple[np.ndarray, np.ndarray]]
@@ -96,7 +96,7 @@ def digest_of(column: pa.LargeBinaryArray) -> str:
 
 
 def encode_piece(
-    number: int, column: pa.LargeBinaryArray, is_validation: bool, rules: Rules
+    number: int, column: pa.LargeBinaryArray, is_validation: bool, options: EncodeOptions
 ) -> tuple[np.ndarray, dict[str, SplitCounts]]:
     """Tokenize documents and divide them between the splits.
 
@@ -107,15 +107,15 @@ def encode_piece(
 
     from p2p_llm_forge.data.sources import values_and_offsets
 
-    hidden = held_out(number, len(column), rules.validation_fraction, rules.seed)
+    hidden = held_out(number, len(column), options.validation_fraction, options.seed)
     if is_validation:
         hidden[:] = True
     train = len(hidden) - int(hidden.sum())
     if 0 < train < len(hidden):
         # The documents are divided, not their tokens: that moves whole texts, not token by token.
         column = column.take(np.argsort(hidden, kind="stable"))
-    tokens, lengths = rules.encode(column)
-    tokens = with_document_ends(tokens, lengths, rules.eos_token_id, rules.dtype)
+    tokens, lengths = options.encode(column)
+    tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
     ends = values_and_offsets(column)[1]
     of_train = SplitCounts(train, int(ends[train]), int(lengths[:train].sum()) + train)
     others = SplitCounts(

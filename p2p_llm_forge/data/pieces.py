@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from p2p_llm_forge.data.dataset import TRAIN, UNFINISHED, VALIDATION, SplitCounts
-from p2p_llm_forge.data.sources import Part, Reading
+from p2p_llm_forge.data.sources import Part, ReadOptions
 from p2p_llm_forge.errors import ForgeError
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class Pieces:
         return f"{known[1]}-{piece:06d}"
 
 
-def rules_of_pieces(reading: Reading, **others: Any) -> dict[str, Any]:
+def rules_of_pieces(reading: ReadOptions, **others: Any) -> dict[str, Any]:
     """All that decides a piece's tokens besides its part."""
     from p2p_llm_forge.data import sources
 

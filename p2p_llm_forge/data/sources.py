@@ -1,9 +1,9 @@
 """Where documents come from: files of many formats, folders, globs, the Hub; cut into parts.
 
 A part can be read without the others, so parts are shared among workers and machines, and a run
-that was killed goes on with the parts that are missing. Reading a part gives pieces: Arrow columns
-of documents, about PIECE_BYTES of text each. Which parts and pieces there are follows from the
-input alone, never from who reads them.
+that was killed goes on with the parts that are missing. Reading a part gives pieces: Arrow
+columns of documents, about PIECE_BYTES of text each. Which parts and pieces there are follows from
+the input alone, never from who reads them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How files are read.
 
     separator: what ends a document in a text file; text_column: where the text of a row is;
@@ -104,11 +104,11 @@ class Piece:
 class _Tally:
     """Counts bad rows, or refuses the first."""
 
-    reading: Reading
+    options: ReadOptions
     skipped: int = 0
 
     def bad(self, message: str, rows: int = 1) -> None:
-        if not self.reading.skip_bad_rows:
+        if not self.options.skip_bad_rows:
             raise ForgeError(message + ". Mend it, or use --skip-bad-rows to leave it out")
         self.skipped += rows
 
@@ -129,7 +129,7 @@ class Found:
     unreadable: int = 0
 
 
-def find(paths: list[str], reading: Reading, validation: bool = False) -> Found:
+def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Found:
     """The parts of all `paths`: files, folders, globs, names of the Hub, each perhaps `:weight`.
 
     Raises ForgeError, naming the path, for what is not there or not text.
@@ -144,10 +144,10 @@ def find(paths: list[str], reading: Reading, validation: bool = False) -> Found:
         )
     if weights and min(weights) <= 0:
         raise ForgeError(f"--dataset-path: weights must be above 0, found {min(weights):g}")
-    tally = _Tally(reading)
+    tally = _Tally(options)
     parts: list[Part] = []
     for number, (path, _) in enumerate(weighted):
-        parts += _parts_of(path, number, validation, reading, tally)
+        parts += _parts_of(path, number, validation, options, tally)
     total = sum(weights)
     return Found(parts, tuple(weight / total for weight in weights), tally.skipped)
 
@@ -161,7 +161,7 @@ def split_weight(path: str) -> tuple[str, float | None]:
 
 
 def _parts_of(
-    path: str, source: int, validation: bool, reading: Reading, tally: _Tally
+    path: str, source: int, validation: bool, options: ReadOptions, tally: _Tally
 ) -> list[Part]:
     def part(kind: str, *spans: Span) -> Part:
         return Part(kind, spans, source, validation)
@@ -186,7 +186,7 @@ def _parts_of(
         return [part("hub", Span(path, 0, 0))]
     else:
         raise ForgeError(f"--dataset-path {path}: no such file. Give a file, a folder or a glob")
-    return list(_grouped(_spans_of_files(files, reading, tally), part))
+    return list(_grouped(_spans_of_files(files, options, tally), part))
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -215,7 +215,7 @@ def format_of(path: Path) -> str | None:
 
 
 def _spans_of_files(
-    files: list[Path], reading: Reading, tally: _Tally
+    files: list[Path], options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[str, Span]]:
     """Every file as (kind, span), large ones of some formats as several."""
     for path in files:
@@ -228,7 +228,7 @@ def _spans_of_files(
             stat = path.stat()
             if stat.st_size:
                 with path.open("rb") as file:
-                    cuts = list(_cuts_of(file, path, stat.st_size, reading))
+                    cuts = list(_cuts_of(file, path, stat.st_size, options))
                 for kind, start, end in cuts:
                     share = stat.st_size // len(cuts) if kind == "parquet" else end - start
                     yield kind, Span(str(path), start, end, share, stat.st_size, stat.st_mtime_ns)
@@ -242,7 +242,9 @@ class _Truncated(Exception):
     """A file ends too early."""
 
 
-def _cuts_of(file: Any, path: Path, size: int, reading: Reading) -> Iterator[tuple[str, int, int]]:
+def _cuts_of(
+    file: Any, path: Path, size: int, options: ReadOptions
+) -> Iterator[tuple[str, int, int]]:
     kind = format_of(path) or "text"
     if compression_of(path):
         yield kind, 0, size
@@ -255,8 +257,8 @@ def _cuts_of(file: Any, path: Path, size: int, reading: Reading) -> Iterator[tup
             yield kind, group, group + 1
     elif kind == "jsonl":
         yield from ((kind, *ends) for ends in _ranges(file, size, re.compile(b"\n")))
-    elif kind == "text" and not reading.one_document_per_file:
-        pattern = separator_pattern(reading.separator)
+    elif kind == "text" and not options.one_document_per_file:
+        pattern = separator_pattern(options.separator)
         yield from ((kind, *ends) for ends in _ranges(file, size, pattern))
     else:
         yield kind, 0, size
@@ -323,17 +325,17 @@ def _grouped(spans: Iterable[tuple[str, Span]], part: Any) -> Iterator[Part]:
 # --- reading a part -------------------------------------------------------------------------------
 
 
-def read_pieces(part: Part, reading: Reading) -> Iterator[Piece]:
+def read_pieces(part: Part, options: ReadOptions) -> Iterator[Piece]:
     """The pieces of a part, the last one marked. There is at least one, perhaps empty.
 
     Raises ForgeError for what cannot be read (naming file and line or row) unless bad rows are
     skipped, and when a file changes meanwhile.
     """
-    tally = _Tally(reading)
+    tally = _Tally(options)
     for span in part.spans:
         _require_unchanged(span)
     waiting: Piece | None = None
-    for column, source_bytes in _columns(part, reading, tally):
+    for column, source_bytes in _columns(part, options, tally):
         if waiting:
             yield waiting
         waiting = Piece(_without_empty(column), source_bytes, tally.take())
@@ -361,19 +363,19 @@ def _require_unchanged(span: Span) -> None:
 
 
 def _columns(
-    part: Part, reading: Reading, tally: _Tally
+    part: Part, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """The documents of a part as columns, each with the bytes of the file that it took."""
     if part.is_one_piece:
         read = _text_of_span if part.kind == "text" else _json_lines_of_span
-        yield _joined([read(span, reading, tally) for span in part.spans]), part.bytes
+        yield _joined([read(span, options, tally) for span in part.spans]), part.bytes
         return
     span = part.spans[0]
     readers = {
         "text": _compressed_text, "jsonl": _compressed_json_lines, "json": _json_values,
         "csv": _csv_rows, "parquet": _parquet_rows, "saved": _saved_rows, "hub": _hub_rows,
     }  # fmt: skip
-    yield from readers[part.kind](span, reading, tally)
+    yield from readers[part.kind](span, options, tally)
 
 
 def _column(documents: list[bytes]) -> pa.LargeBinaryArray:
@@ -422,25 +424,25 @@ def _bytes_of(span: Span) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf") if span.start == 0 else raw
 
 
-def _text_of_span(span: Span, reading: Reading, tally: _Tally) -> pa.LargeBinaryArray:
+def _text_of_span(span: Span, options: ReadOptions, tally: _Tally) -> pa.LargeBinaryArray:
     raw = _bytes_of(span)
-    return text_column(raw, span.path, span.end - len(raw), reading, tally)
+    return text_column(raw, span.path, span.end - len(raw), options, tally)
 
 
 def text_column(
-    raw: bytes, name: str, offset: int, reading: Reading, tally: _Tally | None = None
+    raw: bytes, name: str, offset: int, options: ReadOptions, tally: _Tally | None = None
 ) -> pa.LargeBinaryArray:
     """The documents of a text. name, offset: where it begins, for the error that names a byte."""
     import pyarrow as pa
 
-    column = _divided(raw, reading)
+    column = _divided(raw, options)
     try:
         column.cast(pa.large_string())  # checks UTF-8, 20 times as fast as Python
         return column
     except pa.ArrowInvalid:
-        if reading.encoding_errors == "replace":
-            return _divided(raw.decode("utf-8", errors="replace").encode(), reading)
-    if reading.skip_bad_rows and tally:
+        if options.encoding_errors == "replace":
+            return _divided(raw.decode("utf-8", errors="replace").encode(), options)
+    if options.skip_bad_rows and tally:
         documents = column.to_pylist()
         good = [document for document in documents if _is_utf8(document)]
         tally.skipped += len(documents) - len(good)
@@ -466,11 +468,11 @@ def _is_utf8(document: bytes) -> bool:
         return False
 
 
-def _divided(raw: bytes, reading: Reading) -> pa.LargeBinaryArray:
-    if reading.one_document_per_file:
+def _divided(raw: bytes, options: ReadOptions) -> pa.LargeBinaryArray:
+    if options.one_document_per_file:
         return _column([raw] if raw else [])
-    if reading.separator != BLANK_LINES:
-        return _column([part for part in raw.split(reading.separator.encode()) if part])
+    if options.separator != BLANK_LINES:
+        return _column([part for part in raw.split(options.separator.encode()) if part])
     return _divided_at_blank_lines(raw)
 
 
@@ -576,25 +578,25 @@ def _raw_pieces(
 
 
 def _compressed_text(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
-    pattern = None if reading.one_document_per_file else separator_pattern(reading.separator)
+    pattern = None if options.one_document_per_file else separator_pattern(options.separator)
     offset = 0
     for raw, source_bytes in _raw_pieces(span, pattern, tally):
         text = raw.removeprefix(b"\xef\xbb\xbf") if not offset else raw
         place = offset + len(raw) - len(text)
-        yield text_column(text, f"{span.path} (decompressed)", place, reading, tally), source_bytes
+        yield text_column(text, f"{span.path} (decompressed)", place, options, tally), source_bytes
         offset += len(raw)
 
 
 # --- rows of JSON ---------------------------------------------------------------------------------
 
 
-def _json_lines_of_span(span: Span, reading: Reading, tally: _Tally) -> pa.LargeBinaryArray:
+def _json_lines_of_span(span: Span, options: ReadOptions, tally: _Tally) -> pa.LargeBinaryArray:
     def first_line() -> int:
         return 1 + _count_lines(span.path, span.start)
 
-    return _json_lines(_bytes_of(span), span.path, first_line, reading, tally)
+    return _json_lines(_bytes_of(span), span.path, first_line, options, tally)
 
 
 def _count_lines(path: str, end: int) -> int:
@@ -607,18 +609,18 @@ def _count_lines(path: str, end: int) -> int:
 
 
 def _compressed_json_lines(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     lines = 1
     for raw, source_bytes in _raw_pieces(span, re.compile(b"\n"), tally):
         first = lines
         text = raw.removeprefix(b"\xef\xbb\xbf") if first == 1 else raw
-        yield _json_lines(text, span.path, lambda first=first: first, reading, tally), source_bytes
+        yield _json_lines(text, span.path, lambda first=first: first, options, tally), source_bytes
         lines += raw.count(b"\n")
 
 
 def _json_lines(
-    raw: bytes, path: str, first_line: Any, reading: Reading, tally: _Tally
+    raw: bytes, path: str, first_line: Any, options: ReadOptions, tally: _Tally
 ) -> pa.LargeBinaryArray:
     """The text column of JSON lines: by pyarrow, and by Python when a line must be named."""
     import pyarrow as pa
@@ -626,7 +628,7 @@ def _json_lines(
 
     if not raw.strip():
         return _column([])
-    schema = pa.schema([(reading.text_column, pa.large_string())])
+    schema = pa.schema([(options.text_column, pa.large_string())])
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(raw),
@@ -641,11 +643,11 @@ def _json_lines(
             return _joined(column.chunks or [_column([])])
     except pa.ArrowException:
         pass
-    return _json_lines_by_python(raw, path, first_line(), reading, tally)
+    return _json_lines_by_python(raw, path, first_line(), options, tally)
 
 
 def _json_lines_by_python(
-    raw: bytes, path: str, first_line: int, reading: Reading, tally: _Tally
+    raw: bytes, path: str, first_line: int, options: ReadOptions, tally: _Tally
 ) -> pa.LargeBinaryArray:
     documents = []
     for number, line in enumerate(raw.split(b"\n"), start=first_line):
@@ -653,19 +655,19 @@ def _json_lines_by_python(
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8", errors=reading.encoding_errors))
+            row = json.loads(line.decode("utf-8", errors=options.encoding_errors))
         except (ValueError, RecursionError) as error:
             tally.bad(f"{where} is not JSON: {error}")
             continue
-        text = _text_of_row(row, where, reading, tally)
+        text = _text_of_row(row, where, options, tally)
         if text is not None:
             documents.append(text)
     return _column(documents)
 
 
-def _text_of_row(row: Any, where: str, reading: Reading, tally: _Tally) -> bytes | None:
+def _text_of_row(row: Any, where: str, options: ReadOptions, tally: _Tally) -> bytes | None:
     """The text of a row that was JSON; lone surrogates, which UTF-8 cannot hold, as U+FFFD."""
-    name = reading.text_column
+    name = options.text_column
     if not isinstance(row, dict):
         tally.bad(f"{where} holds a {type(row).__name__} where an object with '{name}' is expected")
     elif name not in row:
@@ -685,7 +687,7 @@ _NO_VALUE = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an a
 
 
 def _json_values(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """The rows of a JSON array, one value at a time; a compressed .json may hold lines instead."""
     head = b""
@@ -694,12 +696,12 @@ def _json_values(
     if not head:
         return
     if head != b"[":
-        yield from _compressed_json_lines(span, reading, tally)
+        yield from _compressed_json_lines(span, options, tally)
         return
     with _open_stream(span, tally) as (stream, file):
         documents, size, told = [], 0, 0
-        for number, row in enumerate(_values_of_array(stream, span.path, reading, tally), start=1):
-            text = _text_of_row(row, f"{span.path}, row {number}", reading, tally)
+        for number, row in enumerate(_values_of_array(stream, span.path, options, tally), start=1):
+            text = _text_of_row(row, f"{span.path}, row {number}", options, tally)
             if text is None:
                 continue
             documents.append(text)
@@ -710,10 +712,10 @@ def _json_values(
         yield _column(documents), span.end - told
 
 
-def _values_of_array(stream: Any, path: str, reading: Reading, tally: _Tally) -> Iterator[Any]:
+def _values_of_array(stream: Any, path: str, options: ReadOptions, tally: _Tally) -> Iterator[Any]:
     import codecs
 
-    decode = codecs.getincrementaldecoder("utf-8-sig")(errors=reading.encoding_errors).decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")(errors=options.encoding_errors).decode
     decoder, rows = json.JSONDecoder(), 0
     waiting, place, size = "", 0, 1 << 20
     try:
@@ -753,18 +755,18 @@ def _values_of_array(stream: Any, path: str, reading: Reading, tally: _Tally) ->
 
 
 def _csv_rows(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     import pyarrow as pa
     import pyarrow.csv
 
     def skip(row: Any) -> str:
-        if not reading.skip_bad_rows:
+        if not options.skip_bad_rows:
             return "error"
         tally.skipped += 1
         return "skip"
 
-    name = reading.text_column
+    name = options.text_column
     with _open_stream(span, tally) as (stream, file):
         try:
             rows = pyarrow.csv.open_csv(
@@ -776,14 +778,14 @@ def _csv_rows(
                     column_types={name: pa.large_binary()}, include_columns=[name]
                 ),
             )
-            batches = _utf8_of_batches(rows, span.path, reading, tally)
-            yield from _by_size(batches, file, span, reading, tally)
+            batches = _utf8_of_batches(rows, span.path, options, tally)
+            yield from _by_size(batches, file, span, options, tally)
         except (pa.ArrowException, KeyError) as error:
             _refuse_csv(span, error, name, tally)
 
 
 def _utf8_of_batches(
-    batches: Iterable[Any], path: str, reading: Reading, tally: _Tally
+    batches: Iterable[Any], path: str, options: ReadOptions, tally: _Tally
 ) -> Iterator[pa.LargeStringArray]:
     """The only column of every batch as strings; rows that are not UTF-8 are bad or mended."""
     import pyarrow as pa
@@ -796,7 +798,7 @@ def _utf8_of_batches(
         except pa.ArrowInvalid:
             documents = []
             for row, document in enumerate(column.to_pylist(), start=first_row):
-                if reading.encoding_errors == "replace":
+                if options.encoding_errors == "replace":
                     document = document.decode(errors="replace").encode()
                 if _is_utf8(document):
                     documents.append(document)
@@ -824,7 +826,7 @@ def _refuse_csv(span: Span, error: Exception, name: str, tally: _Tally) -> None:
 
 
 def _by_size(
-    columns: Iterator[pa.Array], file: Any, span: Span, reading: Reading, tally: _Tally
+    columns: Iterator[pa.Array], file: Any, span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """Small columns joined to pieces of PIECE_BYTES or little more. file: tells the progress."""
     import pyarrow as pa
@@ -833,7 +835,7 @@ def _by_size(
     damage = None
     try:
         for column in columns:
-            waiting.append(as_text(column, span.path, row, reading, tally))
+            waiting.append(as_text(column, span.path, row, options, tally))
             row += len(column)
             size += len(values_and_offsets(waiting[-1])[0])
             if size >= PIECE_BYTES:
@@ -849,7 +851,7 @@ def _by_size(
 
 
 def as_text(
-    column: pa.Array, path: str, first_row: int, reading: Reading, tally: _Tally
+    column: pa.Array, path: str, first_row: int, options: ReadOptions, tally: _Tally
 ) -> pa.LargeBinaryArray:
     """A column of strings as UTF-8. Nulls are bad rows; another type is refused for the file."""
     import pyarrow as pa
@@ -861,14 +863,14 @@ def as_text(
     ):
         if not pa.types.is_null(kind):
             raise ForgeError(
-                f"{path}: column '{reading.text_column}' holds {column.type}, expected strings: "
+                f"{path}: column '{options.text_column}' holds {column.type}, expected strings: "
                 "choose another with --text-column"
             )
         column = column.cast(pa.large_string())
     if column.null_count:
         row = first_row + column.is_null().to_pylist().index(True)
         tally.bad(
-            f"{path}, row {row}: '{reading.text_column}' is null, expected a string",
+            f"{path}, row {row}: '{options.text_column}' is null, expected a string",
             column.null_count,
         )
         column = pc.drop_null(column)
@@ -876,7 +878,7 @@ def as_text(
 
 
 def _parquet_rows(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -885,18 +887,18 @@ def _parquet_rows(
         try:
             file = stack.enter_context(_seekable(span, tally))
             table = pq.ParquetFile(file, buffer_size=1 << 20)
-            _require_column(table.schema_arrow, span.path, reading)
+            _require_column(table.schema_arrow, span.path, options)
             groups = range(table.num_row_groups)
             if not compression_of(span.path):
                 groups = range(span.start, span.end)
             for group in groups:
-                yield from _rows_of_group(table, group, span, reading, tally)
+                yield from _rows_of_group(table, group, span, options, tally)
         except (pa.ArrowException, OSError) as error:
             tally.bad(f"{span.path} is damaged or truncated: {_first_line(error)}")
 
 
 def _rows_of_group(
-    table: Any, group: int, span: Span, reading: Reading, tally: _Tally
+    table: Any, group: int, span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     import pyarrow as pa
 
@@ -905,7 +907,7 @@ def _rows_of_group(
     batches = table.iter_batches(
         batch_size=max(1, min(1 << 16, PIECE_BYTES // row_bytes)),
         row_groups=[group],
-        columns=[reading.text_column],
+        columns=[options.text_column],
         use_threads=False,
     )
     rows_left, bytes_left = facts.num_rows, span.bytes
@@ -917,7 +919,7 @@ def _rows_of_group(
             yield batch.column(0)
 
     try:
-        for column, _ in _by_size(columns(), None, span, reading, tally):
+        for column, _ in _by_size(columns(), None, span, options, tally):
             progress = min(bytes_left, len(values_and_offsets(column)[0]))
             bytes_left -= progress
             yield column, progress
@@ -942,16 +944,16 @@ def _seekable(span: Span, tally: _Tally) -> Iterator[Any]:
         yield unpacked
 
 
-def _require_column(schema: Any, path: str, reading: Reading) -> None:
-    if reading.text_column not in schema.names:
+def _require_column(schema: Any, path: str, options: ReadOptions) -> None:
+    if options.text_column not in schema.names:
         raise ForgeError(
-            f"{path} has no text column '{reading.text_column}': found {', '.join(schema.names)}. "
+            f"{path} has no text column '{options.text_column}': found {', '.join(schema.names)}. "
             "Choose one with --text-column"
         )
 
 
 def _saved_rows(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """Rows of a folder that `save_to_disk` of datasets wrote."""
     import datasets
@@ -961,39 +963,39 @@ def _saved_rows(
     except Exception as error:  # what datasets raises for damaged folders is not one class
         raise ForgeError(f"{span.path} cannot be read: {_first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
-        if reading.dataset_split not in saved:
+        if options.dataset_split not in saved:
             raise ForgeError(
-                f"{span.path} has no split '{reading.dataset_split}': found {', '.join(saved)}. "
+                f"{span.path} has no split '{options.dataset_split}': found {', '.join(saved)}. "
                 "Choose one with --dataset-split"
             )
-        saved = saved[reading.dataset_split]
-    yield from _rows_of_dataset(saved, span, reading, tally)
+        saved = saved[options.dataset_split]
+    yield from _rows_of_dataset(saved, span, options, tally)
 
 
 def _hub_rows(
-    span: Span, reading: Reading, tally: _Tally
+    span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     """Rows of a dataset of the Hub, streamed."""
     import datasets
 
     try:
         stream = datasets.load_dataset(
-            span.path, reading.dataset_config, split=reading.dataset_split, streaming=True
+            span.path, options.dataset_config, split=options.dataset_split, streaming=True
         )
     except Exception as error:  # the Hub, the network and the dataset fail in their own ways
         raise ForgeError(
             f"--dataset-path {span.path}: no such file, and no dataset of that name could be read "
             f"from the Hub ({_first_line(error)})"
         ) from error
-    yield from _rows_of_dataset(stream, span, reading, tally)
+    yield from _rows_of_dataset(stream, span, options, tally)
 
 
 def _rows_of_dataset(
-    rows: Any, span: Span, reading: Reading, tally: _Tally
+    rows: Any, span: Span, options: ReadOptions, tally: _Tally
 ) -> Iterator[tuple[pa.LargeBinaryArray, int]]:
     def columns() -> Iterator[pa.Array]:
         for table in rows.with_format("arrow").iter(batch_size=1000):
-            _require_column(table.schema, span.path, reading)
-            yield from table.column(reading.text_column).chunks
+            _require_column(table.schema, span.path, options)
+            yield from table.column(options.text_column).chunks
 
-    yield from _by_size(columns(), None, span, reading, tally)
+    yield from _by_size(columns(), None, span, options, tally)

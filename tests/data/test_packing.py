@@ -20,8 +20,7 @@ from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import main, prepare
-from tests.data.test_sources import write_rows
-from tests.test_prepare_data import contents, decoded_documents, some_text, stream
+from tests.texts import contents, decoded_documents, some_text, stream, write_rows
 
 
 @pytest.fixture(scope="module")

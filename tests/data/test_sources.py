@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
@@ -20,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p_llm_forge.data import sources
-from p2p_llm_forge.data.sources import Reading
+from p2p_llm_forge.data.sources import ReadOptions
 from p2p_llm_forge.errors import ForgeError
+from tests.texts import TEXTS, compress, write_rows
 
 
 def split(raw: bytes, separator: str = "\n\n") -> list[bytes]:
-    return sources.text_column(raw, "text", 0, Reading(separator)).to_pylist()
+    return sources.text_column(raw, "text", 0, ReadOptions(separator)).to_pylist()
 
 
 def documents(path: Path, **reading) -> list[bytes]:
@@ -34,7 +34,7 @@ def documents(path: Path, **reading) -> list[bytes]:
 
 
 def pieces(path: Path, **reading) -> list[sources.Piece]:
-    asked = Reading(**reading)
+    asked = ReadOptions(**reading)
     parts = sources.find([str(path)], asked).parts
     return [piece for part in parts for piece in sources.read_pieces(part, asked)]
 
@@ -94,19 +94,6 @@ def test_pieces_cut_a_file_only_between_documents(
         assert documents(path, separator=separator) == split(text.encode(), separator)
 
 
-def compress(path: Path, content: bytes) -> Path:
-    """Write a file as its name says."""
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
-    elif path.suffix == ".zst":
-        stream = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(stream, "zstd") as out:
-            out.write(content)
-        content = stream.getvalue().to_pybytes()
-    path.write_bytes(content)
-    return path
-
-
 def test_a_document_longer_than_pieces_and_windows_stays_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_BYTES", 1_000)
     long = b"word " * 100_000
@@ -140,7 +127,7 @@ def test_a_byte_order_mark_is_no_text_and_does_not_shift_offsets(tmp_path):
 def test_many_small_files_are_few_parts_and_each_document_its_own(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"document {number}\n\nand more")
-    assert len(sources.find([str(tmp_path)], Reading()).parts) == 1
+    assert len(sources.find([str(tmp_path)], ReadOptions()).parts) == 1
     found = documents(tmp_path)
     assert found[:3] == [b"document 0", b"and more", b"document 1"] and len(found) == 100
     whole = documents(tmp_path, one_document_per_file=True)
@@ -148,28 +135,6 @@ def test_many_small_files_are_few_parts_and_each_document_its_own(tmp_path):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-
-TEXTS = ["one", 'two\n\nparagraphs, with a "quote"', "üñî 模型 👩🏽\u200d🚀", "x" * 3000, "last"]
-
-
-def write_rows(path: Path, texts: list[str], column: str = "text") -> Path:
-    """The texts as rows of a file of any format, with a column beside them."""
-    rows = [{"n": n, column: text} for n, text in enumerate(texts)]
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    if plain.suffix == ".parquet":
-        table = pa.table({"n": range(len(texts)), column: texts})
-        stream = pa.BufferOutputStream()
-        pq.write_table(table, stream, row_group_size=2)
-        return compress(path, stream.getvalue().to_pybytes())
-    if plain.suffix == ".csv":
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, ["n", column])
-        writer.writeheader()
-        writer.writerows(rows)
-        return compress(path, lines.getvalue().encode())
-    if plain.suffix == ".json":
-        return compress(path, json.dumps(rows, indent=1).encode())
-    return compress(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
@@ -180,7 +145,7 @@ def test_every_format_gives_its_rows_back(tmp_path, monkeypatch, suffix, compres
     path = write_rows(tmp_path / f"rows{suffix}{compression}", TEXTS, "body")
     found = pieces(path, text_column="body")
     assert [d for piece in found for d in piece.column.to_pylist()] == [t.encode() for t in TEXTS]
-    parts = sources.find([str(path)], Reading()).parts
+    parts = sources.find([str(path)], ReadOptions()).parts
     assert [piece.is_last for piece in found].count(True) == len(parts)
     if piece_bytes == 10 and suffix != ".csv":
         assert len(found) > 1
@@ -225,7 +190,7 @@ def test_a_dataset_is_streamed_by_the_library_itself(tmp_path, monkeypatch, suff
     """Without a network: `load_dataset` takes a name that is a folder here for a dataset's name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "PIECE_BYTES", 2_000)
-    asked = Reading(dataset_config="en", dataset_split="test", text_column="body")
+    asked = ReadOptions(dataset_config="en", dataset_split="test", text_column="body")
     parts = sources.find(["someone/corpus"], asked).parts  # the folder is not there yet
     assert [part.kind for part in parts] == ["hub"]
     folder = tmp_path / "someone" / "corpus"
@@ -250,9 +215,9 @@ def test_a_dataset_is_streamed_by_the_library_itself(tmp_path, monkeypatch, suff
     expected = [f"en test {text}".encode() for half in (0, 1) for text in texts[half::2]]
     assert [d for piece in found for d in piece.column.to_pylist()] == expected
     with pytest.raises(ForgeError, match="no text column 'text': found n, body.*--text-column"):
-        list(sources.read_pieces(parts[0], Reading(dataset_config="en")))
+        list(sources.read_pieces(parts[0], ReadOptions(dataset_config="en")))
     with pytest.raises(ForgeError, match="someone/corpus: no such file, and no dataset.*dev"):
-        list(sources.read_pieces(parts[0], Reading(dataset_config="en", dataset_split="dev")))
+        list(sources.read_pieces(parts[0], ReadOptions(dataset_config="en", dataset_split="dev")))
 
 
 def test_a_hub_name_out_of_reach_is_a_clear_error(monkeypatch):
@@ -387,7 +352,7 @@ def test_a_truncated_file_is_named_or_counted(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ForgeError, match=f"{name}.*--skip-bad-rows"):
         documents(path)
-    assert sources.find([str(path)], Reading(skip_bad_rows=True)).unreadable or sum(
+    assert sources.find([str(path)], ReadOptions(skip_bad_rows=True)).unreadable or sum(
         piece.skipped for piece in pieces(path, skip_bad_rows=True)
     )
 
@@ -456,8 +421,8 @@ def test_an_unreadable_file_in_a_glob_is_named_or_counted(tmp_path):
 
     with mock.patch.object(Path, "open", refuse):
         with pytest.raises(ForgeError, match="b.txt cannot be read: Permission denied"):
-            sources.find([str(tmp_path / "*.txt")], Reading())
-        found = sources.find([str(tmp_path / "*.txt")], Reading(skip_bad_rows=True))
+            sources.find([str(tmp_path / "*.txt")], ReadOptions())
+        found = sources.find([str(tmp_path / "*.txt")], ReadOptions(skip_bad_rows=True))
     assert found.unreadable == 1 and len(found.parts) == 1
 
 
@@ -465,18 +430,18 @@ def test_an_unreadable_file_in_a_glob_is_named_or_counted(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
     path = tmp_path / "a.txt"
     path.write_text("some text")
-    [part] = sources.find([str(path)], Reading()).parts
+    [part] = sources.find([str(path)], ReadOptions()).parts
     if change == "later":
         os.utime(path, (1, 1))
     else:
         path.write_text("some text"[: 4 if change == "shorter" else None] * 2)
     with pytest.raises(ForgeError, match="a.txt changed while it was read"):
-        list(sources.read_pieces(part, Reading()))
+        list(sources.read_pieces(part, ReadOptions()))
 
 
 def test_a_file_that_changes_between_first_and_last_read_is_named(tmp_path):
     path = compress(tmp_path / "a.txt.gz", b"one\n\ntwo")
-    [part] = sources.find([str(path)], Reading()).parts
+    [part] = sources.find([str(path)], ReadOptions()).parts
     right = sources._columns
 
     def change_it(*arguments):
@@ -484,7 +449,7 @@ def test_a_file_that_changes_between_first_and_last_read_is_named(tmp_path):
         compress(path, b"other text")
 
     with mock.patch.object(sources, "_columns", change_it), pytest.raises(ForgeError, match="chan"):
-        list(sources.read_pieces(part, Reading()))
+        list(sources.read_pieces(part, ReadOptions()))
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -493,11 +458,11 @@ def test_a_file_that_changes_between_first_and_last_read_is_named(tmp_path):
 def test_weights_are_read_from_the_paths(tmp_path):
     for name in ("a.txt", "b.txt", "odd:0.5"):
         (tmp_path / name).write_text("text")
-    found = sources.find([f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt:1.0"], Reading())
+    found = sources.find([f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt:1.0"], ReadOptions())
     assert found.weights == (0.75, 0.25)
     assert [part.source for part in found.parts] == [0, 1]
-    assert sources.find([f"{tmp_path}/odd:0.5"], Reading()).weights == ()
+    assert sources.find([f"{tmp_path}/odd:0.5"], ReadOptions()).weights == ()
     with pytest.raises(ForgeError, match="b.txt has no weight and others have"):
-        sources.find([f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt"], Reading())
+        sources.find([f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt"], ReadOptions())
     with pytest.raises(ForgeError, match="above 0"):
-        sources.find([f"{tmp_path}/a.txt:0", f"{tmp_path}/b.txt:1"], Reading())
+        sources.find([f"{tmp_path}/a.txt:0", f"{tmp_path}/b.txt:1"], ReadOptions())

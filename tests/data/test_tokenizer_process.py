@@ -20,9 +20,9 @@ from p2p_llm_forge.data import sources, tokenizer_process
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.polling import wait_for
 from prepare_data import prepare
-from tests.test_prepare_data import contents, some_text
-from tests.test_resuming import wait_for
+from tests.texts import contents, some_text
 
 # A tokenizer that brings its own code, with a mistake in it.
 FRAGILE = """
@@ -147,7 +147,7 @@ def test_no_process_outlives_a_run_that_is_ended(slow_tokenizer, text, tmp_path,
         text=True,
     )
     try:
-        wait_for(lambda: len(psutil.Process(run.pid).children()) == 2)
+        assert wait_for(lambda: len(psutil.Process(run.pid).children()) == 2, 60)
         helpers = psutil.Process(run.pid).children()
         run.send_signal(end)
         told = run.communicate(timeout=60)[1]
