@@ -209,7 +209,7 @@ def look_at_data(
     config: CheckConfig, cluster: Cluster, report: ClusterReport
 ) -> PreparedDataset | None:
     """The prepared dataset, if all ranks have the same one."""
-    from train import open_data
+    from p2p_llm_forge.training.setup import open_data
 
     if not config.dataset_path:
         told = "no --dataset-path: data and the time of an update were not looked at"
@@ -243,7 +243,7 @@ def time_an_update(
     from p2p_llm_forge.peers.machine import judge_checkpoints
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
-    from train import make_plan
+    from p2p_llm_forge.training.setup import make_plan
 
     without_progress_bars()
     try:

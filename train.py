@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2p_llm_forge.config import PrepareConfig, TrainConfig, as_dict, parse
+from p2p_llm_forge.config import TrainConfig, as_dict, parse
 from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.peers.launch import local_rank
@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
         finished_result,
         only_run,
     )
+    from p2p_llm_forge.training.setup import make_plan, open_data
 
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     with join(config) as cluster:
@@ -249,86 +250,6 @@ def check(config: TrainConfig) -> None:
         except ForgeError as error:
             problems.require(False, str(error))
     problems.raise_any()
-
-
-def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
-    """The prepared dataset; a text file is prepared first, by the main process alone."""
-    from p2p_llm_forge.data.dataset import open_prepared
-
-    folder = Path(config.dataset_path)
-    if folder.suffix and not cluster.main_only(folder.exists):
-        raise ForgeError(f"--dataset-path {folder}: no such file")
-    if cluster.main_only(lambda: folder.is_file()):
-        if config.dry_run:
-            raise ForgeError(
-                f"--dry-run writes nothing, and {folder} is a text: prepare it with prepare_data.py"
-                " first"
-            )
-        folder = Path(config.output_dir) / "prepared"
-        cluster.main_only(lambda: prepare_text(config, folder))
-    data = cluster.together(lambda: open_prepared(folder))
-    refuse_different_data(cluster, data)
-    asked, found = config.sequence_length, data.manifest.sequence_length
-    if asked not in (None, found):
-        raise ForgeError(
-            f"--sequence-length {asked} was asked, {folder} has blocks of {found} tokens: leave the"
-            " flag out, or prepare the data again with it"
-        )
-    return data
-
-
-def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
-    """Raise ForgeError, naming them, if ranks have other data than rank 0 under the same name."""
-    told = cluster.gather_facts({"data": data.manifest.fingerprint, "path": str(data.path)})
-    others = [
-        f"rank {rank} has {fact['data'][:12]} in {fact['path']}"
-        for rank, fact in enumerate(told)
-        if fact["data"] != told[0]["data"]
-    ]
-    if others:
-        raise ForgeError(
-            f"the peers of a run must have the same data; rank 0 has {told[0]['data'][:12]} in"
-            f" {told[0]['path']}, but {', '.join(others)}: copy rank 0's folder, or share it"
-        )
-
-
-def prepare_text(config: TrainConfig, folder: Path) -> None:
-    """Prepare the text file of `--dataset-path` into `folder`, which the same text finds again."""
-    from prepare_data import prepare
-
-    prepare(
-        PrepareConfig(
-            dataset_path=[config.dataset_path],
-            output_dir=str(folder),
-            tokenizer=config.tokenizer or config.model_name,
-            vocab_size=config.vocab_size,
-            trust_remote_code=config.trust_remote_code,
-            sequence_length=config.sequence_length or 256,
-            encoding_errors=config.encoding_errors,
-            overwrite=config.overwrite,
-        )
-    )
-
-
-def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> data_order.Plan:
-    """How the updates are made up, for as many peers as there are."""
-    from p2p_llm_forge.training.checkpoint import recorded_identity, steps_saved
-
-    def look() -> list[Any]:
-        identity = recorded_identity(Path(config.output_dir)) or {}
-        return [bool(steps_saved(Path(config.output_dir))), identity.get("batch_size")]
-
-    goes_on, batch_size = cluster.main_only(look) if config.resume else (False, None)
-    if batch_size and config.batch_size is None:
-        # The batch stays what it was, with however many peers the run goes on.
-        config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
-    return data_order.plan_updates(
-        config,
-        data.manifest.splits["train"].blocks,
-        data.manifest.sequence_length,
-        cluster.world_size,
-        may_be_uneven=goes_on or cluster.launch.is_elastic or config.balance == "auto",
-    )
 
 
 def settle_strategy(
