@@ -240,7 +240,7 @@ def take_update(run: Run, step: int) -> Taken:
 
 def check(config: TrainConfig) -> None:
     """Raise ForgeError with every problem of the configuration that needs no data and no peers."""
-    from p2p_llm_forge.model.causal_lm import check_names
+    from p2p_llm_forge.model.build import check_names
     from p2p_llm_forge.training.tracking import tracker_names
 
     problems = config.problems()
@@ -248,7 +248,7 @@ def check(config: TrainConfig) -> None:
         try:
             look()
         except ForgeError as error:
-            problems.require(False, str(error))
+            problems.add(error)
     problems.raise_any()
 
 
@@ -263,19 +263,19 @@ def settle_strategy(
 
     Raises ForgeError where the launch or the folder does not go with the strategy.
     """
-    from p2p_llm_forge.model.causal_lm import build_model
     from p2p_llm_forge.peers.findings import refuse_failures
     from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
     from p2p_llm_forge.sync.base import refuse_elastic
     from p2p_llm_forge.sync.forecast import choose, table
     from p2p_llm_forge.training.checkpoint import read_state
     from p2p_llm_forge.training.forecast import as_begun, outlook, with_strategy
+    from p2p_llm_forge.training.new_model import new_model
 
     if config.sync == "auto" and checkpoint is not None:
         begun = cluster.main_only(lambda: read_state(checkpoint)["config"])
         config = as_begun(config, begun)
     elif config.sync == "auto":
-        lm = cluster.together(lambda: build_model(config, data))
+        lm = cluster.together(lambda: new_model(config, cluster, data))
         forecasts = outlook(config, cluster, data, plan, lm)
         if cluster.is_main:
             print(table(forecasts), flush=True)
@@ -295,8 +295,9 @@ def set_up(
     checkpoint: Path | None,
 ) -> Run:
     """Everything that the loop works on, new or as a checkpoint left it."""
-    from p2p_llm_forge.model.causal_lm import build_optimizer, learning_rate_factor
     from p2p_llm_forge.model.loss import NextTokenLoss
+    from p2p_llm_forge.model.optimizer import build_optimizer
+    from p2p_llm_forge.model.schedule import learning_rate_factor
     from p2p_llm_forge.sync.base import Meter, strategy
     from p2p_llm_forge.sync.ddp import set_bucket_size
     from p2p_llm_forge.training.checkpoint import read_state
@@ -360,20 +361,21 @@ def build_or_load(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, checkpoint: Path | None
 ) -> Any:
     """The causal LM of the run, the same on every rank."""
-    from p2p_llm_forge.model.causal_lm import build_model, load_model, without_progress_bars
+    from p2p_llm_forge.model.load import load_model, without_progress_bars
     from p2p_llm_forge.sync.base import refuse_different_models
+    from p2p_llm_forge.training.new_model import new_model, text_spec_of
 
     without_progress_bars()
 
     def of_this_rank() -> Any:
         if checkpoint is None:
-            return build_model(config, data)
+            return new_model(config, cluster, data)
         if not checkpoint.is_dir():
             raise ForgeError(
                 f"{checkpoint} is not seen from here: to resume, every machine must see the"
                 " --output-dir of rank 0; share it, or copy it over"
             )
-        return load_model(str(checkpoint), data, config.trust_remote_code)
+        return load_model(str(checkpoint), text_spec_of(data), config.trust_remote_code)
 
     lm = cluster.together(of_this_rank)
     refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
@@ -461,6 +463,7 @@ def conclude(run: Run) -> TrainResult:
     """Evaluate, publish the final model into the output directory, write and print results."""
     from p2p_llm_forge.training import checkpoint
     from p2p_llm_forge.training.evaluation import sample_text
+    from p2p_llm_forge.training.new_model import text_spec_of
 
     output_dir, steps = Path(run.config.output_dir), run.plan.total_steps
     updates = steps - run.first_step
@@ -479,7 +482,7 @@ def conclude(run: Run) -> TrainResult:
             processes=run.cluster.world_size,
             **(run.meter.figures(run.training_s, updates) if updates else {}),
             sample=sample_text(
-                run.bare_model.lm, run.data, run.config.sample_prompt, run.config.seed
+                run.bare_model.lm, text_spec_of(run.data), run.config.sample_prompt, run.config.seed
             ),
             **figures,
         )
@@ -495,10 +498,11 @@ def conclude(run: Run) -> TrainResult:
 
 def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
-    from p2p_llm_forge.model.causal_lm import load_model, without_progress_bars
+    from p2p_llm_forge.model.load import load_model, without_progress_bars
     from p2p_llm_forge.model.loss import NextTokenLoss
     from p2p_llm_forge.training import checkpoint
     from p2p_llm_forge.training.evaluation import evaluate_split
+    from p2p_llm_forge.training.new_model import text_spec_of
 
     without_progress_bars()
     blocks = data.blocks("validation")
@@ -517,7 +521,8 @@ def evaluate_only(config: TrainConfig, cluster: Cluster, data: PreparedDataset) 
         )
     if not config.model_name:
         steps = checkpoint.read_state(Path(name))["step"]
-    lm = cluster.together(lambda: load_model(name, data, config.trust_remote_code))
+    text = text_spec_of(data)
+    lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
     size = data.manifest.splits["validation"].bytes
     figures = evaluate_split(
         NextTokenLoss(lm.to(cluster.device), document_end(config, data)),
@@ -536,10 +541,10 @@ def describe(
     config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: data_order.Plan
 ) -> TrainResult:
     """What a run would do, and how fast in which way; trains no model and writes nothing."""
-    from p2p_llm_forge.model.causal_lm import build_model
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.checkpoint import refuse_another_run
     from p2p_llm_forge.training.forecast import outlook
+    from p2p_llm_forge.training.new_model import new_model
     from p2p_llm_forge.training.run_folder import run_identity
     from p2p_llm_forge.training.tracking import introduction
 
@@ -550,7 +555,7 @@ def describe(
                 output_dir, identity, bool(config.resume), config.resume_changed
             )
         )
-    lm = cluster.together(lambda: build_model(config, data))
+    lm = cluster.together(lambda: new_model(config, cluster, data))
     told = introduction(cluster, data, plan, lm)
     if cluster.world_size > 1:
         told += f"\n\n{table(outlook(config, cluster, data, plan, lm))}"

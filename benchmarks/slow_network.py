@@ -227,10 +227,12 @@ def shapes_of_model(data: Path) -> list[list[int]]:
     """The shapes of the parameters of the model that is trained."""
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.data.dataset import open_prepared
-    from p2p_llm_forge.model.causal_lm import build_model
+    from p2p_llm_forge.model.build import build_model
+    from p2p_llm_forge.training.new_model import text_spec_of
 
     config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
-    return [list(p.shape) for p in build_model(config, open_prepared(data)).parameters()]
+    lm = build_model(config, text_spec_of(open_prepared(data)))
+    return [list(p.shape) for p in lm.parameters()]
 
 
 def measure_arm(

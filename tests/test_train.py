@@ -110,7 +110,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config):
     """One SGD step moves the weights by minus the rate times a gradient computed here by hand."""
     from p2p_llm_forge.data import order as data_order
     from p2p_llm_forge.data.dataset import open_prepared
-    from p2p_llm_forge.model.causal_lm import build_model
+    from p2p_llm_forge.model.build import build_model
+    from p2p_llm_forge.training.new_model import text_spec_of
 
     config = replace(
         config,
@@ -123,7 +124,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config):
         micro_batch_size=2,
     )
     data = open_prepared(config.dataset_path)
-    lm = build_model(config, data)
+    lm = build_model(config, text_spec_of(data))
     numbers = data_order.blocks_at(0, 8, len(data.blocks("train")), config.seed)
     inputs, targets = (
         torch.from_numpy(a) for a in data.blocks("train").inputs_and_targets(numbers)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from p2p_llm_forge.data.dataset import Blocks, PreparedDataset
+from p2p_llm_forge.data.dataset import Blocks
+from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 
@@ -55,32 +56,30 @@ def _figures(nats: float, tokens: int, correct: int, bytes_of_text: int) -> dict
 
 
 @torch.no_grad()
-def sample_text(
-    lm: Any, data: PreparedDataset, prompt: str, seed: int, new_tokens: int = 60
-) -> str:
-    """The prompt (or the start of a document) and how the model goes on, drawn with the seed."""
+def sample_text(lm: Any, text: TextSpec, prompt: str, seed: int, new_tokens: int = 60) -> str:
+    """The prompt (or the start of a document) and how the model continues it, drawn by `seed`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
-    tokens = [data.manifest.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-    room = data.manifest.sequence_length - new_tokens
+    tokenizer = AutoTokenizer.from_pretrained(text.tokenizer_dir)
+    tokens = [text.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    room = text.sequence_length - new_tokens
     tokens = tokens[-max(1, room) :]
     inputs = torch.tensor([tokens], device=lm.device)
     torch.manual_seed(seed)
     was_training = lm.training
     lm.eval()
-    # Every length would be compiled anew for a few tokens.
+    # Every length would be compiled again for a few tokens.
     with torch.compiler.set_stance("force_eager"):
         drawn = lm.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(new_tokens, data.manifest.sequence_length - 1),
+            max_new_tokens=min(new_tokens, text.sequence_length - 1),
             do_sample=True,
             top_k=40,
             temperature=0.8,
             use_cache=True,
-            eos_token_id=data.manifest.eos_token_id,
-            pad_token_id=data.manifest.eos_token_id,
+            eos_token_id=text.eos_token_id,
+            pad_token_id=text.eos_token_id,
         )
     lm.train(was_training)
     return str(tokenizer.decode(drawn[0], skip_special_tokens=True))

@@ -30,8 +30,8 @@ def computing_s(
 
     lm: a model as the run would train it; it takes a few updates and is to be thrown away.
     """
-    from p2p_llm_forge.model.causal_lm import build_optimizer
     from p2p_llm_forge.model.loss import NextTokenLoss
+    from p2p_llm_forge.model.optimizer import build_optimizer
 
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})

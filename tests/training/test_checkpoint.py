@@ -98,7 +98,7 @@ def test_a_newer_format_is_refused_by_its_version(tmp_path):
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
 def test_an_optimizer_goes_on_from_its_saved_state(tmp_path, kind):
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.model.causal_lm import build_optimizer
+    from p2p_llm_forge.model.optimizer import build_optimizer
 
     def model_and_optimizer():
         torch.manual_seed(0)

@@ -10,11 +10,12 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.dataset import open_prepared
-from p2p_llm_forge.model.causal_lm import build_model
+from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import join
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
+from p2p_llm_forge.training.new_model import text_spec_of
 from tests.conftest import TINY_MODEL
 
 
@@ -40,7 +41,7 @@ def test_every_token_of_the_split_is_predicted_once(prepared, micro_batch_size):
     data = open_prepared(prepared)
     blocks = data.blocks("validation")
     with join(TrainConfig(output_dir=str(prepared))) as cluster:
-        lm = build_model(TrainConfig(config_overrides=TINY_MODEL), data).eval()
+        lm = build_model(TrainConfig(config_overrides=TINY_MODEL), text_spec_of(data)).eval()
         size = data.manifest.splits["validation"].bytes
         figures = evaluate_split(NextTokenLoss(lm), blocks, size, micro_batch_size, cluster)
     # The oracle reads the table's rows as `datasets` does and predicts them token by token.
@@ -61,7 +62,7 @@ def test_every_token_of_the_split_is_predicted_once(prepared, micro_batch_size):
 
 def test_a_sample_goes_on_from_its_prompt_and_repeats_with_its_seed(prepared):
     data = open_prepared(prepared)
-    lm = build_model(TrainConfig(config_overrides=TINY_MODEL), data)
-    sample = sample_text(lm, data, "Mara bakes", seed=1, new_tokens=10)
+    lm = build_model(TrainConfig(config_overrides=TINY_MODEL), text_spec_of(data))
+    sample = sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)
     assert sample.startswith("Mara bakes")
-    assert sample == sample_text(lm, data, "Mara bakes", seed=1, new_tokens=10)
+    assert sample == sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)

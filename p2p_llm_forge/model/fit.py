@@ -1,0 +1,123 @@
+"""Whether a causal language model and the text that it is to read fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+
+# Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
+TRAINING_BYTES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What a model must know of the text that it reads."""
+
+    vocab_size: int
+    eos_token_id: int  # ends every document
+    sequence_length: int  # tokens in a block
+    tokenizer_dir: Path
+
+
+def positions_of(model_config: Any) -> int | None:
+    """The longest sequence that a model can take; None where its family sets no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        limit = getattr(model_config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def require_positions(model_config: Any, what: str, text: TextSpec) -> None:
+    """Raise ForgeError unless the model can take a block."""
+    limit = positions_of(model_config)
+    if limit is not None and text.sequence_length > limit:
+        raise ForgeError(
+            f"the data has blocks of {text.sequence_length} tokens, {what} takes at most {limit}",
+            f"prepare the data with --sequence-length {limit} or less",
+        )
+
+
+def require_same_words(model: Any, name: str, text: TextSpec, trust_remote_code: bool) -> None:
+    """Raise ForgeError unless the model knows the data's tokens, and means the same by them."""
+    fix = f"prepare the data with the model's own tokenizer: prepare_data.py --tokenizer {name} ..."
+    size = model.get_input_embeddings().num_embeddings
+    if size < text.vocab_size:
+        raise ForgeError(
+            f"the data has a vocabulary of {text.vocab_size} tokens, model {name} has {size}", fix
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # a model without a tokenizer beside it: sizes are all there is to compare
+    ours = AutoTokenizer.from_pretrained(text.tokenizer_dir, trust_remote_code=trust_remote_code)
+    if theirs.get_vocab() != ours.get_vocab():
+        raise ForgeError(
+            f"the data was tokenized with another tokenizer than that of model {name}, so its "
+            "numbers mean other words",
+            fix,
+        )
+
+
+@torch.no_grad()
+def require_causal(model: Any, what: str, length: int, fix_of_length: str) -> None:
+    """Raise ForgeError unless the model takes a block, and predicts each token from those before.
+
+    Tried, since families that can be either (BERT, XLNet, ...) do not all say which they are.
+    length: tokens in a block; fix_of_length: what to do where the model cannot take as many.
+    """
+    was_training = model.training
+    model.eval()
+    tokens = torch.arange(length).remainder(model.get_input_embeddings().num_embeddings)
+    changed = tokens.clone()
+    changed[-1] = tokens[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one, other = (
+                model(input_ids=ids.unsqueeze(0), use_cache=False).logits[:, :-1]
+                for ids in (tokens, changed)
+            )
+    except (IndexError, RuntimeError) as error:
+        raise ForgeError(
+            f"{what} cannot take a block of {length} tokens ({error})", fix_of_length
+        ) from error
+    model.train(was_training)
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
+        raise ForgeError(
+            f"{what} sees the tokens that it should predict, so it is not a causal language model",
+            "choose another family, such as gpt2, llama or qwen3",
+        )
+
+
+def require_memory(model_config: Any, processes_here: int) -> None:
+    """Raise ForgeError when weights and optimizer cannot fit into this machine's memory.
+
+    processes_here: on this machine, each with a model of its own.
+    """
+    import psutil
+    from transformers import AutoModelForCausalLM
+
+    if torch.accelerator.is_available():
+        return  # the accelerator's own allocator reports this best
+    with torch.device("meta"):
+        try:
+            parameters = sum(
+                p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters()
+            )
+        except (ValueError, TypeError, AssertionError, RuntimeError):
+            return  # the build itself reports what cannot be built
+    needed = parameters * TRAINING_BYTES_PER_PARAMETER * processes_here
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ForgeError(
+            f"a {model_config.model_type} of {parameters / 1e6:,.0f} M parameters needs about "
+            f"{needed / 1e9:.1f} GB to train on this machine, {available / 1e9:.1f} GB are free",
+            "make it smaller with --config-overrides (hidden_size, num_hidden_layers, ...)",
+        )

@@ -1,0 +1,76 @@
+"""Models from scratch have the sizes that were asked for, fitted to the text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.build import build_model, check_names
+from tests.conftest import TINY_MODEL
+
+
+def test_the_default_is_a_small_gpt2_that_fits_the_text(text):
+    lm = build_model(TrainConfig(), text)
+    assert lm.config.model_type == "gpt2"
+    assert lm.config.vocab_size == 300
+    assert lm.config.n_positions == 32
+    assert lm.config.eos_token_id == text.eos_token_id
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "opt"])
+def test_families_are_built_with_the_sizes_that_were_asked_for(text, family):
+    overrides = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"
+    if family in ("llama", "qwen3"):
+        overrides += ",intermediate_size=48,num_key_value_heads=1"
+    if family == "opt":
+        overrides += ",ffn_dim=48,word_embed_proj_dim=32"
+    lm = build_model(TrainConfig(model_type=family, config_overrides=overrides), text)
+    assert lm.config.model_type == family
+    assert (lm.config.hidden_size, lm.config.num_hidden_layers) == (32, 2)
+    assert lm.get_input_embeddings().num_embeddings == 300
+    tokens = torch.zeros(1, text.sequence_length, dtype=torch.int64)
+    assert lm(input_ids=tokens).logits.shape[-1] == 300
+
+
+def test_initial_weights_depend_on_the_seed_alone(text):
+    def weights(seed):
+        torch.rand(seed + 1)
+        lm = build_model(TrainConfig(config_overrides=TINY_MODEL, seed=seed), text)
+        return torch.cat([p.flatten() for p in lm.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "fix"),
+    [
+        ({"model_type": "lama"}, "--model-type lama: no such family", "did you mean llama"),
+        ({"config_overrides": "n_layers=2"}, "has no 'n_layers'", "did you mean n_layer"),
+        ({"config_overrides": "n_layer=two"}, "n_layer is 'two'", "give a number like 12"),
+        ({"config_overrides": "n_layer"}, "'n_layer' is not KEY=VALUE", "hidden_size=64"),
+        ({"config_overrides": "n_embd=10,n_head=3"}, "cannot build this gpt2", "change"),
+        ({"config_overrides": "vocab_size=10"}, "the data has 300 tokens", "leave vocab_size out"),
+        ({"config_overrides": "n_positions=16"}, "takes at most 16", "--sequence-length 16"),
+        (
+            {"model_type": "llama", "config_overrides": "hidden_size=200000"},
+            "are free",
+            "make it smaller with --config-overrides",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_fix(text, settings, found, fix):
+    with pytest.raises(ForgeError) as error:
+        build_model(TrainConfig(**settings), text)
+    (problem,) = error.value.problems
+    assert found in problem.found and fix in problem.fix
+
+
+def test_all_unknown_names_are_found_at_once():
+    with pytest.raises(ForgeError) as error:
+        check_names(TrainConfig(model_type="lama", lr_scheduler="cosin"))
+    schedule, family = error.value.problems
+    assert "cosine" in schedule.fix and "llama" in family.fix
