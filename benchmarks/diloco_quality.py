@@ -36,8 +36,9 @@ from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.sync.outer import outer_lr_of
 from p2p_llm_forge.training.results import RESULTS
 from prepare_data import prepare
-from tests.conftest import ROOT, free_port
-from tests.multiprocess.zygote import Zygote
+from tests import ROOT
+from tests.ports import free_port
+from tests.zygote import Zygote
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 # Spelled out, so that results of other defaults are not taken for those of today's.

@@ -26,10 +26,17 @@ import torch
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.training import checkpoint
 from prepare_data import prepare
-from tests.conftest import SEQUENCE_LENGTH, write_text
-from tests.multiprocess.conftest import flags, lines, tensors
-from tests.multiprocess.test_kill_and_resume import DROPOUT, newest_step, start_ranks
-from tests.multiprocess.zygote import Zygote
+from tests.runs import (
+    DROPOUT,
+    SEQUENCE_LENGTH,
+    flags,
+    lines,
+    newest_step,
+    start_ranks,
+    tensors,
+)
+from tests.texts import write_text
+from tests.zygote import Zygote
 
 SAVE_EVERY = 4
 

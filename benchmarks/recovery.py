@@ -26,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data import order as data_order
 from prepare_data import prepare
-from tests.conftest import write_text
+from tests.texts import write_text
 
 
 def main() -> None:

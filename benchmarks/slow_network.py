@@ -208,7 +208,7 @@ def prepare_data(folder: Path) -> Path:
     """A small dataset of blocks; what it says does not matter to speed."""
     from p2p_llm_forge.config import PrepareConfig
     from prepare_data import prepare
-    from tests.conftest import write_text
+    from tests.texts import write_text
 
     text, data = write_text(folder / "text.txt", documents=3000), folder / "data"
     prepare(

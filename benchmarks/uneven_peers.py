@@ -22,12 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from p2p_llm_forge.config import PrepareConfig
 from prepare_data import prepare
-from tests.conftest import write_text
-from tests.multiprocess.conftest import flags, lines
-from tests.multiprocess.test_failing_ranks import slowed
-from tests.multiprocess.test_interruptions import LONG, step_logged, wait_until
-from tests.multiprocess.test_kill_and_resume import start_ranks
-from tests.multiprocess.zygote import Zygote
+from tests.runs import LONG, flags, lines, slowed, start_ranks, step_logged
+from tests.texts import write_text
+from tests.waiting import wait_until
+from tests.zygote import Zygote
 
 SHARE = 0.1
 SETTLE_STEPS, MEASURED_S = 30, 20.0
@@ -46,10 +44,10 @@ def tokens_per_second(zygote: Zygote, data: Path, folder: Path, **how: object) -
     processes, is_slowed, balance = how["processes"], how["is_slowed"], how["balance"]
     words = flags(data, folder, **SETTINGS, balance=balance)
     ranks = start_ranks(zygote, words, processes, folder.with_suffix(".log"))
-    wait_until(lambda: step_logged(folder) >= 1, timeout_s=120)
+    wait_until(lambda: step_logged(folder) >= 1)
     with slowed(ranks[-1], SHARE) if is_slowed else contextlib.nullcontext():
         settle = SETTLE_STEPS if balance == "auto" else 2
-        wait_until(lambda: step_logged(folder) >= settle, timeout_s=600)
+        wait_until(lambda: step_logged(folder) >= settle)
         first, began = step_logged(folder), time.monotonic()
         wait_until(lambda: time.monotonic() - began > MEASURED_S and step_logged(folder) > first)
         last, spent = step_logged(folder), time.monotonic() - began

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,34 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
+from tests.texts import write_text
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Where nobody says another: exact comparisons must hold on CPUs with bf16 units, too.
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 for launcher_variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(launcher_variable, None)
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-SEQUENCE_LENGTH = 32
-TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
-
-
-def write_text(path: Path, documents: int, seed: int = 0) -> Path:
-    """Sentences of a small grammar, documents separated by blank lines."""
-    draw = random.Random(seed)
-    names, verbs = ["Mara", "Tobin", "Ines"], ["bakes", "mends", "reads"]
-    things = ["bread", "nets"]
-    texts = [
-        " ".join(
-            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}"
-            f" {draw.randint(0, 99)}."
-            for _ in range(draw.randint(3, 30))
-        )
-        for _ in range(documents)
-    ]
-    path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +34,7 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The text as a prepared dataset: blocks of 32 tokens, a vocabulary of 300."""
     from p2p_llm_forge.config import PrepareConfig
     from prepare_data import prepare
+    from tests.runs import SEQUENCE_LENGTH
 
     folder = tmp_path_factory.mktemp("prepared") / "data"
     prepare(
@@ -70,18 +51,11 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Any]:
     """Forks runs of the scripts; one for all tests, because its imports cost seconds."""
-    from tests.multiprocess.zygote import Zygote
+    from tests.zygote import Zygote
 
     zygote = Zygote()
     yield zygote
     zygote.close()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -15,7 +15,8 @@ from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import preflight as company
 from p2p_llm_forge.peers.findings import ClusterReport, failure, fine, warning
-from tests.conftest import ROOT, TINY_MODEL
+from tests import ROOT
+from tests.runs import TINY_MODEL
 
 TWO_MACHINES = [
     str(ROOT / "accelerate_configs" / "two_machines" / f"node{node}.yaml") for node in (0, 1)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "train_in_a_notebook.ipynb"
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
-from tests.conftest import ROOT
+from tests import ROOT
 
 READMES = ["README.md", "README.tr.md"]
 SCRIPTS = {

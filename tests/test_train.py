@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from tests.conftest import TINY_MODEL, write_text
+from tests.runs import TINY_MODEL
+from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
 

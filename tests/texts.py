@@ -31,6 +31,23 @@ def some_text(count: int = 400, seed: int = 3) -> str:
     )
 
 
+def write_text(path: Path, documents: int, seed: int = 0) -> Path:
+    """Sentences of a small grammar, documents separated by blank lines."""
+    draw = random.Random(seed)
+    names, verbs = ["Mara", "Tobin", "Ines"], ["bakes", "mends", "reads"]
+    things = ["bread", "nets"]
+    texts = [
+        " ".join(
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}"
+            f" {draw.randint(0, 99)}."
+            for _ in range(draw.randint(3, 30))
+        )
+        for _ in range(documents)
+    ]
+    path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
 def compress(path: Path, content: bytes) -> Path:
     """Write a file, compressed as its name says."""
     if path.suffix == ".gz":

@@ -9,7 +9,7 @@ import pytest
 
 from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
-from tests.conftest import ROOT
+from tests import ROOT
 
 NAMES_OF_RUN_CLM = {
     "--model_name_or_path": ("model_name", "x"),

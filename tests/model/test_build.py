@@ -8,7 +8,7 @@ import torch
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, check_names
-from tests.conftest import TINY_MODEL
+from tests.runs import TINY_MODEL
 
 
 def test_the_default_is_a_small_gpt2_that_fits_the_text(text):

@@ -12,7 +12,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, new_model_config
 from p2p_llm_forge.model.fit import TRAINING_BYTES_PER_PARAMETER, require_causal, require_memory
-from tests.conftest import TINY_MODEL
+from tests.runs import TINY_MODEL
 
 ROBERTA = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
 

@@ -8,7 +8,7 @@ import torch
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.optimizer import build_optimizer
-from tests.conftest import TINY_MODEL
+from tests.runs import TINY_MODEL
 
 KINDS = {
     "adamw": torch.optim.AdamW,

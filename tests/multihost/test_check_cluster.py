@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from p2p_llm_forge.peers.launch_files import write_launch_files
-from tests.conftest import TINY_MODEL, free_port
 from tests.multihost.hosts import PYTHON, hosts, why_not
+from tests.ports import free_port
+from tests.runs import TINY_MODEL
 
 pytestmark = [
     pytest.mark.slow,

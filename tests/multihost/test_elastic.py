@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-from tests.conftest import TINY_MODEL
 from tests.multihost.hosts import PYTHON, hosts, why_not
-from tests.multiprocess.test_kill_and_resume import newest_step
+from tests.runs import TINY_MODEL, newest_step
 
 pytestmark = [
     pytest.mark.slow,

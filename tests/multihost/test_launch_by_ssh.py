@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.multihost.hosts import hosts, why_not
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from tests.conftest import free_port
 from tests.multihost.hosts import hosts, why_not
-from tests.multiprocess.conftest import flags
+from tests.ports import free_port
+from tests.runs import flags
 
 pytestmark = [
     pytest.mark.slow,

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
 
 from p2p_llm_forge.config import PrepareConfig
 from prepare_data import prepare
-from tests.conftest import free_port, write_text
-from tests.multiprocess.conftest import flags, lines
-from tests.multiprocess.test_interruptions import LONG, step_logged, wait_until
-from tests.multiprocess.test_kill_and_resume import read, start_ranks
+from tests.ports import free_port
+from tests.runs import LONG, flags, lines, read, slowed, start_ranks, step_logged
+from tests.texts import write_text
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-
-
-@contextlib.contextmanager
-def slowed(pid: int, share: float, period_s: float = 0.05) -> Iterator[None]:
-    """Let the process run for only this share of the time, by stopping and continuing it."""
-    over = threading.Event()
-
-    def stop_and_go() -> None:
-        while not over.is_set():
-            os.kill(pid, signal.SIGSTOP)
-            over.wait(period_s * (1 - share))
-            os.kill(pid, signal.SIGCONT)
-            over.wait(period_s * share)
-
-    thread = threading.Thread(target=stop_and_go)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_slow_rank_gets_fewer_blocks(zygote, prepared, tmp_path):

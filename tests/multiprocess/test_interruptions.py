@@ -11,26 +11,10 @@ import time
 import pytest
 
 from p2p_llm_forge.training import checkpoint
-from tests.multiprocess.conftest import flags, lines
-from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
+from tests.runs import LONG, flags, lines, newest_step, read, start_ranks, step_logged
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
-
-
-def wait_until(condition, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.005)
-
-
-def step_logged(folder):
-    return (
-        lines(folder)[-1]["step"]
-        if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size
-        else 0
-    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])

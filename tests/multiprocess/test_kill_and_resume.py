@@ -6,18 +6,14 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from p2p_llm_forge.training import checkpoint
-from tests.conftest import TINY_MODEL, free_port
-from tests.multiprocess.conftest import flags, lines, tensors
+from tests.runs import DROPOUT, flags, lines, newest_step, read, start_ranks, tensors
 
 pytestmark = pytest.mark.slow
 STEPS = 120
-DROPOUT = TINY_MODEL + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 # The data has some 70 updates an epoch, so every run goes from its first into its second epoch.
 SCENARIOS = {
     "dropout": (1, {"config_overrides": DROPOUT}, 7),
@@ -29,20 +25,6 @@ SCENARIOS = {
         8,
     ),
 }
-
-
-def start_ranks(zygote, words, processes, log, **how):
-    """Start a run by hand; `how` goes to `Zygote.start`."""
-    if processes == 1:
-        return [zygote.start(words, log, **how)]
-    by_hand = [
-        f"--world-size={processes}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={free_port()}",
-    ]
-    return [
-        zygote.start([*words, *by_hand, f"--rank={rank}"], log, **how) for rank in range(processes)
-    ]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -84,14 +66,6 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(zygote, prepared, tmp_pa
         assert torch.equal(tensor, got[key]), key
     assert lines(stormy) == lines(calm)
     assert not list(stormy.glob("tmp-*"))
-
-
-def newest_step(folder: Path) -> int:
-    return max(checkpoint.steps_saved(folder), default=0)
-
-
-def read(log: Path) -> str:
-    return log.read_text()[-4000:]
 
 
 def test_the_number_of_processes_may_change_at_a_resume(zygote, prepared, tmp_path):

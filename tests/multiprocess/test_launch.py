@@ -12,7 +12,10 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY_MODEL, free_port, write_text
+from tests import ROOT
+from tests.ports import free_port
+from tests.runs import TINY_MODEL, results, weights
+from tests.texts import write_text
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"
@@ -31,18 +34,6 @@ def flags(prepared, folder, **settings):
         **settings,
     }
     return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def results(folder):
-    return json.loads((folder / "all_results.json").read_text())
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    assert tensors
-    return tensors
 
 
 def test_two_processes_take_the_same_updates_as_one(run, prepared, tmp_path):

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from tests.conftest import free_port
 from tests.multiprocess.rounds import LAYERS, WIDTH, moved
-from tests.multiprocess.test_kill_and_resume import read
+from tests.ports import free_port
+from tests.runs import read
 
 pytestmark = pytest.mark.slow
 SIZES = [3 * WIDTH, *[WIDTH] * LAYERS]  # embedding (tied with the head), layers

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,18 @@ from safetensors.torch import load_file
 
 from p2p_llm_forge.config import OF_DILOCO
 from p2p_llm_forge.training.checkpoint import read_state
-from tests.conftest import TINY_MODEL, free_port
-from tests.multiprocess.conftest import flags, lines, tensors
-from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
+from tests.ports import free_port
+from tests.runs import (
+    TINY_MODEL,
+    finish,
+    flags,
+    lines,
+    newest_step,
+    read,
+    start_ranks,
+    tensors,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 DROPOUT = TINY_MODEL + ",resid_pdrop=0.1"
@@ -28,20 +36,6 @@ PLAIN_SGD = {
 }
 # Its rate and momentum change while the run is killed and resumed.
 DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
-
-
-def finish(zygote, prepared, folder, processes=2, **settings):
-    """A run that is left in peace; returns its folder."""
-    log = folder.with_suffix(".log")
-    ranks = start_ranks(zygote, flags(prepared, folder, **settings), processes, log)
-    assert [zygote.wait(pid) for pid in ranks] == [0] * processes, read(log)
-    return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = load_file(folder / "model.safetensors")
-    assert found
-    return found
 
 
 STRATEGIES = {

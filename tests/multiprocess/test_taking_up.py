@@ -19,12 +19,10 @@ from p2p_llm_forge.training.checkpoint import (
     write_json,
 )
 from p2p_llm_forge.training.forecast import as_begun
-from tests.conftest import free_port
 from tests.multiprocess import overflow
-from tests.multiprocess.conftest import flags, tensors
-from tests.multiprocess.test_interruptions import LONG, wait_until
-from tests.multiprocess.test_kill_and_resume import newest_step, read, start_ranks
-from tests.multiprocess.test_sync import finish
+from tests.ports import free_port
+from tests.runs import LONG, finish, flags, newest_step, read, start_ranks, tensors
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 CONSTANT = {"lr_scheduler": "constant", "keep_checkpoints": 9}

@@ -13,7 +13,7 @@ from p2p_llm_forge.peers.launch_files import (
     read_launch_file,
     write_launch_files,
 )
-from tests.conftest import ROOT
+from tests import ROOT
 
 GOOD = {
     "compute_environment": "LOCAL_MACHINE",

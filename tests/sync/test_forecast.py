@@ -21,7 +21,7 @@ from p2p_llm_forge.sync.forecast import (
     powersgd_values,
     table,
 )
-from tests.conftest import ROOT
+from tests import ROOT
 
 FREE = {name: Cost(0.0, 0.0) for name in CPU_COSTS}
 SLOW = Measured(

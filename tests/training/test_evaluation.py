@@ -16,7 +16,7 @@ from p2p_llm_forge.peers.cluster import join
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
 from p2p_llm_forge.training.new_model import text_spec_of
-from tests.conftest import TINY_MODEL
+from tests.runs import TINY_MODEL
 
 
 def test_the_metric_weighs_every_token_alike_and_works_offline():

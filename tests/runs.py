@@ -1,0 +1,133 @@
+"""Runs of train.py in tests: their flags, how they start, and what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from p2p_llm_forge.training import checkpoint
+from tests.ports import free_port
+
+SEQUENCE_LENGTH = 32
+TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
+DROPOUT = TINY_MODEL + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+# A run that goes on until it is ended.
+LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
+
+
+def flags(data: Path, folder: Path, **settings: object) -> list[str]:
+    """The command line of a short run; `settings` by field names, None leaves one out."""
+    settings = {
+        "dataset_path": data,
+        "output_dir": folder,
+        "config_overrides": TINY_MODEL,
+        "batch_size": 8,
+        "max_steps": 3,
+        "report_to": "none",
+        "cpu_threads": 1,
+        "resume": "auto",
+        **settings,
+    }
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
+def by_hand(processes: int) -> dict[str, object]:
+    """The settings of ranks on this machine that are started by hand, but for `rank`."""
+    return {"world_size": processes, "master_addr": "127.0.0.1", "master_port": free_port()}
+
+
+def start_ranks(zygote: Any, words: list[str], processes: int, log: Path, **how: Any) -> list[int]:
+    """Start a run by hand; `how` goes to `Zygote.start`. Returns the process ids, by rank."""
+    if processes == 1:
+        return [zygote.start(words, log, **how)]
+    together = [f"--{name}={value}" for name, value in by_hand(processes).items()]
+    return [
+        zygote.start([*words, *together, f"--rank={rank}"], log, **how) for rank in range(processes)
+    ]
+
+
+def finish(zygote: Any, data: Path, folder: Path, processes: int = 2, **settings: object) -> Path:
+    """A run that is left in peace; returns its folder."""
+    log = folder.with_suffix(".log")
+    ranks = start_ranks(zygote, flags(data, folder, **settings), processes, log)
+    assert [zygote.wait(pid) for pid in ranks] == [0] * processes, read(log)
+    return folder
+
+
+def read(log: Path) -> str:
+    """The end of what was printed."""
+    return log.read_text()[-4000:]
+
+
+def tensors(folder: Path, step: int) -> dict:
+    """Weights and optimizer state of a checkpoint."""
+    saved = folder / f"checkpoint-{step}"
+    optimizer = loaded(saved / "optimizer.safetensors")
+    return weights(saved) | {f"optimizer: {key}": tensor for key, tensor in optimizer.items()}
+
+
+def weights(folder: Path) -> dict:
+    """The weights of a run's model, or of a checkpoint's."""
+    return loaded(folder / "model.safetensors")
+
+
+def loaded(file: Path) -> dict:
+    """The tensors of a file, of which there are some."""
+    from safetensors.torch import load_file
+
+    found = load_file(file)
+    assert found
+    return found
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what the clock decides."""
+    text = (folder / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert found
+    clocked = ("tokens_per_second", "communication", "bytes_sent_per_update")
+    return [{k: v for k, v in line.items() if k not in clocked} for line in found]
+
+
+def results(folder: Path) -> dict:
+    """The figures at the end of a run."""
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def step_logged(folder: Path) -> int:
+    """The last step that metrics.jsonl has; 0 before there is one."""
+    file = folder / "metrics.jsonl"
+    return lines(folder)[-1]["step"] if file.exists() and file.stat().st_size else 0
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 before there is one."""
+    return max(checkpoint.steps_saved(folder), default=0)
+
+
+@contextlib.contextmanager
+def slowed(pid: int, share: float, period_s: float = 0.05) -> Iterator[None]:
+    """Let the process run for only this share of the time, by stopping and continuing it."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(period_s * (1 - share))
+            os.kill(pid, signal.SIGCONT)
+            over.wait(period_s * share)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        os.kill(pid, signal.SIGCONT)
