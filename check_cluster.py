@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +24,12 @@ from p2p_llm_forge.peers.findings import (
     Finding,
     Refused,
     failure,
+    failures,
     fine,
     warning,
 )
-from p2p_llm_forge.peers.launch import local_rank
+from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch, has_launcher, local_rank, read_launch
 from p2p_llm_forge.peers.launch_files import (
-    DEFAULT_PORT,
     LaunchFile,
     judge_launch_file,
     judge_together,
@@ -40,7 +39,7 @@ from p2p_llm_forge.peers.launch_files import (
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import PreparedDataset
-    from p2p_llm_forge.peers.cluster import Cluster, Launch
+    from p2p_llm_forge.peers.cluster import Cluster
     from p2p_llm_forge.peers.links import Links
 
 LINKS_S = 30.0  # what measuring all links may take, about
@@ -105,12 +104,10 @@ def by_hand(config: CheckConfig, file: LaunchFile) -> CheckConfig:
 
 def read_or_refuse(config: CheckConfig, report: ClusterReport) -> Launch | None:
     """This process's place in the launch; None, with a finding, if there is none."""
-    from p2p_llm_forge.peers.cluster import read_launch
-
     try:
-        return read_launch(config, os.environ)
+        return read_launch(config)
     except ForgeError as error:
-        report.findings.append(as_finding("launch", error))
+        report.findings += failures("launch", error)
         return None
 
 
@@ -129,43 +126,36 @@ def look_at_promise(launch: Launch, file: LaunchFile | None, config: CheckConfig
 
 def look_before(config: CheckConfig, launch: Launch, file: LaunchFile | None) -> list[Finding]:
     """What one machine can say: what it has, and its way to the main address."""
-    from p2p_llm_forge.peers.machine import judge_machine, judge_way
+    from p2p_llm_forge.peers.machine import judge_machine
+    from p2p_llm_forge.peers.routes import Main, judge_route
 
     if launch.local_rank:
         return []  # one process speaks for its machine
-    found = judge_machine(config, launch, os.environ)
+    found = judge_machine(config, launch)
     machines = launch.world_size // launch.local_world_size
     host, port, rank = launch.master_addr, launch.master_port, launch.rank
     if file is not None and launch.world_size == 1:
         machines, host, port, rank = file.machines, file.address, file.port, file.rank
     if machines > 1 and host is not None:
-        is_main = rank < launch.local_world_size
-        will_meet = launch.world_size > 1
-        found += judge_way(
-            config, host, port or DEFAULT_PORT, machines, is_main, will_meet, os.environ
-        )
+        is_here = rank < launch.local_world_size
+        main = Main(host, port or DEFAULT_PORT, machines, is_here, launch.world_size > 1)
+        found += judge_route(main, launch, config.allow_public_address)
     return found
 
 
 def look_together(config: CheckConfig, report: ClusterReport) -> None:
     """Meet the peers and add what they say together; rank 0 gets the findings of all."""
-    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.peers.join import join
 
     try:
         with join(config) as cluster:
-            try:
-                share_findings(cluster, report)
-                measure(config, cluster, report)
-            except (RuntimeError, OSError, MemoryError) as error:
-                told = cluster.failure(error)
-                if told is None:
-                    raise
-                report.findings.append(as_finding("peers", told))
+            share_findings(cluster, report)
+            measure(config, cluster, report)
     except Refused as refusal:
         known = {finding.found for finding in report.findings}  # what one rank sees by itself
         report.findings += [found for found in refusal.findings if found.found not in known]
     except ForgeError as error:
-        report.findings.append(as_finding("peers", error))
+        report.findings += failures("peers", error)
 
 
 def share_findings(cluster: Cluster, report: ClusterReport) -> None:
@@ -183,18 +173,18 @@ def share_findings(cluster: Cluster, report: ClusterReport) -> None:
 
 def measure(config: CheckConfig, cluster: Cluster, report: ClusterReport) -> None:
     """What the peers find out together: the same report on every rank."""
-    from p2p_llm_forge.peers import preflight as company
+    from p2p_llm_forge.peers import preflight
     from p2p_llm_forge.peers.links import measure_links
 
     add, hosts = report.findings.extend, report.peers
     if cluster.world_size > 1:
-        add([fine("meeting", f"all {cluster.world_size} processes are here")])
-        add(company.judge_pythons(cluster, hosts))
-        add(company.judge_clocks(cluster, hosts))
+        add([fine("rendezvous", f"all {cluster.world_size} processes are here")])
+        add(preflight.judge_pythons(cluster, hosts))
+        add(preflight.judge_clocks(cluster, hosts))
     if config.output_dir:
         folder = Path(config.output_dir)
         is_needed = bool(config.resume) or config.keeps_own_state()
-        add(company.judge_shared_folder(cluster, folder, is_needed, hosts))
+        add(preflight.judge_shared_folder(cluster, folder, is_needed, hosts))
     # Before the links: what cannot be trained need not be fast.
     data = look_at_data(config, cluster, report)
     ways = cluster.world_size * (cluster.world_size - 1)
@@ -216,13 +206,13 @@ def look_at_data(
         report.findings.append(fine("data", told))
         return None
     if cluster.main_only(lambda: Path(config.dataset_path).is_file()):
-        mend = "prepare it with prepare_data.py first, to have it checked"
-        report.findings.append(warning("data", f"{config.dataset_path} is a text", mend))
+        fix = "prepare it with prepare_data.py first, to have it checked"
+        report.findings.append(warning("data", f"{config.dataset_path} is a text", fix))
         return None
     try:
         data = open_data(config, cluster)
     except ForgeError as error:
-        report.findings.append(as_finding("data", error))
+        report.findings += failures("data", error)
         return None
     blocks = data.manifest.splits["train"].blocks
     report.findings.append(
@@ -251,7 +241,7 @@ def time_an_update(
         plan = make_plan(config, cluster, data)
         lm = cluster.together(lambda: new_model(config, cluster, data))
     except ForgeError as error:
-        report.findings.append(as_finding("model", error))
+        report.findings += failures("model", error)
         return
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     if cluster.is_main:
@@ -259,13 +249,7 @@ def time_an_update(
     report.update_s = update_s_by_rank(config, cluster, data, plan, lm)
     if cluster.world_size > 1:
         ways = forecasts(config, cluster, plan, lm, links, report.update_s)
-        report.advice = table(ways).splitlines()
-
-
-def as_finding(topic: str, error: ForgeError) -> Finding:
-    """An error that says itself what to do."""
-    told, _, mend = str(error).rpartition(": ") if "\n" not in str(error) else ("", "", "")
-    return failure(topic, told or str(error), mend or "as it says")
+        report.forecast = table(ways).splitlines()
 
 
 def show(report: ClusterReport, config: CheckConfig) -> None:
@@ -278,7 +262,7 @@ def show(report: ClusterReport, config: CheckConfig) -> None:
         )
         if not report.findings:
             return
-    print(json.dumps(report.as_dict(), indent=1) if config.json else report.table(), flush=True)
+    print(json.dumps(report.as_dict(), indent=1) if config.json else report.text(), flush=True)
 
 
 def write_configs(config: CheckConfig) -> None:
@@ -303,8 +287,7 @@ def main() -> int:
     show(report, config)
     status = report.status()
     # A launcher turns every status but 0 into 1 and a traceback of its own.
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    return WORKS if is_launched and status == WORKS_WITH_WARNINGS else status
+    return WORKS if has_launcher() and status == WORKS_WITH_WARNINGS else status
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> TrainResult:
     Interrupted when the run was asked to stop and has saved.
     """
     check(config)
-    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.run_folder import (
         claim_output,
         find_checkpoint,
@@ -77,27 +77,21 @@ def train(config: TrainConfig) -> TrainResult:
 
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     with join(config) as cluster:
-        try:
-            data = open_data(config, cluster)
-            if config.eval_only:
-                return evaluate_only(config, cluster, data)
-            plan = make_plan(config, cluster, data)
-            if config.dry_run:
-                return describe(config, cluster, data, plan)
-            with only_run(config, cluster):
-                checkpoint = find_checkpoint(config, cluster, data, plan)
-                config = settle_strategy(config, cluster, data, plan, checkpoint)
-                finished = finished_result(config, cluster, checkpoint, plan)
-                if finished:
-                    return finished
-                run = set_up(config, cluster, data, plan, checkpoint)
-                claim_output(config, cluster, data, plan)
-                return learn(run, interruptions)
-        except (RuntimeError, OSError, MemoryError) as error:
-            failure = cluster.failure(error)
-            if failure is None:
-                raise
-            raise failure from error
+        data = open_data(config, cluster)
+        if config.eval_only:
+            return evaluate_only(config, cluster, data)
+        plan = make_plan(config, cluster, data)
+        if config.dry_run:
+            return describe(config, cluster, data, plan)
+        with only_run(config, cluster):
+            checkpoint = find_checkpoint(config, cluster, data, plan)
+            config = settle_strategy(config, cluster, data, plan, checkpoint)
+            finished = finished_result(config, cluster, checkpoint, plan)
+            if finished:
+                return finished
+            run = set_up(config, cluster, data, plan, checkpoint)
+            claim_output(config, cluster, data, plan)
+            return learn(run, interruptions)
 
 
 def learn(run: Run, interruptions: Interruptions) -> TrainResult:
@@ -139,7 +133,7 @@ def loop(run: Run, interruptions: Interruptions) -> None:
         should_evaluate = is_last or (is_due(done, config.eval_every) and not should_stop)
         if should_save or should_evaluate or (is_meeting and window.has_line()):
             if not is_meeting:
-                run.cluster.gather_facts({})  # waits for as long as a slow rank needs
+                run.cluster.barrier()
             log_lines(run)  # ends the run before bad weights could be saved
         if should_save or should_evaluate:
             run.training_s += time.perf_counter() - started
@@ -426,7 +420,7 @@ def prime(model: Any, sync: Sync, blocks: Blocks, plan: data_order.Plan, cluster
         nats, _ = model(inputs, targets)
         nats.backward()
     model.zero_grad()
-    cluster.gather_facts({})
+    cluster.barrier()
 
 
 def save(run: Run, step: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from check_cluster import check, main
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers import preflight as company
+from p2p_llm_forge.peers import preflight
 from p2p_llm_forge.peers.findings import ClusterReport, failure, fine, warning
 from tests import ROOT
 from tests.runs import TINY_MODEL
@@ -36,7 +36,7 @@ def test_the_status_is_that_of_the_worst_finding():
     assert report.status() == 3
     report.findings.append(failure("c", "bad", "do this"))
     assert report.status() == 1
-    assert "mend: do this" in report.table() and "will not work" in report.table()
+    assert "fix: do this" in report.text() and "will not work" in report.text()
     with pytest.raises(AssertionError):
         failure("d", "bad", "")
 
@@ -45,7 +45,7 @@ def test_a_table_marks_the_slowest_link_and_json_has_no_nan():
     report = ClusterReport(peers=["anna", "berta"])
     report.bytes_per_s = [[math.nan, 1.25e6], [1.25e8, math.nan]]
     report.latency_s = [[math.nan, 0.001], [0.001, math.nan]]
-    assert "rank 0 (anna)   -       10.0 <- slowest" in report.table()
+    assert "rank 0 (anna)   -       10.0 <- slowest" in report.text()
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["latency_s"][0] == [None, 1e-3]
 
 
@@ -92,16 +92,16 @@ def test_a_process_alone_times_the_real_model_and_changes_nothing(prepared, tmp_
         cpu=True,
     )
     report = check(config)
-    assert report.status() == 0, report.table()
+    assert report.status() == 0, report.text()
     assert len(report.update_s) == 1 and report.update_s[0] > 0
-    assert report.advice == [] and report.bytes_per_s == []
+    assert report.forecast == [] and report.bytes_per_s == []
     assert not (tmp_path / "run").exists()
 
 
 def test_a_launch_that_starts_strangers_is_a_finding(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     report = check(CheckConfig())
-    assert report.status() == 1 and "would train alone" in report.table()
+    assert report.status() == 1 and "would train alone" in report.text()
 
 
 class Clocks:
@@ -115,9 +115,9 @@ class Clocks:
 
 
 def test_a_clock_that_is_off_is_named():
-    (finding,) = company.judge_clocks(Clocks(0, 0.2, -90), ["anna", "berta", "carla"])
+    (finding,) = preflight.judge_clocks(Clocks(0, 0.2, -90), ["anna", "berta", "carla"])
     assert finding.level == "warning" and "rank 2 (carla) is 90.0 s behind" in finding.found
-    (finding,) = company.judge_clocks(Clocks(0, 0.2), ["anna", "berta"])
+    (finding,) = preflight.judge_clocks(Clocks(0, 0.2), ["anna", "berta"])
     assert finding.level == "fine" and "0.2" in finding.found
 
 

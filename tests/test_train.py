@@ -356,7 +356,8 @@ def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
 
 def test_what_a_save_keeps_of_the_losses_is_a_copy():
     """The background writer reads it while the run goes on."""
-    from p2p_llm_forge.peers.cluster import Cluster, Launch
+    from p2p_llm_forge.peers.cluster import Cluster
+    from p2p_llm_forge.peers.launch import Launch
     from p2p_llm_forge.training.tracking import LossWindow
 
     alone = Cluster(Launch(), torch.device("cpu"), store=None)

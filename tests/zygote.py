@@ -116,7 +116,7 @@ def main() -> None:
     import torch.nn.parallel  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
-    import p2p_llm_forge.peers.cluster
+    import p2p_llm_forge.peers.join
     import p2p_llm_forge.peers.links
     import p2p_llm_forge.peers.machine  # noqa: F401
     import p2p_llm_forge.peers.preflight

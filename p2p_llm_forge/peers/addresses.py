@@ -9,13 +9,13 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+from p2p_llm_forge.polling import wait_for
 
 # What a connection attempt shows.
 OPEN, REFUSED, FILTERED, NO_ROUTE = "open", "refused", "filtered", "no route"
 CONNECT_S = 3.0  # a packet that is lost is sent again after 1 s and 3 s: one loss is forgiven
-PAUSE_S = 0.1
 NO_ROUTE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL)
 
 
@@ -25,28 +25,10 @@ def resolve(host: str) -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ForgeError(
-            f"the main address {host} means nothing on this machine ({error}): write its IP"
-            " address, or add the name to /etc/hosts"
+            f"the main address {host} means nothing on this machine ({error})",
+            "write its IP address, or add the name to /etc/hosts",
         ) from error
     return list(dict.fromkeys(str(entry[4][0]).split("%")[0] for entry in found))
-
-
-def address_of(interface: str) -> str:
-    """The address that peers reach this machine by, on an interface. Raises ForgeError if none."""
-    import psutil
-
-    found = psutil.net_if_addrs()
-    families = (socket.AF_INET, socket.AF_INET6)
-    for family in families:
-        for entry in found.get(interface, []):
-            if entry.family == family:
-                return entry.address.split("%")[0]
-    usable = [name for name, entries in found.items() if any(e.family in families for e in entries)]
-    raise ForgeError(
-        f"GLOO_SOCKET_IFNAME is {interface}, and this machine has no such interface with an"
-        f" address: {nearest(interface, usable)} Without the variable, the one that leads to the"
-        " main machine is taken"
-    )
 
 
 def is_literal(host: str) -> bool:
@@ -103,14 +85,14 @@ def judge_public(addresses: list[str], is_allowed: bool) -> list[Finding]:
     public = [address for address in dict.fromkeys(addresses) if is_public(address)]
     if not public:
         return []
-    told = (
+    found = (
         f"{', '.join(public)} is a public address, and whoever reaches the ports of a run can read"
         " and change it: nothing there is encrypted"
     )
-    mend = 'use the address of a private network or a VPN (README, "On networks you do not own")'
+    fix = 'use the address of a private network or a VPN (README, "On networks you do not own")'
     if is_allowed:
-        return [warning("public", told, f"{mend}, or keep a firewall before it")]
-    return [failure("public", told, f"{mend}; --allow-public-address if a firewall guards it")]
+        return [warning("public", found, f"{fix}, or keep a firewall before it")]
+    return [failure("public", found, f"{fix}; --allow-public-address if a firewall guards it")]
 
 
 def probe(host: str, port: int, timeout_s: float = CONNECT_S) -> str:
@@ -197,17 +179,19 @@ def judge_own_port(port: int) -> Finding:
     return fine("port", f"{port} is free")
 
 
-def wait_until_open(host: str, port: int, patience_s: float) -> str:
+def wait_until_open(host: str, port: int, timeout_s: float) -> str:
     """Try a port until it is open; returns the last state.
 
     A refusal means that the machine is there and not ready yet: that is waited for. Silence or a
     missing route will hardly pass, so they are tried a second time only.
     """
-    deadline, tries = time.monotonic() + patience_s, 0
-    while True:
-        left = deadline - time.monotonic()
-        state = probe(host, port, max(0.1, min(CONNECT_S, left)))
+    deadline, tries = time.monotonic() + timeout_s, 0
+
+    def look() -> str | None:
+        nonlocal tries
+        left_s = deadline - time.monotonic()
+        state = probe(host, port, max(0.1, min(CONNECT_S, left_s)))
         tries += state != REFUSED
-        if state == OPEN or left <= PAUSE_S or tries == 2:
-            return state
-        time.sleep(PAUSE_S)
+        return state if state == OPEN or left_s <= 0 or tries == 2 else None
+
+    return wait_for(look) or REFUSED

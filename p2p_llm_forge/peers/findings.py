@@ -6,58 +6,64 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.tables import table
 
 FINE, WARNING, FAILURE = "fine", "warning", "failure"
+AS_IT_SAYS = "as it says"  # until every error has two fields
 WORKS, WILL_NOT_WORK, WORKS_WITH_WARNINGS = 0, 1, 3  # exit status
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. What is not fine has a mend."""
+class Finding(Problem):
+    """One thing that was looked at. What is not fine has a fix.
 
-    level: str
-    topic: str
-    found: str
-    mend: str = ""
-    where: str = ""  # "rank 1 (berta)"; empty: of the machine that prints it, or of all
+    where: such as "rank 1 (berta)"; empty: of the machine that prints it, or of all.
+    """
+
+    level: str = field(kw_only=True)
+    topic: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        assert self.mend or self.level == FINE, f"{self.found}: no mend"
-
-    def __str__(self) -> str:
-        where = f"{self.where}: " if self.where else ""
-        return f"{where}{self.found}" + (f"\n  {self.mend}" if self.mend else "")
+        assert self.fix or self.level == FINE, f"{self.found}: no fix"
 
 
 def fine(topic: str, found: str) -> Finding:
     """Something that is as it should be."""
-    return Finding(FINE, topic, found)
+    return Finding(found, "", level=FINE, topic=topic)
 
 
-def warning(topic: str, found: str, mend: str) -> Finding:
+def warning(topic: str, found: str, fix: str) -> Finding:
     """Something that works, but not as well as it could."""
-    return Finding(WARNING, topic, found, mend)
+    return Finding(found, fix, level=WARNING, topic=topic)
 
 
-def failure(topic: str, found: str, mend: str) -> Finding:
+def failure(topic: str, found: str, fix: str) -> Finding:
     """Something because of which the launch will not work."""
-    return Finding(FAILURE, topic, found, mend)
+    return Finding(found, fix, level=FAILURE, topic=topic)
+
+
+def failures(topic: str, error: ForgeError) -> list[Finding]:
+    """The problems of an error as findings."""
+    return [
+        Finding(p.found, p.fix or AS_IT_SAYS, p.where, level=FAILURE, topic=topic)
+        for p in error.problems
+    ]
 
 
 class Refused(ForgeError):
     """Findings because of which a launch cannot go on, for a script that only wants to start."""
 
     def __init__(self, *findings: Finding) -> None:
-        super().__init__("\n".join(map(str, findings)))
-        self.findings = findings
+        super().__init__(findings[0].found, findings[0].fix)
+        self.problems = self.findings = findings
 
 
 def refuse_failures(findings: list[Finding]) -> None:
     """Raise Refused with every failure among the findings, if there is one."""
-    failures = [finding for finding in findings if finding.level == FAILURE]
-    if failures:
-        raise Refused(*failures)
+    refused = [finding for finding in findings if finding.level == FAILURE]
+    if refused:
+        raise Refused(*refused)
 
 
 @dataclass
@@ -71,7 +77,7 @@ class ClusterReport:
     latency_s: list[list[float]] = field(default_factory=list)  # [from][to]
     bytes_per_s: list[list[float]] = field(default_factory=list)  # [from][to]
     update_s: list[float] = field(default_factory=list)  # computing of an update, by rank
-    advice: list[str] = field(default_factory=list)
+    forecast: list[str] = field(default_factory=list)  # of the strategies, as a table
 
     def status(self) -> int:
         """The exit status: 0, 1 (will not work) or 3 (works, with warnings)."""
@@ -84,7 +90,7 @@ class ClusterReport:
         """The report as plain JSON values; what was not measured is null."""
         return {"status": self.status(), **_without_nan(asdict(self))}
 
-    def table(self) -> str:
+    def text(self) -> str:
         """The report for people."""
         lines = []
         for where in dict.fromkeys(finding.where for finding in self.findings):
@@ -111,8 +117,8 @@ class ClusterReport:
                 "as far as one machine can tell, this launch will work; to know, start this on all"
                 " of them with --meet"
             )
-        if self.advice:
-            lines += ["", *self.advice]
+        if self.forecast:
+            lines += ["", *self.forecast]
         return "\n".join([*lines, "", verdict[self.status()]])
 
     def _megabits(self) -> list[list[str]]:
@@ -135,21 +141,16 @@ class ClusterReport:
 
 def _rows(finding: Finding) -> list[str]:
     mark = {FINE: "ok", WARNING: "WARNING", FAILURE: "FAILED"}[finding.level]
-    text = finding.found + (f"\nmend: {finding.mend}" if finding.mend else "")
+    text = finding.found + (f"\nfix: {finding.fix}" if finding.fix else "")
     first, *others = text.splitlines()
     return [f"  {mark:<8} {finding.topic:<10} {first}", *(f"{'':<22}{line}" for line in others)]
 
 
 def _matrix(title: str, cells: list[list[str]], peers: list[str]) -> list[str]:
-    names = [f"rank {rank} ({host})" for rank, host in enumerate(peers)]
     rows = [["from \\ to", *(f"rank {rank}" for rank in range(len(peers)))]]
-    rows += [[name, *row] for name, row in zip(names, cells, strict=True)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [title] + [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    for rank, (host, row) in enumerate(zip(peers, cells, strict=True)):
+        rows.append([f"rank {rank} ({host})", *row])
+    return [title, *(f"  {line}" for line in table(rows))]
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,8 +3,203 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from p2p_llm_forge.errors import ForgeError
+
+if TYPE_CHECKING:
+    from p2p_llm_forge.config import TrainConfig
+
+DEFAULT_PORT = 29500
+MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def local_rank() -> int:
+def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The number of this process on its machine; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(environ.get("LOCAL_RANK", "0"))
+
+
+def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The number of this process and that of all; (0, 1) without a launcher.
+
+    For work that is divided without any exchange; whatever talks to peers uses `read_launch`.
+    """
+    return int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+
+
+def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` or torchrun waits for this process and judges its status."""
+    return "TORCHELASTIC_RUN_ID" in environ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One process in the launch: what its launcher, or the user by hand, has promised and asked."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str | None = None
+    master_port: int | None = None
+    is_elastic: bool = False  # torchrun starts it again, perhaps with other peers, when it fails
+    run_id: str | None = None  # the same for all starts of one elastic launch, on all machines
+    serves_store: bool = False  # the launcher, and not rank 0, at the main port
+    precision: str = "auto"  # `mixed_precision` of Accelerate's config
+    wants_cpu: bool = False  # `use_cpu` of Accelerate's config
+    threads: int | None = None  # that the user asked for by OMP_NUM_THREADS
+    gloo_interface: str | None = None  # that the user chose
+    nccl_interface: str | None = None
+
+    @property
+    def machines(self) -> int:
+        """How many machines take part."""
+        return -(-self.world_size // self.local_world_size)
+
+    def environ(self) -> dict[str, str]:
+        """The launch as torch and Accelerate expect to find it; nothing for a process alone."""
+        if self.world_size == 1:
+            return {}
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": str(self.master_addr),
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def read_launch(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> Launch:
+    """The launch as `accelerate launch`, torchrun, notebook_launcher or the four flags describe it.
+
+    Raises ForgeError where flags and environment disagree, where they are incomplete, and for
+    launches that would start processes that know nothing of each other.
+    """
+    by_hand = {
+        "--rank": config.rank,
+        "--world-size": config.world_size,
+        "--master-addr": config.master_addr,
+        "--master-port": config.master_port,
+    }
+    processes: dict[str, Any] = {}
+    if any(value is not None for value in by_hand.values()):
+        if config.world_size != 1:
+            _refuse_wrong_flags(config, by_hand, environ)
+            processes = {
+                name.removeprefix("--").replace("-", "_"): value for name, value in by_hand.items()
+            }
+    elif "RANK" in environ:
+        processes = _from_launcher(environ)
+    else:
+        _refuse_mpi(environ)
+        _refuse_multi_cpu(environ)
+    return Launch(**processes, **_wishes(environ))
+
+
+def choose_threads(config: TrainConfig, launch: Launch) -> int:
+    """CPU threads for this process: its part of the machine's cores unless the user chose."""
+    if asked := config.cpu_threads or launch.threads:
+        return asked
+    return max(1, cores() // launch.local_world_size)
+
+
+def cores() -> int:
+    """The cores of this machine that the process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _wishes(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What is asked of a process, however it was started."""
+    # Launchers export OMP_NUM_THREADS=1 for their own caution, so a 1 is taken as theirs; whoever
+    # wants one thread writes `--cpu-threads 1`.
+    threads = environ.get("OMP_NUM_THREADS", "1")
+    return {
+        "serves_store": _serves_store(environ),
+        "precision": environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
+        "wants_cpu": environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"),
+        "threads": int(threads) if threads.isdigit() and int(threads) > 1 else None,
+        "gloo_interface": environ.get("GLOO_SOCKET_IFNAME"),
+        "nccl_interface": environ.get("NCCL_SOCKET_IFNAME"),
+    }
+
+
+def _serves_store(environ: Mapping[str, str]) -> bool:
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
+    is_elastic = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if is_elastic and _serves_store(environ):
+        # Seen with torch 2.13: after a restart peers read the dead ones' addresses from it.
+        raise ForgeError(
+            "torchrun with --max-restarts keeps one store over all restarts, in which peers would"
+            " find the addresses of those that are gone",
+            "start torchrun, on every machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
+            " environment",
+        )
+    rank, world_size = rank_and_world_size(environ)
+    return {
+        "rank": rank,
+        "world_size": world_size,
+        "local_rank": local_rank(environ),
+        "local_world_size": int(environ.get("LOCAL_WORLD_SIZE", "1")),
+        "master_addr": environ.get("MASTER_ADDR"),
+        "master_port": int(environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else None,
+        "is_elastic": is_elastic,
+        "run_id": environ.get("TORCHELASTIC_RUN_ID") if is_elastic else None,
+    }
+
+
+def _refuse_wrong_flags(
+    config: TrainConfig, by_hand: dict[str, Any], environ: Mapping[str, str]
+) -> None:
+    missing = [name for name, value in by_hand.items() if value is None]
+    if missing:
+        raise ForgeError(
+            f"a launch by hand needs all of {', '.join(by_hand)}; missing: {', '.join(missing)}",
+            f"add {' and '.join(missing)}",
+        )
+    if "RANK" in environ and environ.get("WORLD_SIZE") != str(config.world_size):
+        raise ForgeError(
+            f"--world-size {config.world_size} was given, but a launcher has started"
+            f" {environ.get('WORLD_SIZE')} processes",
+            f"leave out {', '.join(by_hand)}, or start the script without the launcher",
+        )
+    assert config.rank is not None and config.world_size is not None
+    if not 0 <= config.rank < config.world_size:
+        raise ForgeError(
+            f"--rank {config.rank} is not one of the {config.world_size} ranks of --world-size",
+            f"use 0 to {config.world_size - 1}",
+        )
+
+
+def _refuse_mpi(environ: Mapping[str, str]) -> None:
+    if any(name in environ for name in MPI_WORLD_SIZES):
+        raise ForgeError(
+            "this launch comes from MPI, which is not supported",
+            "start it with torchrun, with `accelerate launch --multi_gpu`, or by hand with --rank,"
+            " --world-size, --master-addr and --master-port",
+        )
+
+
+def _refuse_multi_cpu(environ: Mapping[str, str]) -> None:
+    """Refuse the launch that looks distributed and is not.
+
+    For `distributed_type: MULTI_CPU` without MPI, Accelerate (1.15) starts one plain process on
+    each machine, with MASTER_ADDR but no RANK.
+    """
+    if environ.get("MASTER_ADDR"):
+        raise ForgeError(
+            f"MASTER_ADDR is set ({environ['MASTER_ADDR']}) but RANK is not: every process of this"
+            " launch would train alone and overwrite the others (`distributed_type: MULTI_CPU` in"
+            " an Accelerate config does this)",
+            "in the YAML, write `distributed_type: MULTI_GPU` and `use_cpu: true`, which starts"
+            " real processes on CPUs too (accelerate_configs/cpu_2_processes.yaml is an example),"
+            " or add --multi_gpu to `accelerate launch`; to train alone on purpose, add"
+            " --world-size 1",
+        )

@@ -14,14 +14,14 @@ from typing import Any
 from p2p_llm_forge.errors import ForgeError, nearest
 from p2p_llm_forge.peers.addresses import is_literal, is_loopback
 from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+from p2p_llm_forge.peers.launch import DEFAULT_PORT
 
-DEFAULT_PORT = 29500
 STARTS_PROCESSES = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
 PRECISIONS = ("no", "bf16", "fp16")
 # A name of a machine; its last part is no number, as that of a mistyped IP address is.
 NAME = re.compile(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*\.?")
 AS_ON_ALL = ("num_machines", "num_processes", "main_process_ip", "main_process_port")
-MULTI_GPU_MEND = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
+MULTI_GPU_FIX = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,18 @@ def read_launch_file(path: str) -> LaunchFile:
         keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ForgeError(
-            f"--config-file {path}: {error.strerror}; --write-configs makes such files"
+            f"--config-file {path}: {error.strerror}",
+            "name a launch file; --write-configs FOLDER --hosts ADDRESS ... makes some",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ForgeError(f"--config-file {path} is not YAML: {error}") from error
+        raise ForgeError(
+            f"--config-file {path} is not YAML: {error}",
+            "write `key: value` lines as accelerate_configs/ shows them",
+        ) from error
     if not isinstance(keys, dict):
         raise ForgeError(
-            f"--config-file {path} must hold `key: value` lines as accelerate_configs/ shows them,"
-            f" found a {type(keys).__name__}"
+            f"--config-file {path} holds a {type(keys).__name__}",
+            "write `key: value` lines as accelerate_configs/ shows them",
         )
     return LaunchFile(path, {str(key): value for key, value in keys.items()})
 
@@ -164,8 +168,8 @@ def _judge_keys(file: LaunchFile) -> list[Finding]:
     for key in sorted(set(file.keys) - known):
         alike = nearest(key, known)
         told = f"{file.path}: unknown key '{key}', with which Accelerate does not start"
-        mend = f"{alike} Otherwise take it out" if "mean" in alike else "take it out"
-        found.append(failure("file", told, mend))
+        fix = f"{alike} Otherwise take it out" if "mean" in alike else "take it out"
+        found.append(failure("file", told, fix))
     for key in ("num_machines", "num_processes", "machine_rank", "main_process_port"):
         value = file.keys.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -200,11 +204,11 @@ def _judge_type(file: LaunchFile) -> list[Finding]:
                 f"{file.path}: distributed_type {kind}{needs} starts one process on each machine"
                 " that knows nothing of the others, whatever num_processes"
                 f" ({file.keys.get('num_processes')}) says",
-                MULTI_GPU_MEND,
+                MULTI_GPU_FIX,
             )
         ]
     told = "no distributed_type" if kind is None else f"distributed_type {kind} is not supported"
-    return [failure("file", f"{file.path}: {told}", MULTI_GPU_MEND)]
+    return [failure("file", f"{file.path}: {told}", MULTI_GPU_FIX)]
 
 
 def _judge_counts(file: LaunchFile) -> list[Finding]:
@@ -373,7 +377,7 @@ def _judge_ignored(file: LaunchFile) -> list[Finding]:
             failure(
                 "file",
                 f"{file.path}: mpirun_config starts the processes by MPI, which is not supported",
-                f"take it out, and {MULTI_GPU_MEND}",
+                f"take it out, and {MULTI_GPU_FIX}",
             )
         )
     return found
@@ -389,19 +393,19 @@ def write_launch_files(
     wrong = [host for host in hosts if not (is_literal(host) or NAME.fullmatch(host))]
     if wrong:
         raise ForgeError(
-            f"--hosts names {', '.join(map(repr, wrong))}, which is no address: write IP addresses"
-            " or names of machines with spaces between them, without user or port (--master-port"
-            " sets it)"
+            f"--hosts names {', '.join(map(repr, wrong))}, which is no address",
+            "write IP addresses or names of machines with spaces between them, without user or port"
+            " (--master-port sets it)",
         )
     twice = sorted({host for host in hosts if hosts.count(host) > 1})
     if twice:
-        raise ForgeError(f"--hosts names {', '.join(twice)} twice: give each machine once")
+        raise ForgeError(f"--hosts names {', '.join(twice)} twice", "give each machine once")
     files = [folder / f"node{rank}.yaml" for rank in range(len(hosts))]
     there = [str(file) for file in files if file.exists()]
     if there and not overwrite:
         raise ForgeError(
-            f"--write-configs would overwrite {', '.join(there)}: choose another folder, or add"
-            " --overwrite"
+            f"--write-configs would overwrite {', '.join(there)}",
+            "choose another folder, or add --overwrite",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +414,8 @@ def write_launch_files(
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ForgeError(
-            f"--write-configs {folder} cannot be written ({error.strerror}): choose another folder"
+            f"--write-configs {folder} cannot be written ({error.strerror})",
+            "choose another folder",
         ) from error
     return [
         f"on {host}:  accelerate launch --config_file {file} train.py ..."

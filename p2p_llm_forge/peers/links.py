@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from p2p_llm_forge.peers.cluster import Cluster, Wire
+from p2p_llm_forge.peers.channel import Wire
+from p2p_llm_forge.peers.cluster import Cluster
 
 ECHOES = 8  # round trips that the latency is the median of, after one that warms up
 FIRST_BYTES, LARGEST_BYTES, GROWTH = 16 << 10, 16 << 20, 4
@@ -79,8 +80,7 @@ def _latency(cluster: Cluster, wire: Wire, one: int, other: int) -> float:
             wire.receive(note, one).wait()
             wire.send(note, one).wait()
         seconds.append(time.perf_counter() - started)
-    told = cluster.gather_numbers([statistics.median(seconds[1:]) / 2])
-    return told[one][0]
+    return cluster.gather_numbers([statistics.median(seconds[1:]) / 2])[one][0]
 
 
 def _bandwidth(

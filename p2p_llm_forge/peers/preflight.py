@@ -1,4 +1,4 @@
-"""What only the peers together can say: clocks, versions, a folder that all of them see."""
+"""What only the peers together can see: clocks, versions, a folder that all of them share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+from p2p_llm_forge.peers.findings import Finding, failure, failures, fine, warning
+from p2p_llm_forge.polling import wait_for
 
 CLOCK_TRIES = 5
 LARGEST_CLOCK_OFFSET_S = 1.0
-SHARE_S = 3.0  # a network share may show a new file late
+FOLDER_LAG_S = 3.0  # a network share may show a new file late
 
 
 def hosts_of(cluster: Cluster) -> list[str]:
@@ -28,8 +29,8 @@ def judge_clocks(cluster: Cluster, hosts: list[str]) -> list[Finding]:
     offsets: list[list[float]] = []
     for _ in range(CLOCK_TRIES):
         cluster.gather_numbers([0.0])
-        told = [clock for (clock,) in cluster.gather_numbers([time.time()])]
-        offsets.append([clock - told[0] for clock in told])
+        clocks = [clock for (clock,) in cluster.gather_numbers([time.time()])]
+        offsets.append([clock - clocks[0] for clock in clocks])
     by_rank = [statistics.median(column) for column in zip(*offsets, strict=True)]
     found = [
         warning(
@@ -49,17 +50,17 @@ def judge_clocks(cluster: Cluster, hosts: list[str]) -> list[Finding]:
 def judge_pythons(cluster: Cluster, hosts: list[str]) -> list[Finding]:
     """Whether all ranks run the same minor version of Python; libraries are compared before."""
     own = ".".join(platform.python_version_tuple()[:2])
-    told = [fact["python"] for fact in cluster.gather_facts({"python": own})]
+    pythons = [fact["python"] for fact in cluster.gather_facts({"python": own})]
     found = [
         warning(
             "versions",
-            f"rank {rank} ({hosts[rank]}) has Python {version}, rank 0 has {told[0]}",
+            f"rank {rank} ({hosts[rank]}) has Python {version}, rank 0 has {pythons[0]}",
             "use the same minor version everywhere: libraries may behave otherwise",
         )
-        for rank, version in enumerate(told)
-        if version != told[0]
+        for rank, version in enumerate(pythons)
+        if version != pythons[0]
     ]
-    return found or [fine("versions", f"all ranks have the same libraries and Python {told[0]}")]
+    return found or [fine("versions", f"all ranks have the same libraries and Python {pythons[0]}")]
 
 
 def judge_shared_folder(
@@ -75,7 +76,8 @@ def judge_shared_folder(
             note.write_text(nonce)
         except OSError as error:
             raise ForgeError(
-                f"--output-dir {folder} cannot be written by rank 0: {error.strerror}"
+                f"--output-dir {folder} cannot be written by rank 0: {error.strerror}",
+                "choose another --output-dir, or make this one writable",
             ) from error
         return [note.name, nonce, *map(str, made)]
 
@@ -88,25 +90,24 @@ def judge_shared_folder(
     try:
         name, wanted, *made = cluster.main_only(write)
     except ForgeError as error:
-        return [failure("folder", str(error), "choose another --output-dir, or give the right to")]
-    told = cluster.gather_facts({"seen": _reads(folder / name, wanted)})
+        return failures("folder", error)
+    facts = cluster.gather_facts({"seen": _reads(folder / name, wanted)})
     cluster.main_only(remove)
-    blind = [f"rank {rank} ({hosts[rank]})" for rank, fact in enumerate(told) if not fact["seen"]]
+    blind = [f"rank {rank} ({hosts[rank]})" for rank, fact in enumerate(facts) if not fact["seen"]]
     if not blind:
         return [fine("folder", f"{folder} is seen by all ranks")]
     found = f"{', '.join(blind)} cannot see what rank 0 writes into {folder}"
-    mend = "put --output-dir on a network share at the same path on all machines"
+    fix = "put --output-dir on a network share at the same path on all machines"
     if is_needed:
-        return [failure("folder", f"{found}, where every rank reads or writes checkpoints", mend)]
-    return [warning("folder", found, f"{mend}, to be able to --resume without copying")]
+        return [failure("folder", f"{found}, where every rank reads or writes checkpoints", fix)]
+    return [warning("folder", found, f"{fix}, to be able to --resume without copying")]
 
 
 def _reads(file: Path, wanted: str) -> bool:
-    deadline = time.monotonic() + SHARE_S
-    while True:
-        with contextlib.suppress(OSError):
-            if file.read_text() == wanted:
-                return True
-        if time.monotonic() > deadline:
+    def look() -> bool:
+        try:
+            return file.read_text() == wanted
+        except OSError:
             return False
-        time.sleep(0.05)
+
+    return wait_for(look, FOLDER_LAG_S)

@@ -2,7 +2,7 @@
 
 Each rank puts a fresh nonce into the launch's store, then HMAC-SHA256 (RFC 2104) with the secret
 as the key over its rank, the number of ranks and all nonces. A proof is thus good for one rank in
-one meeting. What this does not do: the traffic after it is neither signed nor encrypted.
+one rendezvous. What this does not do: the traffic after it is neither signed nor encrypted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from p2p_llm_forge.errors import ForgeError
 
 NONCE_BYTES = 32
 SHORTEST_SECRET = 16  # bytes; whoever listens can try out guesses
-CONTEXT = "p2p-llm-forge meeting 1"
+CONTEXT = "p2p-llm-forge rendezvous 1"
 
 
 def read_secret(path: str | None) -> bytes | None:
@@ -33,33 +33,34 @@ def read_secret(path: str | None) -> bytes | None:
         mode = stat.S_IMODE(file.stat().st_mode)
     except OSError as error:
         raise ForgeError(
-            f"--cluster-secret-file {path} cannot be read ({error.strerror}): make it once with"
-            f" {make} and copy it to all machines"
+            f"--cluster-secret-file {path} cannot be read ({error.strerror})",
+            f"make it once with {make} and copy it to all machines",
         ) from error
     if len(secret) < SHORTEST_SECRET:
         raise ForgeError(
             f"--cluster-secret-file {path} holds {len(secret)} bytes, {SHORTEST_SECRET} is the"
-            f" least: make a new one with {make} and copy it to all machines"
+            " least",
+            f"make a new one with {make} and copy it to all machines",
         )
     if os.name == "posix" and mode & 0o077:
         raise ForgeError(
-            f"--cluster-secret-file {path} can be read by other users (mode {mode:o}): chmod 600"
-            f" {path}"
+            f"--cluster-secret-file {path} can be read by other users (mode {mode:o})",
+            f"make it private: chmod 600 {path}",
         )
     return secret
 
 
 def new_nonce() -> str:
-    """A nonce for one meeting, as text."""
+    """A nonce for one rendezvous, as text."""
     return secrets.token_hex(NONCE_BYTES)
 
 
 def proof(secret: bytes, rank: int, nonces: list[str]) -> str:
-    """What only a knower of the secret can say as `rank` among ranks with these nonces."""
+    """What only a knower of the secret can answer as `rank` among ranks with these nonces."""
     message = json.dumps([CONTEXT, rank, nonces])  # unlike joined words, it reads one way only
     return hmac.new(secret, message.encode(), hashlib.sha256).hexdigest()
 
 
-def is_proven(secret: bytes, rank: int, nonces: list[str], told: str) -> bool:
-    """Whether `told` is the proof of `rank`; takes the same time whatever it is."""
-    return hmac.compare_digest(proof(secret, rank, nonces).encode(), told.encode())
+def is_proven(secret: bytes, rank: int, nonces: list[str], answer: str) -> bool:
+    """Whether `answer` is the proof of `rank`; takes the same time whatever it is."""
+    return hmac.compare_digest(proof(secret, rank, nonces).encode(), answer.encode())

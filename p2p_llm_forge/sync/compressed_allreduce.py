@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from p2p_llm_forge.peers.cluster import Channel, Cluster
+from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import SavedSync
 from p2p_llm_forge.sync.compress import Codec, ErrorFeedback
 
@@ -52,7 +53,7 @@ class Averager:
             return deque([lambda: values])
         pieces = self._rows(values).split(self._piece, dim=1)
         return deque(
-            self._channel.deal(sending.encode(self._codec, piece.contiguous()))
+            self._channel.all_to_all(sending.encode(self._codec, piece.contiguous()))
             for piece, (sending, _) in zip(pieces, self._owed, strict=True)
         )
 
@@ -65,7 +66,7 @@ class Averager:
         pieces, shared = deque(summed.split(self._piece, dim=1)), deque[Waiting]()
         for _, in_sum in self._owed:
             shard = codec.decode(dealt.popleft()()).sum(0)
-            shared.append(channel.share(in_sum.encode(codec, shard)))
+            shared.append(channel.all_gather(in_sum.encode(codec, shard)))
             if len(shared) > AHEAD:
                 pieces.popleft().copy_(codec.decode(shared.popleft()()))
         for piece, rows in zip(pieces, shared, strict=True):

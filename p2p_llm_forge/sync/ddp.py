@@ -134,7 +134,7 @@ class AllReduce:
         if self._codec.name == "none":
             return (
                 lambda: buffer.div_(world).cpu(),
-                lambda own: buffer.copy_(self._channel.sum_(own)),
+                lambda own: buffer.copy_(self._channel.all_reduce_(own)),
             )
         if bucket.index() not in self._averagers:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]

@@ -40,7 +40,7 @@ def evaluate_split(
         tokens += targets.numel()
         correct += int(batch_correct.item())
     model.train()
-    cluster.gather_facts({})  # waits for as long as a slow rank needs, which a sum does not
+    cluster.barrier()  # waits for as long as a slow rank needs, which a sum does not
     sums = cluster.sum_across([nats, float(tokens), float(correct)])
     return cluster.main_only(lambda: _figures(sums[0], int(sums[1]), int(sums[2]), bytes_of_text))
 

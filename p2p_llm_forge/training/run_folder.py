@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def only_run(config: TrainConfig, cluster: Cluster) -> Iterator[None]:
 
         def lock() -> None:
             folder = Path(config.output_dir)
-            run_id = os.environ.get("TORCHELASTIC_RUN_ID") if cluster.launch.is_elastic else None
+            run_id = cluster.launch.run_id
             held.enter_context(only_writer(folder / "run.lock", f"--output-dir {folder}", run_id))
 
         cluster.main_only(lock)

@@ -90,7 +90,7 @@ class Saving:
         def write(folder: Path) -> None:
             snapshot.write(folder, self._lm, self._tokenizer_dir)
             for rank in self._handing_over:
-                if wrong := self._cluster.read_word(f"saved/{step}", rank):
+                if wrong := self._cluster.wait_for(f"saved/{step}", rank):
                     raise ForgeError(wrong)
                 checkpoint.take_over(folder, self._output_dir, step, rank)
 
@@ -103,7 +103,7 @@ class Saving:
         try:
             wrong = checkpoint.hand_over(self._output_dir, step, rank, own)
         finally:  # the main process waits for the word, whatever happens
-            self._cluster.leave_word(f"saved/{step}", wrong)
+            self._cluster.post(f"saved/{step}", wrong)
 
     def _tell_failed_save(self) -> None:
         """Say that a save has failed: the run goes on, its older checkpoints are untouched."""

@@ -100,7 +100,7 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
         assert rates[2][target] * 8 == pytest.approx(10e6, rel=0.2)
         assert rates[target][2] * 8 > 50e6
     assert len(report["update_s"]) == 4 and min(report["update_s"]) > 0
-    assert any("--sync ddp --compress none" in line for line in report["advice"])
+    assert any("--sync ddp --compress none" in line for line in report["forecast"])
     assert not (tmp_path / "run").exists(), "a check changes nothing"
 
 
@@ -132,14 +132,14 @@ def test_one_machine_tells_refused_filtered_and_no_route_apart(zygote, machines,
         machines[3].run("ip", "route", "del", "blackhole", f"{machines[0].address}/32")
     main = re.escape(f"{machines[0].address}:{peers.port}")
     assert f"ok port {peers.port} is free" in said(told[0])
-    assert re.search(f"WARNING port {main} refused .*mend: start machine 0 first", said(told[1]))
+    assert re.search(f"WARNING port {main} refused .*fix: start machine 0 first", said(told[1]))
     assert re.search(
-        f"FAILED port {main} does not answer within 3 s: a firewall drops the packets.*mend: .*"
+        f"FAILED port {main} does not answer within 3 s: a firewall drops the packets.*fix: .*"
         f"ufw allow from {machines[2].address} to any port {peers.port} proto tcp",
         said(told[2]),
     )
     assert re.search(
-        "FAILED address no way to the main process|FAILED port there is no route", said(told[3])
+        "FAILED address no route to the main process|FAILED port there is no route", said(told[3])
     )
     assert [statuses[n] for n in range(4)] == [
         *(WORKS, WORKS_WITH_WARNINGS, WILL_NOT_WORK, WILL_NOT_WORK)
@@ -169,7 +169,7 @@ def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_pa
         host=machines[0].name,
     )
     assert zygote.wait(second) == WILL_NOT_WORK
-    taken = f"FAILED port port {peers.port} is taken mend: see who has it: ss -ltnp"
+    taken = f"FAILED port port {peers.port} is taken fix: see who has it: ss -ltnp"
     assert taken in said(log.read_text())
     os.kill(peers.pids[1], signal.SIGCONT)
     statuses, told = peers.end()
@@ -213,12 +213,12 @@ def test_an_address_that_only_its_own_machine_knows_is_told(zygote, machines, tm
     if way == "interface":
         expected = (
             r"FAILED reach rank 0 \(.*\) cannot reach rank 1 \(.*\) at 127.0.0.1: refused: that"
-            " address is known on its own machine only mend: unset GLOO_SOCKET_IFNAME"
+            " address is known on its own machine only fix: unset GLOO_SOCKET_IFNAME"
         )
     else:
         expected = (
             f"FAILED address the name {name} means 127.0.1.1 on this machine, where no other can"
-            " reach it mend: write the machine's IP address"
+            " reach it fix: write the machine's IP address"
         )
         assert "connection was refused for 2 s" in said(told[1])
     assert re.search(expected, said(told[0])), told
@@ -235,8 +235,8 @@ def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path)
     assert set(statuses.values()) == {WILL_NOT_WORK}
     for number in (0, 3):
         assert re.search(
-            "FAILED meeting rank 1 and rank 2 did not come to .* within 2 s; 2 of 4 are here mend:"
-            " start machine 1 and 2 too",
+            "FAILED rendezvous rank 1 and rank 2 did not come to .* within 2 s; 2 of 4 are here"
+            " fix: start machine 1 and 2 too",
             said(told[number]),
         ), told
 
@@ -267,8 +267,8 @@ def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared)
     assert set(statuses.values()) == {WILL_NOT_WORK}, told
     for number in range(3):
         assert re.search(
-            r"FAILED alike .* rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1.* rank 2 \(.*\) was"
-            r" started with --seed 7, rank 0 with 0 mend: make them equal",
+            r"FAILED alike rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1.* FAILED alike rank 2"
+            r" \(.*\) was started with --seed 7, rank 0 with 0 fix: start all machines with the",
             said(told[number]),
         ), told[number]
 
@@ -284,7 +284,7 @@ def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path
     places = {0: [ours], 1: [ours]}
     folder = training(prepared, tmp_path / "run")
     for third, expected in (
-        ([], r"FAILED secret rank 2 \(.*-2\) did not bring the cluster's secret mend: copy"),
+        ([], r"FAILED secret rank 2 \(.*-2\) did not bring the cluster's secret fix: copy"),
         ([theirs], r"FAILED secret rank 2 \(.*-2\) could not prove to rank 0 that it knows"),
     ):
         peers.meet(*folder, "--peer-timeout=20", each={**places, 2: third})
@@ -338,4 +338,6 @@ def test_a_main_machine_with_the_address_of_another_is_told(zygote, machines, tm
     statuses, told = peers.end()
     assert statuses[0] == WILL_NOT_WORK
     main = re.escape(f"{machines[2].address}:{peers.port}")
-    assert re.search(f"FAILED meeting rank 0 listens .* {main} does not lead to it", said(told[0]))
+    assert re.search(
+        f"FAILED rendezvous rank 0 listens .* {main} does not lead to it", said(told[0])
+    )

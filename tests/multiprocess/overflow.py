@@ -17,7 +17,7 @@ def main() -> int:
     from torch import nn
 
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.sync.base import strategy
 
     order = json.loads(sys.argv[1])

@@ -16,7 +16,7 @@ def main() -> int:
     import torch
 
     from p2p_llm_forge.config import TrainConfig
-    from p2p_llm_forge.peers.cluster import join
+    from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.evaluation import evaluate_split
 
     config = TrainConfig(output_dir="unused", cpu=True, **json.loads(sys.argv[1]))

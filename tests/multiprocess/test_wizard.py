@@ -26,7 +26,7 @@ TWO_NODES = {
     "What is the IP address": "10.0.0.1",
     "What is the port": "29500",
 }
-MEND = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
+FIX = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
 COUNT_PROCESSES = (
     "import os, sys; open(sys.argv[1] + os.environ.get('RANK', 'alone'), 'w').write(os.environ.get("
     "'WORLD_SIZE', '1'))"
@@ -78,7 +78,7 @@ def test_a_file_of_the_wizard_works_or_is_refused(zygote, run, tmp_path, answers
     file = ask_the_wizard(zygote, answers, tmp_path / "wizard.yaml")
     failures = [found for found in judge_launch_file(file, gpus=2) if found.level == FAILURE]
     if processes is None:
-        assert [finding.mend for finding in failures] == [MEND]
+        assert [finding.fix for finding in failures] == [FIX]
         assert "knows nothing of the others" in failures[0].found
         return
     assert failures == []

@@ -1,140 +1,156 @@
-"""A process's place in the launch is read right, or the launch is refused with the mend."""
+"""What ranks do together comes out alike on all of them; a rank that is gone is not waited for."""
 
 from __future__ import annotations
 
-import os
-import socket
-from contextlib import nullcontext
-from types import SimpleNamespace
+import threading
 
 import pytest
 
-from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers import cluster
-from p2p_llm_forge.peers.cluster import Launch, read_launch
-from p2p_llm_forge.sync.base import refuse_elastic
+from p2p_llm_forge.peers import cluster as cluster_module
+from p2p_llm_forge.peers.rank_failure import RankFailure
+from tests.memory_channel import clusters, run_ranks
 
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "10.0.0.1",
-    "MASTER_PORT": "29500",
-}
-BY_HAND = {"rank": 1, "world_size": 2, "master_addr": "10.0.0.1", "master_port": 29500}
+RANKS = pytest.mark.parametrize("world_size", [1, 3])
 
 
-def test_a_launcher_is_read_from_its_environment():
-    assert read_launch(TrainConfig(), TORCHRUN) == Launch(3, 4, 1, 2, "10.0.0.1", 29500)
+def error_of(act):
+    try:
+        act()
+    except ForgeError as error:
+        return error
+    raise AssertionError("no error was raised")
 
 
-def test_an_elastic_launch_must_not_share_its_store_over_restarts():
-    elastic = {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}
-    assert read_launch(
-        TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    ).is_elastic
-    with pytest.raises(ForgeError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        read_launch(TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "True"})
-    once = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    assert not read_launch(TrainConfig(), once).is_elastic
+@RANKS
+def test_facts_and_numbers_arrive_by_rank(world_size):
+    def act(cluster):
+        facts = cluster.gather_facts({"rank": cluster.rank})
+        numbers = cluster.gather_numbers([cluster.rank, 0.5])
+        cluster.barrier()
+        return facts, numbers, cluster.sum_across([cluster.rank + 1.0])
+
+    with clusters(world_size) as ranks:
+        for facts, numbers, sums in run_ranks(ranks, act):
+            assert facts == [{"rank": rank} for rank in range(world_size)]
+            assert numbers == [[rank, 0.5] for rank in range(world_size)]
+            assert sums == [world_size * (world_size + 1) / 2]
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"sync_every": 20, "overlap_steps": 5, "save_every": 40}, None),
-        ({"sync_every": 20, "save_every": 50}, "use 40 or 60"),
-        ({"sync_every": 20, "fragments": 2, "save_every": 40}, "--fragments 2 leaves no moment"),
-    ],
-)
-def test_peers_can_come_and_go_only_where_a_round_ends_for_the_whole_model(settings, told):
-    elastic = SimpleNamespace(launch=Launch(0, 2, 0, 1, "10.0.0.1", 29500, is_elastic=True))
-    config = TrainConfig(sync="diloco", **settings)
-    with pytest.raises(ForgeError, match=told) if told else nullcontext():
-        refuse_elastic(config, elastic)
+def test_nobody_passes_a_barrier_before_all_have_come():
+    last, passed = threading.Event(), []
+
+    def act(cluster):
+        if cluster.rank == 2:
+            last.wait(30)
+        cluster.barrier()
+        passed.append(cluster.rank)
+
+    with clusters(3) as ranks:
+        thread = threading.Thread(target=run_ranks, args=(ranks, act))
+        thread.start()
+        assert passed == []
+        last.set()
+        thread.join()
+    assert sorted(passed) == [0, 1, 2]
 
 
-def test_flags_describe_a_launch_by_hand():
-    assert read_launch(TrainConfig(**BY_HAND), {}) == Launch(1, 2, 0, 1, "10.0.0.1", 29500)
+@RANKS
+def test_what_the_main_process_does_alone_all_get(world_size):
+    done = []
+
+    def act(cluster):
+        return cluster.main_only(lambda: done.append(cluster.rank) or {"made": 1})
+
+    with clusters(world_size) as ranks:
+        assert run_ranks(ranks, act) == [{"made": 1}] * world_size
+    assert done == [0]
 
 
-def test_a_plain_start_is_one_process():
-    assert read_launch(TrainConfig(), {}) == Launch()
+@RANKS
+def test_problems_of_the_main_process_reach_all_with_both_fields(world_size):
+    def fail():
+        raise ForgeError("port: 1: taken", "use --master-port: 2", where="a.yaml")
+
+    with clusters(world_size) as ranks:
+        errors = run_ranks(ranks, lambda cluster: error_of(lambda: cluster.main_only(fail)))
+    assert {str(error) for error in errors} == {
+        "a.yaml: port: 1: taken\n  fix: use --master-port: 2"
+    }
+    assert all(error.problems == errors[0].problems for error in errors)
 
 
-def test_a_launch_that_would_start_strangers_is_refused_with_the_mend():
-    environ = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    with pytest.raises(ForgeError, match="distributed_type: MULTI_GPU"):
-        read_launch(TrainConfig(), environ)
-    assert read_launch(TrainConfig(world_size=1), environ) == Launch()
+def test_a_bug_of_the_main_process_ends_the_others_with_status_1():
+    def act(cluster):
+        with pytest.raises(ZeroDivisionError if cluster.is_main else RankFailure) as raised:
+            cluster.main_only(lambda: 1 // 0)
+        return raised.value
+
+    with clusters(2) as ranks:
+        _, other = run_ranks(ranks, act)
+    assert other.status == 1 and "the main process failed: ZeroDivisionError" in str(other)
 
 
-@pytest.mark.parametrize("left_out", BY_HAND)
-def test_a_launch_by_hand_needs_all_four_flags(left_out):
-    flags = {name: value for name, value in BY_HAND.items() if name != left_out}
-    with pytest.raises(ForgeError, match=f"missing: --{left_out.replace('_', '-')}"):
-        read_launch(TrainConfig(**flags), {})
+@RANKS
+def test_problems_that_all_have_alike_are_raised_once(world_size):
+    def fail():
+        raise ForgeError("no such file", "name another")
+
+    with clusters(world_size) as ranks:
+        errors = run_ranks(ranks, lambda cluster: error_of(lambda: cluster.together(fail)))
+    assert {str(error) for error in errors} == {"no such file\n  fix: name another"}
 
 
-def test_contradictions_are_refused():
-    with pytest.raises(ForgeError, match="--rank 2 is not one of the 2 ranks"):
-        read_launch(TrainConfig(**{**BY_HAND, "rank": 2}), {})
-    with pytest.raises(ForgeError, match="a launcher has started 4 processes"):
-        read_launch(TrainConfig(**BY_HAND), TORCHRUN)
-    with pytest.raises(ForgeError, match="MPI"):
-        read_launch(TrainConfig(), {"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "x"})
+def test_problems_of_some_name_their_rank_on_all():
+    def act(cluster):
+        def look():
+            if cluster.rank == 1:
+                raise ForgeError("no such file", "copy it there", where="data/x")
+            return cluster.rank
+
+        return error_of(lambda: cluster.together(look))
+
+    with clusters(3) as ranks:
+        for error in run_ranks(ranks, act):
+            (problem,) = error.problems
+            assert problem.where.startswith("rank 1 (") and problem.where.endswith("): data/x")
+            assert (problem.found, problem.fix) == ("no such file", "copy it there")
 
 
-def test_loopback_needs_no_interface_and_unknown_hosts_are_told():
-    assert cluster.route_to("127.0.0.1") is None
-    with pytest.raises(ForgeError, match="no way to the main process at no.such.host.invalid"):
-        cluster.route_to("no.such.host.invalid")
+def test_what_is_posted_is_waited_for_and_belongs_to_its_rank():
+    def act(cluster):
+        if cluster.rank == 1:
+            cluster.post("saved/3", "one")
+        return cluster.wait_for("saved/3", 1)
+
+    with clusters(2) as ranks:
+        assert run_ranks(ranks, act) == ["one", "one"]
 
 
-def test_the_users_choice_of_interface_is_kept(monkeypatch):
-    monkeypatch.setattr(cluster, "route_to", lambda host: cluster.Route("10.0.0.2", "eth7"))
-    launch = Launch(1, 2, 0, 1, "10.0.0.1", 29500)
-    environ = {"NCCL_SOCKET_IFNAME": "ib0"}
-    chosen = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth7"}
-    assert cluster.choose_interface(launch, environ) == chosen
-    assert cluster.choose_interface(Launch(1, 2, 1, 2, "10.0.0.1"), {}) == {}
+def test_a_rank_that_has_failed_is_not_waited_for():
+    with clusters(2) as (main, other):
+        other.announce_failure()
+        with pytest.raises(RankFailure, match="lost a peer: rank 1 has failed"):
+            main.gather_facts({})
 
 
-def test_threads_are_the_machines_share_unless_the_user_chose(monkeypatch):
-    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: range(8), raising=False)
-    two = Launch(0, 2, 0, 2)
-    assert cluster.choose_threads(TrainConfig(), two, {"OMP_NUM_THREADS": "1"}) == 4
-    assert cluster.choose_threads(TrainConfig(), two, {}) == 4
-    assert cluster.choose_threads(TrainConfig(), two, {"OMP_NUM_THREADS": "3"}) == 3
-    assert cluster.choose_threads(TrainConfig(cpu_threads=1), two, {}) == 1
+def test_a_rank_without_a_sign_of_life_is_given_up(monkeypatch):
+    monkeypatch.setattr(cluster_module, "HEARTBEAT_S", 0.05)
+    with clusters(2) as (main, silent):
+        silent.close()
+        main._peer_timeout_s = 0.2
+        with pytest.raises(RankFailure, match="rank 1 has shown no sign of life"):
+            main.wait_for("anything", 1)
 
 
-def test_a_main_address_that_nobody_serves_is_one_message():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = TrainConfig(
-        rank=1, world_size=2, master_addr="127.0.0.1", master_port=port, peer_timeout=2
-    )
-    before = dict(os.environ)
-    with (
-        pytest.raises(ForgeError, match=f"rank 1 could not meet .* 127.0.0.1:{port}"),
-        cluster.join(config),
-    ):
-        pass
-    assert dict(os.environ) == before
+def test_the_main_process_leaves_last(monkeypatch):
+    left = []
 
+    def act(cluster):
+        cluster.leave()
+        left.append(cluster.rank)
 
-def test_something_else_at_the_main_port_is_told():
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        port = stranger.getsockname()[1]
-        config = TrainConfig(
-            rank=1, world_size=2, master_addr="127.0.0.1", master_port=port, peer_timeout=1
-        )
-        with (
-            pytest.raises(ForgeError, match=f"what answers at 127.0.0.1:{port} is not rank 0"),
-            cluster.join(config),
-        ):
-            pass
+    monkeypatch.setattr(cluster_module, "GOODBYE_S", 30.0)
+    with clusters(3) as ranks:
+        run_ranks(ranks, act)
+    assert left[-1] == 0 and sorted(left) == [0, 1, 2]

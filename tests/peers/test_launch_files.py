@@ -47,7 +47,7 @@ def test_a_good_file_says_what_it_starts():
 
 
 @pytest.mark.parametrize(
-    ("changes", "found", "mend"),
+    ("changes", "found", "fix"),
     [
         ({"num_proceses": 2}, "unknown key 'num_proceses'", "did you mean num_processes"),
         ({"compute_environment": "AMAZON_SAGEMAKER"}, "AMAZON_SAGEMAKER", "LOCAL_MACHINE"),
@@ -71,9 +71,9 @@ def test_a_good_file_says_what_it_starts():
     ],
     ids=str,
 )
-def test_what_will_not_work_is_told_with_its_mend(changes, found, mend):
+def test_what_will_not_work_is_told_with_its_fix(changes, found, fix):
     failures = [finding for finding in judged(**changes) if finding.level == "failure"]
-    assert any(found in finding.found and mend in finding.mend for finding in failures), failures
+    assert any(found in finding.found and fix in finding.fix for finding in failures), failures
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_will_not_work_is_told_with_its_mend(changes, found, mend):
 def test_what_works_badly_is_a_warning(gpus, changes, found):
     findings = judged(gpus, **changes)
     assert {finding.level for finding in findings} == {"fine", "warning"}
-    assert any(found in finding.found for finding in findings if finding.mend)
+    assert any(found in finding.found for finding in findings if finding.fix)
 
 
 def test_files_of_one_launch_agree_and_have_numbers_of_their_own():
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_or_written_is_told(tmp_path):
     with pytest.raises(ForgeError, match="No such file"):
         read_launch_file(str(tmp_path / "nothing.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ForgeError, match="found a list"):
+    with pytest.raises(ForgeError, match="holds a list"):
         read_launch_file(str(tmp_path / "list.yaml"))
     with pytest.raises(ForgeError, match="names 10.0.0.1 twice"):
         write_launch_files(tmp_path, ["10.0.0.1", "10.0.0.1"], 29500, None, False)

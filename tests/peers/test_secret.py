@@ -1,4 +1,4 @@
-"""Only who knows the secret can prove it, for one rank of one meeting."""
+"""Only who knows the secret can prove it, for one rank at one rendezvous."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ SECRET = b"correct horse battery staple"
 
 def test_a_proof_is_hmac_sha256_over_rank_and_nonces():
     nonces = [new_nonce() for _ in range(3)]
-    message = json.dumps(["p2p-llm-forge meeting 1", 2, nonces]).encode()
+    message = json.dumps(["p2p-llm-forge rendezvous 1", 2, nonces]).encode()
     expected = hmac.new(SECRET, message, hashlib.sha256).hexdigest()
     assert proof(SECRET, 2, nonces) == expected
     assert is_proven(SECRET, 2, nonces, expected)
 
 
-def test_a_proof_is_good_for_one_secret_one_rank_and_one_meeting():
+def test_a_proof_is_good_for_one_secret_one_rank_and_one_rendezvous():
     nonces = [new_nonce() for _ in range(3)]
-    told = proof(SECRET, 1, nonces)
-    assert not is_proven(b"another secret of that length", 1, nonces, told)
-    assert not is_proven(SECRET, 0, nonces, told), "a rank's own proof cannot be handed back to it"
-    for rank in range(3):  # heard in another meeting, where one's own nonce was another
-        others = [new_nonce() if rank == place else nonce for place, nonce in enumerate(nonces)]
-        assert not is_proven(SECRET, 1, others, told)
+    answer = proof(SECRET, 1, nonces)
+    assert not is_proven(b"another secret of that length", 1, nonces, answer)
+    assert not is_proven(SECRET, 0, nonces, answer), (
+        "a rank's own proof cannot be handed back to it"
+    )
+    for rank in range(3):  # heard in another rendezvous, where one's own nonce was another
+        others = [new_nonce() if rank == other else nonce for other, nonce in enumerate(nonces)]
+        assert not is_proven(SECRET, 1, others, answer)
     assert not is_proven(SECRET, 1, ["a", "b"], proof(SECRET, 1, ['a", "b']))
-    for nonsense in ("", "None", "ü", told[:-1]):
+    for nonsense in ("", "None", "ü", answer[:-1]):
         assert not is_proven(SECRET, 1, nonces, nonsense)
 
 
@@ -41,11 +43,13 @@ def test_nonces_do_not_repeat():
 
 def test_a_secret_file_is_private_and_long_enough(tmp_path):
     file = tmp_path / "secret"
-    with pytest.raises(ForgeError, match="cannot be read .*openssl rand -hex 32"):
+    with pytest.raises(ForgeError, match="(?s)cannot be read .*openssl rand -hex 32"):
         read_secret(str(file))
     file.write_bytes(SECRET + b"\n")
     file.chmod(0o640)
-    with pytest.raises(ForgeError, match=r"other users \(mode 640\): chmod 600"):
+    with pytest.raises(
+        ForgeError, match=r"other users \(mode 640\)\n  fix: make it private: chmod 600"
+    ):
         read_secret(str(file))
     file.chmod(0o600)
     assert read_secret(str(file)) == SECRET

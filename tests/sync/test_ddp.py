@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from p2p_llm_forge.peers.cluster import Channel
+from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.sync.ddp import AllReduce
 from tests.test_resuming import wait_for
 
@@ -20,7 +20,7 @@ def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_use
 
     class Hanging(AllReduce):
         def __init__(self):
-            self._channel, self.is_priming = Channel(0, 1, None), False
+            self._channel, self.is_priming = Channel(0, 1), False
 
         def _way(self, bucket):
             return begun.set, lambda _: gate.wait(60) and bucket.buffer()

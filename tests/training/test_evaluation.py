@@ -12,7 +12,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.loss import NextTokenLoss
-from p2p_llm_forge.peers.cluster import join
+from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
 from p2p_llm_forge.training.new_model import text_spec_of

@@ -1,0 +1,220 @@
+"""Joining a run: find the peers, agree on what must be alike, train, and leave."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.findings import Finding, Refused, failure
+from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
+from p2p_llm_forge.peers.machine import has_bf16, versions
+from p2p_llm_forge.peers.rank_failure import explain
+from p2p_llm_forge.peers.rendezvous import choose_endpoint, rendezvous
+from p2p_llm_forge.peers.routes import choose_interface
+
+SAME = {
+    "precision": "give the same --mixed-precision on all machines",
+    "backend": "give --backend gloo on all machines: a GPU then works with a CPU",
+}
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig) -> Iterator[Cluster]:
+    """Join the peers of this launch, and leave them at the end: a notebook can train again.
+
+    Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
+    errors of libraries and of the machine that are no bugs are raised as RankFailure.
+    """
+    from accelerate.utils import patch_environment
+
+    launch = read_launch(config)
+    interface = choose_interface(launch)
+    endpoint = choose_endpoint(config, launch, interface)
+    threads = choose_threads(config, launch)
+    # Accelerate and torch read these; whatever they were before is put back at the end.
+    environ = {**launch.environ(), **interface, "OMP_NUM_THREADS": str(threads)}
+    with patch_environment(**environ), _own_accelerator_state():
+        if interface and launch.local_rank == 0:
+            name = interface["GLOO_SOCKET_IFNAME"]
+            print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
+        store = rendezvous(endpoint) if endpoint else None
+        cluster = _form_cluster(config, launch, threads, store)
+        try:
+            yield cluster
+        except BaseException as error:
+            told = explain(error, cluster.rank)
+            if told is not None and not told.is_of_this_rank:
+                cluster.leave()  # what all ranks know, all have to hear
+            else:
+                cluster.announce_failure()
+            if told is None or told is error:
+                raise
+            raise told from error
+        finally:
+            cluster.close()
+        cluster.leave()
+
+
+def _form_cluster(
+    config: TrainConfig, launch: Launch, threads: int, store: dist.Store | None
+) -> Cluster:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    use_cpu = config.cpu or not _has_usable_accelerator(launch)
+    timeout = datetime.timedelta(seconds=config.peer_timeout)
+    state = _start_process_group(config, launch, use_cpu, store, timeout)
+    if use_cpu:
+        torch.set_num_threads(threads)
+    control = None
+    if store is not None and state.backend != "gloo":
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
+    try:
+        precision = _agree_on_precision(config, cluster, state.backend)
+    except ForgeError:
+        cluster.leave()
+        raise
+    cluster.accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        project_dir=config.output_dir,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    return cluster
+
+
+def _start_process_group(
+    config: TrainConfig,
+    launch: Launch,
+    use_cpu: bool,
+    store: dist.Store | None,
+    timeout: datetime.timedelta,
+) -> Any:
+    """Accelerate's PartialState, with all ranks in its process group."""
+    from accelerate import PartialState
+
+    if config.backend == "nccl" and use_cpu:
+        raise ForgeError(
+            "--backend nccl needs an NVIDIA GPU and none was found", "use --backend gloo"
+        )
+    options: dict[str, Any] = {}
+    if store is not None:
+        options = {"store": store, "rank": launch.rank, "world_size": launch.world_size}
+        options["timeout"] = timeout
+        options |= {} if config.backend == "auto" else {"backend": config.backend}
+    try:
+        state = PartialState(cpu=use_cpu, **options)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise ForgeError(
+            f"rank {launch.rank} could not meet the {launch.world_size} processes at"
+            f" {launch.master_addr}:{launch.master_port}: {str(error).splitlines()[0]}",
+            "check that every machine was started, with the same --world-size and address, and that"
+            " firewalls let the peers talk (python check_cluster.py names who cannot reach whom)",
+        ) from error
+    if state.num_processes != launch.world_size:
+        raise ForgeError(
+            f"the launch promises {launch.world_size} processes, Accelerate found"
+            f" {state.num_processes}: each would train alone",
+            "start it with torchrun or with `accelerate launch --multi_gpu`",
+        )
+    return state
+
+
+def _has_usable_accelerator(launch: Launch) -> bool:
+    """Whether to train on a GPU (or another accelerator) and not on the CPU."""
+    if launch.wants_cpu or not torch.accelerator.is_available():
+        return False
+    if launch.world_size == 1:
+        return True
+    # Accelerate (1.15) starts strangers for several processes on Apple's GPUs, which have no
+    # collectives, and gives one GPU to two processes, which NCCL refuses: then it is the CPU.
+    device = torch.accelerator.current_accelerator()
+    has_collectives = device is not None and device.type != "mps"
+    return has_collectives and torch.accelerator.device_count() >= launch.local_world_size
+
+
+def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | None) -> str:
+    """The precision all ranks compute in; refuses peers that differ in what must be equal.
+
+    `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
+    """
+    wanted: str = config.mixed_precision
+    if wanted == "auto":
+        wanted = cluster.launch.precision
+    facts = cluster.gather_facts(
+        {
+            "precision": wanted,
+            "backend": backend,
+            "bf16": has_bf16(cluster.device),
+            "settings": config.shared_settings(),
+            **versions(),
+            "host": platform.node(),
+        }
+    )
+    if different := differences(facts):
+        raise Refused(*different)
+    if wanted == "auto":
+        return "bf16" if all(fact["bf16"] for fact in facts) else "no"
+    if wanted not in ("no", "bf16", "fp16"):
+        raise ForgeError(
+            f"mixed precision {wanted} comes from the launcher's config",
+            "write no, bf16 or fp16 there, or add --mixed-precision",
+        )
+    if wanted == "fp16" and cluster.device.type == "cpu":
+        raise ForgeError(
+            "fp16 needs a GPU, and this run is on the CPU", "use --mixed-precision bf16 or no"
+        )
+    return wanted
+
+
+def differences(facts: list[dict[str, Any]]) -> list[Finding]:
+    """What of each rank is not as rank 0's: settings, versions, precision, backend."""
+    first, found = facts[0], []
+    for rank, fact in enumerate(facts):
+        where = f"rank {rank} ({fact['host']})"
+        found += [
+            failure(
+                "alike",
+                f"{where} has {key} {fact[key]}, rank 0 has {first[key]}",
+                SAME.get(key, f"install {key} {first[key]} there, or the same on all machines"),
+            )
+            for key in ("precision", "backend", *versions())
+            if fact[key] != first[key]
+        ]
+        settings, of_first = fact["settings"], first["settings"]
+        for key in sorted({*settings, *of_first}):
+            if settings.get(key) != of_first.get(key):
+                flag = "--" + key.replace("_", "-")
+                told = f"{flag} {settings.get(key)}, rank 0 with {of_first.get(key)}"
+                fix = f"start all machines with the same {flag}"
+                found.append(failure("alike", f"{where} was started with {told}", fix))
+    return found
+
+
+@contextlib.contextmanager
+def _own_accelerator_state() -> Iterator[None]:
+    """Leave Accelerate's process-wide state as it was found."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    if PartialState._shared_state:
+        raise ForgeError(
+            "an Accelerator exists in this process already",
+            "restart the notebook's kernel, and do not make one before train()",
+        )
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

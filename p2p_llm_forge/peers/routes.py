@@ -1,0 +1,183 @@
+"""Which route leads from this machine to the others, and whether it can bring them together."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from dataclasses import dataclass
+
+from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.peers import addresses
+from p2p_llm_forge.peers.findings import Finding, failures, fine, warning
+from p2p_llm_forge.peers.launch import Launch
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+@dataclass(frozen=True)
+class Route:
+    """From this machine to the main process: own address and network interface."""
+
+    address: str
+    interface: str
+
+
+def route_to(host: str) -> Route | None:
+    """The interface that packets to `host` leave by; None when the host is this machine's loopback.
+
+    Raises ForgeError when the name does not resolve or no route leads there.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # UDP: chooses the route, sends nothing
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise ForgeError(
+            f"no route to the main process at {host} ({error})",
+            "check the address (main_process_ip, --master-addr) and that this machine is on its"
+            " network",
+        ) from error
+    for interface, found in _addresses_by_interface().items():
+        if own in found:
+            return None if addresses.is_loopback(own) else Route(own, interface)
+    return None
+
+
+def address_of(interface: str) -> str:
+    """The address that peers reach this machine by, on an interface. Raises ForgeError if none."""
+    found = _addresses_by_interface()
+    if found.get(interface):
+        return found[interface][0]
+    usable = [name for name, own in found.items() if own]
+    raise ForgeError(
+        f"GLOO_SOCKET_IFNAME is {interface}, and this machine has no such interface with an"
+        f" address ({nearest(interface, usable)})",
+        "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken",
+    )
+
+
+def choose_interface(launch: Launch) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for the route to the main process.
+
+    Gloo (torch 2.13) otherwise binds the address that the hostname resolves to, which on many
+    machines is 127.0.0.1, where no peer can reach it. What the user has set is kept; empty where
+    there is nothing to choose.
+    """
+    if launch.machines == 1:
+        return {}
+    route = route_to(launch.master_addr or "127.0.0.1")
+    if route is None:
+        return {}
+    return {
+        "GLOO_SOCKET_IFNAME": launch.gloo_interface or route.interface,
+        "NCCL_SOCKET_IFNAME": launch.nccl_interface or route.interface,
+    }
+
+
+@dataclass(frozen=True)
+class Main:
+    """The main process as this machine is to reach it."""
+
+    host: str
+    port: int
+    machines: int  # that are to come there
+    is_here: bool  # it is this machine
+    will_be_waited_for: bool  # by a rendezvous right after this, longer than a single try waits
+
+
+def judge_route(main: Main, launch: Launch, allow_public_address: bool) -> list[Finding]:
+    """Whether the route from this machine to the main address can bring peers together."""
+    try:
+        found = addresses.judge_name(main.host, main.machines)
+        route = route_to(main.host)
+    except ForgeError as error:
+        return failures("address", error)
+    own = route.address if route else "127.0.0.1"
+    found += addresses.judge_public([*addresses.resolve(main.host), own], allow_public_address)
+    if route:
+        found.append(fine("route", f"{route.address} by {route.interface}"))
+        found += _judge_interface(route.interface, launch.gloo_interface)
+    found += _judge_ownership(main)
+    if main.is_here and not launch.serves_store:
+        found.append(addresses.judge_own_port(main.port))
+    elif not main.is_here and not main.will_be_waited_for:
+        state = addresses.probe(main.host, main.port)
+        found.append(addresses.judge_reach(state, main.host, main.port, own))
+    return found + _judge_hostname(main.machines)
+
+
+def _judge_interface(leads_there: str, chosen: str | None) -> list[Finding]:
+    """Whether what the user has chosen is the interface of the route."""
+    if chosen in (None, leads_there):
+        return []
+    try:
+        address = address_of(str(chosen).split(",")[0])
+    except ForgeError as error:
+        return failures("interface", error)
+    return [
+        warning(
+            "interface",
+            f"GLOO_SOCKET_IFNAME is {chosen} ({address}), the main machine is reached by"
+            f" {leads_there}",
+            "unset it, unless the peers reach each other there too",
+        )
+    ]
+
+
+def _judge_ownership(main: Main) -> list[Finding]:
+    """Whether the main address is that of machine 0 and of no other."""
+    own = {address for found in _addresses_by_interface().values() for address in found}
+    is_own = bool(own.intersection(addresses.resolve(main.host)))
+    if main.machines == 1 or is_own == main.is_here:
+        return []
+    if main.is_here:
+        outward = sorted(address for address in own if not addresses.is_loopback(address))
+        return [
+            warning(
+                "address",
+                f"this is machine 0, and {main.host} is not one of its addresses"
+                f" ({', '.join(outward) or 'it has none'})",
+                "write the one that the others reach (main_process_ip, --master-addr), unless a"
+                " router forwards the port to here",
+            )
+        ]
+    return [
+        warning(
+            "address",
+            f"{main.host} is this machine's own address, and this is not machine 0",
+            "write the address of machine 0, or correct machine_rank; this is right only if all"
+            " run on one machine",
+        )
+    ]
+
+
+def _judge_hostname(machines: int) -> list[Finding]:
+    """Where gloo would listen if nobody chose the interface for it."""
+    name = platform.node()
+    try:
+        found = addresses.resolve(name)
+    except ForgeError:
+        return []
+    if machines == 1 or not addresses.is_loopback(found[0]):
+        return []
+    return [
+        fine(
+            "hostname", f"{name} means {found[0]} here; the interface of the route is used instead"
+        )
+    ]
+
+
+def _addresses_by_interface() -> dict[str, list[str]]:
+    """This machine's IP addresses, on each interface those of IPv4 first."""
+    import psutil
+
+    return {
+        name: [
+            entry.address.split("%")[0]
+            for family in FAMILIES
+            for entry in entries
+            if entry.family == family
+        ]
+        for name, entries in psutil.net_if_addrs().items()
+    }

@@ -1,0 +1,142 @@
+"""Ranks as threads of one process: what they exchange stays in memory, and takes milliseconds.
+
+channels(4)     -> a MemoryChannel for each rank, the interface of peers.channel.Channel
+clusters(4)     -> a MemoryCluster for each rank, the interface of peers.cluster.Cluster
+run_ranks(all_of_them, act)  -> what act(one) returned on each, by rank
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.launch import Launch
+
+Rank = TypeVar("Rank")
+Result = TypeVar("Result")
+
+DEADLINE_S = 60.0  # after which a rank that waits in vain fails, and with it the test
+
+
+class Exchanges:
+    """What the ranks of one world have sent each other, by kind of call and its number."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._sent: dict[tuple[str, int, int], Any] = {}
+        self._came = threading.Condition()
+
+    def send(self, kind: str, number: int, rank: int, value: Any) -> None:
+        with self._came:
+            self._sent[kind, number, rank] = value
+            self._came.notify_all()
+
+    def receive(self, kind: str, number: int) -> list[Any]:
+        """What every rank has sent in its call of this number, by rank, once all have."""
+        keys = [(kind, number, rank) for rank in range(self.world_size)]
+        with self._came:
+            have_come = self._came.wait_for(
+                lambda: all(key in self._sent for key in keys), DEADLINE_S
+            )
+            missing = [key for key in keys if key not in self._sent]
+            assert have_come, f"timed out: never sent: {missing}"
+            return [self._sent[key] for key in keys]
+
+
+class MemoryChannel(Channel):
+    """A Channel between threads. As with gloo, calls of one kind pair up in their order."""
+
+    def __init__(self, rank: int, exchanges: Exchanges) -> None:
+        super().__init__(rank, exchanges.world_size)
+        self._exchanges = exchanges
+        self._calls = {"all_to_all": 0, "all_gather": 0, "all_reduce_": 0}
+
+    def _begin(self, kind: str, tensor: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+        number = self._calls[kind]
+        self._calls[kind] += 1
+        self._exchanges.send(kind, number, self.rank, tensor.clone())
+        return lambda: self._exchanges.receive(kind, number)
+
+    def all_to_all(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+        assert rows.is_contiguous() and len(rows) == self.world_size
+        if self.world_size == 1:
+            return super().all_to_all(rows)
+        self.count((self.world_size - 1) * rows[0].nbytes)
+        arrived = self._begin("all_to_all", rows)
+        return lambda: torch.stack([sent[self.rank] for sent in arrived()])
+
+    def all_gather(self, row: torch.Tensor) -> Callable[[], torch.Tensor]:
+        assert row.is_contiguous()
+        if self.world_size == 1:
+            return super().all_gather(row)
+        self.count((self.world_size - 1) * row.nbytes)
+        arrived = self._begin("all_gather", row)
+        return lambda: torch.stack(arrived())
+
+    def all_reduce_(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return super().all_reduce_(values)
+        self.count(2 * (self.world_size - 1) * values.nbytes // self.world_size)
+        return values.copy_(torch.stack(self._begin("all_reduce_", values)()).sum(0))
+
+
+class MemoryCluster(Cluster):
+    """A Cluster of threads: its store, numbers and channels are in memory."""
+
+    def __init__(
+        self, launch: Launch, store: dist.Store, worlds: Callable[[str, int], Exchanges]
+    ) -> None:
+        super().__init__(
+            launch, torch.device("cpu"), store if launch.world_size > 1 else None, None, DEADLINE_S
+        )
+        self._worlds = worlds
+        self._numbers = MemoryChannel(launch.rank, worlds("numbers", 0))
+
+    def gather_numbers(self, values: list[float]) -> list[list[float]]:
+        return self._numbers.all_gather(torch.tensor(values, dtype=torch.float64))().tolist()
+
+    def open_channel(self) -> Channel:
+        number = len(self._channels)
+        self._channels.append(MemoryChannel(self.rank, self._worlds("channel", number)))
+        return self._channels[-1]
+
+
+def channels(world_size: int) -> list[MemoryChannel]:
+    """A channel for each rank of a world."""
+    exchanges = Exchanges(world_size)
+    return [MemoryChannel(rank, exchanges) for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def clusters(world_size: int, **launch: Any) -> Iterator[list[MemoryCluster]]:
+    """A cluster for each rank of a world. launch: further fields of peers.launch.Launch."""
+    store, opened, lock = dist.HashStore(), {}, threading.Lock()
+
+    def world_of(kind: str, number: int) -> Exchanges:
+        with lock:
+            return opened.setdefault((kind, number), Exchanges(world_size))
+
+    made = [
+        MemoryCluster(Launch(rank=rank, world_size=world_size, **launch), store, world_of)
+        for rank in range(world_size)
+    ]
+    try:
+        yield made
+    finally:
+        for cluster in made:
+            cluster.close()
+
+
+def run_ranks(ranks: Sequence[Rank], act: Callable[[Rank], Result]) -> list[Result]:
+    """What `act` returns for each rank, all at once, each in a thread; raises the first error."""
+    with ThreadPoolExecutor(max_workers=len(ranks)) as threads:
+        futures = [threads.submit(act, rank) for rank in ranks]
+        return [future.result(DEADLINE_S) for future in futures]

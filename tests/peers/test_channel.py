@@ -1,0 +1,72 @@
+"""Exchanges between ranks bring what a loop would copy, and count what leaves a rank."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from p2p_llm_forge.peers.channel import Channel
+from tests.memory_channel import channels, run_ranks
+
+
+@pytest.fixture(params=[1, 3])
+def ranks(request):
+    made = channels(request.param)
+    yield made
+    for channel in made:
+        channel.close()
+
+
+def sent_by(rank, world_size):
+    return torch.arange(world_size * 2, dtype=torch.float32).view(world_size, 2) + 100 * rank
+
+
+def test_row_r_goes_to_rank_r(ranks):
+    world_size = len(ranks)
+
+    def act(channel):
+        return channel.all_to_all(sent_by(channel.rank, world_size))()
+
+    for rank, received in enumerate(run_ranks(ranks, act)):
+        expected = torch.stack([sent_by(source, world_size)[rank] for source in range(world_size)])
+        assert torch.equal(received, expected)
+        assert ranks[rank].bytes_sent == (world_size - 1) * 2 * 4
+
+
+def test_a_row_goes_to_all_and_sums_are_of_all(ranks):
+    world_size = len(ranks)
+
+    def act(channel):
+        row = torch.tensor([channel.rank, 1], dtype=torch.int16)
+        gathered = channel.all_gather(row)
+        return gathered(), channel.all_reduce_(torch.full((6,), channel.rank + 1.0))
+
+    for rank, (rows, summed) in enumerate(run_ranks(ranks, act)):
+        assert rows.tolist() == [[source, 1] for source in range(world_size)]
+        assert summed.tolist() == [world_size * (world_size + 1) / 2] * 6
+        assert ranks[rank].bytes_sent == (world_size - 1) * 4 + 2 * (world_size - 1) * 24 // (
+            world_size
+        )
+
+
+def test_the_next_exchange_begins_while_one_is_being_finished():
+    channel, second_has_begun = Channel(0, 1), threading.Event()
+
+    def finish(value):
+        assert second_has_begun.wait(30), "the second waits for the first to be finished"
+        return value
+
+    first = channel.in_background(lambda: 1, finish)
+    second = channel.in_background(lambda: second_has_begun.set() or 2, lambda value: value)
+    assert (first.result(30), second.result(30)) == (1, 2)
+    channel.close()
+
+
+def test_an_error_in_the_beginning_is_that_of_the_exchange():
+    channel = Channel(0, 1)
+    future = channel.in_background(lambda: 1 // 0, lambda value: value)
+    with pytest.raises(ZeroDivisionError):
+        future.result(30)
+    channel.close()
