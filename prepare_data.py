@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from p2p_llm_forge import config as configuration
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data import packing, sources
+from p2p_llm_forge.data import packing, readers, sources
 from p2p_llm_forge.data import pieces as unfinished
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import TRAIN, VALIDATION, Manifest, SplitFacts
+from p2p_llm_forge.data.parts import Part, Piece, ReadOptions
 from p2p_llm_forge.data.pieces import PIECES_OF_A_PART, Pieces, Ranks
-from p2p_llm_forge.data.sources import Found, Part, Piece, ReadOptions
+from p2p_llm_forge.data.sources import Found
 from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.peers.launch import local_rank
 
@@ -94,15 +95,9 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
 # --- before any work: what is asked, what is there ------------------------------------------------
 
 
-def reading_of(config: PrepareConfig) -> ReadOptions:
-    """How the files are to be read."""
-    names = [field.name for field in dataclasses.fields(ReadOptions) if field.name != "separator"]
-    return ReadOptions(config.separator(), **{name: getattr(config, name) for name in names})
-
-
 def find_text(config: PrepareConfig) -> Found:
     """The parts of the text, in the order given. Raises ForgeError for what is no text."""
-    reading = reading_of(config)
+    reading = ReadOptions.of(config)
     found = sources.find(config.dataset_path, reading)
     if not found.parts:
         raise ForgeError(
@@ -174,10 +169,10 @@ def _differences(there: Manifest, config: PrepareConfig, found: Found, tokenizer
 
 def _content_fingerprint(config: PrepareConfig, found: Found) -> str:
     """The fingerprint of the text as it stands now."""
-    reading = reading_of(config)
+    reading = ReadOptions.of(config)
 
     def digests(part: Part) -> list[str]:
-        return [corpus.digest_of(piece.column) for piece in sources.read_pieces(part, reading)]
+        return [corpus.digest_of(piece.column) for piece in readers.read_pieces(part, reading)]
 
     of_parts = in_order(digests, found.parts, config.workers())
     return packing.content_fingerprint(digest for part in of_parts for digest in part)
@@ -241,7 +236,7 @@ def _encoders(
 
 def tokenizer_folder(config: PrepareConfig, found: Found, folder: Path) -> Path:
     """Where a trained tokenizer is kept until the dataset is finished: named after its input."""
-    rules = [dataclasses.asdict(reading_of(config)), config.vocab_size, config.seed]
+    rules = [dataclasses.asdict(ReadOptions.of(config)), config.vocab_size, config.seed]
     content = [*map(dataclasses.asdict, found.parts), *rules, held_out_share(config)]
     key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10)
     return folder / f"tokenizer-{key.hexdigest()}"
@@ -262,13 +257,13 @@ def trained_tokenizer(config: PrepareConfig, found: Found, folder: Path) -> Any:
 
 def training_text(config: PrepareConfig, found: Found) -> Iterator[str]:
     """The documents that are not held out: of all pieces, or of some where the text is large."""
-    reading, left = reading_of(config), 2 * TOKENIZER_TEXT_BYTES
+    reading, left = ReadOptions.of(config), 2 * TOKENIZER_TEXT_BYTES
     total = sum(part.bytes for part in found.parts if not part.is_validation)
     share = min(1.0, TOKENIZER_TEXT_BYTES / max(1, total))
     for number, part in enumerate(found.parts):
         if part.is_validation or (part.is_one_piece and not _is_chosen(number, 0, share, config)):
             continue
-        for place, piece in enumerate(sources.read_pieces(part, reading)):
+        for place, piece in enumerate(readers.read_pieces(part, reading)):
             if left < 0 or not _is_chosen(number, place, share, config):
                 continue
             hidden = corpus.held_out(
@@ -343,7 +338,7 @@ class Job:
 
     def encode(self, task: Task) -> tuple[int, np.ndarray]:
         """Tokenize and keep a piece. Returns the bytes of its file, and its tokens."""
-        piece = task.piece or next(sources.read_pieces(task.part, self.reading))
+        piece = task.piece or next(readers.read_pieces(task.part, self.reading))
         tokens, splits = corpus.encode_piece(
             task.number * PIECES_OF_A_PART + task.place,
             piece.column,
@@ -436,10 +431,10 @@ def job_of(
     )
     decides = {**vars(rules), "encode": encoders.is_fast}
     names = unfinished.rules_of_pieces(
-        reading_of(config), tokenizer=labels.tokenizer_fingerprint, **decides
+        ReadOptions.of(config), tokenizer=labels.tokenizer_fingerprint, **decides
     )
     pieces = Pieces(folder / "pieces", names, rules.dtype)
-    return Job(found.parts, reading_of(config), rules, pieces, config.workers(), encoders.close)
+    return Job(found.parts, ReadOptions.of(config), rules, pieces, config.workers(), encoders.close)
 
 
 def tokenize(job: Job, ranks: Ranks, catch_up: Callable[[], None] = lambda: None) -> None:
@@ -477,7 +472,7 @@ def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[Task]:
         if part.is_one_piece:
             yield Task(number, part, 0)
             continue
-        for place, piece in enumerate(sources.read_pieces(part, job.reading)):
+        for place, piece in enumerate(readers.read_pieces(part, job.reading)):
             is_mine = deal_parts or (number + place) % ranks.world_size == ranks.rank
             if is_mine and not job.pieces.record(number, part, place):
                 yield Task(number, part, place, piece)

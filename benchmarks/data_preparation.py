@@ -109,8 +109,9 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from p2p_llm_forge.data import sources
+    from p2p_llm_forge.data import text_files
     from p2p_llm_forge.data import tokenizer as tokenization
+    from p2p_llm_forge.data.parts import ReadOptions
 
     for name in ("text", "jsonl", "parquet", "small"):
         (folder / name).mkdir(exist_ok=True)
@@ -123,7 +124,7 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
             size += len(parts[-1])
         raw = b"\n\n".join(parts)
         (folder / "text" / f"{number:03d}.txt").write_bytes(raw)
-        column = sources.text_column(raw, "", 0, sources.ReadOptions()).cast(pa.large_string())
+        column = text_files.text_column(raw, "", 0, ReadOptions()).cast(pa.large_string())
         pq.write_table(pa.table({"text": column}), folder / "parquet" / f"{number:03d}.parquet")
         with (folder / "jsonl" / f"{number:03d}.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in column.to_pylist())
@@ -226,13 +227,14 @@ def usual_way(folder: Path) -> dict[str, float]:
     import datasets
     from transformers import AutoTokenizer
 
-    from p2p_llm_forge.data import sources
+    from p2p_llm_forge.data import text_files
+    from p2p_llm_forge.data.parts import ReadOptions
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     raw = (folder / "small" / "part.txt").read_bytes()
-    documents = sources.text_column(raw, "", 0, sources.ReadOptions()).to_pylist()
+    documents = text_files.text_column(raw, "", 0, ReadOptions()).to_pylist()
     rows = datasets.Dataset.from_dict({"text": [document.decode() for document in documents]})
     rows.save_to_disk(folder / "small" / "rows")
     rows = datasets.load_from_disk(str(folder / "small" / "rows"))

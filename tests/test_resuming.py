@@ -19,9 +19,10 @@ import pytest
 import prepare_data
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import dataset as corpus
+from p2p_llm_forge.data import parts, sources
 from p2p_llm_forge.data import pieces as unfinished
-from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.dataset import Manifest, open_prepared
+from p2p_llm_forge.data.parts import ReadOptions
 from p2p_llm_forge.data.pieces import Ranks
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import prepare
@@ -34,10 +35,10 @@ SMALL_PIECES = """
 import sys, time
 import prepare_data
 from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import parts
 from p2p_llm_forge.data import pieces as unfinished
 from p2p_llm_forge.errors import run_script
-sources.PIECE_BYTES, corpus.BATCH_BYTES, corpus.BATCHES_PER_SHARD = 3000, 1000, 4
+parts.PIECE_BYTES, corpus.BATCH_BYTES, corpus.BATCHES_PER_SHARD = 3000, 1000, 4
 unfinished.HEARTBEAT_S, unfinished.STALE_S, prepare_data.POLL_S = 0.2, 4.0, 0.05
 pause_s = float(sys.argv.pop(1))
 right = corpus.encode_piece
@@ -51,7 +52,7 @@ run_script(lambda: prepare_data.main(sys.argv[1:]))
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 3_000)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 3_000)
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1_000)
     monkeypatch.setattr(corpus, "BATCHES_PER_SHARD", 4)
     monkeypatch.setattr(prepare_data, "POLL_S", 0.02)
@@ -96,7 +97,7 @@ def undisturbed(text, tmp_path_factory):
     """What an undisturbed run of one worker writes."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     small = mock.patch.multiple(corpus, BATCH_BYTES=1_000, BATCHES_PER_SHARD=4)
-    with small, mock.patch.object(sources, "PIECE_BYTES", 3_000):
+    with small, mock.patch.object(parts, "PIECE_BYTES", 3_000):
         prepare(config(text, folder, num_workers=1))
     found = contents(folder)
     assert len([name for name in found if name.endswith(".arrow")]) > 3
@@ -120,13 +121,13 @@ import os, random, shutil, signal, sys, time
 import prepare_data
 from p2p_llm_forge.data import dataset as corpus
 from p2p_llm_forge.data import packing
-from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import parts
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data import pieces as unfinished
 # What is loaded once serves every child.
 import awkward, datasets, gigatoken, psutil, pyarrow.compute, pyarrow.json, pyarrow.parquet, xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-sources.PIECE_BYTES, corpus.BATCH_BYTES, corpus.BATCHES_PER_SHARD = 3000, 1000, 4
+parts.PIECE_BYTES, corpus.BATCH_BYTES, corpus.BATCHES_PER_SHARD = 3000, 1000, 4
 text, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 chosen = random.Random(7)
 config = prepare_data.PrepareConfig(
@@ -316,9 +317,9 @@ def test_what_ends_a_rank_ends_the_launch_and_is_told(text, tmp_path):
 
 def test_each_rank_takes_its_share(text, tmp_path):
     prepare(config(text, tmp_path / "out"))
-    found = sources.find([str(text)], sources.ReadOptions())
+    found = sources.find([str(text)], ReadOptions(piece_bytes=3_000))
     pieces = mock.Mock(records=lambda *_: [], record=lambda *_: None)
-    job = mock.Mock(parts=found.parts, reading=sources.ReadOptions(), pieces=pieces)
+    job = mock.Mock(parts=found.parts, reading=ReadOptions(piece_bytes=3_000), pieces=pieces)
     alone = [(t.number, t.place) for t in prepare_data.pieces_to_do(job, Ranks())]
     for world in (2, 3, 50):
         shares = [

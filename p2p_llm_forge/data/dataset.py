@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from p2p_llm_forge.data.columns import values_and_offsets
 from p2p_llm_forge.errors import ForgeError
 
 if TYPE_CHECKING:
@@ -85,8 +86,6 @@ def digest_of(column: pa.LargeBinaryArray) -> str:
     """A hash of documents, their text and their borders (XXH3, 128 bits)."""
     import xxhash
 
-    from p2p_llm_forge.data.sources import values_and_offsets
-
     # Not against forgers: it tells texts apart at 5 GB/s, where sha256 would take a seventh of all
     # the time that tokenizing takes.
     text, offsets = values_and_offsets(column)
@@ -104,8 +103,6 @@ def encode_piece(
     the tokens of the documents to train on, then those of the others, and the splits' counts.
     """
     import numpy as np
-
-    from p2p_llm_forge.data.sources import values_and_offsets
 
     hidden = held_out(number, len(column), options.validation_fraction, options.seed)
     if is_validation:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from p2p_llm_forge.data import dataset as corpus
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import TRAIN, BlockWriter, Manifest, SplitFacts
+from p2p_llm_forge.data.parts import Part
 from p2p_llm_forge.data.pieces import Pieces, Record
-from p2p_llm_forge.data.sources import Part
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from p2p_llm_forge.data.dataset import TRAIN, UNFINISHED, VALIDATION, SplitCounts
-from p2p_llm_forge.data.sources import Part, ReadOptions
+from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.errors import ForgeError
 
 if TYPE_CHECKING:
@@ -289,9 +289,7 @@ class Pieces:
 
 def rules_of_pieces(reading: ReadOptions, **others: Any) -> dict[str, Any]:
     """All that decides a piece's tokens besides its part."""
-    from p2p_llm_forge.data import sources
-
-    return {**asdict(reading), "piece_bytes": sources.PIECE_BYTES, **others}
+    return {**asdict(reading), **others}
 
 
 def write_whole(path: Path, content: Any) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+from p2p_llm_forge.data.columns import values_and_offsets
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
 
@@ -421,8 +422,6 @@ def sample(
     places where the text is not plain ASCII; each at most `longest` bytes."""
     import numpy as np
     import pyarrow as pa
-
-    from p2p_llm_forge.data.sources import values_and_offsets
 
     text, ends = values_and_offsets(documents)
     places = [ends[len(documents) * n // count] for n in range(count) if len(documents)]

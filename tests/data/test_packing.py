@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import dataset as corpus
 from p2p_llm_forge.data import describe as inspection
-from p2p_llm_forge.data import packing, sources
+from p2p_llm_forge.data import packing, parts
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.errors import ForgeError
@@ -49,7 +49,7 @@ def test_decoding_the_blocks_of_random_documents_gives_them_back(
 ):
     folder = tmp_path_factory.mktemp("random")
     path = write_rows(folder / "a.jsonl", texts)
-    with mock.patch.object(sources, "PIECE_BYTES", piece_bytes):
+    with mock.patch.object(parts, "PIECE_BYTES", piece_bytes):
         manifest = prepare(config(path, folder / "out", tokenizer_folder, sequence_length=2))
     tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "tokenizer")
     expected = []
@@ -100,7 +100,7 @@ def test_a_blend_stays_near_its_weights_at_every_place(sizes, data):
 def test_a_mixture_has_its_weights_by_tokens_and_is_deterministic(
     tmp_path, tokenizer_folder, monkeypatch
 ):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 2_000)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 2_000)
     rows = [f"A row {n} " + "with some words " * (n % 9) for n in range(400)]
     write_rows(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.txt").write_text("\n\n".join(f"B text {n}" + " of peers" * 9 for n in range(90)))
@@ -193,7 +193,7 @@ def test_a_tokenizer_for_a_large_text_is_trained_on_some_of_it_always_the_same(
 ):
     import prepare_data
 
-    monkeypatch.setattr(sources, "PIECE_BYTES", 2_000)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 2_000)
     monkeypatch.setattr(prepare_data, "TOKENIZER_TEXT_BYTES", 20_000)
     (tmp_path / "a.txt").write_text(some_text(1_000))
     asked = PrepareConfig([str(tmp_path / "a.txt")], str(tmp_path), vocab_size=400)

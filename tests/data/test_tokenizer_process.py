@@ -16,7 +16,7 @@ from transformers import ByT5Tokenizer
 
 import prepare_data
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import sources, tokenizer_process
+from p2p_llm_forge.data import parts, tokenizer_process
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
@@ -56,7 +56,7 @@ def children() -> list[psutil.Process]:
 def test_any_number_of_processes_writes_the_same_bytes(
     slow_tokenizer, text, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(tokenization, "DOCUMENTS_AT_A_TIME", 7)
     most = []
     right = TokenizerProcess.encode
@@ -130,9 +130,9 @@ def test_no_process_outlives_a_run_that_is_ended(slow_tokenizer, text, tmp_path,
     code = """if True:
         import sys
         import prepare_data
-        from p2p_llm_forge.data import sources
+        from p2p_llm_forge.data import parts
         from p2p_llm_forge.errors import run_script
-        sources.PIECE_BYTES = 2_000
+        parts.PIECE_BYTES = 2_000
         run_script(lambda: prepare_data.main(sys.argv[1:]))
     """
     text.write_text(some_text(2_000) * 20)
