@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     the text, the tokenizer or the folder does not allow it; a dataset in the folder is then as it
     was.
     """
-    config.check()
+    config.problems().raise_any()
     found = find_text(config)
     output_dir = Path(config.output_dir)
     tokenizer = _load_tokenizer(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -74,7 +75,10 @@ def test_the_tables_of_flags_are_what_the_scripts_parse(readme):
 
 def test_a_table_has_a_row_for_every_flag_with_its_default_and_help():
     rows = flags_table(TrainConfig).splitlines()[2:]
-    assert len(rows) == len(TrainConfig.__dataclass_fields__)
+    flags = [row for row in rows if row.startswith("| `--")]
+    assert len(flags) == len(dataclasses.fields(TrainConfig))
+    headings = [row for row in rows if row.startswith("| **")]
+    assert len(headings) == len(TrainConfig.GROUPS) and len(flags) + len(headings) == len(rows)
     assert (
         "| `--save-every`<br>`--checkpointing_steps` | `500` | updates between checkpoints; the"
         " last update is always saved |" in rows
@@ -141,12 +145,7 @@ def test_a_command_is_accepted(line):
         assert words[1:] in (["install", "-e", "."], ["install", "-r", "requirements.txt"])
         return
     script, flags = through_launcher(words)
-    config = parse(SCRIPTS[script], flags, script)
-    if isinstance(config, PrepareConfig):
-        if not config.describe:
-            config.check()
-    else:
-        config.problems().raise_any()
+    parse(SCRIPTS[script], flags, script)
 
 
 def through_launcher(words: list[str]) -> tuple[str, list[str]]:

@@ -433,12 +433,12 @@ def test_a_model_that_looks_ahead_is_refused(config):
     [
         ({"epochs": float("inf")}, "--epochs is inf"),
         ({"seed": 2**70}, "--seed is"),
-        ({"balance": "yes"}, "--balance is 'yes': choose from none, auto"),
-        ({"learning_rate": "1e-3"}, "--learning-rate is '1e-3', of the wrong type"),
+        ({"balance": "yes"}, "--balance is 'yes'\n  fix: choose from none, auto"),
+        ({"learning_rate": "1e-3"}, "--learning-rate is '1e-3', which is of the wrong type"),
         ({"world_size": 0}, "--world-size is 0"),
         (
             {"keep_best": True, "eval_every": 2, "save_every": 3},
-            "must be a multiple of --eval-every 2",
+            "is not a multiple of --eval-every 2",
         ),
         ({"dataset_path": "no/such.txt"}, "no/such.txt: no such file"),
     ],

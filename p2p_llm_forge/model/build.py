@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, Problems, nearest
+from p2p_llm_forge.errors import ForgeError, nearest
 from p2p_llm_forge.model.fit import (
     TextSpec,
     positions_of,
@@ -18,7 +18,6 @@ from p2p_llm_forge.model.fit import (
     require_positions,
 )
 from p2p_llm_forge.model.load import load_model
-from p2p_llm_forge.model.schedule import learning_rate_factor
 
 # Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
 # vocabulary's embedding.
@@ -29,18 +28,9 @@ SMALL_GPT2 = {
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise ForgeError for a model family, size or schedule that does not exist."""
-    problems = Problems()
-    try:
-        learning_rate_factor(config, total_steps=1)
-    except ForgeError as error:
-        problems.add(error)
-    try:
-        if config.model_type or config.config_overrides:
-            parse_overrides(config.config_overrides or "", family_defaults(config.model_type))
-    except ForgeError as error:
-        problems.add(error)
-    problems.raise_any()
+    """Raise ForgeError for a model family or size that does not exist."""
+    if config.model_type or config.config_overrides:
+        parse_overrides(config.config_overrides or "", family_defaults(config.model_type))
 
 
 def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) -> Any:

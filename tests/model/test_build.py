@@ -7,7 +7,7 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import build_model, check_names
+from p2p_llm_forge.model.build import build_model
 from tests.runs import TINY_MODEL
 
 
@@ -67,10 +67,3 @@ def test_what_cannot_be_built_is_refused_with_the_fix(text, settings, found, fix
         build_model(TrainConfig(**settings), text)
     (problem,) = error.value.problems
     assert found in problem.found and fix in problem.fix
-
-
-def test_all_unknown_names_are_found_at_once():
-    with pytest.raises(ForgeError) as error:
-        check_names(TrainConfig(model_type="lama", lr_scheduler="cosin"))
-    schedule, family = error.value.problems
-    assert "cosine" in schedule.fix and "llama" in family.fix

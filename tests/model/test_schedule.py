@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.schedule import learning_rate_factor
 
 
@@ -31,18 +30,3 @@ def test_the_rate_at_a_step_is_that_of_transformers_scheduler_stepped_there(name
         assert 2.0 * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
         optimizer.step()
         stepped.step()
-
-
-@pytest.mark.parametrize(
-    ("name", "found", "fix"),
-    [
-        ("cosin", "no such schedule", "did you mean cosine"),
-        ("reduce_lr_on_plateau", "no function of the step alone", "use linear, cosine"),
-    ],
-)
-def test_schedules_that_cannot_be_used_are_refused(name, found, fix):
-    with pytest.raises(ForgeError) as error:
-        learning_rate_factor(TrainConfig(lr_scheduler=name), 10)
-    (problem,) = error.value.problems
-    assert f"--lr-scheduler {name}" in problem.found and found in problem.found
-    assert fix in problem.fix

@@ -1,0 +1,154 @@
+"""How an option is declared: a dataclass field with a help text, in a group with its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from p2p_llm_forge.errors import Problems
+
+
+def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
+    """A dataclass field that becomes a command-line flag: default, help text, aliases.
+
+    aliases: names of Hugging Face's scripts, with underscores; dashes are accepted as well.
+    """
+    both = [word for alias in aliases for word in dict.fromkeys((alias, _dashed(alias)))]
+    metadata: dict[str, Any] = {"help": help, "aliases": both}
+    if metavar:
+        metadata["metavar"] = metavar
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option(field_name: str) -> str:
+    """A field's name as its flag is written."""
+    return _dashed("--" + field_name)
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+@dataclasses.dataclass
+class Options:
+    """A group of options. A subclass is one heading of `--help`, and knows what may be wrong.
+
+    A whole configuration is built of groups by inheritance and lists them, in order, as GROUPS.
+    """
+
+    _argument_group_name: ClassVar[str] = ""  # the heading; HfArgumentParser asks for this name
+    GROUPS: ClassVar[tuple[type[Options], ...]] = ()
+    PER_RANK: ClassVar[tuple[str, ...]] = ()  # may differ between the ranks of one run
+
+    def __post_init__(self) -> None:
+        # From a notebook, paths may be Paths, one path a plain string, and sizes a dict.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if isinstance(value, str) and field.default is dataclasses.MISSING:
+                value = [value]
+            if isinstance(value, dict):
+                value = ",".join(f"{key}={item}" for key, item in value.items())
+            setattr(self, field.name, value)
+
+    def problems(self) -> Problems:
+        """Every problem that can be seen without touching a file or a library."""
+        problems = Problems()
+        checked = dataclasses.replace(self, **self._of_wrong_type(problems))
+        for group in self.GROUPS:
+            group.check(checked, problems)
+        checked.check_together(problems)
+        return problems
+
+    def check(self, problems: Problems) -> None:
+        """Note what is wrong with the values of this group, each of which is of its type."""
+
+    def check_together(self, problems: Problems) -> None:
+        """Note what options of several groups ask for that does not go together."""
+
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings that must be the same on every rank of a run."""
+        per_rank = {name for group in self.GROUPS for name in group.PER_RANK}
+        return {key: value for key, value in as_dict(self).items() if key not in per_rank}
+
+    def _of_wrong_type(self, problems: Problems) -> dict[str, Any]:
+        """Note every value that is not of its field's type: a notebook can pass anything.
+
+        Returns values that pass the checks in their place, so that the others are checked too.
+        """
+        instead = {}
+        defaults = {field.name: field for field in dataclasses.fields(self)}
+        for name, hint in get_type_hints(type(self)).items():
+            if name not in defaults or _is_of(getattr(self, name), hint):
+                continue
+            value, field = getattr(self, name), defaults[name]
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            problems.require(
+                False,
+                f"{option(name)} is {value!r}"
+                + ("" if choices else ", which is of the wrong type"),
+                f"choose from {', '.join(choices)}" if choices else f"give {_in_words(hint)}",
+            )
+            has_default = field.default not in (dataclasses.MISSING, "")
+            instead[name] = (
+                field.default if has_default else ["given"] if _is_list(hint) else "given"
+            )
+        return instead
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    classes = {list} if _is_list(hint) else set(get_args(hint) or (hint,))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return type(value) in classes or (float in classes and is_whole)
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    kinds = (list[str],) if _is_list(hint) else get_args(hint) or (hint,)
+    return " or ".join(
+        words.get(kind, "a list of texts") for kind in kinds if kind is not type(None)
+    )
+
+
+def require_above_0(options: Options, problems: Problems, *names: str) -> None:
+    """Each value must be a finite number above 0, or None."""
+    for name in names:
+        value = getattr(options, name)
+        holds = value is None or 0 < value < math.inf
+        problems.require(holds, f"{option(name)} is {value}", "use a number above 0")
+
+
+def require_at_least(least: int, options: Options, problems: Problems, *names: str) -> None:
+    """Each value must be a finite number of at least `least`, or None."""
+    for name in names:
+        value = getattr(options, name)
+        holds = value is None or least <= value < math.inf
+        problems.require(holds, f"{option(name)} is {value}", f"use {least} or more")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def multiples_near(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`, but for 0."""
+    below = value // unit * unit
+    return [number for number in (below, below + unit) if number]
+
+
+def listed(words: Iterable[object]) -> str:
+    """Words as a choice: `a or b or c`."""
+    return " or ".join(map(str, words))

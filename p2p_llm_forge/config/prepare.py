@@ -1,0 +1,162 @@
+"""PrepareConfig: all that prepare_data.py can be asked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from p2p_llm_forge.config.fields import Options, flag, require_at_least
+from p2p_llm_forge.errors import Problems
+
+
+@dataclass
+class TextOptions(Options):
+    """Which text is prepared, how it is read, and where the result goes."""
+
+    _argument_group_name = "text and output"
+
+    dataset_path: list[str] = flag(
+        [],
+        "text to prepare: files (.txt .jsonl .json .csv .parquet, each also .gz .zst), folders,"
+        " globs, save_to_disk folders, names of datasets of the Hub; PATH:0.7 gives a weight by"
+        " tokens",
+        "--input",
+        metavar="PATH[:WEIGHT]",
+    )
+    output_dir: str = flag(
+        "", "folder of the prepared dataset; must be new, empty or the same dataset"
+    )
+    validation_path: list[str] = flag(
+        [], "text that is held out for evaluation, instead of a share of the documents"
+    )
+    validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
+    document_separator: str = flag(
+        "\\n\\n", "what ends a document; \\n\\n: blank lines; escapes like \\n are understood"
+    )
+    one_document_per_file: bool = flag(
+        False, "a text file is one document, whatever lines it holds"
+    )
+    text_column: str = flag(
+        "text", "column or key that holds the text of a row", "--text_column_name"
+    )
+    dataset_config: str | None = flag(
+        None, "configuration of a dataset of the Hub", "--dataset_config_name"
+    )
+    dataset_split: str = flag("train", "split of a dataset of the Hub or of a save_to_disk folder")
+    skip_bad_rows: bool = flag(
+        False, "count and report rows that cannot be read instead of ending at the first"
+    )
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "bytes that are not UTF-8: refuse them, or replace each by U+FFFD"
+    )
+    seed: int = flag(0, "chooses the documents that are held out")
+
+    def check(self, problems: Problems) -> None:
+        problems.require(
+            0 <= self.validation_fraction < 1,
+            f"--validation-fraction is {self.validation_fraction}",
+            "use a share from 0 to below 1",
+        )
+        problems.require(
+            self.document_separator != "",
+            "--document-separator is empty",
+            "give the text that ends a document",
+        )
+        try:
+            self.separator().encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            problems.require(
+                False,
+                f"--document-separator {self.document_separator!r}: {error.reason}",
+                "write \\\\ for a backslash",
+            )
+
+    def separator(self) -> str:
+        """The document separator with its escapes resolved."""
+        # unicode_escape reads Latin-1; everything beyond it is first written as an escape itself.
+        latin = self.document_separator.encode("latin-1", "backslashreplace")
+        return latin.decode("unicode_escape")
+
+
+@dataclass
+class TokenizerOptions(Options):
+    """The tokenizer, loaded or trained."""
+
+    _argument_group_name = "tokenizer"
+
+    tokenizer: str | None = flag(
+        None, "tokenizer: a folder or a name of the Hub; without it one is trained on the text"
+    )
+    eos_token: str | None = flag(
+        None, "what ends a document, for a tokenizer that does not say it; added if it is new"
+    )
+    vocab_size: int = flag(8192, "entries of a tokenizer that is trained here")
+    tokenizer_backend: Literal["auto", "fast", "reference"] = flag(
+        "auto", "encode by gigatoken where it answers as the tokenizer does (auto), always or never"
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that comes with a tokenizer of the Hub"
+    )
+
+    def check(self, problems: Problems) -> None:
+        problems.require(
+            self.vocab_size >= 257,
+            f"--vocab-size is {self.vocab_size}",
+            "use 257 (256 bytes and EOS) or more",
+        )
+
+
+@dataclass
+class BlockOptions(Options):
+    """What the prepared dataset is cut into, and the work on it."""
+
+    _argument_group_name = "blocks and the work on them"
+
+    sequence_length: int = flag(256, "tokens in a block", "--block_size")
+    num_workers: int = flag(
+        0,
+        "threads that tokenize, or processes for a tokenizer written in Python; 0: one per core; "
+        "any number gives the same bytes",
+    )
+    overwrite: bool = flag(False, "replace a dataset that the output directory already holds")
+    describe: str | None = flag(
+        None, "report what a prepared dataset holds, and stop", metavar="FOLDER"
+    )
+    verify: bool = flag(False, "with --describe: read every file and compare its checksum")
+    config: str | None = flag(
+        None, "recipe: a YAML file whose keys are these flags; the command line wins"
+    )
+
+    def check(self, problems: Problems) -> None:
+        require_at_least(2, self, problems, "sequence_length")
+        require_at_least(0, self, problems, "num_workers")
+        problems.require(
+            bool(self.describe) or not self.verify,
+            "--verify checks a prepared dataset, and none is given",
+            "add --describe FOLDER",
+        )
+
+    def workers(self) -> int:
+        """How many threads tokenize: as asked, or one per core that this process may use."""
+        if hasattr(os, "sched_getaffinity"):
+            return self.num_workers or len(os.sched_getaffinity(0))
+        return self.num_workers or os.cpu_count() or 1
+
+
+# A dataclass takes the fields of its last base first: so the text comes first, as in GROUPS.
+@dataclass
+class PrepareConfig(BlockOptions, TokenizerOptions, TextOptions):
+    """One preparation: which text, which tokenizer, which blocks."""
+
+    GROUPS: ClassVar[tuple[type[Options], ...]] = (TextOptions, TokenizerOptions, BlockOptions)
+
+    def check_together(self, problems: Problems) -> None:
+        problems.require(
+            bool(self.dataset_path or self.describe), "no text given", "add --dataset-path FILE"
+        )
+        problems.require(
+            bool(self.output_dir or self.describe),
+            "no place for the result",
+            "add --output-dir FOLDER",
+        )
