@@ -27,8 +27,9 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
     from p2p_llm_forge.data.dataset import Blocks, PreparedDataset
     from p2p_llm_forge.peers.cluster import Cluster
     from p2p_llm_forge.sync.base import Meter, Sync
+    from p2p_llm_forge.training.loss_window import LossWindow
     from p2p_llm_forge.training.saving import Saving
-    from p2p_llm_forge.training.tracking import LossWindow, Silent
+    from p2p_llm_forge.training.tracking import Silent
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -295,8 +296,9 @@ def set_up(
     from p2p_llm_forge.sync.base import Meter, strategy
     from p2p_llm_forge.sync.ddp import set_bucket_size
     from p2p_llm_forge.training.checkpoint import read_state
+    from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
     from p2p_llm_forge.training.saving import Saving, take_up
-    from p2p_llm_forge.training.tracking import LossWindow, Silent, Tracking
+    from p2p_llm_forge.training.tracking import Silent, Tracking
 
     lm = build_or_load(config, cluster, data, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), document_end(config, data)).train()
@@ -307,7 +309,7 @@ def set_up(
     state: dict[str, Any] = {
         **{"step": 0, "blocks_read": 0, "train_loss": None, "config": as_dict(config)},
         "figures": {},
-        "since_log": {"nats": [], "updates": 0},
+        "since_log": NO_LOSSES,
     }
     if checkpoint:
         state = read_state(checkpoint)

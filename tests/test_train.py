@@ -287,8 +287,7 @@ def test_other_families_and_settings_train(config, family, settings):
         ({"dataset_path": "nowhere"}, "nowhere"),
         ({"sequence_length": 64}, "--sequence-length 64 was asked, .* has blocks of 32 tokens"),
         ({"lr_scheduler": "cosin", "optimizer": "adm"}, "2 problems:.*adm.*cosin"),
-        ({"report_to": "tensorbord"}, "unknown tracker 'tensorbord': did you mean tensorboard"),
-        ({"report_to": "wandb"}, "wandb is not installed"),
+        ({"report_to": "tensorbord"}, "--report-to tensorbord: no such tracker"),
         ({"model_name": "gpt2", "model_type": "gpt2"}, "give one or the other"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"backend": "nccl"}, "--backend nccl needs an NVIDIA GPU"),
@@ -354,22 +353,6 @@ def test_the_best_checkpoint_outlives_pruning(config, tmp_path):
     assert checkpoint.steps_saved(tmp_path / "run") == sorted({12, best}, reverse=True)
 
 
-def test_what_a_save_keeps_of_the_losses_is_a_copy():
-    """The background writer reads it while the run goes on."""
-    from p2p_llm_forge.peers.cluster import Cluster
-    from p2p_llm_forge.peers.launch import Launch
-    from p2p_llm_forge.training.tracking import LossWindow
-
-    alone = Cluster(Launch(), torch.device("cpu"), store=None)
-    window = LossWindow(alone, 1, 0, {"nats": [], "updates": 0})
-    window.add(torch.tensor(1.0))
-    window.settle()
-    kept = window.since_log()
-    window.add(torch.tensor(2.0))
-    window.settle()
-    assert kept == {"nats": [1.0], "updates": 1, "is_spoiled": False}
-
-
 def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):
     bad = replace(config, config_overrides="n_layer=2,n_head=3,n_embd=32")
     with pytest.raises(ForgeError, match="--config-overrides"):
@@ -402,30 +385,6 @@ def test_the_batch_stays_what_it_was_when_a_run_goes_on(config, tmp_path):
     train(replace(config, micro_batch_size=4, gradient_accumulation_steps=5))
     train(replace(config, max_steps=7, resume="auto"))
     assert read_state(tmp_path / "run" / "checkpoint-7")["blocks_read"] == 7 * 20
-
-
-ENCODER = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
-
-
-@pytest.mark.parametrize(
-    ("family", "more"), [("bert", ""), ("roberta", "max_position_embeddings=34")]
-)
-def test_families_that_can_look_ahead_are_built_so_that_they_do_not(config, family, more):
-    sizes = f"{ENCODER},{more}"
-    result = train(replace(config, model_type=family, config_overrides=sizes, max_steps=1))
-    assert result.train_loss > 3
-
-
-def test_a_model_that_cannot_take_a_block_is_refused_with_the_mend(config):
-    """RoBERTa counts its positions from 2."""
-    with pytest.raises(ForgeError, match="max_position_embeddings=34"):
-        train(replace(config, model_type="roberta", config_overrides=ENCODER, max_steps=1))
-
-
-def test_a_model_that_looks_ahead_is_refused(config):
-    sizes = "d_model=32,n_layer=2,n_head=2,d_inner=48"
-    with pytest.raises(ForgeError, match="not a causal language model"):
-        train(replace(config, model_type="xlnet", config_overrides=sizes, max_steps=1))
 
 
 @pytest.mark.parametrize(

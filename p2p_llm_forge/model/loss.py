@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.document_mask import document_mask_for
 
 # Logits of one chunk: about 16 million values, 64 MB in float32.
 CHUNK_VALUES = 2**24
@@ -94,7 +94,7 @@ class NextTokenLoss(nn.Module):
 
     DDP and Accelerate see one module whose output is a scalar, so the logits are neither gathered
     nor copied to float32. Models whose head is more than a linear layer (soft-capped or scaled
-    logits) are found by a trial and keep their own forward.
+    logits) are found by trial and keep their own forward.
 
     document_end: the token that ends a document, to keep attention inside documents; None: a block
     is read as one text. Raises ForgeError for a model that cannot.
@@ -104,8 +104,7 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.lm = lm
         self.chunked = head_is_linear(lm)
-        self.document_end = document_end
-        self.document_mask = None if document_end is None else mask_for(lm, document_end)
+        self.document_mask = None if document_end is None else document_mask_for(lm, document_end)
 
     def forward(
         self, inputs: torch.Tensor, targets: torch.Tensor, count_correct: bool = False
@@ -113,7 +112,7 @@ class NextTokenLoss(nn.Module):
         """(nats, correct): the summed loss, float32, and the number of tokens whose most probable
         prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens) int64."""
         correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
-        mask = self.document_mask(inputs, self.document_end) if self.document_mask else {}
+        mask = self.document_mask(inputs) if self.document_mask else {}
         if not self.chunked:
             logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.float()
             if count_correct:
@@ -157,67 +156,3 @@ def head_is_linear(lm: Any) -> bool:
         )
     finally:
         lm.train(was_training)
-
-
-# --- attention inside documents -------------------------------------------------------------------
-
-
-def positions_in_documents(inputs: torch.Tensor, document_end: int) -> torch.Tensor:
-    """Each token's place in its document, int64. inputs: (blocks, tokens) int64.
-
-    The end of a document, as an input, is where the next one is predicted from: it is place 0 of
-    that. A document that began in an earlier block begins anew here.
-    """
-    places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    starts = torch.where(inputs == document_end, places, 0).cummax(1).values
-    return places - starts
-
-
-def _positions(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
-    """For families that read from the positions which tokens belong together (transformers 5)."""
-    return {"position_ids": positions_in_documents(inputs, document_end)}
-
-
-def _positions_and_mask(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
-    """For others that take a mask: added to the attention scores, (blocks, 1, tokens, tokens)."""
-    document = (inputs == document_end).cumsum(1)
-    allowed = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
-    mask = torch.zeros(allowed.shape, device=inputs.device)
-    mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
-    return {"attention_mask": mask, **_positions(inputs, document_end)}
-
-
-@torch.no_grad()
-def mask_for(lm: Any, document_end: int) -> Any:
-    """The way in which this model keeps attention inside documents, as a function of (inputs, end)
-    that gives more arguments of its forward.
-
-    Tried on two short documents: the logits of the second must be those that it has alone. Raises
-    ForgeError when no way gives that.
-    """
-    device = next(lm.parameters()).device
-    size = lm.get_input_embeddings().num_embeddings
-    words = [word for word in range(min(size, 32)) if word != document_end]
-    first, second = words[:9], words[9:14]
-    if len(second) < 2:
-        first, second = words[:1] * 9, words[:1] * 5
-    end = [document_end]
-    packed = torch.tensor([end + first + end + second], device=device)
-    alone = torch.tensor([end + second], device=device)
-    was_training = lm.training
-    lm.eval()
-    try:
-        expected = lm(input_ids=alone, use_cache=False).logits
-        for way in (_positions, _positions_and_mask):
-            try:
-                logits = lm(input_ids=packed, use_cache=False, **way(packed, document_end)).logits
-            except (TypeError, ValueError, RuntimeError):
-                continue
-            if torch.allclose(logits[:, len(first) + 1 :], expected, rtol=1e-3, atol=1e-4):
-                return way
-    finally:
-        lm.train(was_training)
-    raise ForgeError(
-        f"--document-mask: a {lm.config.model_type} cannot keep attention inside documents (its "
-        "logits change with the document before): leave the flag out, or train another family"
-    )

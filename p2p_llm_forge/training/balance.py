@@ -7,8 +7,9 @@ from types import TracebackType
 
 from p2p_llm_forge.data.order import shares_by_speed
 
-FIRST_UPDATES = 3  # measured before the first deal; the very first one, which warms up, is left out
-LATER_UPDATES = 20  # measured before every further one
+# Updates that are measured before shares change: the first time (without the very first update,
+# which warms up), and every time after.
+FIRST_UPDATES, LATER_UPDATES = 3, 20
 
 
 class Stopwatch:
@@ -45,7 +46,8 @@ class Balance:
     """The blocks that each rank takes of an update, adapted to the ranks' speeds if asked for.
 
     Forwards are timed, because backwards wait for the other ranks. Every rank sees the same
-    measurements, so all deal alike. The updates stay what they are: sums over the same blocks.
+    measurements, so all come to the same shares. The updates stay what they are: sums over the
+    same blocks.
     """
 
     def __init__(self, shares: list[int], is_adaptive: bool) -> None:
@@ -60,7 +62,7 @@ class Balance:
         return Stopwatch(waits_for_device=self._is_adaptive)
 
     def measured(self, seconds: list[float]) -> None:
-        """Take the seconds that each rank's forwards of an update took; deal anew when due."""
+        """Note the seconds of each rank's forwards of an update; change the shares when due."""
         if not self._is_adaptive:
             return
         self._updates += 1

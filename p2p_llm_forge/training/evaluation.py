@@ -23,7 +23,7 @@ def evaluate_split(
     """Figures of the model on all `blocks`: eval_loss, perplexity, bits_per_byte, token_accuracy.
 
     model: not wrapped by DDP, since ranks run different numbers of forwards. The micro-batches are
-    the same whatever the world size, and dealt to the ranks in turn. All ranks must call.
+    the same whatever the world size, and the ranks take them in turn. All ranks must call.
     """
     model.eval()
     nats, tokens, correct = 0.0, 0, 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from p2p_llm_forge.files import read_json
 
 RESULTS = "all_results.json"
 
@@ -19,7 +20,7 @@ class TrainResult:
     train_loss: float | None  # nats per token, mean over the last --log-every updates
     tokens_per_second: float | None  # of all peers together, while updates were taken
     processes: int
-    communication: float | None = None  # share of the time that the main process waited for it
+    communication: float | None = None  # fraction of the time that the main process waited for it
     bytes_sent_per_update: float | None = None  # by the main process
     eval_loss: float | None = None  # nats per token
     perplexity: float | None = None
@@ -31,9 +32,7 @@ class TrainResult:
     def load(output_dir: Path) -> TrainResult | None:
         """The result that a finished run left in its folder; None if there is none."""
         file = output_dir / RESULTS
-        return (
-            TrainResult(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-        )
+        return TrainResult(**read_json(file)) if file.exists() else None
 
     def as_dict(self) -> dict:
         """The result as plain JSON values."""
@@ -56,11 +55,7 @@ class TrainResult:
                 f" {self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
             )
         if self.eval_loss is not None:
-            bits = (
-                f", {self.bits_per_byte:.3f} bits per byte"
-                if self.bits_per_byte is not None
-                else ""
-            )
+            bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
             lines.append(
                 f"held out  loss {self.eval_loss:.4f} nats per token, perplexity"
                 f" {self.perplexity:,.1f}{bits}, {self.token_accuracy:.1%} of tokens guessed right"

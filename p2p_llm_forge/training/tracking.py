@@ -1,20 +1,18 @@
-"""What a run says: progress, metrics.jsonl, trackers. Silent off the main process."""
+"""What a run shows: progress, metrics.jsonl, trackers. Silent off the main process."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.data.order import Plan
-from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.errors import Problems, nearest
+from p2p_llm_forge.files import write_file
 from p2p_llm_forge.peers.cluster import Cluster
 
 METRICS = "metrics.jsonl"
@@ -36,7 +34,7 @@ class Silent:
 
 
 class Tracking(Silent):
-    """The main process's voice: a bar on a terminal, lines elsewhere, and metrics.jsonl."""
+    """What the main process shows: a bar on a terminal, lines elsewhere, and metrics.jsonl."""
 
     def __init__(self, config: TrainConfig, cluster: Cluster) -> None:
         self._output_dir = Path(config.output_dir)
@@ -79,20 +77,7 @@ class Tracking(Silent):
                 key: value for key, value in metrics.items() if isinstance(value, int | float)
             }
             self._accelerator.log(numbers, step=metrics["step"])
-        shown = {
-            key: metrics[key]
-            for key in ("loss", "eval_loss", "tokens_per_second")
-            if metrics.get(key) is not None
-        }
-        text = "  ".join(
-            f"{key} {value:,.0f}" if value > 100 else f"{key} {value:.4f}"
-            for key, value in shown.items()
-        )
-        if metrics.get("bytes_sent_per_update"):
-            text += (
-                f"  communication {metrics['communication']:.1%},"
-                f" {metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
-            )
+        text = line_of(metrics)
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._last_line > PLAIN_LINE_INTERVAL_S or "eval_loss" in metrics:
@@ -116,6 +101,21 @@ class Tracking(Silent):
             self._bar = None
 
 
+def line_of(metrics: dict[str, Any]) -> str:
+    """The figures that are worth a look while a run lasts."""
+    shown = [
+        f"{key} {value:,.0f}" if value > 100 else f"{key} {value:.4f}"
+        for key in ("loss", "eval_loss", "tokens_per_second")
+        if (value := metrics.get(key)) is not None
+    ]
+    if metrics.get("bytes_sent_per_update"):
+        shown.append(
+            f"communication {metrics['communication']:.1%},"
+            f" {metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
+        )
+    return "  ".join(shown)
+
+
 def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:
     """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in lm.parameters())
@@ -126,101 +126,15 @@ def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -
 model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters
 data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
 peers     {world} process(es) on {cluster.device.type}, precision {accelerator.mixed_precision}
-updates   {plan.total_steps:,} of {plan.batch_size} blocks, {told_shares(plan.shares)}, \
+updates   {plan.total_steps:,} of {plan.batch_size} blocks, {_in_words(plan.shares)}, \
 micro-batches of {plan.micro_batch_size}"""
 
 
-def told_shares(shares: list[int]) -> str:
-    """Who takes how many blocks of an update, in words."""
+def _in_words(shares: list[int]) -> str:
+    """How many blocks of an update each process takes."""
     if len(set(shares)) == 1:
         return f"{shares[0]} on each of {len(shares)} process(es)"
     return f"{' + '.join(map(str, shares))} on {len(shares)} processes"
-
-
-class LossWindow:
-    """The losses since the last line of metrics.jsonl, kept update by update.
-
-    They are summed without rounding errors, so the line is the same whether or not the run was
-    saved and resumed in between. They leave the device, and this rank, only when asked for.
-
-    loses_rounds_after: after so many updates losses that are not finite do not end the run, which
-    will go back by itself.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        tokens_per_update: int,
-        first_step: int,
-        since_log: dict[str, Any],
-        loses_rounds_after: float = math.inf,
-    ) -> None:
-        self._cluster = cluster
-        self._tokens_per_update = tokens_per_update
-        self._nats = list(since_log["nats"])  # of all ranks
-        self._updates = since_log["updates"]
-        self._is_spoiled = since_log.get("is_spoiled", False)
-        self._pending: list[torch.Tensor] = []  # of this rank
-        self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
-        self._next_step = first_step + 1
-        self._loses_rounds_after = loses_rounds_after
-
-    def add(self, nats: torch.Tensor) -> None:
-        """This rank's summed loss of one more update: a scalar on the device."""
-        self._pending.append(nats)
-
-    def end_line(self, line: dict[str, Any]) -> None:
-        """The updates so far make up this line; `settle` puts in the loss."""
-        self._lines.append((len(self._pending), line))
-
-    def has_line(self) -> bool:
-        """Whether a line waits for its loss."""
-        return bool(self._lines)
-
-    def settle(self) -> list[dict[str, Any]]:
-        """The lines that have ended, with all ranks' losses. All ranks must call.
-
-        Raises ForgeError, on all ranks, if a loss is not finite (but see `loses_rounds_after`:
-        then the line's loss is None).
-        """
-        by_rank: list[list[float]] = [[]]
-        if self._pending:
-            by_rank = self._cluster.gather_numbers(torch.stack(self._pending).tolist())
-        updates = list(zip(*by_rank, strict=True))
-        ended, start = [], 0
-        for end, line in self._lines:
-            self._take(updates[start:end])
-            loss = math.fsum(self._nats) / (self._updates * self._tokens_per_update)
-            ended.append({**line, "loss": None if self._is_spoiled else loss})
-            self._nats, self._updates, self._is_spoiled, start = [], 0, False, end
-        self._take(updates[start:])
-        self._pending.clear()
-        self._lines.clear()
-        return ended
-
-    def _take(self, updates: list[tuple[float, ...]]) -> None:
-        for losses in updates:
-            bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-            if bad and self._next_step <= self._loses_rounds_after:
-                raise ForgeError(
-                    f"the loss became NaN or infinite at step {self._next_step} (first on rank"
-                    f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched."
-                    " Lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then go"
-                    " on with --resume auto"
-                )
-            self._is_spoiled = self._is_spoiled or bool(bad)
-            self._nats += [] if bad else losses
-            self._next_step += 1
-            self._updates += 1
-
-    def since_log(self) -> dict[str, Any]:
-        """What a later run needs to go on; after `settle`."""
-        # A copy: the background writer reads it while the list grows.
-        return {
-            "nats": list(self._nats),
-            "updates": self._updates,
-            "is_spoiled": self._is_spoiled,
-        }
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -230,15 +144,19 @@ def tracker_names(report_to: str) -> list[str]:
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     installed = {str(name) for name in get_available_trackers()}
     known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    problems = Problems()
     for name in names:
         if name not in known:
-            raise ForgeError(
-                f"--report-to: unknown tracker '{name}': {nearest(name, known | {'none'})}"
+            problems.require(
+                False, f"--report-to {name}: no such tracker", nearest(name, known | {"none"})
             )
-        if name not in installed:
-            raise ForgeError(
-                f"--report-to: {name} is not installed: pip install {name}, or --report-to none"
+        elif name not in installed:
+            problems.require(
+                False,
+                f"--report-to {name}: it is not installed",
+                f"pip install {name}, or leave it out",
             )
+    problems.raise_any()
     return names
 
 
@@ -253,6 +171,4 @@ def keep_metrics_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    partial = path.with_name(f"tmp-{path.name}")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.rename(path)
+    write_file(path, "".join(kept))

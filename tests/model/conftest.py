@@ -1,4 +1,4 @@
-"""The text that models are fitted to."""
+"""The text that models are fitted to; losses in small chunks."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tokenizer_dir: Path) -> TextSpec:
     """Blocks of 32 tokens, a vocabulary of 300."""
     return TextSpec(vocab_size=300, eos_token_id=1, sequence_length=32, tokenizer_dir=tokenizer_dir)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss takes 7 tokens at a time."""
+    monkeypatch.setattr("p2p_llm_forge.model.loss.chunk_tokens", lambda vocab_size: 7)

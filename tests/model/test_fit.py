@@ -11,40 +11,42 @@ import torch
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, new_model_config
-from p2p_llm_forge.model.fit import TRAINING_BYTES_PER_PARAMETER, require_causal, require_memory
+from p2p_llm_forge.model.fit import TRAINING_BYTES_PER_PARAMETER, require_memory
 from tests.runs import TINY_MODEL
 
-ROBERTA = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
+ENCODER = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
+
+
+def test_families_that_can_look_ahead_are_built_so_that_they_do_not(text):
+    lm = build_model(TrainConfig(model_type="bert", config_overrides=ENCODER), text).eval()
+    tokens = torch.arange(32).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    with torch.no_grad():
+        before, after = lm(input_ids=tokens).logits, lm(input_ids=changed).logits
+    torch.testing.assert_close(before[:, :-1], after[:, :-1])
+    assert not torch.allclose(before[:, -1], after[:, -1])
+
+
+def test_a_model_that_looks_ahead_is_refused(text):
+    sizes = "d_model=32,n_layer=2,n_head=2,d_inner=48"
+    with pytest.raises(ForgeError) as error:
+        build_model(TrainConfig(model_type="xlnet", config_overrides=sizes), text)
+    (problem,) = error.value.problems
+    assert "sees the tokens that it should predict, so it is not a causal" in problem.found
+    assert "such as gpt2" in problem.fix
 
 
 def test_a_family_that_keeps_positions_for_itself_needs_more_of_them_and_then_fits(text):
-    config = TrainConfig(model_type="roberta", config_overrides=ROBERTA)
+    """RoBERTa counts its positions from 2."""
+    config = TrainConfig(model_type="roberta", config_overrides=ENCODER)
     with pytest.raises(ForgeError) as error:
         build_model(config, text)
     (problem,) = error.value.problems
     assert "cannot take a block of 32 tokens" in problem.found
     more = problem.fix.partition("--config-overrides ")[2]
-    assert build_model(replace(config, config_overrides=f"{ROBERTA},{more}"), text)
-
-
-def test_a_model_that_looks_ahead_is_refused():
-    class LooksAhead(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = torch.nn.Embedding(9, 4)
-
-        def get_input_embeddings(self):
-            return self.embedding
-
-        def forward(self, input_ids, use_cache):
-            hidden = self.embedding(input_ids)
-            return SimpleNamespace(logits=hidden + hidden.sum(1, keepdim=True))
-
-    with pytest.raises(ForgeError) as error:
-        require_causal(LooksAhead(), "this one", 8, "")
-    (problem,) = error.value.problems
-    assert "this one sees the tokens that it should predict" in problem.found
-    assert "such as gpt2" in problem.fix
+    assert more == "max_position_embeddings=34"
+    assert build_model(replace(config, config_overrides=f"{ENCODER},{more}"), text)
 
 
 def test_the_memory_is_that_of_all_processes_on_the_machine(text, monkeypatch):

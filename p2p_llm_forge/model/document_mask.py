@@ -1,0 +1,77 @@
+"""Attention that does not cross the end of a document."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+
+DocumentMask = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def positions_in_documents(inputs: torch.Tensor, document_end: int) -> torch.Tensor:
+    """Each token's position in its document, int64. inputs: (blocks, tokens) int64.
+
+    The end of a document, as an input, is where the next one is predicted from: it is position 0 of
+    that. A document that began in an earlier block begins again here.
+    """
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    starts = torch.where(inputs == document_end, positions, 0).cummax(1).values
+    return positions - starts
+
+
+def by_positions(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
+    """For families that read from the positions which tokens belong together (transformers 5)."""
+    return {"position_ids": positions_in_documents(inputs, document_end)}
+
+
+def by_scores(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
+    """For others that take a mask: added to the attention scores, (blocks, 1, tokens, tokens)."""
+    document = (inputs == document_end).cumsum(1)
+    allowed = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+    mask = torch.zeros(allowed.shape, device=inputs.device)
+    mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
+    return {"attention_mask": mask, **by_positions(inputs, document_end)}
+
+
+@torch.no_grad()
+def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
+    """What this model's forward needs besides its inputs to keep attention inside documents.
+
+    A function of the inputs that returns more arguments of the forward. Found by trial, on two
+    short documents: the logits of the second must be those that it has alone. Raises ForgeError
+    for a model that cannot.
+    """
+    first, second = two_documents(lm.get_input_embeddings().num_embeddings, document_end)
+    end, device = [document_end], next(lm.parameters()).device
+    packed = torch.tensor([end + first + end + second], device=device)
+    alone = torch.tensor([end + second], device=device)
+    was_training = lm.training
+    lm.eval()
+    try:
+        expected = lm(input_ids=alone, use_cache=False).logits
+        for mask in (by_positions, by_scores):
+            try:
+                logits = lm(input_ids=packed, use_cache=False, **mask(packed, document_end)).logits
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if torch.allclose(logits[:, len(first) + 1 :], expected, rtol=1e-3, atol=1e-4):
+                return functools.partial(mask, document_end=document_end)
+    finally:
+        lm.train(was_training)
+    raise ForgeError(
+        f"--document-mask: a {lm.config.model_type} cannot keep attention inside documents (its"
+        " logits change with the document before)",
+        "leave the flag out, or train another family",
+    )
+
+
+def two_documents(vocab_size: int, document_end: int) -> tuple[list[int], list[int]]:
+    """Tokens of two short documents, without their ends, however small the vocabulary is."""
+    tokens = [token for token in range(min(vocab_size, 32)) if token != document_end]
+    first, second = tokens[:9], tokens[9:14]
+    return (first, second) if len(second) > 1 else (tokens[:1] * 9, tokens[:1] * 5)

@@ -1,0 +1,99 @@
+"""The losses between two lines of metrics.jsonl, of all ranks, across a resume."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.cluster import Cluster
+
+NO_LOSSES: dict[str, Any] = {"nats": [], "updates": 0, "is_spoiled": False}
+
+
+class LossWindow:
+    """The losses since the last line of metrics.jsonl, kept update by update.
+
+    They are summed without rounding errors, so the line is the same whether or not the run was
+    saved and resumed in between. They leave the device, and this rank, only when asked for.
+
+    first_step: updates taken so far. since_log: what `since_log` returned then. loses_rounds_after:
+    after so many updates a loss that is not finite does not end the run, which undoes such rounds.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        tokens_per_update: int,
+        first_step: int,
+        since_log: dict[str, Any],
+        loses_rounds_after: float = math.inf,
+    ) -> None:
+        self._cluster = cluster
+        self._tokens_per_update = tokens_per_update
+        self._nats = list(since_log["nats"])  # of all ranks
+        self._updates = since_log["updates"]
+        self._is_spoiled = since_log["is_spoiled"]
+        self._pending: list[torch.Tensor] = []  # of this rank
+        self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
+        self._next_step = first_step + 1
+        self._loses_rounds_after = loses_rounds_after
+
+    def add(self, nats: torch.Tensor) -> None:
+        """This rank's summed loss of one more update: a scalar on the device."""
+        self._pending.append(nats)
+
+    def end_line(self, line: dict[str, Any]) -> None:
+        """The updates so far make up this line; `settle` puts in the loss."""
+        self._lines.append((len(self._pending), line))
+
+    def has_line(self) -> bool:
+        """Whether a line waits for its loss."""
+        return bool(self._lines)
+
+    def settle(self) -> list[dict[str, Any]]:
+        """The lines that have ended, with all ranks' losses. All ranks must call.
+
+        Raises ForgeError, on all ranks, if a loss is not finite (but see `loses_rounds_after`:
+        then the line's loss is None).
+        """
+        by_rank: list[list[float]] = [[]]
+        if self._pending:
+            by_rank = self._cluster.gather_numbers(torch.stack(self._pending).tolist())
+        updates = list(zip(*by_rank, strict=True))
+        ended, start = [], 0
+        for end, line in self._lines:
+            self._take(updates[start:end])
+            loss = math.fsum(self._nats) / (self._updates * self._tokens_per_update)
+            ended.append({**line, "loss": None if self._is_spoiled else loss})
+            self._nats, self._updates, self._is_spoiled, start = [], 0, False, end
+        self._take(updates[start:])
+        self._pending.clear()
+        self._lines.clear()
+        return ended
+
+    def _take(self, updates: list[tuple[float, ...]]) -> None:
+        for losses in updates:
+            bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            if bad and self._next_step <= self._loses_rounds_after:
+                raise ForgeError(
+                    f"the loss became NaN or infinite at step {self._next_step} (first on rank"
+                    f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched",
+                    "lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then"
+                    " resume with --resume auto",
+                )
+            self._is_spoiled = self._is_spoiled or bool(bad)
+            self._nats += [] if bad else losses
+            self._next_step += 1
+            self._updates += 1
+
+    def since_log(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON values; after `settle`."""
+        # A copy: the background writer reads it while the list grows.
+        return {
+            "nats": list(self._nats),
+            "updates": self._updates,
+            "is_spoiled": self._is_spoiled,
+        }

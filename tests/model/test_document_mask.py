@@ -1,0 +1,73 @@
+"""Documents in one block are read as if each were alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.document_mask import positions_in_documents
+from p2p_llm_forge.model.loss import NextTokenLoss
+from tests.model.families import FAMILIES, model_of
+
+END = 3
+FIRST, OTHER, SECOND = [5, 9, 20, 31, 8, 8], [40, 41, 7, 60, 61, 62], [11, 12, 50, 13, 9]
+
+
+def test_positions_begin_again_after_the_end_of_a_document():
+    inputs = torch.tensor([[7, 8, END, 9, END, END, 4], [END, 1, 2, 4, 5, 6, END]])
+    assert positions_in_documents(inputs, END).tolist() == [
+        [0, 1, 0, 1, 0, 0, 1],
+        [0, 1, 2, 3, 4, 5, 0],
+    ]
+
+
+def logits_of(module, tokens):
+    inputs = torch.tensor([tokens])
+    mask = module.document_mask(inputs)
+    return module.lm(input_ids=inputs, use_cache=False, **mask).logits[0]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def module(request):
+    """A model of each family, masked."""
+    return NextTokenLoss(model_of(request.param, **FAMILIES[request.param][0]), document_end=END)
+
+
+def test_the_logits_of_a_document_do_not_change_with_its_neighbours(module):
+    lm = module.eval().lm
+    with torch.no_grad():
+        alone = lm(input_ids=torch.tensor([[END, *SECOND]])).logits[0]
+        place = slice(len(FIRST) + 1, len(FIRST) + 1 + len(alone))
+        for neighbour in (FIRST, OTHER):
+            packed = logits_of(module, [END, *neighbour, END, *SECOND, END, *neighbour])
+            torch.testing.assert_close(packed[place], alone, rtol=1e-4, atol=1e-5)
+        crossing = lm(input_ids=torch.tensor([[END, *FIRST, END, *SECOND]])).logits[0]
+        assert not torch.allclose(crossing[place], alone, atol=1e-3), "else this shows nothing"
+        shuffled = logits_of(module, [END, *FIRST, END, *SECOND[::-1]])
+        assert not torch.allclose(shuffled[-1], alone[-1], atol=1e-3), "attention inside is kept"
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_masked_loss_is_the_sum_over_the_documents_alone(module, small_chunks, in_training):
+    module.train(in_training)
+    tokens = [END, *FIRST, END, *SECOND, END]
+    nats, _ = module(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))
+    alone = sum(
+        torch.nn.functional.cross_entropy(
+            module.lm(input_ids=torch.tensor([[END, *part]]), use_cache=False).logits[0],
+            torch.tensor([*part, END]),
+            reduction="sum",
+        )
+        for part in (FIRST, SECOND)
+    )
+    assert nats.item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_a_family_whose_state_runs_through_documents_is_refused():
+    lm = model_of("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    with pytest.raises(ForgeError) as error:
+        NextTokenLoss(lm, document_end=END)
+    (problem,) = error.value.problems
+    assert "--document-mask: a mamba cannot keep attention inside" in problem.found
+    assert problem.fix.startswith("leave the flag out")

@@ -1,0 +1,149 @@
+"""What a run shows and writes of its figures."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training.tracking import (
+    METRICS,
+    Silent,
+    Tracking,
+    introduction,
+    keep_metrics_until,
+    line_of,
+    tracker_names,
+)
+
+
+class Accelerator:
+    """Notes what trackers are given."""
+
+    def __init__(self):
+        self.logged = []
+
+    def init_trackers(self, name, config):
+        self.settings = config
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def end_training(self):
+        self.logged.append("end")
+
+
+@pytest.fixture
+def cluster():
+    return SimpleNamespace(accelerator=Accelerator())
+
+
+@pytest.fixture
+def tracking(tmp_path, cluster):
+    return Tracking(TrainConfig(output_dir=str(tmp_path), report_to="none"), cluster)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def test_metrics_are_written_at_once_and_shown(tracking, tmp_path, capsys):
+    tracking.start(0, 10)
+    tracking.step()
+    tracking.log({"step": 1, "loss": 2.5, "tokens_per_second": 1234.4})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "tokens_per_second": 1234.4}]
+    tracking.log({"step": 2, "loss": 2.25})  # written, but shown at most every few seconds
+    tracking.log({"step": 2, "eval_loss": 2.0})
+    tracking.say("a word")
+    tracking.finish()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/10  loss 2.5000  tokens_per_second 1,234",
+        "step 2/10  eval_loss 2.0000",
+        "a word",
+    ]
+
+
+def test_steps_that_come_again_and_torn_lines_are_dropped(tmp_path):
+    file = tmp_path / METRICS
+    keep_metrics_until(file, 0)
+    assert not file.exists()
+    whole = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4))
+    file.write_text(whole + '{"other": 1}\nno json\n' + '{"step": 1}')
+    keep_metrics_until(file, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_resumed_run_writes_after_the_lines_of_the_one_before(tracking, tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n')
+    tracking.start(1, 4)
+    tracking.log({"step": 2, "loss": None})
+    tracking.finish()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2, "loss": None}]
+
+
+def test_trackers_get_the_settings_and_the_numbers(tmp_path, cluster):
+    config = TrainConfig(output_dir=str(tmp_path), report_to="tensorboard", max_steps=3)
+    tracking = Tracking(config, cluster)
+    tracking.start(0, 3)
+    tracking.log({"step": 1, "loss": None, "grad_norm": 0.5, "shares": [1, 2]})
+    tracking.finish()
+    accelerator = cluster.accelerator
+    assert [str(kind) for kind in accelerator.log_with] == ["tensorboard"]
+    assert accelerator.settings["max_steps"] == 3
+    assert {type(value) for value in accelerator.settings.values()} <= {bool, int, float, str}
+    assert accelerator.logged == [(1, {"step": 1, "grad_norm": 0.5}), "end"]
+
+
+def test_the_network_is_shown_where_something_was_sent():
+    metrics = {"step": 3, "loss": 1.0, "communication": 0.25, "bytes_sent_per_update": 1.5e6}
+    assert line_of(metrics) == "loss 1.0000  communication 25.0%, 1.50 MB/step"
+    assert line_of({**metrics, "bytes_sent_per_update": 0}) == "loss 1.0000"
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [([4, 4], "8 blocks, 4 on each of 2 process(es)"), ([5, 3], "8 blocks, 5 + 3 on 2 processes")],
+)
+def test_the_introduction_says_who_takes_how_much(shares, words):
+    import torch
+
+    cluster = SimpleNamespace(
+        world_size=2, device=torch.device("cpu"), accelerator=SimpleNamespace(mixed_precision="no")
+    )
+    splits = {"train": SimpleNamespace(blocks=1000)}
+    manifest = SimpleNamespace(splits=splits, sequence_length=32, vocab_size=300)
+    plan = SimpleNamespace(total_steps=6, batch_size=8, shares=shares, micro_batch_size=4)
+    lm = torch.nn.Linear(1000, 1000, bias=False)
+    lm.config = SimpleNamespace(model_type="gpt2")
+    text = introduction(cluster, SimpleNamespace(manifest=manifest), plan, lm)
+    assert "gpt2, 1.00 M parameters" in text
+    assert "1,000 blocks of 32 tokens, vocabulary 300" in text
+    assert words in text
+
+
+def test_unknown_and_missing_trackers_are_refused_all_at_once(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    assert tracker_names("none") == []
+    assert tracker_names("tensorboard, none") == ["tensorboard"]
+    with pytest.raises(ForgeError) as error:
+        tracker_names("tensorbord,wandb")
+    unknown, missing = error.value.problems
+    assert unknown.found == "--report-to tensorbord: no such tracker"
+    assert "tensorboard" in unknown.fix
+    assert missing.found == "--report-to wandb: it is not installed"
+    assert missing.fix.startswith("pip install wandb")
+
+
+def test_the_other_ranks_show_nothing(capsys):
+    silent = Silent()
+    silent.start(0, 3)
+    silent.step()
+    silent.log({"step": 1})
+    silent.say("nothing")
+    silent.finish()
+    assert capsys.readouterr() == ("", "")
