@@ -24,7 +24,8 @@ from p2p_llm_forge.training.results import RESULTS, TrainResult
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     import torch
 
-    from p2p_llm_forge.data.dataset import Blocks, PreparedDataset
+    from p2p_llm_forge.data.blocks import Blocks
+    from p2p_llm_forge.data.dataset import PreparedDataset
     from p2p_llm_forge.peers.cluster import Cluster
     from p2p_llm_forge.sync.base import Meter, Sync
     from p2p_llm_forge.training.loss_window import LossWindow

@@ -34,8 +34,10 @@ from torch import Tensor
 
 from benchmarks.side_by_side import Optimizer, Sizes, losses
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.data.dataset import VALIDATION, Blocks, open_prepared
+from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.order import blocks_at
+from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.schedule import learning_rate_factor
 from p2p_llm_forge.sync.compress import CODECS, Codec, ErrorFeedback
 from p2p_llm_forge.sync.outer import outer_lr_of, outer_settings, outer_step

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_data
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data import parts, sources
+from p2p_llm_forge.data import blocks, parts, sources
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, looks_like_prepared, open_prepared
 from p2p_llm_forge.data.parts import ReadOptions
@@ -46,8 +45,8 @@ def prepared(text_file, tmp_path_factory):
 def small_pieces(monkeypatch):
     """Many pieces of work, record batches and files, of which a small text would have one."""
     monkeypatch.setattr(parts, "PIECE_BYTES", 3_000)
-    monkeypatch.setattr(corpus, "BATCH_BYTES", 1_000)
-    monkeypatch.setattr(corpus, "BATCHES_PER_SHARD", 4)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 1_000)
+    monkeypatch.setattr(blocks, "BATCHES_PER_SHARD", 4)
 
 
 def config(text: Path, folder: Path, **changes) -> PrepareConfig:
@@ -227,7 +226,7 @@ def test_a_second_run_finds_the_dataset_prepared(text_file, prepared, capsys):
 )
 def test_another_dataset_in_the_folder_is_not_overwritten(text_file, prepared, changes, told):
     before = contents(prepared)
-    with pytest.raises(ForgeError, match=f"another dataset.*{told}.*--overwrite"):
+    with pytest.raises(ForgeError, match=f"(?s)another dataset.*{told}.*fix: .*--overwrite"):
         prepare(config(text_file, prepared, **changes))
     assert contents(prepared) == before
 
@@ -296,7 +295,7 @@ def only_blank_lines(tmp_path):
 
 
 def a_folder(tmp_path):
-    return {"dataset_path": [str(tmp_path)]}, "is a folder without text.*give a glob"
+    return {"dataset_path": [str(tmp_path)]}, "(?s)is a folder without text.*give a glob"
 
 
 def another_format(tmp_path):
@@ -311,11 +310,11 @@ def not_utf8(tmp_path):
 
 
 def shorter_than_a_block(tmp_path):
-    return {"sequence_length": 1_000_000}, "too short.*shorter --sequence-length"
+    return {"sequence_length": 1_000_000}, "(?s)too short.*shorter --sequence-length"
 
 
 def validation_shorter_than_a_block(tmp_path):
-    told = "validation split is too short.*--validation-fraction"
+    told = "(?s)validation split is too short.*--validation-fraction"
     return {"sequence_length": 4_000, "validation_fraction": 0.01}, told
 
 
@@ -326,7 +325,9 @@ def output_is_a_file(tmp_path):
 
 def output_below_a_file(tmp_path):
     (tmp_path / "file").touch()
-    return {"output_dir": str(tmp_path / "file" / "a")}, "not writable.*give another folder"
+    return {
+        "output_dir": str(tmp_path / "file" / "a")
+    }, "(?s)cannot be written.*give another folder"
 
 
 def output_full_of_other_things(tmp_path):
@@ -373,7 +374,7 @@ def test_a_folder_that_may_not_be_written_is_told(text_file, tmp_path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ForgeError, match="not writable .Permission denied."):
+    with pytest.raises(ForgeError, match="cannot be written: Permission denied"):
         prepare(config(text_file, tmp_path / "out"))
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data.dataset import TRAIN, PreparedDataset
+from p2p_llm_forge.data.dataset import PreparedDataset
+from p2p_llm_forge.data.splits import TRAIN
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
 
@@ -90,7 +92,7 @@ def verify(folder: Path) -> int:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != facts["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}")
-        elif corpus.checksum(path) != facts["blake2b"]:
+        elif sha256_of(path) != facts["sha256"]:
             wrong.append(f"{name} has another checksum")
     if wrong:
         raise ForgeError(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data import tokenizer as tokenization
-from p2p_llm_forge.data.dataset import TRAIN, BlockWriter, Manifest, SplitFacts
-from p2p_llm_forge.data.parts import Part
-from p2p_llm_forge.data.pieces import Pieces, Record
+from p2p_llm_forge.data.blocks import BlockWriter
+from p2p_llm_forge.data.dataset import DATASET_DICT, TOKENIZER, Manifest, SplitFacts
+from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
+from p2p_llm_forge.data.sources import Found
+from p2p_llm_forge.data.splits import TRAIN, SplitCounts
+from p2p_llm_forge.data.tokenizer import bytes_of_text
+from p2p_llm_forge.data.unfinished import new_dataset_folder, require_room
+from p2p_llm_forge.files import fingerprint, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Done:
-    """A piece that is tokenized: the number of its part, the part, its number there, its record."""
+    """A piece that is tokenized, and its record."""
 
-    number: int
-    part: Part
-    piece: int
+    id: PieceId
     record: Record
+
+    @property
+    def train_tokens(self) -> int:
+        """The tokens that it has to train on."""
+        return self.record.splits[TRAIN].tokens
 
 
 @dataclass(frozen=True)
-class Labels:
-    """What the dataset is to be, besides what is counted."""
+class DatasetSpec:
+    """What the dataset is to be, besides what is counted. tokenizer: whose tokens it holds."""
 
+    tokenizer: Any
     splits: tuple[str, ...]
     sequence_length: int
     vocab_size: int
@@ -49,17 +53,17 @@ class Labels:
 
 
 def quotas(totals: list[int], weights: tuple[float, ...]) -> list[int]:
-    """The most tokens that each source can give, none twice, so that their shares are `weights`.
+    """The most tokens that each source can give, none twice, so that they are as `weights`.
 
     The source that is shortest for its weight gives all that it has.
     """
     scale = min(total / weight for total, weight in zip(totals, weights, strict=True))
-    shares = (scale * weight for weight in weights)
-    return [min(total, round(share)) for total, share in zip(totals, shares, strict=True)]
+    exact = (scale * weight for weight in weights)
+    return [min(total, round(quota)) for total, quota in zip(totals, exact, strict=True)]
 
 
 def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
-    """An order (source, place) that takes sizes[source] in turn, keeping shares near the limits'.
+    """An order (source, place) that takes sizes[source] in turn, in proportion to the limits.
 
     Next is always a piece of the source that has given the smallest part of its limit.
     """
@@ -86,19 +90,21 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
     Weights hold for the training text; what is held out is kept whole, so pieces come even where
     they may give none.
     """
-    of_source = [[piece for piece in done if piece.part.source == s] for s in range(len(weights))]
-    sizes = [[piece.record.splits[TRAIN].tokens for piece in pieces] for pieces in of_source]
+    of_source = [
+        [piece for piece in done if piece.id.part.source == s] for s in range(len(weights))
+    ]
+    sizes = [[piece.train_tokens for piece in pieces] for pieces in of_source]
     left = quotas([sum(size) for size in sizes], weights)
     order = blended(sizes, list(left)) if min(left) > 0 else []
     for source, place in order:
         piece = of_source[source][place]
-        size = min(piece.record.splits[TRAIN].tokens, left[source])
+        size = min(piece.train_tokens, left[source])
         left[source] -= size
         yield piece, size
     used = set(order)
     for source, pieces in enumerate(of_source):
         yield from ((p, 0) for place, p in enumerate(pieces) if (source, place) not in used)
-    yield from ((piece, 0) for piece in done if piece.part.is_validation)
+    yield from ((piece, 0) for piece in done if piece.id.part.is_validation)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -107,146 +113,113 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
 class _Split:
     """One split while it is written."""
 
-    def __init__(self, name: str, folder: Path, labels: Labels) -> None:
+    def __init__(self, name: str, folder: Path, spec: DatasetSpec) -> None:
         self.name = name
-        self.writer = BlockWriter(folder / name, labels.sequence_length, labels.dtype)
-        self.documents = self.bytes = self.left_out = 0
+        self.writer = BlockWriter(folder / name, spec.sequence_length, spec.dtype)
+        self._spec = spec
+        self._documents = self._bytes = self._left_out = 0
 
-    def add(self, tokens: np.ndarray, limit: int, counts: Any, tokenizer: Any) -> None:
+    def add(self, tokens: np.ndarray, limit: int, counts: SplitCounts) -> None:
         """Add a piece's tokens, at most `limit`, to the end of a document."""
         import numpy as np
 
-        self.documents += counts.documents
-        self.bytes += counts.bytes
+        self._documents += counts.documents
+        self._bytes += counts.bytes
         if limit < len(tokens):
-            ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
+            ends = np.flatnonzero(tokens == self._spec.eos_token_id) + 1
             kept = int(np.searchsorted(ends, limit, side="right"))
             tokens, rest = np.split(tokens, [ends[kept - 1] if kept else 0])
-            self.documents -= counts.documents - kept
-            self.bytes -= tokenization.bytes_of_text(tokenizer, rest)
-            self.left_out += len(rest)
+            self._documents -= counts.documents - kept
+            self._bytes -= bytes_of_text(self._spec.tokenizer, rest)
+            self._left_out += len(rest)
         self.writer.append(tokens)
 
-    def finish(self, tokenizer: Any, sequence_length: int) -> SplitFacts:
+    def finish(self) -> SplitFacts:
         tail = self.writer.finish()
         return SplitFacts(
-            documents=self.documents,
+            documents=self._documents,
             blocks=self.writer.blocks,
-            tokens=self.writer.blocks * sequence_length,
-            bytes=self.bytes - tokenization.bytes_of_text(tokenizer, tail),
+            tokens=self.writer.blocks * self._spec.sequence_length,
+            bytes=self._bytes - bytes_of_text(self._spec.tokenizer, tail),
             dropped_tokens=len(tail),
-            left_out_tokens=self.left_out,
+            left_out_tokens=self._left_out,
         )
 
 
 class Packer:
-    """Writes the dataset of `parts` into `folder`, anew, while their pieces get done.
+    """Writes the dataset of `found`, from scratch, while its pieces get done.
 
     It takes the pieces in the order of the text. Those of a mixture are taken at the end, for its
-    order follows from the sizes of all.
+    order follows from the sizes of all. folder: in which the folder `written` is made.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: list[Part],
-        pieces: Pieces,
-        weights: tuple[float, ...],
-        tokenizer: Any,
-        labels: Labels,
-    ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._folder = folder
-        self._parts = parts
+    def __init__(self, folder: Path, found: Found, pieces: Pieces, spec: DatasetSpec) -> None:
+        self.written = new_dataset_folder(folder)
+        self._found = found
         self._pieces = pieces
-        self._weights = weights
-        self._tokenizer = tokenizer
-        self._labels = labels
-        self._splits = [_Split(name, folder, labels) for name in labels.splits]
+        self._spec = spec
+        self._splits = [_Split(name, self.written, spec) for name in spec.splits]
         self._done: list[Done] = []
         self._next = (0, 0)  # part and piece
+        self._is_finished = False
 
     @property
     def has_all(self) -> bool:
         """Whether every piece is done and taken."""
-        return self._next[0] == len(self._parts)
+        return self._next[0] == len(self._found.parts)
 
     def catch_up(self) -> None:
         """Take the pieces that are done, up to the first that is not. Raises OSError."""
         while not self.has_all:
             number, place = self._next
-            part = self._parts[number]
-            record = self._pieces.record(number, part, place)
+            piece = PieceId(number, self._found.parts[number], place)
+            record = self._pieces.record(piece)
             if not record:
                 return
-            self._done.append(Done(number, part, place, record))
+            self._done.append(Done(piece, record))
             self._next = (number + 1, 0) if record.is_last else (number, place + 1)
-            if not self._weights:
-                self._add(self._done[-1], record.splits[TRAIN].tokens)
+            if not self._found.weights:
+                self._add(self._done[-1], self._done[-1].train_tokens)
 
     def _add(self, piece: Done, limit: int) -> None:
         """Write a piece, of its training tokens at most `limit`."""
-        tokens = self._pieces.tokens(piece.number, piece.part, piece.piece)
-        require_room(self._folder, sum(of_split.nbytes for of_split in tokens.values()))
+        tokens = self._pieces.tokens(piece.id)
+        require_room(self.written, sum(of_split.nbytes for of_split in tokens.values()))
         for split in self._splits:
             allowed = limit if split.name == TRAIN else len(tokens[split.name])
-            counts = piece.record.splits[split.name]
-            split.add(tokens[split.name], allowed, counts, self._tokenizer)
+            split.add(tokens[split.name], allowed, piece.record.splits[split.name])
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
-        if self._weights:
-            for piece, limit in mixed(self._done, self._weights):
+        if self._found.weights:
+            for piece, limit in mixed(self._done, self._found.weights):
                 self._add(piece, limit)
-        labels, tokenizer = self._labels, self._tokenizer
+        spec = self._spec
         manifest = Manifest(
-            sequence_length=labels.sequence_length,
-            vocab_size=labels.vocab_size,
-            eos_token_id=labels.eos_token_id,
-            dtype=labels.dtype,
-            splits={
-                split.name: split.finish(tokenizer, labels.sequence_length)
-                for split in self._splits
-            },
-            tokenizer_fingerprint=labels.tokenizer_fingerprint,
-            content_fingerprint=content_fingerprint(piece.record.digest for piece in self._done),
-            arguments=labels.arguments,
+            sequence_length=spec.sequence_length,
+            vocab_size=spec.vocab_size,
+            eos_token_id=spec.eos_token_id,
+            dtype=spec.dtype,
+            splits={split.name: split.finish() for split in self._splits},
+            tokenizer_fingerprint=spec.tokenizer_fingerprint,
+            # Of the text, whatever its files are called and packed in.
+            content_fingerprint=fingerprint([piece.record.digest for piece in self._done]),
+            arguments=spec.arguments,
             skipped_rows=sum(piece.record.skipped for piece in self._done),
         )
-        checksums: dict[str, str] = {}
         for split in self._splits:
-            name = f"{manifest.fingerprint[:16]}-{split.name}"
-            checksums |= split.writer.describe(split.name, name)
-        names = {"splits": list(labels.splits)}
-        corpus.write_json(self._folder / corpus.DATASET_DICT, names)
-        tokenizer.save_pretrained(self._folder / corpus.TOKENIZER)
-        manifest = manifest.with_files(corpus.files_of(self._folder, checksums))
-        manifest.save(self._folder)
+            split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")
+        write_json(self.written / DATASET_DICT, {"splits": list(spec.splits)}, durable=False)
+        spec.tokenizer.save_pretrained(self.written / TOKENIZER)
+        manifest = manifest.with_files(self.written)
+        manifest.save(self.written)
+        self._is_finished = True
         return manifest
 
     def close(self) -> None:
-        """Give up: end the files that are being written."""
+        """End the files that are being written; what is not finished is removed."""
         for split in self._splits:
             with contextlib.suppress(OSError):  # of a full disk, once more
                 split.writer.close()
-
-
-def content_fingerprint(digests: Iterator[str]) -> str:
-    """One hash of the pieces' hashes: the text, whatever its files are called and packed in."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Raise OSError for a full disk unless `needed` bytes and a little more are free."""
-    if shutil.disk_usage(folder).free < needed + (1 << 20):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def no_room(folder: Path, needed: int, free: int) -> str:
-    """What to say when the disk is full."""
-    return (
-        f"the disk of {folder} is full: {needed / 1e9:.2f} GB are needed to finish, "
-        f"{free / 1e9:.2f} GB are free. Make room and run the same command: what is tokenized so "
-        "far is kept"
-    )
+        if not self._is_finished:
+            shutil.rmtree(self.written, ignore_errors=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from p2p_llm_forge.data.dataset import Blocks
+from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster

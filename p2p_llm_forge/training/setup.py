@@ -55,7 +55,7 @@ def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
 
 def prepare_text(config: TrainConfig, folder: Path) -> None:
     """Prepare the text file of `--dataset-path` into `folder`, which the same text finds again."""
-    from prepare_data import prepare
+    from p2p_llm_forge.data.prepare import prepare
 
     prepare(
         PrepareConfig(

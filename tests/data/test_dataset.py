@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data.dataset import Blocks, BlockWriter, Manifest, SplitFacts
+from p2p_llm_forge.data import blocks, dataset, splits
+from p2p_llm_forge.data.blocks import Blocks, BlockWriter
+from p2p_llm_forge.data.dataset import Manifest, SplitFacts
 from p2p_llm_forge.errors import ForgeError
 
 EOS = 7
@@ -34,7 +35,7 @@ def splitmix64(state: int) -> int:
 @pytest.mark.parametrize("seed", [0, 5, -1])
 def test_held_out_documents_are_the_hash_of_their_numbers(seed):
     assert splitmix64(0) == 0xE220A8397B1DCDAF, "published first output for seed 0"
-    chosen = corpus.held_out(3, 1_000, 0.1, seed)
+    chosen = splits.held_out(3, 1_000, 0.1, seed)
     base = splitmix64((splitmix64(seed % 2**64) + 3) % 2**64)
     expected = [splitmix64((base + n) % 2**64) < int(0.1 * 2**64) for n in range(1_000)]
     assert chosen.tolist() == expected
@@ -42,17 +43,17 @@ def test_held_out_documents_are_the_hash_of_their_numbers(seed):
 
 
 def test_held_out_documents_are_spread_and_change_with_the_seed():
-    chosen = np.concatenate([corpus.held_out(unit, 5_000, 0.2, 0) for unit in range(10)])
+    chosen = np.concatenate([splits.held_out(unit, 5_000, 0.2, 0) for unit in range(10)])
     thirds = [part.mean() for part in np.array_split(chosen, 3)]
     assert all(abs(share - 0.2) < 0.02 for share in thirds)
-    other = np.concatenate([corpus.held_out(unit, 5_000, 0.2, 1) for unit in range(10)])
+    other = np.concatenate([splits.held_out(unit, 5_000, 0.2, 1) for unit in range(10)])
     assert 0.02 < (chosen & other).mean() < 0.06
-    assert not corpus.held_out(0, 1_000, 0.0, 0).any()
+    assert not splits.held_out(0, 1_000, 0.0, 0).any()
 
 
 def test_every_document_is_followed_by_eos():
     tokens = np.array([1, 2, 3, 4], np.uint32)
-    joined = corpus.with_document_ends(tokens, np.array([2, 0, 1, 1]), EOS, "uint16")
+    joined = splits.with_document_ends(tokens, np.array([2, 0, 1, 1]), EOS, "uint16")
     assert joined.dtype == np.uint16
     assert joined.tolist() == [1, 2, EOS, EOS, 3, EOS, 4, EOS]
 
@@ -77,8 +78,8 @@ def cut_up(tokens: np.ndarray, seed: int) -> list[np.ndarray]:
 @pytest.fixture
 def small_batches(monkeypatch):
     """Record batches of 5 blocks of 8 uint16, files of 3 batches."""
-    monkeypatch.setattr(corpus, "BATCH_BYTES", 80)
-    monkeypatch.setattr(corpus, "BATCHES_PER_SHARD", 3)
+    monkeypatch.setattr(blocks, "BATCH_BYTES", 80)
+    monkeypatch.setattr(blocks, "BATCHES_PER_SHARD", 3)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -115,30 +116,30 @@ def test_blocks_take_two_bytes_a_token_and_one_percent(tmp_path):
 def test_inputs_are_the_tokens_before_the_targets(tmp_path, small_batches, dtype):
     tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 50 * 8).astype(dtype)
     write_blocks(tmp_path / "a", [tokens], 8, dtype)
-    blocks = Blocks(tmp_path / "a", 8, EOS)
-    assert len(blocks) == 50
+    written = Blocks(tmp_path / "a", 8, EOS)
+    assert len(written) == 50
     order = random.Random(0).sample(range(50), 50)
-    inputs, targets = blocks.inputs_and_targets(order)
+    inputs, targets = written.inputs_and_targets(order)
     stream = [EOS, *tokens.tolist()]
     assert targets.tolist() == [stream[n * 8 + 1 : n * 8 + 9] for n in order]
     assert inputs.tolist() == [stream[n * 8 : n * 8 + 8] for n in order]
     assert inputs.dtype == targets.dtype == np.int64
     assert inputs.flags.c_contiguous and targets.flags.c_contiguous
-    empty, _ = blocks.inputs_and_targets([])
+    empty, _ = written.inputs_and_targets([])
     assert empty.shape == (0, 8)
     for outside in (-1, 50):
         with pytest.raises(IndexError):
-            blocks.inputs_and_targets([outside])
+            written.inputs_and_targets([outside])
 
 
 def test_blocks_are_mapped_not_copied_and_travel_to_workers_as_a_path(tmp_path):
     tokens = np.arange(4_000_000, dtype=np.uint32)
     write_blocks(tmp_path / "a", [tokens], 100, "uint32")
     before = pa.total_allocated_bytes()
-    blocks = Blocks(tmp_path / "a", 100, EOS)
-    blocks.inputs_and_targets(range(1_000))
+    written = Blocks(tmp_path / "a", 100, EOS)
+    written.inputs_and_targets(range(1_000))
     assert pa.total_allocated_bytes() - before < 1_000_000
-    message = pickle.dumps(blocks)
+    message = pickle.dumps(written)
     assert len(message) < 1_000
     assert pickle.loads(message).inputs_and_targets([39_999])[1][0, -1] == 3_999_999
 
@@ -182,20 +183,21 @@ def test_the_fingerprint_tells_datasets_apart_and_ignores_names():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (None, "no manifest.json.*python prepare_data.py"),
+        (None, "(?s)no manifest.json.*python prepare_data.py"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format_version": 2}', "cannot be read"),
-        ('{"format_version": 99}', "format version 99.*--overwrite"),
+        ('{"format_version": 3}', "cannot be read"),
+        ('{"format_version": 2}', "format version 2, this program reads 3"),
+        ('{"format_version": 99}', "(?s)format version 99.*--overwrite"),
     ],
 )
 def test_a_folder_without_a_good_manifest_is_no_dataset(tmp_path, content, told):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ForgeError, match=told):
-        corpus.open_prepared(tmp_path)
+        dataset.open_prepared(tmp_path)
 
 
 def test_a_folder_that_does_not_exist_is_told(tmp_path):
     with pytest.raises(ForgeError, match="no such folder"):
-        corpus.open_prepared(tmp_path / "none")
+        dataset.open_prepared(tmp_path / "none")

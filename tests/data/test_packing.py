@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import dataset as corpus
 from p2p_llm_forge.data import describe as inspection
-from p2p_llm_forge.data import packing, parts
+from p2p_llm_forge.data import packing, parts, tokenizer_training
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest
+from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.errors import ForgeError
 from prepare_data import main, prepare
 from tests.texts import contents, decoded_documents, some_text, stream, write_rows
@@ -191,15 +191,13 @@ def test_skipped_rows_are_counted_and_reported(tmp_path, tokenizer_folder, capsy
 def test_a_tokenizer_for_a_large_text_is_trained_on_some_of_it_always_the_same(
     tmp_path, monkeypatch
 ):
-    import prepare_data
-
     monkeypatch.setattr(parts, "PIECE_BYTES", 2_000)
-    monkeypatch.setattr(prepare_data, "TOKENIZER_TEXT_BYTES", 20_000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_BYTES", 20_000)
     (tmp_path / "a.txt").write_text(some_text(1_000))
     asked = PrepareConfig([str(tmp_path / "a.txt")], str(tmp_path), vocab_size=400)
-    found = prepare_data.find_text(asked)
-    first = list(prepare_data.training_text(asked, found))
-    assert first == list(prepare_data.training_text(asked, found))
+    found = Preparation.of(asked)
+    first = list(tokenizer_training.training_text(found))
+    assert first == list(tokenizer_training.training_text(found))
     assert 8_000 < len("".join(first).encode()) < 40_000 < (tmp_path / "a.txt").stat().st_size
 
 
@@ -237,7 +235,7 @@ def test_verify_names_every_damaged_file(prepared, damage):
         inspection.verify(prepared)
 
 
-def test_checksums_are_those_of_b2sum(prepared):
+def test_checksums_are_those_of_sha256sum(prepared):
     import hashlib
 
     files = Manifest.load(prepared).files
@@ -245,8 +243,7 @@ def test_checksums_are_those_of_b2sum(prepared):
     for name, facts in files.items():
         content = (prepared / name).read_bytes()
         assert facts["bytes"] == len(content)
-        assert facts["blake2b"] == hashlib.blake2b(content, digest_size=32).hexdigest()
-        assert facts["blake2b"] == corpus.checksum(prepared / name)
+        assert facts["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_verify_without_a_dataset_is_a_clear_error():

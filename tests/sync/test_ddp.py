@@ -11,7 +11,7 @@ import torch
 
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.sync.ddp import AllReduce
-from tests.test_resuming import wait_for
+from tests.data.test_resume_preparation import wait_for
 
 
 def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_user(caplog):

@@ -1,0 +1,41 @@
+"""Fixtures of the data wing's tests: a text in small pieces, and what a whole run makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p_llm_forge.data.prepare import prepare
+from tests.data.preparations import config, make_pieces_small, write_text_of_every_kind
+from tests.texts import contents
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Many pieces of work, record batches and files, of which a small text would have one."""
+    make_pieces_small(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder with text of every way of reading."""
+    return write_text_of_every_kind(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def ready_tokenizer(text, tmp_path_factory):
+    """The folder of a tokenizer that was trained on the text."""
+    folder = tmp_path_factory.mktemp("ready") / "out"
+    prepare(config(text, folder))
+    return folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text, tmp_path_factory):
+    """The checksums of what an undisturbed run of one worker writes, in small pieces."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as small:
+        make_pieces_small(small.setattr)
+        prepare(config(text, folder, num_workers=1))
+    found = contents(folder)
+    assert len([name for name in found if name.endswith(".arrow")]) > 3
+    return found

@@ -1,0 +1,73 @@
+"""Preparations for tests: of text of every kind, in pieces so small that a little text has many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import blocks, parts
+from tests.texts import some_text, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_pieces_small(set_attribute: Callable[[object, str, int], None] = setattr) -> None:
+    """Many pieces of work, record batches and files, of which a small text would have one."""
+    set_attribute(parts, "PIECE_BYTES", 3_000)
+    set_attribute(blocks, "BATCH_BYTES", 1_000)
+    set_attribute(blocks, "BATCHES_PER_SHARD", 4)
+
+
+def write_text_of_every_kind(folder: Path) -> Path:
+    """Text of every way of reading: cut by bytes, row by row, and as a stream."""
+    (folder / "a.txt").write_bytes(some_text(200).encode())
+    rows = some_text(300, seed=5).split("\n\n")
+    write_rows(folder / "b.jsonl", rows[:100])
+    write_rows(folder / "c.jsonl.gz", rows[100:200])
+    write_rows(folder / "d.parquet", rows[200:240])
+    return folder
+
+
+def config(text: Path, folder: Path, **changes) -> PrepareConfig:
+    """A small preparation of `text` into `folder`."""
+    asked = {"dataset_path": [str(text)], "output_dir": str(folder), "sequence_length": 32}
+    return PrepareConfig(**asked | {"vocab_size": 400, "validation_fraction": 0.2} | changes)
+
+
+def start(
+    text: Path, folder: Path, *more: str, pause_s: float = 0.0, **environment: str
+) -> subprocess.Popen[str]:
+    """The script on its way, with the arguments of `config`; pause_s: before every piece."""
+    command = [
+        *(sys.executable, "-m", "tests.data.slow_preparation", str(pause_s)),
+        *("--dataset-path", str(text), "--output-dir", str(folder)),
+        *("--sequence-length", "32", "--vocab-size", "400", "--validation-fraction", "0.2"),
+        *more,
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+def start_ranks(
+    text: Path, folder: Path, world: int, *more: str, pause_s: float = 0.0
+) -> list[subprocess.Popen[str]]:
+    """One preparation by several ranks, as a launcher starts them."""
+    return [
+        start(text, folder, *more, pause_s=pause_s, RANK=str(rank), WORLD_SIZE=str(world))
+        for rank in range(world)
+    ]
+
+
+def interrupt(*_: object) -> None:
+    """What to put in the place of a function at which the user interrupts."""
+    raise KeyboardInterrupt
