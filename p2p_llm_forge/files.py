@@ -272,8 +272,8 @@ class Lock:
         if self._own.table and holder.table == self._own.table:
             return not holder.is_alive()
         pulse = Pulse(self._path / holder.name())
-        pulse.is_beating()
-        return not wait_for(lambda: pulse.has_changed() or not pulse.is_beating(), SILENCE_S)
+        wait_for(lambda: not pulse.is_beating() or pulse.has_changed())
+        return not pulse.has_changed()
 
 
 @contextlib.contextmanager
