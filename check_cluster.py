@@ -249,7 +249,7 @@ def time_an_update(
     report.update_s = update_s_by_rank(config, cluster, data, plan, lm)
     if cluster.world_size > 1:
         ways = forecasts(config, cluster, plan, lm, links, report.update_s)
-        report.forecast = table(ways).splitlines()
+        report.forecast = table(ways)
 
 
 def show(report: ClusterReport, config: CheckConfig) -> None:

@@ -125,7 +125,7 @@ def loop(run: Run, interruptions: Interruptions) -> None:
             spent = run.training_s + time.perf_counter() - started
             window.end_line(metrics_line(run, done, taken.grad_norm, spent))
         asked = NOTHING
-        if is_meeting := is_last or run.sync.meets(done):
+        if is_meeting := is_last or run.sync.is_sync_point(done):
             told = run.cluster.gather_numbers([interruptions.asked(), forward_s])
             asked = int(max(wish for wish, _ in told))
             run.balance.measured([seconds for _, seconds in told])
@@ -261,8 +261,8 @@ def settle_strategy(
     """
     from p2p_llm_forge.peers.findings import refuse_failures
     from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
-    from p2p_llm_forge.sync.base import refuse_elastic
     from p2p_llm_forge.sync.forecast import choose, table
+    from p2p_llm_forge.sync.strategy import refuse_elastic
     from p2p_llm_forge.training.checkpoint import read_state
     from p2p_llm_forge.training.forecast import as_begun, outlook, with_strategy
     from p2p_llm_forge.training.new_model import new_model
@@ -274,8 +274,8 @@ def settle_strategy(
         lm = cluster.together(lambda: new_model(config, cluster, data))
         forecasts = outlook(config, cluster, data, plan, lm)
         if cluster.is_main:
-            print(table(forecasts), flush=True)
-        config = with_strategy(config, choose(forecasts))
+            print("\n".join(table(forecasts)), flush=True)
+        config = with_strategy(config, choose(forecasts).strategy)
     refuse_elastic(config, cluster)
     if config.keeps_own_state() and cluster.world_size > 1:
         folder, hosts = Path(config.output_dir), hosts_of(cluster)
@@ -294,8 +294,9 @@ def set_up(
     from p2p_llm_forge.model.loss import NextTokenLoss
     from p2p_llm_forge.model.optimizer import build_optimizer
     from p2p_llm_forge.model.schedule import learning_rate_factor
-    from p2p_llm_forge.sync.base import Meter, strategy
+    from p2p_llm_forge.sync.base import Meter, Replica
     from p2p_llm_forge.sync.ddp import set_bucket_size
+    from p2p_llm_forge.sync.strategy import build_strategy
     from p2p_llm_forge.training.checkpoint import read_state
     from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
     from p2p_llm_forge.training.saving import Saving, take_up
@@ -316,7 +317,8 @@ def set_up(
         state = read_state(checkpoint)
     set_bucket_size(config, cluster)
     model, optimizer = cluster.accelerator.prepare(bare_model, optimizer)
-    sync = strategy(config, cluster, model, lm, optimizer, plan.total_steps, state["step"])
+    replica = Replica(model, lm, optimizer, total_steps=plan.total_steps, steps_done=state["step"])
+    sync = build_strategy(config, cluster, replica)
     prime(model, sync, blocks, plan, cluster)
     if checkpoint:
         bare = optimizer.optimizer
@@ -341,7 +343,7 @@ def set_up(
             plan.tokens_per_update,
             state["step"],
             state["since_log"],
-            sync.loses_rounds_after,
+            sync.rolls_back_after,
         ),
         Saving(config, cluster, lm, optimizer.optimizer, sync, data.tokenizer_dir, tracking),
         Balance(plan.shares, config.balance == "auto"),
@@ -359,7 +361,7 @@ def build_or_load(
 ) -> Any:
     """The causal LM of the run, the same on every rank."""
     from p2p_llm_forge.model.load import load_model, without_progress_bars
-    from p2p_llm_forge.sync.base import refuse_different_models
+    from p2p_llm_forge.sync.strategy import refuse_different_models
     from p2p_llm_forge.training.new_model import new_model, text_spec_of
 
     without_progress_bars()

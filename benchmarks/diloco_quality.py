@@ -101,7 +101,7 @@ class Job:
 
 
 class Results:
-    """The runs that are done, in a JSON file that is written anew after each."""
+    """The runs that are done, in a JSON file that is written again after each."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

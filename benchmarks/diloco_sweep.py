@@ -54,8 +54,8 @@ class Arm:
     outer_momentum: float = 0.0
     warmup_rounds: int = 0  # from plain averaging to the two above
     fade_rounds: int = 0  # and back, at the end of the run
-    compress: str = "none"  # of the moves: a codec's name
-    feedback_decay: float = 1.0  # what is kept from round to round of what compressing lost
+    compress: str = "none"  # of the pseudo-gradients: a codec's name
+    feedback_decay: float = 1.0  # what is kept of the residual from round to round
     inner: str = "adamw"  # or muon, for the layers' matrices
     averages_moments: int = 0  # 1: of AdamW, too, at the end of a round
 
@@ -127,17 +127,19 @@ class Rounds:
 
     def __init__(self, arm: Arm, rounds: int, anchor: Tensor) -> None:
         self._arm, self._left, self._done = arm, rounds, 0
-        self._anchor, self._velocity = anchor, None  # (parameters)
+        self._anchor, self._momentum_buffer = anchor, None  # (parameters)
         self._codec, self._feedback = {**CODECS, **TOP}[arm.compress], ErrorFeedback()
 
     def end_round(self, weights: Tensor) -> None:
-        """Exchange the moves. weights: of the peers (peers, parameters), changed in place."""
+        """Exchange pseudo-gradients. weights: (peers, parameters), changed in place."""
         self._left -= 1
         asked = self._arm.outer_lr, self._arm.outer_momentum
         lr, momentum = outer_settings(self._done, *asked, self._arm.warmup_rounds)
         lr, momentum = outer_settings(self._left, lr, momentum, self._arm.fade_rounds)
-        move = self._arriving(self._anchor - weights).mean(0)
-        self._anchor, self._velocity = outer_step(self._anchor, move, self._velocity, lr, momentum)
+        gradient = self._arriving(self._anchor - weights).mean(0)
+        self._anchor, self._momentum_buffer = outer_step(
+            self._anchor, gradient, self._momentum_buffer, lr, momentum
+        )
         weights.copy_(self._anchor)
         self._done += 1
 
@@ -146,12 +148,12 @@ class Rounds:
         self._anchor = weights.clone()
         self._left -= 1
 
-    def _arriving(self, moves: Tensor) -> Tensor:
-        """What the others decode of each peer's move; the sum is not compressed again."""
-        count, feedback = moves.shape[1], self._feedback
+    def _arriving(self, gradients: Tensor) -> Tensor:
+        """What the others decode of each peer's values; the sum is not compressed again."""
+        count, feedback = gradients.shape[1], self._feedback
         if feedback.residual is not None:
             feedback.residual = feedback.residual * self._arm.feedback_decay
-        filled = F.pad(moves, (0, -count % self._codec.group))
+        filled = F.pad(gradients, (0, -count % self._codec.group))
         return self._codec.decode(feedback.encode(self._codec, filled))[:, :count]
 
 
@@ -231,7 +233,7 @@ def evaluate(weights: Tensor, blocks: Blocks, sizes: Sizes) -> list[float]:
 
 
 class Results:
-    """The runs that are done, in a JSON file that is written anew after each group."""
+    """The runs that are done, in a JSON file that is written again after each group."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Two peers on a slow network: tokens/s of each way to keep them in step, predicted and measured.
+"""Two peers on a slow network: tokens/s of each strategy, predicted and measured.
 
     python benchmarks/slow_network.py [--mbit 50 200 1000] [--arms ddp diloco-100-int8 ...]
 
@@ -7,8 +7,8 @@ shaped by tc. On each a peer trains with one thread: a GPT-2 shape of 6 layers o
 8192, blocks of 256 tokens, float32, two blocks per peer and update.
 
 A machine's speed drifts from minute to minute, so one peer alone, on a host of its own, is measured
-before and after every arm (it is stopped meanwhile), and an arm is told as a multiple of the mean
-of both. The arm "apart" is two peers that never hear of each other: they share this machine's
+before and after every arm (it is stopped meanwhile), and an arm is a multiple of the mean of both.
+The arm "apart" is two peers that never hear of each other: they share this machine's
 memory and caches, so what stands above it is noise.
 
 Measured is the time of updates after the first few: of DDP several, of DiLoCo one whole round with
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
@@ -36,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from p2p_llm_forge.sync.forecast import Measured, Strategy, forecast
+from p2p_llm_forge.sync.forecast import CPU_COSTS, Measured, Strategy, forecast
 from tests.multihost.hosts import PYTHON, ROOT, Host, hosts, why_not
 
 SEQUENCE_LENGTH, BLOCKS_PER_PEER = 256, 2
@@ -48,7 +47,7 @@ ALONE_UPDATES = 20  # before and after an arm
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train, and how many updates are left out and measured."""
+    """A strategy, and how many updates are left out and measured."""
 
     strategy: Strategy | None  # None: each peer for itself
     skipped: int
@@ -65,7 +64,7 @@ APART = "apart"
 ARMS = {
     APART: Arm(None, 4, 40),
     "ddp": Arm(Strategy(), 2, 4),
-    "ddp-fp16": Arm(Strategy(compress="fp16"), 2, 6),
+    "ddp-bf16": Arm(Strategy(compress="bf16"), 2, 6),
     "ddp-int8": Arm(Strategy(compress="int8"), 2, 8),
     "ddp-powersgd": Arm(Strategy(compress="powersgd"), 4, 12),  # its first two send everything
     **{f"diloco-20-{how}": diloco(20, how) for how in ("none", "int8", "int4")},
@@ -105,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
     """What earlier calls have measured."""
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    return {"shapes": None, "runs": {}}
+    return {"parameters": None, "runs": {}}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -137,7 +136,7 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]
     with tempfile.TemporaryDirectory(prefix="slow_network-") as temporary:
         folder = Path(temporary)
         data = prepare_data(folder)
-        results["shapes"] = results["shapes"] or shapes_of_model(data)
+        results["parameters"] = results["parameters"] or parameters_of_model(data)
         with hosts(3) as (*machines, lonely):
             alone = Alone(lonely, data, folder)
             before = alone.tokens_per_s()
@@ -223,8 +222,8 @@ def prepare_data(folder: Path) -> Path:
     return data
 
 
-def shapes_of_model(data: Path) -> list[list[int]]:
-    """The shapes of the parameters of the model that is trained."""
+def parameters_of_model(data: Path) -> int:
+    """How many parameters the model has that is trained."""
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.data.dataset import open_prepared
     from p2p_llm_forge.model.build import build_model
@@ -232,7 +231,7 @@ def shapes_of_model(data: Path) -> list[list[int]]:
 
     config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
     lm = build_model(config, text_spec_of(open_prepared(data)))
-    return [list(p.shape) for p in lm.parameters()]
+    return sum(p.numel() for p in lm.parameters())
 
 
 def measure_arm(
@@ -341,21 +340,19 @@ def seconds_until(line: dict[str, Any]) -> float:
     return line["tokens"] / line["tokens_per_second"]
 
 
-# --- telling --------------------------------------------------------------------------------------
+# --- reporting ------------------------------------------------------------------------------------
 
 
 def predicted(strategy: Strategy, mbit: float, alone: float, results: dict[str, Any]) -> float:
-    """The tokens/s of which advice.py speaks, knowing only the speed of a peer alone, the model and
-    the bandwidth."""
-    shapes = tuple(map(tuple, results["shapes"]))
+    """The tokens/s that sync/forecast.py expects, knowing only the speed of a peer alone, the model
+    and the bandwidth."""
     tokens = BLOCKS_PER_PEER * SEQUENCE_LENGTH
     measured = Measured(
-        parameters=sum(map(math.prod, shapes)),
+        parameters=results["parameters"],
         update_s=tokens / alone,
         tokens_per_update=2 * tokens,
         peers=2,
         bytes_per_s=mbit * 1e6 / 8 * PAYLOAD,
-        shapes=shapes,
     )
     return forecast(strategy, measured).tokens_per_s
 
@@ -398,7 +395,7 @@ def report(results: dict[str, Any]) -> str:
     if APART in results["runs"]:
         apart = medians(results["runs"][APART])
         lines.append(
-            f"Two that never hear of each other: {told_times(apart)}x one alone, in"
+            f"Two that never hear of each other: {times_text(apart)}x one alone, in"
             f" {len(results['runs'][APART])} measurements."
         )
     deviations = []
@@ -412,18 +409,21 @@ def report(results: dict[str, Any]) -> str:
         for name, run in runs.items():
             strategy = ARMS[name].strategy
             assert strategy is not None
-            hoped = predicted(strategy, mbit, run["alone"], results) / run["alone"]
-            deviations.append((abs(hoped / run["times"] - 1), key_of(name, mbit)))
+            forecast_times, by_measured = "-", "-"
+            if strategy.compress in CPU_COSTS:  # PowerSGD is never chosen, so never forecast
+                hoped = predicted(strategy, mbit, run["alone"], results) / run["alone"]
+                deviations.append((abs(hoped / run["times"] - 1), key_of(name, mbit)))
+                forecast_times, by_measured = f"{hoped:.2f}", f"{hoped / run['times']:.2f}"
             lines.append(
-                f"| `{strategy.flags}` | {run['tokens_per_s']:,.0f} | {told_times(run)} |"
-                f" {run['repeats']}x | {hoped:.2f} | {hoped / run['times']:.2f} |"
+                f"| `{strategy.flags}` | {run['tokens_per_s']:,.0f} | {times_text(run)} |"
+                f" {run['repeats']}x | {forecast_times} | {by_measured} |"
                 f" {percent(run['communication'])} | {megabytes(run['bytes_per_update'])} |"
             )
     lines += ["", *goals(results, deviations)]
     return "\n".join(lines) + "\n"
 
 
-def told_times(run: dict[str, Any]) -> str:
+def times_text(run: dict[str, Any]) -> str:
     """The median ratio to one peer alone, and how far it ranged if that is known."""
     if run["least"] == run["most"]:
         return f"{run['times']:.2f}"
@@ -444,7 +444,7 @@ def goals(results: dict[str, Any], deviations: list[tuple[float, str]]) -> list[
     for name in ("diloco-100-int8", "diloco-100-int8-overlap"):
         if run := runs.get(name):
             lines.append(
-                f"- {name} at 50 Mbit/s: {told_times(run)}x one peer alone (goal: 1.9),"
+                f"- {name} at 50 Mbit/s: {times_text(run)}x one peer alone (goal: 1.9),"
                 f" communication {percent(run['communication'])} (goal: under 5 %)"
             )
     if "ddp" in runs and "ddp-int8" in runs:
@@ -472,7 +472,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     styles = {"ddp": ("-", "o"), "diloco-20": ("--", "s"), "diloco-100": ("-.", "^")}
     styles["diloco-100-int8-overlap"] = (":", "v")
-    colours = {"none": "C0", "fp16": "C1", "int8": "C2", "int4": "C3", "powersgd": "C4"}
+    colours = {"none": "C0", "bf16": "C1", "int8": "C2", "int4": "C3", "powersgd": "C4"}
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for name, arm in ARMS.items():
         points = [(rate, runs[name]["times"]) for rate, runs in by_rate.items() if name in runs]

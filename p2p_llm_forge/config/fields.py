@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from p2p_llm_forge.errors import Problems
+from p2p_llm_forge.errors import Problems, nearest
 
 
 def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
@@ -93,7 +93,7 @@ class Options:
                 False,
                 f"{option(name)} is {value!r}"
                 + ("" if choices else ", which is of the wrong type"),
-                f"choose from {', '.join(choices)}" if choices else f"give {_in_words(hint)}",
+                nearest(str(value), choices) if choices else f"give {_in_words(hint)}",
             )
             has_default = field.default not in (dataclasses.MISSING, "")
             instead[name] = (

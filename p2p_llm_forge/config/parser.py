@@ -94,7 +94,7 @@ def _parser(config_class: type[Options], script: str, problems: Problems) -> Any
                 return super()._get_values(action, words)
             except argparse.ArgumentError:
                 found = f"{option(action.dest)} is '{' '.join(words)}'"
-                problems.require(False, found, _what_to_give(action))
+                problems.require(False, found, _what_to_give(action, " ".join(words)))
                 return action.default
 
         def format_epilog(self) -> str:
@@ -173,9 +173,9 @@ def _names(parser: Any) -> set[str]:
     } - {"help"}
 
 
-def _what_to_give(action: argparse.Action) -> str:
+def _what_to_give(action: argparse.Action, given: str) -> str:
     if action.choices:
-        return f"choose from {', '.join(map(str, action.choices))}"
+        return nearest(given, action.choices)
     return {int: "give a whole number", float: "give a number"}.get(
         action.type, "give true or false"
     )  # type: ignore[call-overload]

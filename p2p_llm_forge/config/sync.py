@@ -33,7 +33,7 @@ class SyncOptions(Options):
         "how peers agree on weights: ddp: gradients in every update; diloco: rounds of updates"
         " alone, then one exchange; auto: what the measured link allows",
     )
-    compress: Literal["none", "fp16", "bf16", "int8", "int4", "powersgd"] = flag(
+    compress: Literal["none", "bf16", "int8", "int4", "powersgd"] = flag(
         "none",
         "what travels: gradients (ddp) or pseudo-gradients (diloco) as they are, or compressed",
     )

@@ -1,10 +1,10 @@
-"""Float32 tensors as fewer bytes for the wire, and back; what is lost is sent later.
+"""Float32 tensors as fewer bytes for the wire, and back; error feedback sends the rest later.
 
 Integers share a scale among the values of a group: 256 for int8 (1.0078 bytes a value), 64 for
-int4 (0.5313 bytes). On gradients and moves (of 20 and 40 updates) of a small GPT-2, int8 errs by
-0.4 to 0.5 % of the vector's norm and int4 by 5.8 to 6.5 %; one scale for all would err by 1 to 9 %
-and 15 to 29 %. Scales are bfloat16: they have float32's range, and rounding them cost less than
-0.5 % more error than float32 scales of the same group.
+int4 (0.5313 bytes). On gradients and pseudo-gradients (of 20 and 40 updates) of a small GPT-2, int8
+errs by 0.4 to 0.5 % of the vector's norm and int4 by 5.8 to 6.5 %; one scale for all would err by 1
+to 9 % and 15 to 29 %. Scales are bfloat16: they have float32's range, and rounding them cost less
+than 0.5 % more error than float32 scales of the same group.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Codec(ABC):
 
     The result depends on the values along the last dimension only, and is the same bytes on every
     call; decoding the same bytes gives the same values on every machine. What is not finite before
-    encoding is not finite after decoding (with the others of its group, or of its row for fp16), so
-    a peer that looks at what it decoded misses nothing.
+    encoding is not finite after decoding (with the others of its group), so a peer that
+    looks at what it decoded misses nothing.
     """
 
     name: str
@@ -109,38 +109,6 @@ class Cast(Codec):
         values.copy_(as_dtype(wire, self._dtype))
 
 
-class ScaledHalf(Codec):
-    """float16 after division by a power of two, one for each row, written behind the row.
-
-    Plain float16 ends at 65504 and loses what is below 6e-8, as many gradients are. The power puts
-    the row's largest magnitude between 2**14 and 2**15: nothing overflows, a value down to 2**-28
-    of the largest is off by at most 2**-11 of itself, and only below 2**-39 of it do values vanish.
-    As for bfloat16, the sliver of float32 that rounds to 2**128 (above 3.4019e38) becomes infinite.
-    """
-
-    name = "fp16"
-
-    def wire_bytes(self, count: int) -> int:
-        return 2 * count + 2
-
-    def _count(self, size: int) -> int:
-        return max(0, size - 2) // 2
-
-    def _write(self, values: Tensor, wire: Tensor) -> None:
-        # The exponent bits of a float32, alone, are the power of two below it.
-        power = (largest(values).view(torch.int32) & 0x7F800000).view(torch.float32)
-        scales = power.mul_(2.0**-14).clamp_min_(LEAST_SCALE).unsqueeze_(-1)
-        wire[:, -2:].view(torch.bfloat16).copy_(scales)  # a power of two: exact
-        inverse = scales.reciprocal()
-        halves = wire[:, :-2].view(torch.float16)
-        for rows, columns in tiles(values):
-            halves[rows, columns] = values[rows, columns] * inverse[rows]
-
-    def _read(self, wire: Tensor, values: Tensor) -> None:
-        values.copy_(as_dtype(wire[:, :-2], torch.float16))
-        values.mul_(as_dtype(wire[:, -2:], torch.bfloat16).float())
-
-
 class Integers(Codec):
     """Whole numbers of 8 or 4 bits times a scale that a group shares; 0 stays exactly 0.
 
@@ -211,7 +179,6 @@ CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Cast("none", torch.float32),
-        ScaledHalf(),
         Cast("bf16", torch.bfloat16),
         Integers("int8", bits=8, group=256, steps=127.0),
         Integers("int4", bits=4, group=64, steps=7.47),
@@ -220,11 +187,11 @@ CODECS: dict[str, Codec] = {
 
 
 class ErrorFeedback:
-    """Adds to what is sent now what was lost before, so that in the long run nothing is lost.
+    """Error feedback: what encoding drops is added to what is sent next, so nothing is lost.
 
-    `residual` is float32, shaped like the values, or None: what is to be sent yet. It belongs into
-    checkpoints: read it, and set it again. `encode` puts a new tensor there and never changes the
-    old one, so a round that fails is taken back by setting the residual of before it.
+    `residual` is float32, shaped like the values, or None: what has still to be sent. It
+    belongs into checkpoints: read it, and set it again. `encode` puts a new tensor there and never
+    changes the old one, so a round that fails is undone by setting the residual of before it.
     Sources: arXiv 1809.07599 (algorithm 1), arXiv 1901.09847.
     """
 
@@ -232,7 +199,7 @@ class ErrorFeedback:
         self.residual = residual
 
     def encode(self, codec: Codec, values: Tensor) -> Tensor:
-        """Encode values plus the residual; what that loses is the new residual.
+        """Encode values plus the residual; what that drops is the new residual.
 
         values: as for Codec.encode; they stay as they are. Exact but for the rounding of one
         float32 addition. Raises ValueError where the residual has another shape.
@@ -268,7 +235,7 @@ def as_dtype(wire: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tiles(values: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut the first two dimensions so that a piece holds about TILE values; no cuts on a GPU."""
+    """Cut the first two dimensions so that a tile holds about TILE values; no cuts on a GPU."""
     rows, columns, *rest = values.shape
     limit = TILE if values.device.type == "cpu" else values.numel()
     wide = min(columns, max(1, limit // math.prod(rest)))

@@ -16,7 +16,8 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import SavedSync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
-from p2p_llm_forge.sync.compressed_allreduce import Averager, dealt_out, is_finite
+from p2p_llm_forge.sync.compressed_allreduce import CompressedAllReduce, is_finite
+from p2p_llm_forge.sync.resume import redistributed_residuals
 
 # Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
 # exchange begins while the one before is being finished. There smaller ones leave earlier while
@@ -33,18 +34,19 @@ def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
     cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
 
 
-class AllReduce:
+class GradientAveraging:
     """Gradients averaged over all ranks in every update, by DDP while backward runs."""
 
     trains_alone = False
-    loses_rounds_after = math.inf
+    rolls_back_after = math.inf
 
     def __init__(self, cluster: Cluster, model: Any, codec: Codec) -> None:
         self._cluster, self._model, self._codec = cluster, model, codec
         self._channel = cluster.open_channel()
         self._names = {parameter: name for name, parameter in parameters_of(model)}
-        self._averagers: dict[int, tuple[Averager, list[tuple[str, int]]]] = {}
-        self._lost: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
+        # By bucket: its all-reduce, and the names and sizes of its parameters.
+        self._reductions: dict[int, tuple[CompressedAllReduce, list[tuple[str, int]]]] = {}
+        self._saved_residuals: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
         self._bytes_before = self._bytes_by_nccl = 0
         self._last_began = self._last_ended = 0.0
         self.is_priming = False
@@ -59,18 +61,14 @@ class AllReduce:
     def _register(self) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        on_nccl = {
-            "fp16": default_hooks.fp16_compress_hook,
-            "bf16": default_hooks.bf16_compress_hook,
-        }
         # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
         if self._cluster.is_on_gloo or self._codec.name.startswith("int"):
             self._model.register_comm_hook(None, self._hook)
             return
-        if self._codec.name in on_nccl:
-            self._model.register_comm_hook(None, on_nccl[self._codec.name])
+        if self._codec.name == "bf16":
+            self._model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
-        size = 2 if self._codec.name in on_nccl else 4
+        size = self._codec.wire_bytes(1)
         values = sum(p.numel() for p in self._names if p.requires_grad)
         world = self._cluster.world_size
         self._bytes_by_nccl = 2 * (world - 1) * size * values // world
@@ -90,7 +88,7 @@ class AllReduce:
         """Backward without any exchange, in which DDP learns in which order gradients come.
 
         It cuts them into other buckets after its first backward (torch 2.13). A resumed run would
-        add in another order there than the run that it goes on with.
+        add in another order there than the run that it resumes.
         """
         self.is_priming = True
         try:
@@ -112,9 +110,9 @@ class AllReduce:
             future.set_result(buffer)
             return future
         self._last_began = time.perf_counter()
-        begin, finish = self._way(bucket)
+        begin, finish = self._exchange_of(bucket)
 
-        def tell(exchanged: Future[torch.Tensor]) -> None:
+        def pass_on(exchanged: Future[torch.Tensor]) -> None:
             self._last_ended = time.perf_counter()
             # Raised where DDP waits. Cancelled is what had not begun when the run ended.
             if error := CancelledError() if exchanged.cancelled() else exchanged.exception():
@@ -123,12 +121,11 @@ class AllReduce:
                 future.set_result(exchanged.result())
 
         without_grad = torch.no_grad()
-        self._channel.in_background(without_grad(begin), without_grad(finish)).add_done_callback(
-            tell
-        )
+        exchange = self._channel.in_background(without_grad(begin), without_grad(finish))
+        exchange.add_done_callback(pass_on)
         return future
 
-    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
         """What begins to average this bucket's buffer, and what finishes it and returns it."""
         world, buffer = self._cluster.world_size, bucket.buffer()
         if self._codec.name == "none":
@@ -136,20 +133,20 @@ class AllReduce:
                 lambda: buffer.div_(world).cpu(),
                 lambda own: buffer.copy_(self._channel.all_reduce_(own)),
             )
-        if bucket.index() not in self._averagers:
+        if bucket.index() not in self._reductions:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
-            averager = Averager(self._channel, self._codec, len(buffer))
-            averager.restore(self._lost, parts)
-            self._averagers[bucket.index()] = averager, parts
-        averager, _ = self._averagers[bucket.index()]
+            reduction = CompressedAllReduce(self._channel, self._codec, len(buffer))
+            reduction.restore(self._saved_residuals, parts)
+            self._reductions[bucket.index()] = reduction, parts
+        reduction, _ = self._reductions[bucket.index()]
 
-        def finish(dealt: Any) -> torch.Tensor:
-            summed = averager.finish(dealt)
+        def finish(begun: Any) -> torch.Tensor:
+            summed = reduction.finish(begun)
             if not is_finite(summed):
-                averager.forget()  # loss scaling skips this update; the next must not owe NaN
+                reduction.drop_residuals()  # loss scaling skips this update; NaN must not stay
             return buffer.copy_(summed)
 
-        return lambda: averager.begin(buffer.div_(world).float().cpu()), finish
+        return lambda: reduction.begin(buffer.div_(world).float().cpu()), finish
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
@@ -159,13 +156,13 @@ class AllReduce:
         waited = max(0.0, self._last_ended - self._last_began)
         return SyncReport(sent + self._bytes_by_nccl, waited, self._cluster.world_size)
 
-    def meets(self, done: int) -> bool:
-        """Every update is a meeting."""
+    def is_sync_point(self, done: int) -> bool:
+        """Every update is one."""
         return True
 
-    def settings(self) -> list[Any]:
+    def settings(self) -> dict[str, Any]:
         """There are no rounds."""
-        return ["ddp"]
+        return {"sync": "ddp"}
 
     def is_agreed(self) -> bool:
         """All ranks hold the same weights after every update."""
@@ -176,10 +173,10 @@ class AllReduce:
         return nullcontext()
 
     def state(self) -> SyncState:
-        """What compression still owes to the gradients."""
+        """The residuals of compressed gradients."""
         own: dict[str, torch.Tensor] = {}
-        for averager, parts in self._averagers.values():
-            own |= averager.lost(parts)
+        for reduction, parts in self._reductions.values():
+            own |= reduction.residuals(parts)
         facts = {"ranks": self._cluster.world_size} if self.has_own_state else {}
         return SyncState(facts, own={key: tensor.clone() for key, tensor in own.items()})
 
@@ -187,16 +184,17 @@ class AllReduce:
         """See `state`."""
         if not self.has_own_state or not saved.is_of(self):
             return
-        if saved.world_size == self._cluster.world_size:
-            self._lost = saved.own_of(self._cluster.rank)
+        rank, world = self._cluster.rank, self._cluster.world_size
+        if saved.world_size == world:
+            self._saved_residuals = saved.own_of(rank)
         else:
-            self._lost = dealt_out(saved, self._cluster)
+            self._saved_residuals = redistributed_residuals(saved, rank, world)
 
 
-class PowerSGD(AllReduce):
+class PowerSGD(GradientAveraging):
     """Gradients approximated by matrices of low rank (arXiv 1905.13727), by PyTorch's own hook.
 
-    What the approximation loses is added to the next gradient.
+    What the approximation drops is added to the next gradient (error feedback).
     """
 
     def __init__(self, cluster: Cluster, model: Any, rank: int) -> None:
@@ -212,7 +210,7 @@ class PowerSGD(AllReduce):
     def _register(self) -> None:
         self._model.register_comm_hook(None, self._hook)
 
-    def _way(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
 
         def average(_: Any) -> torch.Tensor:
@@ -222,7 +220,7 @@ class PowerSGD(AllReduce):
             averaged = powerSGD_hook(self._powersgd, bucket).wait()
             values = self._compressed_values() - before or bucket.buffer().numel()
             self._channel.count(2 * (world - 1) * 4 * values // world)
-            if not is_finite(averaged):  # see AllReduce
+            if not is_finite(averaged):  # see GradientAveraging
                 for tensors in self._matrices().values():
                     tensors.pop(bucket.index(), None)
             return averaged
@@ -234,7 +232,7 @@ class PowerSGD(AllReduce):
         return int(self._powersgd.total_numel_after_compression)
 
     def state(self) -> SyncState:
-        """The matrices of the last update, and what they have lost."""
+        """The matrices of the last update, and the residuals of what they approximate."""
         if not self.has_own_state:
             return SyncState()
         state = self._powersgd
@@ -255,16 +253,16 @@ class PowerSGD(AllReduce):
         return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
 
     def load_state(self, saved: SavedSync) -> None:
-        """See `state`. Ranks of another number deal out among them what was lost.
+        """See `state`. Ranks of another number deal out the residuals among them.
 
-        Matrices of another --powersgd-rank are made anew; what they have lost still counts.
+        Matrices of another --powersgd-rank start from scratch; their residuals still count.
         """
         rank, world = self._cluster.rank, self._cluster.world_size
         if not self.has_own_state or "powersgd_updates" not in saved.facts:
             return
         self._powersgd.iter = saved.facts["powersgd_updates"]
         device, matrices = self._cluster.device, self._matrices()
-        if saved.facts.get("powersgd_rank") != self._powersgd.matrix_approximation_rank:
+        if saved.facts["powersgd_rank"] != self._powersgd.matrix_approximation_rank:
             matrices = {"error": matrices["error"]}
         for key, tensor in saved.own_of(rank % saved.world_size).items():
             kind, _, number = key.partition(".")

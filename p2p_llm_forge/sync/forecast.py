@@ -1,15 +1,16 @@
-"""Which way to keep peers in step suits a network: arithmetic on sizes, speeds and bandwidth.
+"""Which strategy suits a network: arithmetic on sizes, speeds and bandwidth.
 
 What is predicted is checked against measurements in benchmarks/slow_network.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-GOAL = 0.95  # share of the time that should go into computing
+from p2p_llm_forge import tables
+
+GOAL = 0.95  # of the time should go into computing
 # Of the time of a micro-batch: the part that DDP's exchange can hide behind, where an accelerator
 # computes. On a CPU that computes on all its cores, updates took about as long as computing and
 # exchange one after the other (benchmarks/slow_network.py); so any CPU is taken to hide nothing.
@@ -26,16 +27,12 @@ class Cost:
 
 
 # One thread of a Xeon at 2.5 GHz, torch 2.13, a million values at a time, encoding with error
-# feedback. PowerSGD encodes and decodes in one; its figure was fitted to what
-# benchmarks/slow_network.py measured. A round of DiLoCo makes moves of weights and weights of moves
-# besides.
+# feedback. A round of DiLoCo makes pseudo-gradients of weights and weights of them besides.
 CPU_COSTS: Mapping[str, Cost] = {
     "none": Cost(2.0, 0.9),
-    "fp16": Cost(5.2, 1.5),
     "bf16": Cost(4.0, 0.7),
     "int8": Cost(5.8, 1.1),
     "int4": Cost(9.7, 2.0),
-    "powersgd": Cost(7.0, 0.0),
     "outer step": Cost(38.0, 0.0),
 }
 
@@ -52,19 +49,17 @@ class Measured:
     latency_s: float = 0.0  # from one peer to another
     micro_batches: int = 1  # in one update of one peer
     is_on_cpu: bool = True  # what computes the updates
-    shapes: tuple[tuple[int, ...], ...] = ()  # of the parameters, for PowerSGD
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to keep peers in step, as the flags of train.py name it."""
+    """One strategy of keeping peers in step, as the flags of train.py name it."""
 
     sync: str = "ddp"
     compress: str = "none"
     sync_every: int = 1
     fragments: int = 1
     overlap_steps: int = 0
-    powersgd_rank: int = 4
 
     @property
     def flags(self) -> str:
@@ -83,24 +78,13 @@ class Strategy:
 class Forecast:
     """What a strategy would cost and bring. Bytes and seconds are those of one peer."""
 
-    sync: str
-    compress: str
-    sync_every: int
-    fragments: int
-    overlap_steps: int
+    strategy: Strategy
     bytes_per_update: float  # sent, averaged over updates
     peak_bytes: int  # sent in one exchange
     communication_s_per_update: float  # not hidden behind computing, averaged over updates
     tokens_per_s: float  # of all peers together
     times_alone: float  # that speed, over what one peer would make alone
     utilisation: float  # time for computing over all time
-
-    @property
-    def flags(self) -> str:
-        """What to type."""
-        return Strategy(
-            self.sync, self.compress, self.sync_every, self.fragments, self.overlap_steps
-        ).flags
 
 
 # From the most exact to the most thrifty.
@@ -122,7 +106,7 @@ CANDIDATES = (
 def forecast(
     strategy: Strategy, measured: Measured, costs: Mapping[str, Cost] = CPU_COSTS
 ) -> Forecast:
-    """What `strategy` would do with what was `measured`.
+    """What `strategy`, of CANDIDATES' kinds, would do with what was `measured`.
 
     An exchange of n values between w peers: each encodes all and sends every other peer its w-th,
     decodes and adds those it gets, encodes the sum, sends it to all and decodes all sums. So
@@ -140,9 +124,7 @@ def forecast(
     update_s = measured.update_s + exposed_s
     utilisation = measured.update_s / update_s
     return Forecast(
-        **{name: getattr(strategy, name) for name in ("sync", "compress", "sync_every")},
-        fragments=strategy.fragments,
-        overlap_steps=strategy.overlap_steps,
+        strategy,
         bytes_per_update=exchanges * sent,
         peak_bytes=sent,
         communication_s_per_update=exposed_s,
@@ -155,9 +137,6 @@ def forecast(
 def bytes_of_exchange(strategy: Strategy, measured: Measured, values: int) -> int:
     """Bytes that a peer sends when `values` are exchanged."""
     others = measured.peers - 1
-    if strategy.compress == "powersgd":
-        values = powersgd_values(measured.shapes, strategy.powersgd_rank)
-        return 2 * others * 4 * -(-values // measured.peers)
     if others == 0:
         return 0
     from p2p_llm_forge.sync.compress import CODECS
@@ -173,10 +152,9 @@ def coding_of_exchange(
     """Seconds that a peer encodes and decodes when `values` are exchanged."""
     if measured.peers == 1 or (strategy.sync == "ddp" and strategy.compress == "none"):
         return 0.0
-    cost, share = costs[strategy.compress], 1 / measured.peers
-    if strategy.compress == "powersgd":
-        return 1e-9 * values * cost.encode
-    coding_ns = (1 + share) * cost.encode + (1 + 1) * cost.decode
+    cost = costs[strategy.compress]
+    # All values and then the sum of one shard are encoded; all are decoded in both phases.
+    coding_ns = (1 + 1 / measured.peers) * cost.encode + 2 * cost.decode
     if strategy.sync == "diloco":
         coding_ns += costs["outer step"].encode
     return 1e-9 * values * coding_ns
@@ -194,36 +172,20 @@ def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:
     return max(last * wire_s, wire_s - hidden_s)
 
 
-def powersgd_values(shapes: Sequence[tuple[int, ...]], rank: int) -> int:
-    """Values that PowerSGD exchanges: two thin factors of a matrix, all of the rest.
-
-    Source: PowerSGD, arXiv 1905.13727, as PyTorch's hook divides the parameters.
-    """
-    if not shapes:
-        raise ValueError("PowerSGD's bytes depend on the shapes of the parameters: give them")
-    total = 0
-    for shape in shapes:
-        count = math.prod(shape)
-        rows = shape[0] if shape else 1
-        thin = min(rank, rows, count // rows) * (rows + count // rows)
-        total += thin if len(shape) > 1 and thin < count else count
-    return total
-
-
-def choose(forecasts: Sequence[Forecast], goal: float = GOAL) -> Forecast:
-    """The first, so the most exact, that reaches the goal of utilisation; else the fastest."""
-    reached = [forecast for forecast in forecasts if forecast.utilisation >= goal]
+def choose(forecasts: Sequence[Forecast]) -> Forecast:
+    """The first, so the most exact, that reaches GOAL; else the fastest."""
+    reached = [forecast for forecast in forecasts if forecast.utilisation >= GOAL]
     return reached[0] if reached else max(forecasts, key=lambda one: one.tokens_per_s)
 
 
-def table(forecasts: Sequence[Forecast], goal: float = GOAL) -> str:
+def table(forecasts: Sequence[Forecast]) -> list[str]:
     """The forecasts as lines of aligned text, the chosen one marked."""
-    chosen = choose(forecasts, goal)
+    chosen = choose(forecasts)
     rows = [("strategy", "MB/update", "MB at once", "tokens/s", "x alone", "utilisation", "")]
     for one in forecasts:
         rows.append(
             (
-                one.flags,
+                one.strategy.flags,
                 f"{one.bytes_per_update / 1e6:.2f}",
                 f"{one.peak_bytes / 1e6:.1f}",
                 f"{one.tokens_per_s:,.0f}",
@@ -232,12 +194,4 @@ def table(forecasts: Sequence[Forecast], goal: float = GOAL) -> str:
                 "<- chosen" if one is chosen else "",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
-            + [row[-1]]
-        ).rstrip()
-        for row in rows
-    )
+    return tables.table(rows, right=True)

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def outer_step(
-    anchor: Tensor, move: Tensor, velocity: Tensor | None, lr: float, momentum: float
+    anchor: Tensor,
+    pseudo_gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    lr: float,
+    momentum: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of SGD with Nesterov momentum. Returns the new anchor and the new velocity.
+    """One step of SGD with Nesterov momentum. Returns the new anchor and momentum buffer.
 
-    anchor: the weights that the peers agreed on last. move: anchor minus the peers' averaged
-    weights, which stands for a gradient. velocity: what the step before returned, None before the
-    first. All float32 of one shape; none is changed, so a round that fails has changed nothing.
-    The arithmetic is that of torch.optim.SGD(nesterov=True), bit for bit. Momentum 0 has no
-    velocity, and with lr 1 gives anchor - move exactly: plain averaging.
+    anchor: the weights that the peers agreed on last. pseudo_gradient: anchor minus the peers'
+    averaged weights. momentum_buffer: what the step before returned, None before the first. All
+    float32 of one shape; none is changed, so a round that fails has changed nothing. The arithmetic
+    is that of torch.optim.SGD(nesterov=True), bit for bit. Momentum 0 has no buffer, and with lr 1
+    gives anchor - pseudo_gradient exactly: plain averaging.
     Source: DiLoCo, arXiv 2311.08105, algorithm 1.
     """
-    import torch
-
     if momentum == 0:
-        return torch.add(anchor, move, alpha=-lr), None
-    velocity = move.clone() if velocity is None else torch.mul(velocity, momentum).add_(move)
-    direction = torch.add(move, velocity, alpha=momentum)
-    return torch.add(anchor, direction, alpha=-lr, out=direction), velocity
+        return torch.add(anchor, pseudo_gradient, alpha=-lr), None
+    if momentum_buffer is None:
+        buffer = pseudo_gradient.clone()
+    else:
+        buffer = torch.mul(momentum_buffer, momentum).add_(pseudo_gradient)
+    direction = torch.add(pseudo_gradient, buffer, alpha=momentum)
+    return torch.add(anchor, direction, alpha=-lr, out=direction), buffer
 
 
 def outer_lr_of(asked: float | None, ranks: int) -> float:
@@ -48,14 +53,36 @@ def outer_settings(
     """The rate and momentum of the outer step after so many rounds.
 
     They go from those of plain averaging (1 and 0) in equal steps to those asked for, which they
-    reach after `warmup_rounds`: the first moves are large and soon outdated, and a run of few
-    rounds would end before momentum has made up for a rate below 1. Rate 1 and momentum 0 stay
-    exactly so. Figures: benchmarks/diloco_sweep.py.
+    reach after `warmup_rounds`: the first pseudo-gradients are large and soon outdated, and a run
+    of few rounds would end before momentum has made up for a rate below 1. Rate 1 and momentum 0
+    stay exactly so. Figures: benchmarks/diloco_sweep.py.
     """
     if rounds_done >= warmup_rounds:
         return lr, momentum
-    share = rounds_done / warmup_rounds
-    return 1 + (lr - 1) * share, momentum * share
+    progress = rounds_done / warmup_rounds
+    return 1 + (lr - 1) * progress, momentum * progress
+
+
+def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """The model's parameters in the parts that a fragment is made of: what comes before the layers
+    (embeddings), each layer, what comes after. Tied weights count where they come first."""
+    # The largest: a layer may itself hold a longer list, of experts.
+    stacks = [
+        (sum(p.numel() for p in module.parameters()), name, len(module))
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    ]
+    _, stack, layers = max(stacks, key=lambda entry: entry[0], default=(0, "", 0))
+    units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
+    is_behind = False
+    for name, parameter in lm.named_parameters():
+        number = name.removeprefix(stack + ".").partition(".")[0]
+        if layers and name.startswith(stack + ".") and number.isdigit():
+            units[1 + int(number)].append((name, parameter))
+            is_behind = True
+        else:
+            units[layers + 1 if is_behind else 0].append((name, parameter))
+    return [unit for unit in units if unit]
 
 
 def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:

@@ -17,7 +17,8 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.links import Links, measure_links
 from p2p_llm_forge.sync import forecast as advice
-from p2p_llm_forge.sync.base import refuse_elastic, units_of
+from p2p_llm_forge.sync.outer import units_of
+from p2p_llm_forge.sync.strategy import refuse_elastic
 
 FEWEST_MICRO_BATCHES, COMPUTING_S = 3, 2.0  # that an update is timed by: either ends it
 STRATEGY_FIELDS = ("sync", "compress", "sync_every", "fragments", "overlap_steps")
@@ -98,7 +99,6 @@ def forecasts(
         bytes_per_s=links.slowest()[2] if latencies else math.inf,
         latency_s=max(latencies, default=0.0),
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
-        shapes=tuple(tuple(p.shape) for p in trained),
         is_on_cpu=any(told for (told,) in on_cpu),
     )
     possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
@@ -114,7 +114,7 @@ def outlook(
     return forecasts(config, cluster, plan, lm, links, update_s)
 
 
-def with_strategy(config: TrainConfig, way: advice.Strategy | advice.Forecast) -> TrainConfig:
+def with_strategy(config: TrainConfig, way: advice.Strategy) -> TrainConfig:
     """The same run, its peers kept in step in that way."""
     chosen = {name: getattr(way, name) for name in STRATEGY_FIELDS}
     if chosen["sync"] == "ddp":

@@ -10,12 +10,8 @@ import torch
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.sync.base import (
-    SavedSync,
-    Sync,
-    refuse_to_end_in_a_round,
-    refuse_unfinished_round,
-)
+from p2p_llm_forge.sync.base import SavedSync, Sync
+from p2p_llm_forge.sync.resume import refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.tracking import Silent
 
@@ -54,7 +50,7 @@ class Saving:
             # By rank: where ranks train alone, each finds its own scale.
             "scaler": None if scaler is None else cluster.gather_facts(scaler.state_dict()),
             "config": as_dict(self._config),
-            "sync": {**held.facts, "strategy": self._sync.settings()},
+            "sync": {**held.facts, "settings": self._sync.settings()},
         }
         cluster.main_only(self._writer.wait)  # the last save is out of the way, on every rank
         if cluster.is_main:
@@ -131,7 +127,7 @@ def take_up(
         checkpoint.read_shared(folder),
         lambda rank: checkpoint.read_own(folder, rank),
     )
-    refuse_unfinished_round(saved, sync, cluster, state["step"])
+    refuse_unfinished_round(saved, sync, cluster.world_size, state["step"])
     refuse_to_end_in_a_round(saved, state["step"], total_steps)
     # A rank that has joined takes over from one that was there.
     both_alone = sync.trains_alone and saved.is_of(sync)

@@ -18,7 +18,8 @@ def main() -> int:
 
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.peers.join import join
-    from p2p_llm_forge.sync.base import strategy
+    from p2p_llm_forge.sync.base import Replica
+    from p2p_llm_forge.sync.strategy import build_strategy
 
     order = json.loads(sys.argv[1])
     config = TrainConfig(output_dir="unused", cpu=True, **order["config"])
@@ -26,7 +27,8 @@ def main() -> int:
         lm = nn.Linear(WIDTH, WIDTH, bias=False)
         optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
         model, optimizer = cluster.accelerator.prepare(lm, optimizer)
-        sync = strategy(config, cluster, model, lm, optimizer, BACKWARDS, 0)
+        replica = Replica(model, lm, optimizer, total_steps=BACKWARDS)
+        sync = build_strategy(config, cluster, replica)
         gradients = []
         for number in range(BACKWARDS):
             size = torch.inf if [cluster.rank, number] == [1, SPOILED] else 1.0

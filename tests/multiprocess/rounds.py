@@ -2,7 +2,7 @@
 
 Its argument is JSON: the settings, the number of updates and, for each rank, what to break. Every
 rank writes its weights after every update, so that a simulation can be compared with them. In
-the update `stalled` the network stands still for a moment after the move was sent.
+the update `stalled` the network stands still for a moment after the pseudo-gradient was sent.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def moved(rank: int, step: int, count: int) -> list[float]:
     return [((rank + 2) * (step + 3) * (number + 5) % 17 - 8) / 64 for number in range(count)]
 
 
-def owed(state: Any) -> dict[str, list[float]]:
-    """What compression still owes, in what a checkpoint would hold."""
-    return {key: value.tolist() for key, value in state.own.items() if key.startswith("lost_")}
+def residuals(state: Any) -> dict[str, list[float]]:
+    """The residuals of error feedback, as a checkpoint would hold them."""
+    return {key: value.tolist() for key, value in state.own.items() if key.startswith("residual_")}
 
 
 def main() -> int:
@@ -32,7 +32,8 @@ def main() -> int:
 
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.peers.join import join
-    from p2p_llm_forge.sync.base import strategy
+    from p2p_llm_forge.sync.base import Replica
+    from p2p_llm_forge.sync.strategy import build_strategy
 
     order = json.loads(sys.argv[1])
     config = TrainConfig(output_dir="unused", cpu=True, **order["config"])
@@ -53,7 +54,8 @@ def main() -> int:
         lm = Model()
         optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
         model, optimizer = cluster.accelerator.prepare(lm, optimizer)
-        sync = strategy(config, cluster, model, lm, optimizer, order["updates"], 0)
+        replica = Replica(model, lm, optimizer, total_steps=order["updates"])
+        sync = build_strategy(config, cluster, replica)
         trace = []
         for step in range(order["updates"]):
             amounts = moved(cluster.rank, step, sum(p.numel() for p in lm.parameters()))
@@ -77,6 +79,6 @@ def main() -> int:
                 }
             )
             if step == order.get("stalled"):
-                trace[-1]["owed"] = [owed(sync.state()), owed(sync.state())]
+                trace[-1]["residuals"] = [residuals(sync.state()), residuals(sync.state())]
         Path(order["folder"], f"rank{cluster.rank}.json").write_text(json.dumps(trace))
     return 0

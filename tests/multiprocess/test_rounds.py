@@ -124,7 +124,7 @@ def test_rounds_are_what_a_simulation_in_float64_says(zygote, tmp_path, tokens, 
     assert 2 < sum(exchanged) < updates
 
 
-@pytest.mark.parametrize("compress", ["none", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("compress", ["none", "bf16", "int8", "int4"])
 def test_weights_are_the_same_bits_on_all_ranks_after_every_round(zygote, tmp_path, compress):
     traces = rounds(zygote, tmp_path, 12, (1, 2, 1), sync_every=3, compress=compress)
     for step in range(12):
@@ -154,5 +154,5 @@ def test_a_checkpoint_waits_for_the_move_that_is_on_its_way(zygote, tmp_path):
     """What compression owes is known only when the exchange is over."""
     settings = {"sync_every": 4, "overlap_steps": 2, "compress": "int4"}
     for trace in rounds(zygote, tmp_path, 8, stalled=3, **settings):
-        at_once, later = trace[3]["owed"]
+        at_once, later = trace[3]["residuals"]
         assert later and at_once == later

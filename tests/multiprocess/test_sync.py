@@ -39,7 +39,6 @@ DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmu
 
 
 STRATEGIES = {
-    "fp16": {"compress": "fp16"},
     "bf16": {"compress": "bf16"},
     "int8": {"compress": "int8"},
     "int4": {"compress": "int4"},
@@ -203,7 +202,7 @@ def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_
         ranks = start_ranks(zygote, flags(prepared, folder, **changed), refused, told)
         assert [zygote.wait(pid) for pid in ranks] == [2] * refused, read(told)
         assert "a round of 2 process(es)" in read(told)
-        assert "or from a checkpoint of the end of a round" in read(told)
+        assert "or resume from a checkpoint of the end of a round" in read(told)
         assert "Traceback" not in read(told)
     changed = {**settings, "sync_every": 4, "resume": folder / "checkpoint-16", "max_steps": 20}
     finish(zygote, prepared, folder, 3, **changed)
@@ -223,8 +222,8 @@ def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path
         shutil.copytree(prepared / "tokenizer", tmp_path / name, dirs_exist_ok=True)
         models.append(tmp_path / name)
     for other, told in (
-        (1, r"rank 1 \(.*\) has transformer.h.2"),
-        (2, r"rank 1 \(.*\) has others"),
+        (1, r"rank 1 \(.*\): has another model than rank 0: transformer.h.2"),
+        (2, r"rank 1 \(.*\): has loaded other weights"),
     ):
         log = tmp_path / f"log{other}"
         settings = {"config_overrides": None, "max_steps": 2}

@@ -12,7 +12,6 @@ from p2p_llm_forge.sync.compress import CODECS, LEAST_SCALE, TILE, Codec, ErrorF
 
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_BF16 = float(torch.finfo(torch.bfloat16).max)
-LARGEST_KEPT = {"bf16": LARGEST_BF16, "fp16": 2.0**128 * (1 - 2.0**-11)}
 by_name = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 lossy = pytest.mark.parametrize(
     "codec", [codec for codec in CODECS.values() if codec.is_lossy], ids=list(CODECS)[1:]
@@ -26,9 +25,6 @@ def allowed(codec: Codec, values: np.ndarray) -> np.ndarray:
         return np.zeros_like(exact)
     if codec.name == "bf16":  # 8 significant bits; below the normal range steps of 2**-133
         return np.maximum(np.abs(exact) * 2.0**-8, 2.0**-134)
-    if codec.name == "fp16":  # 11 significant bits; below 2**-28 of the largest steps of 2**-38
-        top = np.maximum(np.abs(exact).max(axis=-1, keepdims=True), 2.0**-112)
-        return np.maximum(np.maximum(np.abs(exact) * 2.0**-11, top * 2.0**-39), 2.0**-149)
     steps = {"int8": 127, "int4": 7.47}[codec.name]
     groups = exact.reshape(*exact.shape[:-1], -1, codec.group)
     scale = np.maximum(np.abs(groups).max(axis=-1, keepdims=True) / steps, LEAST_SCALE)
@@ -75,7 +71,7 @@ def test_every_value_is_within_its_bound(codec, data):
 
 @by_name
 def test_edges_of_float32_survive(codec):
-    largest = LARGEST_KEPT.get(codec.name, LARGEST)
+    largest = LARGEST_BF16 if codec.name == "bf16" else LARGEST
     for top in (largest, -largest, 1e38, 1.0, 1e-30, 2.0**-126, 1e-42, 1e-45):
         values = torch.zeros(256)
         values[3], values[200] = top, -top / 3
@@ -136,8 +132,8 @@ def test_nothing_takes_no_values_and_comes_back_as_nothing(codec, shape):
 
 @by_name
 def test_wire_bytes_count_all_there_is(codec):
-    overhead = {"none": 0, "bf16": 0, "fp16": 0, "int8": 0.01, "int4": 0.07}[codec.name]
-    bits = {"none": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}[codec.name]
+    overhead = {"none": 0, "bf16": 0, "int8": 0.01, "int4": 0.07}[codec.name]
+    bits = {"none": 32, "bf16": 16, "int8": 8, "int4": 4}[codec.name]
     count = 13_800_192
     assert codec.wire_bytes(count) == codec.encode(torch.zeros(count)).numel()
     assert 0 <= codec.wire_bytes(count) / (count * bits / 8) - 1 <= overhead + 1e-6
@@ -166,13 +162,6 @@ def test_other_dtypes_and_lengths_are_refused(codec):
             codec.encode(torch.zeros(codec.group + 1))
 
 
-def test_fp16_keeps_small_gradients_that_plain_fp16_loses():
-    values = random_values((4096,), spread=1.0) * 1e-9
-    assert values.half().float().count_nonzero() == 0
-    decoded = CODECS["fp16"].decode(CODECS["fp16"].encode(values))
-    assert ((decoded - values).abs() <= values.abs() * 2.0**-11).all()
-
-
 @by_name
 @settings(max_examples=30, deadline=None)
 @given(
@@ -195,7 +184,7 @@ def test_with_error_feedback_nothing_is_lost(codec, seed, steps, magnitude):
 
 
 @lossy
-def test_what_is_lost_is_what_did_not_arrive(codec):
+def test_the_residual_is_what_did_not_arrive(codec):
     feedback, values = ErrorFeedback(), random_values((1024,))
     arrives = codec.decode(feedback.encode(codec, values))
     assert feedback.residual is not None and feedback.residual.count_nonzero() > 0
@@ -204,7 +193,7 @@ def test_what_is_lost_is_what_did_not_arrive(codec):
 
 
 @lossy
-def test_a_round_can_be_taken_back_and_a_checkpoint_goes_on(codec):
+def test_a_round_can_be_undone_and_a_checkpoint_resumed(codec):
     first, second = random_values((512,), 1), random_values((512,), 2)
     feedback = ErrorFeedback()
     feedback.encode(codec, first)

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from p2p_llm_forge.peers.channel import Channel
-from p2p_llm_forge.sync.ddp import AllReduce
-from tests.data.test_resume_preparation import wait_for
+from p2p_llm_forge.polling import wait_for
+from p2p_llm_forge.sync.ddp import GradientAveraging
 
 
 def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_user(caplog):
     """As when a peer is lost: one exchange hangs until its timeout, the next never begins."""
     begun, gate = threading.Event(), threading.Event()
 
-    class Hanging(AllReduce):
+    class Hanging(GradientAveraging):
         def __init__(self):
             self._channel, self.is_priming = Channel(0, 1), False
 
-        def _way(self, bucket):
+        def _exchange_of(self, bucket):
             return begun.set, lambda _: gate.wait(60) and bucket.buffer()
 
     sync, bucket = Hanging(), SimpleNamespace(buffer=lambda: torch.zeros(3))
@@ -31,7 +31,7 @@ def test_a_bucket_that_waits_when_the_run_ends_is_told_to_ddp_and_not_to_the_use
     closing = threading.Thread(target=sync._channel.close)
     closing.start()
     try:
-        wait_for(second.done)
+        assert wait_for(second.done, timeout_s=60)
     finally:
         gate.set()
         closing.join()

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2p_llm_forge.sync.base import units_of
 from p2p_llm_forge.sync.outer import (
     fragment_due,
     fragments_of,
     outer_lr_of,
     outer_settings,
     outer_step,
+    units_of,
 )
 
 SETTINGS = [(1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (1.0, 0.5), (0.3, 0.99)]
@@ -24,51 +24,51 @@ SETTINGS = [(1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (1.0, 0.5), (0.3, 0.99)]
 
 def random_rounds(rounds: int, count: int = 1000) -> tuple[torch.Tensor, list[torch.Tensor]]:
     numbers = torch.Generator().manual_seed(rounds)
-    moves = [torch.randn(count, generator=numbers) * 1e-3 for _ in range(rounds)]
-    return torch.randn(count, generator=numbers), moves
+    gradients = [torch.randn(count, generator=numbers) * 1e-3 for _ in range(rounds)]
+    return torch.randn(count, generator=numbers), gradients
 
 
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
 def test_rounds_are_those_of_a_float64_loop(lr, momentum):
-    anchor, moves = random_rounds(12, count=50)
-    wanted, speeds = anchor.tolist(), [0.0] * 50
-    velocity = None
-    for move in moves:
-        anchor, velocity = outer_step(anchor, move, velocity, lr, momentum)
-        for place, gradient in enumerate(move.tolist()):
-            speeds[place] = momentum * speeds[place] + gradient
-            wanted[place] -= lr * (gradient + momentum * speeds[place])
+    anchor, gradients = random_rounds(12, count=50)
+    wanted, buffer_wanted = anchor.tolist(), [0.0] * 50
+    buffer = None
+    for gradient in gradients:
+        anchor, buffer = outer_step(anchor, gradient, buffer, lr, momentum)
+        for place, value in enumerate(gradient.tolist()):
+            buffer_wanted[place] = momentum * buffer_wanted[place] + value
+            wanted[place] -= lr * (value + momentum * buffer_wanted[place])
     torch.testing.assert_close(
         anchor.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-6
     )
     assert anchor.dtype == torch.float32
     if momentum:
-        assert velocity is not None
+        assert buffer is not None
         torch.testing.assert_close(
-            velocity.double(), torch.tensor(speeds, dtype=torch.float64), rtol=1e-5, atol=1e-8
+            buffer.double(), torch.tensor(buffer_wanted, dtype=torch.float64), rtol=1e-5, atol=1e-8
         )
 
 
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
 def test_rounds_are_those_of_torch_bit_for_bit(lr, momentum):
-    anchor, moves = random_rounds(10)
+    anchor, gradients = random_rounds(10)
     weights = torch.nn.Parameter(anchor.clone())
     sgd = torch.optim.SGD([weights], lr=lr, momentum=momentum, nesterov=momentum > 0, foreach=False)
-    velocity = None
-    for move in moves:
-        anchor, velocity = outer_step(anchor, move, velocity, lr, momentum)
-        weights.grad = move
+    buffer = None
+    for gradient in gradients:
+        anchor, buffer = outer_step(anchor, gradient, buffer, lr, momentum)
+        weights.grad = gradient
         sgd.step()
         assert torch.equal(anchor, weights.detach())
     if momentum:
-        assert torch.equal(velocity, sgd.state[weights]["momentum_buffer"])
+        assert torch.equal(buffer, sgd.state[weights]["momentum_buffer"])
 
 
 def test_rate_1_without_momentum_is_plain_averaging_bit_for_bit():
-    anchor, (move,) = random_rounds(1)
-    averaged, velocity = outer_step(anchor, move, None, 1.0, 0.0)
-    assert torch.equal(averaged, anchor - move)
-    assert velocity is None
+    anchor, (gradient,) = random_rounds(1)
+    averaged, buffer = outer_step(anchor, gradient, None, 1.0, 0.0)
+    assert torch.equal(averaged, anchor - gradient)
+    assert buffer is None
 
 
 def test_more_ranks_take_a_higher_outer_rate_by_the_root_of_their_number():
@@ -86,8 +86,8 @@ def test_outer_settings_go_evenly_from_plain_averaging_to_those_asked_for(lr, mo
     if warmup:
         assert path[0] == (1.0, 0.0)
     for rounds, settings_then in enumerate(path[:warmup]):
-        share = Fraction(rounds, warmup)
-        wanted = (1 - share + share * Fraction(lr), share * Fraction(momentum))
+        progress = Fraction(rounds, warmup)
+        wanted = (1 - progress + progress * Fraction(lr), progress * Fraction(momentum))
         assert settings_then == pytest.approx([float(number) for number in wanted], abs=1e-15)
 
 
@@ -96,17 +96,17 @@ def test_plain_averaging_stays_plain_averaging_while_it_warms_up():
 
 
 def test_rounds_that_warm_up_are_those_of_a_float64_loop():
-    anchor, moves = random_rounds(12, count=50)
-    wanted, speeds = anchor.tolist(), [0.0] * 50
-    velocity = None
-    for rounds, move in enumerate(moves):
-        anchor, velocity = outer_step(anchor, move, velocity, *outer_settings(rounds, 0.5, 0.8, 8))
-        share = min(1.0, rounds / 8)
-        lr, momentum = (1 - share) + share * 0.5, share * 0.8
-        for place, gradient in enumerate(move.tolist()):
-            # The first round has no momentum, and leaves no velocity.
-            speeds[place] = momentum * speeds[place] + gradient if rounds else 0.0
-            wanted[place] -= lr * (gradient + momentum * speeds[place])
+    anchor, gradients = random_rounds(12, count=50)
+    wanted, buffer_wanted = anchor.tolist(), [0.0] * 50
+    buffer = None
+    for rounds, gradient in enumerate(gradients):
+        anchor, buffer = outer_step(anchor, gradient, buffer, *outer_settings(rounds, 0.5, 0.8, 8))
+        progress = min(1.0, rounds / 8)
+        lr, momentum = (1 - progress) + progress * 0.5, progress * 0.8
+        for place, value in enumerate(gradient.tolist()):
+            # The first round has no momentum, and leaves no buffer.
+            buffer_wanted[place] = momentum * buffer_wanted[place] + value if rounds else 0.0
+            wanted[place] -= lr * (value + momentum * buffer_wanted[place])
     torch.testing.assert_close(
         anchor.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-6
     )
@@ -115,8 +115,8 @@ def test_rounds_that_warm_up_are_those_of_a_float64_loop():
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_step_leaves_its_inputs_as_they_are(lr, momentum, is_first):
-    anchor, (move, velocity) = random_rounds(2)
-    inputs = [anchor, move, None if is_first else velocity]
+    anchor, (gradient, buffer) = random_rounds(2)
+    inputs = [anchor, gradient, None if is_first else buffer]
     copies = [None if tensor is None else tensor.clone() for tensor in inputs]
     results = outer_step(*inputs, lr, momentum)
     for tensor, copy in zip(inputs, copies, strict=True):

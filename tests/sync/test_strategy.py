@@ -10,7 +10,7 @@ import pytest
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.launch import Launch
-from p2p_llm_forge.sync.base import refuse_elastic
+from p2p_llm_forge.sync.strategy import refuse_elastic
 
 
 @pytest.mark.parametrize(

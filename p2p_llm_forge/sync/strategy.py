@@ -1,0 +1,84 @@
+"""Builds the strategy that a run asks for, and refuses launches and models it cannot work with."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.config import TrainConfig, multiples_near
+from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.files import fingerprint
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.sync.base import Replica, Sync
+from p2p_llm_forge.sync.compress import CODECS
+from p2p_llm_forge.sync.ddp import GradientAveraging, PowerSGD
+from p2p_llm_forge.sync.diloco import DiLoCo
+
+
+def build_strategy(config: TrainConfig, cluster: Cluster, replica: Replica) -> Sync:
+    """The strategy that `--sync` and `--compress` ask for.
+
+    Raises ForgeError where the model is too small for it.
+    """
+    if config.sync == "diloco":
+        return DiLoCo(config, cluster, replica)
+    if config.compress == "powersgd":
+        return PowerSGD(cluster, replica.model, config.powersgd_rank or 4)
+    return GradientAveraging(cluster, replica.model, CODECS[config.compress])
+
+
+def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
+    """Raise ForgeError where peers come and go, but could not between this strategy's rounds."""
+    if not cluster.launch.is_elastic or config.sync != "diloco":
+        return
+    if config.fragments > 1:
+        raise ForgeError(
+            f"--fragments {config.fragments} leaves no moment at which the round ends for the whole"
+            " model, so no peer could join or leave an elastic launch",
+            "leave --fragments out, or launch with a fixed number of peers",
+        )
+    if config.save_every % config.round_length():
+        sizes = " or ".join(map(str, multiples_near(config.save_every, config.round_length())))
+        raise ForgeError(
+            f"--save-every {config.save_every} is not a multiple of --sync-every"
+            f" {config.round_length()}, and only where a round ends can peers join or leave",
+            f"use {sizes}",
+        )
+
+
+def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
+    """Raise ForgeError, naming the ranks, if their models are not the same as rank 0's.
+
+    is_loaded: from files, whose weights must be equal too; weights from scratch are made by the
+    seed and may differ in their last bits between kinds of CPUs: rank 0's are taken.
+    """
+    shapes = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
+    weights = hashlib.sha256()
+    if is_loaded:
+        for _, parameter in lm.named_parameters():
+            weights.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    facts = {"shapes": fingerprint(shapes), "weights": weights.hexdigest()}
+    by_rank = cluster.gather_facts({**facts, "host": platform.node()})
+    first, problems = by_rank[0], []
+    if any(other["shapes"] != first["shapes"] for other in by_rank):
+        by_rank = cluster.gather_facts({"shapes": shapes, "host": platform.node()})
+    for rank, other in enumerate(by_rank):
+        where = f"rank {rank} ({other['host']})"
+        if by_rank[0]["shapes"] != other["shapes"]:
+            different = _first_difference(other["shapes"], by_rank[0]["shapes"])
+            fix = "give all ranks the same --model-name, --model-type and --config-overrides"
+            problems.append(Problem(f"has another model than rank 0: {different}", fix, where))
+        elif "weights" in other and other["weights"] != first["weights"]:
+            found = "has loaded other weights than rank 0"
+            problems.append(Problem(found, "copy the model's folder from rank 0 to it", where))
+    if problems:
+        raise ForgeError.of(problems)
+
+
+def _first_difference(here: dict[str, list[int]], there: dict[str, list[int]]) -> str:
+    """The first parameter, by name, whose shape on this rank is not that on rank 0."""
+    name = next(n for n in sorted({*here, *there}) if here.get(n) != there.get(n))
+    return f"{name} is {here.get(name, 'missing')}, not {there.get(name, 'missing')}"
