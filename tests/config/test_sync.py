@@ -28,7 +28,8 @@ from p2p_llm_forge.config import TrainConfig
         ({"sync": "diloco", "outer_lr": 0.0}, "--outer-lr is 0.0", "use a number above 0"),
         ({"sync": "auto", "compress": "int8"}, "--compress int8 was given", "leave out"),
         ({"compress": "int8", "powersgd_rank": 2}, "belongs to --compress powersgd", "leave the"),
-        ({"compress": "int4,powersgd"}, "--compress is 'int4,powersgd'", "int8, int4, powersgd"),
+        ({"compress": "fp16"}, "--compress is 'fp16'", "did you mean bf16?"),
+        ({"compress": "int4,powersgd"}, "--compress is 'int4,powersgd'", "did you mean powersgd?"),
     ],
 )
 def test_settings_of_sync_that_do_not_fit_are_refused_with_a_fix(asked, found, fix):
