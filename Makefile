@@ -1,7 +1,9 @@
 # make demo: from nothing to a small trained model.   make test: everything that is promised.
-.PHONY: demo test network-tools lint format readme clean
+# make test-quick: what needs no real processes, in the time that one waits for between two edits.
+.PHONY: demo test test-quick network-tools lint format readme clean
 PYTHON ?= python3
 RUN := .venv/bin
+AT_ONCE := --numprocesses 2 --dist worksteal
 
 demo: .venv/installed
 	$(RUN)/python prepare_data.py --config recipes/demo_data.yaml
@@ -10,7 +12,10 @@ demo: .venv/installed
 	train.py --config recipes/demo.yaml
 
 test: .venv/installed network-tools
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(AT_ONCE)
+
+test-quick: .venv/installed
+	$(RUN)/python -m pytest $(AT_ONCE) -m "not slow"
 
 # The tests with hosts of their own need these; without them they are skipped, but not in CI.
 network-tools:

@@ -1,199 +1,113 @@
-"""Runs of train.py that start in milliseconds: a process that has imported everything forks them.
+"""Runs of the scripts that start in milliseconds: forks of a process that has imported everything.
 
-Each run is a real process with a fresh interpreter state but for the imports; it is killed,
-signalled and waited for like any other. The zygote itself never starts a thread or a model.
+Each run is a real process, which is killed, signalled and waited for like any other. What it is
+forked from, the fork server of `multiprocessing`, never starts a thread or a model.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import json
+import multiprocessing
 import os
 import platform
-import select
+import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from p2p_llm_forge.errors import run_script
+from tests.waiting import wait_until
 
-# From sched.h and sys/mount.h of Linux.
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
-ROOT = Path(__file__).resolve().parents[1]
+CLONE_NEWNS, CLONE_NEWUTS = 0x20000, 0x4000000  # from sched.h of Linux
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts: with `main()` of a module, which finds `argv` as its command line."""
+
+    argv: list[str]
+    log: Path  # its output is appended to it
+    environ: dict[str, str] = field(default_factory=dict)
+    script: str = "train"
+    host: str | None = None  # the network namespace that it is in, and its host name
+    hosts_file: Path | None = None  # what it finds as /etc/hosts; only with `host`
+    terminal: str = os.devnull  # what it reads from
 
 
 class Zygote:
-    """Starts runs of train.py or check_cluster.py and tells how they ended."""
+    """Starts runs of the scripts, and knows how they ended."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._told = b""
-        self._ended: dict[int, int] = {}
-        self._running: set[int] = set()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.preloaded"])
+        self._runs: dict[int, BaseProcess] = {}
 
-    def start(
-        self,
-        argv: list[str],
-        log: Path,
-        environ: dict[str, str] | None = None,
-        script: str = "train",
-        host: str | None = None,
-        hosts_file: Path | None = None,
-        terminal: str | None = None,
-    ) -> int:
-        """Start `train.py argv`, its output appended to `log`; returns the process id.
+    def start(self, argv: list[str], log: Path, environ: dict | None = None, **how: Any) -> int:
+        """Start `train.py argv`, or another script; the fields of `Start` say how. Its pid."""
+        start = Start(argv, log, environ or {}, **how)
+        process = self._context.Process(target=_become, args=(start,))
+        process.start()
+        self._runs[process.pid] = process
+        return process.pid
 
-        script: another module with a `main`; host: the network namespace to start it in, which
-        becomes its host name too; hosts_file: what it finds as /etc/hosts; terminal: what it reads
-        from.
-        """
-        order = {"argv": argv, "log": str(log), "environ": environ or {}, "script": script}
-        order |= {"host": host, "hosts_file": str(hosts_file) if hosts_file else None}
-        order["terminal"] = terminal
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
-        while True:
-            told = self._read()
-            if "started" in told:
-                self._running.add(told["started"])
-                return told["started"]
-
-    def wait(self, pid: int, timeout_s: float = 60.0) -> int:
+    def wait(self, pid: int, idle_s: float = 60.0) -> int:
         """The status of a run that has ended: its exit status, or minus the signal's number."""
-        deadline = time.monotonic() + timeout_s
-        while pid not in self._ended:
-            left = deadline - time.monotonic()
-            assert left > 0, f"process {pid} has not ended within {timeout_s} s"
-            self._read(left)
-        return self._ended[pid]
+        wait_until(lambda: self.has_ended(pid), idle_s)
+        return self._runs[pid].exitcode
 
     def has_ended(self, pid: int) -> bool:
         """Whether the run has ended by now."""
-        while self._read(0):
-            pass
-        return pid in self._ended
+        return not self._runs[pid].is_alive()
 
     def close(self) -> None:
-        """End what still runs, and the zygote."""
-        for pid in self._running - set(self._ended):
-            os.kill(pid, 9)
-            self.wait(pid)
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-
-    def _read(self, timeout_s: float = 60.0) -> dict:
-        """The next thing that the zygote tells; empty if it tells nothing in that time."""
-        # Not through a buffered file: what lies in a buffer is invisible to select.
-        output = self._process.stdout.fileno()
-        while b"\n" not in self._told:
-            if not select.select([output], [], [], timeout_s)[0]:
-                return {}
-            received = os.read(output, 1 << 16)
-            assert received, "the zygote has ended"
-            self._told += received
-        line, _, self._told = self._told.partition(b"\n")
-        told = json.loads(line)
-        if "ended" in told:
-            self._ended[told["ended"]] = told["status"]
-        return told
+        """End what still runs."""
+        for pid in self._runs:
+            if not self.has_ended(pid):
+                os.kill(pid, signal.SIGKILL)
+                self.wait(pid)
 
 
-def main() -> None:
-    """Fork a run for every line of standard input; tell starts and ends on standard output."""
-    import accelerate.commands.config.config  # noqa: F401
-    import accelerate.tracking  # noqa: F401
-    import datasets  # noqa: F401
-    import torch.nn.parallel  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel  # noqa: F401
-
-    import p2p_llm_forge.peers.join
-    import p2p_llm_forge.peers.links
-    import p2p_llm_forge.peers.machine  # noqa: F401
-    import p2p_llm_forge.peers.preflight
-    import p2p_llm_forge.sync.diloco
-    import p2p_llm_forge.training.checkpoint
-    import p2p_llm_forge.training.language_modeling_metric  # noqa: F401
-    import prepare_data  # noqa: F401
-
-    children: set[int] = set()
-    is_open = True
-    while is_open or children:
-        if is_open and select.select([sys.stdin], [], [], 0.005)[0]:
-            line = sys.stdin.readline()
-            is_open = bool(line)
-            if line:
-                order = json.loads(line)
-                pid = os.fork()
-                if pid == 0:
-                    _become(order)
-                children.add(pid)
-                print(json.dumps({"started": pid}), flush=True)
-        while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            children.discard(pid)
-            told = {"ended": pid, "status": os.waitstatus_to_exitcode(status)}
-            print(json.dumps(told), flush=True)
-        if not is_open:
-            time.sleep(0.005)
-
-
-def _move(host: str, hosts_file: str | None) -> None:
-    """Leave for a network namespace, with a host name and a /etc/hosts of its own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    network = os.open(f"/var/run/netns/{host}", os.O_RDONLY)
-    done = [libc.setns(network, CLONE_NEWNET), libc.unshare(CLONE_NEWNS | CLONE_NEWUTS)]
-    os.close(network)
-    done.append(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
-    if hosts_file:
-        done.append(libc.mount(hosts_file.encode(), b"/etc/hosts", None, MS_BIND, None))
-    assert not any(done), os.strerror(ctypes.get_errno())
-    socket.sethostname(host)
-    platform._uname_cache = None  # of the zygote's own name
-
-
-def _script(name: str) -> Callable[[], int | None]:
-    """The `main` of a module, or of the wizard `accelerate config`."""
-    if name == "wizard":
-        name = "accelerate.commands.config.config"
-    return importlib.import_module(name).main
-
-
-def _become(order: dict) -> None:
-    if order["host"]:
-        _move(order["host"], order["hosts_file"])
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    source_of_input = os.open(order["terminal"] or os.devnull, os.O_RDONLY | os.O_NOCTTY)
+def _become(start: Start) -> None:
+    """Turn this fork into the run."""
+    if start.host:
+        _go_to(start.host, start.hosts_file)
+    log = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    source_of_input = os.open(start.terminal, os.O_RDONLY | os.O_NOCTTY)
     for source, target in ((source_of_input, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    # The zygote's own may have read ahead. As Python opens it: no newline is translated.
+    # The fork server's own may have read ahead. As Python opens it: no newline is translated.
     sys.stdin = open(0, newline="\n", closefd=False)  # noqa: SIM115
-    os.environ.update(order["environ"])
-    sys.path[:0] = filter(None, order["environ"].get("PYTHONPATH", "").split(":"))
-    sys.argv = [f"{order['script']}.py", *order["argv"]]
+    multiprocessing.set_start_method(None, force=True)  # the system's own again
+    os.environ.update(start.environ)
+    sys.path[:0] = filter(None, start.environ.get("PYTHONPATH", "").split(":"))
+    sys.argv = [f"{start.script}.py", *start.argv]
+    status: Any = 99  # of an error that nobody has expected
     try:
-        run_script(_script(order["script"]), int(os.environ.get("LOCAL_RANK", "0")))
+        from p2p_llm_forge.errors import run_script
+
+        run_script(importlib.import_module(start.script).main, int(os.environ.get("LOCAL_RANK", 0)))
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code or 0)
+        status = end.code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        os._exit(99)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
-if __name__ == "__main__":
-    main()
+def _go_to(host: str, hosts_file: Path | None) -> None:
+    """Leave for a network namespace, with a host name and a /etc/hosts of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)  # Python 3.12 has them as os.setns and os.unshare
+    with open(f"/run/netns/{host}") as network:
+        failed = libc.setns(network.fileno(), 0) or libc.unshare(CLONE_NEWNS | CLONE_NEWUTS)
+    assert not failed, os.strerror(ctypes.get_errno())
+    socket.sethostname(host)
+    platform._uname_cache = None  # of the fork server's own name
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    if hosts_file:
+        subprocess.run(["mount", "--bind", hosts_file, "/etc/hosts"], check=True)

@@ -48,9 +48,9 @@ class Peers:
             list(map(str, flags)),
             self.logs[number],
             environ,
-            script,
-            self.machines[number].name,
-            hosts_file,
+            script=script,
+            host=self.machines[number].name,
+            hosts_file=hosts_file,
         )
 
     def meet(self, *flags, each=None, **options):
@@ -59,9 +59,9 @@ class Peers:
             own = (each or {}).get(number, ())
             self.start(number, "--config-file", file, "--meet", *flags, *own, **options)
 
-    def end(self, timeout_s=60.0):
+    def end(self):
         """The statuses and what was printed, by number; then another launch can begin."""
-        statuses = {n: self.zygote.wait(pid, timeout_s) for n, pid in self.pids.items()}
+        statuses = {n: self.zygote.wait(pid) for n, pid in self.pids.items()}
         told = {number: self.logs[number].read_text() for number in self.pids}
         for number in self.pids:
             self.logs[number].unlink()

@@ -29,7 +29,7 @@ def run(zygote, machines, prepared, folder, log, **settings):
         for rank, host in enumerate(machines)
     ]
     for pid in pids:
-        assert zygote.wait(pid, timeout_s=120) == 0, logs[0].read_text()[-4000:]
+        assert zygote.wait(pid) == 0, logs[0].read_text()[-4000:]
     return logs[0].read_text()
 
 

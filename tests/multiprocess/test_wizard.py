@@ -42,7 +42,10 @@ def ask_the_wizard(zygote, answers, file):
     termios.tcsetattr(theirs, termios.TCSANOW, settings)
     terminal = os.ttyname(theirs)
     pid = zygote.start(
-        ["--config_file", str(file)], Path(terminal), script="wizard", terminal=terminal
+        ["--config_file", str(file)],
+        Path(terminal),
+        script="accelerate.commands.config.config",
+        terminal=terminal,
     )
     left, shown, deadline = dict(answers), "", time.monotonic() + 60
     is_question = re.compile(r"(\]:? ?|\? ?|selecting with enter\s.*)$", re.DOTALL)
