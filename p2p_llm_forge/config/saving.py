@@ -27,7 +27,7 @@ class SavingOptions(Options):
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept")
     keep_best: bool = flag(False, "keep the checkpoint with the lowest evaluation loss as well")
     save_in_background: bool = flag(
-        True, "copy the state to memory and write it while training goes on"
+        True, "copy the state to memory and write it while training continues"
     )
     max_seconds: float | None = flag(
         None, "stop, save and exit with status 124 after so many seconds"
