@@ -6,14 +6,14 @@ What Accelerate does with each key was seen with its version 1.15, by launching.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.errors import ForgeError, nearest
 from p2p_llm_forge.peers.addresses import is_literal, is_loopback
-from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
+from p2p_llm_forge.peers.findings import FAILURE, Finding, failure, fine, warning
 from p2p_llm_forge.peers.launch import DEFAULT_PORT
 
 STARTS_PROCESSES = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU")
@@ -60,6 +60,10 @@ class LaunchFile:
         return self.number("main_process_port", DEFAULT_PORT)
 
     @property
+    def precision(self) -> Any:
+        return self.keys.get("mixed_precision") or "no"
+
+    @property
     def processes_here(self) -> int:
         """What Accelerate starts on this machine."""
         return self.processes // max(1, self.machines)
@@ -98,289 +102,227 @@ def judge_launch_file(file: LaunchFile, gpus: int) -> list[Finding]:
         *_judge_keys(file),
         *_judge_type(file),
         *_judge_counts(file),
-        *_judge_meeting_place(file),
+        *_judge_main(file),
         *_judge_devices(file, gpus),
         *_judge_precision(file),
         *_judge_ignored(file),
     ]
-    if any(finding.level == "failure" for finding in found):
+    if any(finding.level == FAILURE for finding in found):
         return found
-    told = (
-        f"{file.path}: machine {file.rank} of {file.machines}, {file.processes_here} of"
-        f" {file.processes} processes"
-    )
-    return [fine("file", told), *found]
+    started = f"{file.processes_here} of {file.processes} processes"
+    return [fine("file", f"{file.path}: machine {file.rank} of {file.machines}, {started}"), *found]
 
 
 def judge_together(files: Sequence[LaunchFile]) -> list[Finding]:
-    """Whether several machines' files belong to one launch."""
-    found = []
+    """Whether several machines' files belong to one launch; nothing for a single one."""
+    if len(files) < 2:
+        return []
+    found = [*_judge_equality(files), *_judge_ranks(files)]
+    return found or [fine("files", f"{len(files)} files of one launch")]
+
+
+def _judge_equality(files: Sequence[LaunchFile]) -> Iterator[Finding]:
     first = files[0]
     for file in files[1:]:
         for key in AS_ON_ALL:
             if file.keys.get(key) != first.keys.get(key):
-                found.append(
-                    failure(
-                        "files",
-                        f"{file.path} has {key} {file.keys.get(key)}, {first.path} has"
-                        f" {first.keys.get(key)}",
-                        f"write the same {key} into the files of all machines",
-                    )
-                )
-        if _precision(file) != _precision(first):
-            found.append(
-                failure(
+                yield failure(
                     "files",
-                    f"{file.path} has mixed_precision {_precision(file)}, {first.path} has"
-                    f" {_precision(first)}",
-                    "write the same into all files, or give --mixed-precision on all machines",
+                    f"{file.path} has {key} {file.keys.get(key)}, {first.path} has"
+                    f" {first.keys.get(key)}",
+                    f"write the same {key} into the files of all machines",
                 )
+        if file.precision != first.precision:
+            yield failure(
+                "files",
+                f"{file.path} has mixed_precision {file.precision}, {first.path} has"
+                f" {first.precision}",
+                "write the same into all files, or give --mixed-precision on all machines",
             )
+
+
+def _judge_ranks(files: Sequence[LaunchFile]) -> Iterator[Finding]:
+    machines = files[0].machines
     by_rank: dict[int, list[str]] = {}
     for file in files:
         by_rank.setdefault(file.rank, []).append(file.path)
     for rank, paths in by_rank.items():
         if len(paths) > 1:
-            found.append(
-                failure(
-                    "files",
-                    f"{' and '.join(paths)} both have machine_rank {rank}",
-                    f"give every machine a number of its own, 0 to {first.machines - 1}",
-                )
-            )
-    absent = [str(rank) for rank in range(first.machines) if rank not in by_rank]
-    if absent and len(files) > 1:
-        found.append(
-            warning(
+            yield failure(
                 "files",
-                f"no file was given for machine {', '.join(absent)} of {first.machines}",
-                "name the files of all machines, or set num_machines to as many as there are",
+                f"{' and '.join(paths)} both have machine_rank {rank}",
+                f"give every machine a number of its own, 0 to {machines - 1}",
             )
+    if absent := [str(rank) for rank in range(machines) if rank not in by_rank]:
+        yield warning(
+            "files",
+            f"no file was given for machine {', '.join(absent)} of {machines}",
+            "name the files of all machines, or set num_machines to as many as there are",
         )
-    return found or ([fine("files", f"{len(files)} files of one launch")] if len(files) > 1 else [])
 
 
-def _judge_keys(file: LaunchFile) -> list[Finding]:
+def _wrong(file: LaunchFile, found: str, fix: str) -> Finding:
+    return failure("file", f"{file.path}: {found}", fix)
+
+
+def _doubtful(file: LaunchFile, found: str, fix: str) -> Finding:
+    return warning("file", f"{file.path}: {found}", fix)
+
+
+def _judge_keys(file: LaunchFile) -> Iterator[Finding]:
     from accelerate.commands.config.config_args import ClusterConfig
 
     known = set(ClusterConfig.__dataclass_fields__) | {"dynamo_backend", "fp16"}
-    found = []
     for key in sorted(set(file.keys) - known):
         alike = nearest(key, known)
-        told = f"{file.path}: unknown key '{key}', with which Accelerate does not start"
         fix = f"{alike} Otherwise take it out" if "mean" in alike else "take it out"
-        found.append(failure("file", told, fix))
+        yield _wrong(file, f"unknown key '{key}', with which Accelerate does not start", fix)
     for key in ("num_machines", "num_processes", "machine_rank", "main_process_port"):
         value = file.keys.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            found.append(
-                failure("file", f"{file.path}: {key} is {value!r}", "write a whole number")
-            )
-    if file.keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: compute_environment is {file.keys['compute_environment']}",
-                "write LOCAL_MACHINE: managed services are not supported",
-            )
-        )
-    return found
+            yield _wrong(file, f"{key} is {value!r}", "write a whole number")
+    environment = file.keys.get("compute_environment", "LOCAL_MACHINE")
+    if environment != "LOCAL_MACHINE":
+        fix = "write LOCAL_MACHINE: managed services are not supported"
+        yield _wrong(file, f"compute_environment is {environment}", fix)
 
 
-def _judge_type(file: LaunchFile) -> list[Finding]:
+def _judge_type(file: LaunchFile) -> Iterator[Finding]:
     kind, wants_many = file.keys.get("distributed_type"), file.processes > 1 or file.machines > 1
     if kind is False:
-        told = "distributed_type: NO without quotes, which YAML reads as false"
-        return [failure("file", f"{file.path}: {told}", "write 'NO' in quotes")]
-    if kind in STARTS_PROCESSES:
-        return []
-    if kind in ("MULTI_CPU", "NO") and not wants_many:
-        return []
-    if kind in ("MULTI_CPU", "NO"):
+        found = "distributed_type: NO without quotes, which YAML reads as false"
+        yield _wrong(file, found, "write 'NO' in quotes")
+    elif kind in ("MULTI_CPU", "NO") and wants_many:
         needs = ", which needs MPI," if kind == "MULTI_CPU" else ""
-        return [
-            failure(
-                "file",
-                f"{file.path}: distributed_type {kind}{needs} starts one process on each machine"
-                " that knows nothing of the others, whatever num_processes"
-                f" ({file.keys.get('num_processes')}) says",
-                MULTI_GPU_FIX,
-            )
-        ]
-    told = "no distributed_type" if kind is None else f"distributed_type {kind} is not supported"
-    return [failure("file", f"{file.path}: {told}", MULTI_GPU_FIX)]
+        yield _wrong(
+            file,
+            f"distributed_type {kind}{needs} starts one process on each machine that knows nothing"
+            f" of the others, whatever num_processes ({file.keys.get('num_processes')}) says",
+            MULTI_GPU_FIX,
+        )
+    elif kind is None:
+        yield _wrong(file, "no distributed_type", MULTI_GPU_FIX)
+    elif kind not in (*STARTS_PROCESSES, "MULTI_CPU", "NO"):
+        yield _wrong(file, f"distributed_type {kind} is not supported", MULTI_GPU_FIX)
 
 
-def _judge_counts(file: LaunchFile) -> list[Finding]:
+def _judge_counts(file: LaunchFile) -> Iterator[Finding]:
     machines, processes = file.machines, file.processes
     if machines < 1:
-        return [failure("file", f"{file.path}: num_machines is {machines}", "write 1 or more")]
-    found = []
+        yield _wrong(file, f"num_machines is {machines}", "write 1 or more")
+        return
     if processes < machines or processes % machines:
         each = max(1, -(-processes // machines))
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: num_processes is {file.keys.get('num_processes', 'missing')} for"
-                f" {machines} machine(s); it counts the processes of all machines together",
-                f"write {machines * each} for {each} on each machine, the same in all files",
-            )
+        yield _wrong(
+            file,
+            f"num_processes is {file.keys.get('num_processes', 'missing')} for {machines}"
+            " machine(s); it counts the processes of all machines together",
+            f"write {machines * each} for {each} on each machine, the same in all files",
         )
     if not 0 <= file.rank < machines:
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: machine_rank is {file.rank}, and num_machines is {machines}",
-                f"number the machines from 0 to {machines - 1}",
-            )
+        yield _wrong(
+            file,
+            f"machine_rank is {file.rank}, and num_machines is {machines}",
+            f"number the machines from 0 to {machines - 1}",
         )
-    return found
 
 
-def _judge_meeting_place(file: LaunchFile) -> list[Finding]:
+def _judge_main(file: LaunchFile) -> Iterator[Finding]:
+    """The main address and port."""
     if file.machines <= 1:
-        return []
-    found = []
-    if not file.address:
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: no main_process_ip for {file.machines} machines",
-                "write the address of machine 0 as the others reach it, in all files",
-            )
+        return
+    address, port = file.address, file.keys.get("main_process_port")
+    if not address:
+        yield _wrong(
+            file,
+            f"no main_process_ip for {file.machines} machines",
+            "write the address of machine 0 as the others reach it, in all files",
         )
-    elif is_literal(file.address) and is_loopback(file.address):
-        found.append(
-            warning(
-                "file",
-                f"{file.path}: main_process_ip {file.address} is each machine's own",
-                "write the address of machine 0 as the others reach it; this is right only if all"
-                " run on one machine",
-            )
+    elif is_literal(address) and is_loopback(address):
+        yield _doubtful(
+            file,
+            f"main_process_ip {address} is each machine's own",
+            "write the address of machine 0 as the others reach it; this is right only if all run"
+            " on one machine",
         )
-    if not 0 < file.port < 65536 or file.keys.get("main_process_port") is None:
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: main_process_port is"
-                f" {file.keys.get('main_process_port', 'missing')} for {file.machines} machines",
-                f"write a port that is free on machine 0, such as {DEFAULT_PORT}, in all files",
-            )
+    if port is None or not 0 < file.port < 65536:
+        yield _wrong(
+            file,
+            f"main_process_port is {'missing' if port is None else port} for {file.machines}"
+            " machines",
+            f"write a port that is free on machine 0, such as {DEFAULT_PORT}, in all files",
         )
-    return found
 
 
-def _judge_devices(file: LaunchFile, gpus: int) -> list[Finding]:
-    kind, here = file.keys.get("distributed_type"), file.processes_here
-    if kind not in STARTS_PROCESSES:
-        return []
+def _judge_devices(file: LaunchFile, gpus: int) -> Iterator[Finding]:
+    here, ids = file.processes_here, file.keys.get("gpu_ids")
+    listed = None if ids in (None, "all") else len(str(ids).split(","))
+    if file.keys.get("distributed_type") not in STARTS_PROCESSES:
+        return
     if file.keys.get("use_cpu"):
-        if not gpus:
-            return []
-        return [
-            warning(
-                "file",
-                f"{file.path}: use_cpu is true, this machine has {gpus} GPU(s), and Accelerate does"
-                " not hand the key on to several processes",
+        if gpus:
+            yield _doubtful(
+                file,
+                f"use_cpu is true, this machine has {gpus} GPU(s), and Accelerate does not hand the"
+                " key on to several processes",
                 "set ACCELERATE_USE_CPU=true in the environment, or train with --cpu",
             )
-        ]
-    ids = file.keys.get("gpu_ids")
-    listed = None if ids in (None, "all") else len(str(ids).split(","))
-    if listed is not None and listed < here:
-        return [
-            failure(
-                "file",
-                f"{file.path}: gpu_ids {ids} names {listed} GPU(s) for {here} processes on this"
-                " machine",
-                "write `gpu_ids: all`, or name one for each process",
-            )
-        ]
-    if not gpus:
-        return [
-            warning(
-                "file",
-                f"{file.path} is for GPUs, and this machine has none that torch can use: its"
-                " processes will train on the CPU",
-                "write `use_cpu: true`, or install the driver and torch's build for this GPU",
-            )
-        ]
-    if here != gpus and listed is None:
-        return [
-            warning(
-                "file",
-                f"{file.path} starts {here} process(es) here, and this machine has {gpus} GPU(s)",
-                (
-                    f"write num_processes: {gpus * file.machines} in all files if the others have"
-                    f" {gpus} too"
-                    if here < gpus
-                    else "lower num_processes to the GPUs there are"
-                ),
-            )
-        ]
-    return []
+    elif listed is not None and listed < here:
+        yield _wrong(
+            file,
+            f"gpu_ids {ids} names {listed} GPU(s) for {here} processes on this machine",
+            "write `gpu_ids: all`, or name one for each process",
+        )
+    elif not gpus:
+        yield _doubtful(
+            file,
+            "is for GPUs, and this machine has none that torch can use: its processes will train on"
+            " the CPU",
+            "write `use_cpu: true`, or install the driver and torch's build for this GPU",
+        )
+    elif here != gpus and listed is None:
+        fix = "lower num_processes to the GPUs there are"
+        if here < gpus:
+            total = gpus * file.machines
+            fix = f"write num_processes: {total} in all files if the others have {gpus} too"
+        yield _doubtful(
+            file, f"starts {here} process(es) here, and this machine has {gpus} GPU(s)", fix
+        )
 
 
-def _precision(file: LaunchFile) -> Any:
-    return file.keys.get("mixed_precision") or "no"
-
-
-def _judge_precision(file: LaunchFile) -> list[Finding]:
-    value = file.keys.get("mixed_precision")
+def _judge_precision(file: LaunchFile) -> Iterator[Finding]:
+    value, on_cpus = file.keys.get("mixed_precision"), bool(file.keys.get("use_cpu"))
     if value is False:
-        return [
-            failure(
-                "file",
-                f"{file.path}: mixed_precision: no without quotes, which YAML reads as false:"
-                " Accelerate ends with an AttributeError",
-                "write 'no' in quotes",
-            )
-        ]
-    if value not in (None, *PRECISIONS) or (value == "fp16" and file.keys.get("use_cpu")):
-        return [
-            failure(
-                "file",
-                f"{file.path}: mixed_precision is {value}"
-                + (" on CPUs" if file.keys.get("use_cpu") else ""),
-                "write 'no' or bf16 (fp16 on GPUs)",
-            )
-        ]
-    return []
+        yield _wrong(
+            file,
+            "mixed_precision: no without quotes, which YAML reads as false: Accelerate ends with an"
+            " AttributeError",
+            "write 'no' in quotes",
+        )
+    elif value not in (None, *PRECISIONS) or (value == "fp16" and on_cpus):
+        where = " on CPUs" if on_cpus else ""
+        fix = "write 'no' or bf16 (fp16 on GPUs)"
+        yield _wrong(file, f"mixed_precision is {value}{where}", fix)
 
 
-def _judge_ignored(file: LaunchFile) -> list[Finding]:
+def _judge_ignored(file: LaunchFile) -> Iterator[Finding]:
     """Keys that look as if they did something."""
-    found = []
-    if file.keys.get("rdzv_backend", "static") != "static":
-        found.append(
-            warning(
-                "file",
-                f"{file.path}: rdzv_backend {file.keys['rdzv_backend']} is not read from the file",
-                'take it out; for peers that come and go use torchrun (README, "When peers come'
-                ' and go")',
-            )
+    backend = file.keys.get("rdzv_backend", "static")
+    if backend != "static":
+        yield _doubtful(
+            file,
+            f"rdzv_backend {backend} is not read from the file",
+            'take it out; for peers that come and go use torchrun (README, "When peers come and'
+            ' go")',
         )
     if file.keys.get("dynamo_config") or file.keys.get("dynamo_backend"):
-        found.append(
-            warning(
-                "file",
-                f"{file.path}: dynamo settings compile the whole wrapped model, loss and all",
-                "take them out and train with --compile",
-            )
-        )
+        found = "dynamo settings compile the whole wrapped model, loss and all"
+        yield _doubtful(file, found, "take them out and train with --compile")
     if file.keys.get("debug"):
-        found.append(
-            warning("file", f"{file.path}: debug: true checks every exchange", "write false")
-        )
+        yield _doubtful(file, "debug: true checks every exchange", "write false")
     if file.keys.get("mpirun_config"):
-        found.append(
-            failure(
-                "file",
-                f"{file.path}: mpirun_config starts the processes by MPI, which is not supported",
-                f"take it out, and {MULTI_GPU_FIX}",
-            )
-        )
-    return found
+        found = "mpirun_config starts the processes by MPI, which is not supported"
+        yield _wrong(file, found, f"take it out, and {MULTI_GPU_FIX}")
 
 
 def write_launch_files(

@@ -48,7 +48,7 @@ def test_a_rank_without_memory_says_so_and_the_others_end(zygote, prepared, tmp_
     resource.prlimit(ranks[1], resource.RLIMIT_AS, (limit, limit))
     assert [zygote.wait(pid) for pid in ranks] == [1, 1], read(log)
     told = read(log)
-    assert "rank 1 (" in told and "is out of memory: lower --micro-batch-size" in told
+    assert "rank 1 (" in told and "out of memory" in told and "lower --micro-batch-size" in told
     assert "Traceback" not in told
 
 
