@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +47,8 @@ def failure(topic: str, found: str, fix: str) -> Finding:
 
 def failures(topic: str, error: ForgeError) -> list[Finding]:
     """The problems of an error as findings."""
+    if isinstance(error, Refused):
+        return list(error.findings)
     return [
         Finding(p.found, p.fix or AS_IT_SAYS, p.where, level=FAILURE, topic=topic)
         for p in error.problems
@@ -85,6 +89,23 @@ class ClusterReport:
         if FAILURE in levels:
             return WILL_NOT_WORK
         return WORKS_WITH_WARNINGS if WARNING in levels else WORKS
+
+    @contextlib.contextmanager
+    def failures_as(self, topic: str) -> Iterator[None]:
+        """Add the problems of a ForgeError that ends the block, unless they are known already."""
+        try:
+            yield
+        except ForgeError as error:
+            known = {finding.found for finding in self.findings}  # what one rank found by itself
+            self.findings += [new for new in failures(topic, error) if new.found not in known]
+
+    def shown_by_its_rank(self) -> ClusterReport | None:
+        """What its process prints: all on the main one, a peer's own failures elsewhere."""
+        if self.rank == 0:
+            return self
+        own = f"rank {self.rank} (" if self.peers else ""
+        found = [f for f in self.findings if f.level == FAILURE and f.where.startswith(own)]
+        return ClusterReport(found, rank=self.rank) if found else None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; what was not measured is null."""

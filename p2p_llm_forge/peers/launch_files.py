@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.files import write_file
 from p2p_llm_forge.peers.addresses import is_literal, is_loopback
 from p2p_llm_forge.peers.findings import FAILURE, Finding, failure, fine, warning
 from p2p_llm_forge.peers.launch import DEFAULT_PORT
@@ -111,6 +113,30 @@ def judge_launch_file(file: LaunchFile, gpus: int) -> list[Finding]:
         return found
     started = f"{file.processes_here} of {file.processes} processes"
     return [fine("file", f"{file.path}: machine {file.rank} of {file.machines}, {started}"), *found]
+
+
+def judge_launch_files(files: Sequence[LaunchFile]) -> list[Finding]:
+    """The files of one or of several machines, each on this machine, and together."""
+    from p2p_llm_forge.peers.machine import accelerators
+
+    gpus = accelerators() if files else 0
+    found = [finding for file in files for finding in judge_launch_file(file, gpus)]
+    return found + judge_together(files)
+
+
+def by_hand(config: CheckConfig, file: LaunchFile) -> CheckConfig:
+    """The launch of the file with one process on each machine, which needs no launcher.
+
+    `accelerate launch` (1.15) waits 15 minutes for a missing machine before any script begins, and
+    prints nothing meanwhile.
+    """
+    return replace(
+        config,
+        rank=file.rank,
+        world_size=file.machines,
+        master_addr=file.address or "127.0.0.1",
+        master_port=file.port,
+    )
 
 
 def judge_together(files: Sequence[LaunchFile]) -> list[Finding]:
@@ -352,8 +378,7 @@ def write_launch_files(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rank, file in enumerate(files):
-            text = launch_file_text(rank, hosts, port, gpus_per_host, file)
-            file.write_text(text, encoding="utf-8")
+            write_file(file, launch_file_text(rank, hosts, port, gpus_per_host, file))
     except OSError as error:
         raise ForgeError(
             f"--write-configs {folder} cannot be written ({error.strerror})",

@@ -20,6 +20,8 @@ SHORTEST_CHUNK_S = 0.04
 ROUND_TRIPS_OF_A_CHUNK = 4
 CHUNKS_MEASURED = 4  # the least that a rate is taken from
 STOP = 0
+ALL_LINKS_S = 30.0  # what measuring all links may take, about
+LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Links:
         return source, target, rate
 
 
-def measure_links(cluster: Cluster, budget_s: float = 0.6) -> Links:
+def measure_links(cluster: Cluster) -> Links:
     """Measure every pair of ranks, one link in one direction at a time. All ranks must call.
 
-    budget_s: about what one direction takes; a link with long round trips takes more. Costs
-    world x (world - 1) times as much.
+    Takes about half a second for each, with many ranks less; a link with long round trips more.
     """
     world = cluster.world_size
+    budget_s = max(SHORTEST_LINK_S, min(LINK_S, ALL_LINKS_S / max(1, world * (world - 1))))
     links = Links(*([[math.nan] * world for _ in range(world)] for _ in range(2)))
     if world == 1:
         return links

@@ -19,6 +19,11 @@ LITTLE_DISK, LITTLE_MEMORY = 2e9, 1e9  # bytes below which even a small run is i
 CHECKPOINT_BYTES_PER_PARAMETER, MODEL_BYTES_PER_PARAMETER = 12, 4
 
 
+def accelerators() -> int:
+    """How many GPUs (or other accelerators) of this machine torch can use."""
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":

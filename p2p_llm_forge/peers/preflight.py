@@ -1,4 +1,4 @@
-"""What only the peers together can see: clocks, versions, a folder that all of them share."""
+"""What makes a launch work: what a machine finds alone, and what the peers find together."""
 
 from __future__ import annotations
 
@@ -9,14 +9,69 @@ import statistics
 import time
 from pathlib import Path
 
+from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.findings import Finding, failure, failures, fine, warning
+from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
+from p2p_llm_forge.peers.launch_files import LaunchFile
+from p2p_llm_forge.peers.machine import judge_machine
+from p2p_llm_forge.peers.routes import Main, judge_route
 from p2p_llm_forge.polling import wait_for
 
 CLOCK_TRIES = 5
 LARGEST_CLOCK_OFFSET_S = 1.0
 FOLDER_LAG_S = 3.0  # a network share may show a new file late
+
+
+def judge_alone(config: CheckConfig, launch: Launch, file: LaunchFile | None) -> list[Finding]:
+    """What one machine can find: what it has, and its route to the main address."""
+    found = []
+    if file is not None and not config.meet and launch.world_size not in (1, file.processes):
+        started = f"{launch.world_size} processes were started, {file.path} promises"
+        fix = "start all machines with files of the same launch"
+        found.append(failure("launch", f"{started} {file.processes}", fix))
+    if launch.local_rank:
+        return found  # one process speaks for its machine
+    main = _main_of(launch, file)
+    found += judge_machine(config, launch)
+    return found + (judge_route(main, launch, config.allow_public_address) if main else [])
+
+
+def _main_of(launch: Launch, file: LaunchFile | None) -> Main | None:
+    """Where the machines are to meet; None for a launch on one of them."""
+    machines, host, port = launch.machines, launch.master_addr, launch.master_port
+    is_here = launch.rank < launch.local_world_size
+    if file is not None and launch.world_size == 1:
+        machines, host, port, is_here = file.machines, file.address, file.port, file.rank == 0
+    if machines == 1 or host is None:
+        return None
+    return Main(host, port or DEFAULT_PORT, machines, is_here, launch.world_size > 1)
+
+
+def gather_findings(cluster: Cluster, own: list[Finding]) -> list[Finding]:
+    """Every rank's findings, each with the name of its rank. All ranks must call."""
+    facts = cluster.gather_facts(
+        {"findings": [vars(finding) for finding in own], "host": platform.node()}
+    )
+    return [
+        Finding(**{**finding, "where": f"rank {rank} ({fact['host']})"})
+        for rank, fact in enumerate(facts)
+        for finding in fact["findings"]
+    ]
+
+
+def judge_peers(config: CheckConfig, cluster: Cluster, hosts: list[str]) -> list[Finding]:
+    """What the peers find together; the same on every rank. All ranks must call."""
+    found = []
+    if cluster.world_size > 1:
+        found.append(fine("rendezvous", f"all {cluster.world_size} processes are here"))
+        found += judge_pythons(cluster, hosts)
+        found += judge_clocks(cluster, hosts)
+    if config.output_dir:
+        is_needed = bool(config.resume) or config.keeps_own_state()
+        found += judge_shared_folder(cluster, Path(config.output_dir), is_needed, hosts)
+    return found
 
 
 def hosts_of(cluster: Cluster) -> list[str]:
