@@ -4,8 +4,7 @@ from p2p_llm_forge.config.check import CheckConfig
 from p2p_llm_forge.config.fields import as_dict, multiples_near, option
 from p2p_llm_forge.config.parser import flags_table, parse
 from p2p_llm_forge.config.prepare import PrepareConfig
-from p2p_llm_forge.config.sync import OF_DILOCO
-from p2p_llm_forge.config.train import TrainConfig
+from p2p_llm_forge.config.train import OF_DILOCO, TrainConfig
 
 __all__ = [
     "OF_DILOCO",

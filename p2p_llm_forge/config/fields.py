@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from p2p_llm_forge.errors import Problems, nearest
@@ -147,8 +146,3 @@ def multiples_near(value: int, unit: int) -> list[int]:
     """The multiples of `unit` next to `value`, but for 0."""
     below = value // unit * unit
     return [number for number in (below, below + unit) if number]
-
-
-def listed(words: Iterable[object]) -> str:
-    """Words as a choice: `a or b or c`."""
-    return " or ".join(map(str, words))

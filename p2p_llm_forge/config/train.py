@@ -1,19 +1,381 @@
-"""TrainConfig: all that train.py can be asked, built of the groups of options."""
+"""All that train.py can be asked: groups of options, and TrainConfig, which is built of them."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from p2p_llm_forge.config.data import DataOptions
-from p2p_llm_forge.config.fields import Options, listed, multiples_near
-from p2p_llm_forge.config.launch import LaunchOptions
-from p2p_llm_forge.config.model import ModelOptions
-from p2p_llm_forge.config.saving import SavingOptions
-from p2p_llm_forge.config.sync import SyncOptions
-from p2p_llm_forge.config.update import UpdateOptions
-from p2p_llm_forge.errors import Problems
+from p2p_llm_forge.config.fields import (
+    Options,
+    flag,
+    multiples_near,
+    option,
+    require_above_0,
+    require_at_least,
+)
+from p2p_llm_forge.errors import Problems, nearest
+
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
+# Those of transformers (5.23) that depend on nothing but the step, and two short names.
+SCHEDULES = (
+    *("linear", "cosine", "constant", "wsd", "cosine_with_restarts", "polynomial"),
+    *("inverse_sqrt", "constant_with_warmup", "warmup_stable_decay"),
+)
+ROUND_LENGTH = 50  # updates, by default
+OF_DILOCO = (
+    *("sync_every", "outer_lr", "outer_momentum", "outer_warmup_rounds"),
+    *("fragments", "overlap_steps", "ddp_warmup_steps"),
+)
+
+
+@dataclass
+class DataOptions(Options):
+    """What a run learns from, and the folder that it writes."""
+
+    _argument_group_name = "data and output"
+    PER_RANK: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir", "tokenizer")
+
+    dataset_path: str = flag(
+        "",
+        "folder made by prepare_data.py, or a text file, which is prepared first",
+        "--dataset_name",
+    )
+    output_dir: str = flag("", "folder of the run: checkpoints, figures, the final model")
+    tokenizer: str | None = flag(
+        None, "for a text file: tokenizer to use; without it that of --model-name, or a new one"
+    )
+    vocab_size: int = flag(8192, "for a text file: entries of a tokenizer that is trained on it")
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "for a text file: bytes that are not UTF-8 are refused, or replaced by U+FFFD"
+    )
+    sequence_length: int | None = flag(
+        None,
+        "tokens in a block; must be that of the prepared data; default for a text file: 256",
+        "--block_size",
+    )
+
+    def check(self, problems: Problems) -> None:
+        problems.require(
+            bool(self.dataset_path),
+            "no data given",
+            "add --dataset-path FOLDER (made by prepare_data.py) or a text file",
+        )
+        require_at_least(2, self, problems, "sequence_length")
+
+
+@dataclass
+class ModelOptions(Options):
+    """Which model is trained."""
+
+    _argument_group_name = "model"
+    PER_RANK: ClassVar[tuple[str, ...]] = ("model_name", "gradient_checkpointing", "compile")
+
+    model_name: str | None = flag(
+        None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
+    )
+    model_type: str | None = flag(
+        None, "family of a model trained from scratch, such as llama; without it a small GPT-2"
+    )
+    config_overrides: str | None = flag(
+        None, "sizes of a model trained from scratch", metavar="KEY=VALUE,..."
+    )
+    trust_remote_code: bool = flag(
+        False, "run the Python code that the model's author ships with it"
+    )
+    document_mask: bool = flag(
+        False, "keep attention inside documents, in training and in evaluation"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in backward: less memory, slower"
+    )
+    compile: bool = flag(False, "compile the model with torch.compile")
+
+    def check(self, problems: Problems) -> None:
+        problems.require(
+            not (self.model_name and (self.model_type or self.config_overrides)),
+            "--model-name loads a model with its own sizes; --model-type and --config-overrides"
+            " build a new one",
+            "give one or the other",
+        )
+
+
+@dataclass
+class UpdateOptions(Options):
+    """What an update is, and how many are taken."""
+
+    _argument_group_name = "updates"
+    PER_RANK: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
+
+    epochs: float = flag(1.0, "passes over the blocks", "--num_train_epochs")
+    max_steps: int | None = flag(
+        None, "updates; if given, --epochs does not count", "--max_train_steps"
+    )
+    batch_size: int | None = flag(
+        None, "blocks in one update over all processes together; default: 16"
+    )
+    micro_batch_size: int | None = flag(
+        None,
+        "blocks in one forward of one process; default: the largest that divides, at most 8",
+        "--per_device_train_batch_size",
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None,
+        "forwards in one update; follows from the batch size, given only to state the batch size"
+        " that other way",
+    )
+    learning_rate: float = flag(1e-3, "peak learning rate")
+    warmup_steps: int = flag(0, "updates until the peak", "--num_warmup_steps")
+    lr_scheduler: str = flag(
+        "cosine",
+        "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers",
+        "--lr_scheduler_type",
+    )
+    optimizer: str = flag("adamw", "adamw, sgd or adafactor")
+    weight_decay: float = flag(
+        0.1, "decay of the matrices; vectors (biases, norms) are never decayed"
+    )
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
+        "auto", "auto: what the launcher's config says, else bf16 on hardware that has it"
+    )
+    seed: int = flag(0, "chooses initial weights, order of data and dropout")
+
+    def check(self, problems: Problems) -> None:
+        require_above_0(self, problems, "epochs", "learning_rate")
+        sizes = ("max_steps", "batch_size", "micro_batch_size", "gradient_accumulation_steps")
+        require_at_least(1, self, problems, *sizes)
+        require_at_least(0, self, problems, "warmup_steps", "weight_decay", "max_grad_norm")
+        problems.require(
+            abs(self.seed) < 2**63, f"--seed is {self.seed}", "use a number of at most 63 bits"
+        )
+        problems.require(
+            self.optimizer in OPTIMIZERS,
+            f"unknown optimizer '{self.optimizer}'",
+            nearest(self.optimizer, OPTIMIZERS),
+        )
+        problems.require(
+            self.lr_scheduler in SCHEDULES,
+            f"unknown schedule '{self.lr_scheduler}', or one that needs more than the step, which"
+            " exact resuming rules out",
+            nearest(self.lr_scheduler, SCHEDULES),
+        )
+
+
+@dataclass
+class SavingOptions(Options):
+    """What is evaluated, logged and saved, when, and what a run resumes from."""
+
+    _argument_group_name = "evaluating, logging and saving"
+    PER_RANK: ClassVar[tuple[str, ...]] = ("resume", "report_to")
+
+    eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
+    eval_only: bool = flag(False, "evaluate the model of --output-dir (or --model-name) and stop")
+    log_every: int = flag(10, "updates between lines of metrics.jsonl")
+    save_every: int = flag(
+        500,
+        "updates between checkpoints; the last update is always saved",
+        "--checkpointing_steps",
+    )
+    keep_checkpoints: int = flag(2, "newest checkpoints that are kept")
+    keep_best: bool = flag(False, "keep the checkpoint with the lowest evaluation loss as well")
+    save_in_background: bool = flag(
+        True, "copy the state to memory and write it while training continues"
+    )
+    max_seconds: float | None = flag(
+        None, "stop, save and exit with status 124 after so many seconds"
+    )
+    resume: str | None = flag(
+        None,
+        "auto: resume from the newest complete checkpoint of --output-dir, or start; or a"
+        " checkpoint's folder",
+        "--resume_from_checkpoint",
+    )
+    resume_changed: bool = flag(
+        False, "resume although the data, the seed or the batch size is another one than before"
+    )
+    overwrite: bool = flag(False, "throw away the run that --output-dir holds")
+    report_to: str = flag(
+        "tensorboard",
+        "trackers beside metrics.jsonl, comma-separated: tensorboard, wandb, ...; none",
+    )
+    sample_prompt: str = flag("", "text that the sample after training continues")
+
+    def check(self, problems: Problems) -> None:
+        require_above_0(self, problems, "log_every", "max_seconds")
+        require_at_least(1, self, problems, "keep_checkpoints")
+        require_at_least(0, self, problems, "eval_every", "save_every")
+        problems.require(
+            not (self.resume and self.overwrite),
+            "--resume continues the run that --overwrite would throw away",
+            "give one of them",
+        )
+        problems.require(
+            not (self.keep_best and not self.eval_every),
+            "--keep-best needs evaluations to choose by",
+            "add --eval-every",
+        )
+        problems.require(
+            not (self.keep_best and self.eval_every and self.save_every % self.eval_every),
+            f"--keep-best judges every checkpoint by its evaluation, but --save-every"
+            f" {self.save_every} is not a multiple of --eval-every {self.eval_every}",
+            "make it one",
+        )
+
+
+@dataclass
+class SyncOptions(Options):
+    """How peers agree on weights."""
+
+    _argument_group_name = "agreeing on weights"
+
+    sync: Literal["ddp", "diloco", "auto"] = flag(
+        "ddp",
+        "how peers agree on weights: ddp: gradients in every update; diloco: rounds of updates"
+        " alone, then one exchange; auto: what the measured link allows",
+    )
+    compress: Literal["none", "bf16", "int8", "int4", "powersgd"] = flag(
+        "none",
+        "what travels: gradients (ddp) or pseudo-gradients (diloco) as they are, or compressed",
+    )
+    powersgd_rank: int | None = flag(
+        None, "rank of the matrices that --compress powersgd sends; default: 4"
+    )
+    sync_every: int | None = flag(None, f"diloco: updates in a round; default: {ROUND_LENGTH}")
+    # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
+    # of real runs: benchmarks/README.md). They take a little less than a round's own change (0.5 x
+    # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)
+    # were the worst there. More processes bear a higher rate: see `outer.outer_lr_of`.
+    outer_lr: float | None = flag(
+        None,
+        "diloco: learning rate of the outer step, on the average of all pseudo-gradients; default:"
+        " 0.5 of two processes, 0.7 of four, 1 of eight or more; 1 with --outer-momentum 0 is plain"
+        " averaging",
+    )
+    outer_momentum: float = flag(0.8, "diloco: Nesterov momentum of the outer step")
+    outer_warmup_rounds: int = flag(
+        20, "diloco: rounds in which the outer step goes from plain averaging to these settings"
+    )
+    fragments: int = flag(1, "diloco: parts of the layers that are synchronised one at a time")
+    overlap_steps: int = flag(
+        0, "diloco: updates that are taken while an exchange is under way; its result comes after"
+    )
+    ddp_warmup_steps: int = flag(0, "diloco: updates as by ddp before the first round")
+    balance: Literal["none", "auto"] = flag(
+        "none", "auto: faster processes get more blocks of an update, slower ones fewer"
+    )
+
+    def round_length(self) -> int:
+        """Updates in a round of DiLoCo."""
+        return self.sync_every or ROUND_LENGTH
+
+    def is_streaming(self) -> bool:
+        """Whether there is no moment, but the end, at which all ranks hold the same weights."""
+        return self.sync == "diloco" and (self.fragments > 1 or self.overlap_steps > 0)
+
+    def keeps_own_state(self) -> bool:
+        """Whether ranks hold what others do not, so that checkpoints take a file of each."""
+        return self.sync == "diloco" or self.compress != "none"
+
+    def check(self, problems: Problems) -> None:
+        require_at_least(1, self, problems, "sync_every", "fragments", "powersgd_rank")
+        require_at_least(
+            0, self, problems, "outer_warmup_rounds", "overlap_steps", "ddp_warmup_steps"
+        )
+        require_above_0(self, problems, "outer_lr")
+        problems.require(
+            0 <= self.outer_momentum < 1,
+            f"--outer-momentum is {self.outer_momentum}",
+            "use a number from 0 to below 1",
+        )
+        problems.require(
+            self.sync != "auto" or self.compress == "none",
+            f"--sync auto chooses the compression too, but --compress {self.compress} was given",
+            "leave out --compress, or choose --sync ddp or diloco",
+        )
+        problems.require(
+            self.powersgd_rank is None or self.compress == "powersgd",
+            f"--powersgd-rank belongs to --compress powersgd, this run has {self.compress}",
+            "add --compress powersgd, or leave the rank out",
+        )
+        if self.sync == "diloco":
+            self._check_rounds(problems)
+        else:
+            self._refuse_options_of_rounds(problems)
+
+    def _refuse_options_of_rounds(self, problems: Problems) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [option(name) for name in OF_DILOCO if getattr(self, name) != defaults[name]]
+        problems.require(
+            not given,
+            f"{', '.join(given)} belong{'s' if len(given) == 1 else ''} to --sync diloco, this run"
+            f" is --sync {self.sync}",
+            "add --sync diloco, or leave them out",
+        )
+
+    def _check_rounds(self, problems: Problems) -> None:
+        every = self.round_length()
+        problems.require(
+            self.compress != "powersgd",
+            "--compress powersgd approximates gradients and goes with --sync ddp, not diloco",
+            "use --compress int8 or int4",
+        )
+        problems.require(
+            self.fragments <= every,
+            f"--fragments {self.fragments} cannot be synchronised at different moments of"
+            f" --sync-every {every} updates",
+            f"use {every} fragments or fewer",
+        )
+        problems.require(
+            self.overlap_steps < every,
+            f"--overlap-steps {self.overlap_steps} is not below --sync-every {every}: an exchange"
+            " must end before the next begins",
+            f"use {every - 1} or fewer",
+        )
+
+
+@dataclass
+class LaunchOptions(Options):
+    """Where a run computes, and how its processes find each other."""
+
+    _argument_group_name = "launch"
+    PER_RANK: ClassVar[tuple[str, ...]] = (
+        *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
+        *("cluster_secret_file", "allow_public_address"),
+    )
+
+    backend: Literal["auto", "gloo", "nccl"] = flag(
+        "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
+    )
+    peer_timeout: float = flag(
+        30.0, "seconds that an exchange waits for a peer before the run ends"
+    )
+    cluster_secret_file: str | None = flag(
+        None, "file with a secret that every peer must prove to know before anything is exchanged"
+    )
+    allow_public_address: bool = flag(
+        False, "listen on an address that the internet can reach, because a firewall guards it"
+    )
+    cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
+    cpu_threads: int = flag(
+        0, "threads of a process on the CPU; 0: the machine's cores over its processes"
+    )
+    rank: int | None = flag(None, "launch by hand: number of this process, from 0")
+    world_size: int | None = flag(
+        None, "launch by hand: processes in all; 1: train alone whatever the environment says"
+    )
+    master_addr: str | None = flag(None, "launch by hand: address of the machine of rank 0")
+    master_port: int | None = flag(None, "launch by hand: a free port on that machine")
+    dry_run: bool = flag(False, "check everything, report what would be done, and stop")
+    config: str | None = flag(
+        None, "recipe: a YAML file whose keys are these flags; the command line wins"
+    )
+
+    def check(self, problems: Problems) -> None:
+        require_above_0(self, problems, "peer_timeout")
+        require_at_least(0, self, problems, "cpu_threads")
+        require_at_least(1, self, problems, "world_size")
 
 
 # A dataclass takes the fields of its last base first: so the data come first, as in GROUPS.
@@ -45,7 +407,7 @@ class TrainConfig(
                 self.eval_every % every == 0,
                 f"--eval-every {self.eval_every} is not a multiple of --sync-every {every}, and"
                 " only there all ranks hold the same weights",
-                f"use {listed(multiples_near(self.eval_every, every))}",
+                f"use {' or '.join(map(str, multiples_near(self.eval_every, every)))}",
             )
 
 

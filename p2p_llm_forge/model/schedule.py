@@ -15,7 +15,7 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
     """The fraction of the peak learning rate at an update (counted from 0): a function of it alone.
 
     The shapes are transformers' own; because they depend on nothing but the step, no scheduler
-    state is kept, saved or stepped. Which ones do is known to `config.update.SCHEDULES`.
+    state is kept, saved or stepped. Which ones do is known to `config.train.SCHEDULES`.
     """
     from transformers import get_scheduler
 

@@ -8,6 +8,7 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.config.fields import Options
+from p2p_llm_forge.config.train import SCHEDULES
 
 GIVEN = {"dataset_path": "data", "output_dir": "run"}
 
@@ -83,3 +84,78 @@ def test_a_notebook_may_give_paths_and_sizes_as_python_has_them():
 
 def test_an_evaluation_of_a_named_model_needs_no_output():
     assert not problems_of(TrainConfig(dataset_path="data", eval_only=True, model_name="m"))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_steps", "micro_batch_size"])
+def test_sizes_start_at_1(name):
+    (problem,) = TrainConfig("data", "run", **{name: 0}).problems().found
+    assert problem.fix == "use 1 or more"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_learning_rate_is_a_finite_number_above_0(value):
+    (problem,) = TrainConfig("data", "run", learning_rate=value).problems().found
+    assert problem.found == f"--learning-rate is {value}"
+
+
+def test_a_seed_has_at_most_63_bits():
+    assert not TrainConfig("data", "run", seed=2**63 - 1).problems().found
+    assert TrainConfig("data", "run", seed=2**63).problems().found
+
+
+def test_schedules_are_those_of_transformers_that_need_only_the_step():
+    import torch
+    from transformers import get_scheduler
+    from transformers.trainer_utils import SchedulerType
+
+    alone = set()
+    for kind in SchedulerType:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        special = {"num_decay_steps": 2} if kind.value == "warmup_stable_decay" else {}
+        try:
+            made = get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=special)
+            made.lr_lambdas[0](3)
+        except (AttributeError, TypeError, ValueError):
+            continue
+        alone.add(kind.value)
+    assert alone >= {"linear", "cosine"}
+    assert set(SCHEDULES) == alone | {"wsd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("cosin", "did you mean cosine"), ("reduce_lr_on_plateau", "choose from: constant")],
+)
+def test_schedules_that_cannot_be_used_are_refused(name, fix):
+    (problem,) = TrainConfig("data", "run", lr_scheduler=name).problems().found
+    assert f"unknown schedule '{name}'" in problem.found and fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "fix"),
+    [
+        (
+            {"sync_every": 20},
+            "--sync-every belongs to --sync diloco, this run is --sync ddp",
+            "add",
+        ),
+        ({"fragments": 2, "outer_lr": 0.6}, "--outer-lr, --fragments belong to", "leave them out"),
+        ({"sync": "diloco", "compress": "powersgd"}, "goes with --sync ddp", "int8 or int4"),
+        ({"sync": "diloco", "sync_every": 4, "overlap_steps": 4}, "not below", "use 3 or fewer"),
+        (
+            {"sync": "diloco", "sync_every": 4, "fragments": 5},
+            "moments",
+            "use 4 fragments or fewer",
+        ),
+        ({"sync": "diloco", "sync_every": 0}, "--sync-every is 0", "use 1 or more"),
+        ({"sync": "diloco", "outer_momentum": 1.0}, "--outer-momentum is 1.0", "0 to below 1"),
+        ({"sync": "diloco", "outer_lr": 0.0}, "--outer-lr is 0.0", "use a number above 0"),
+        ({"sync": "auto", "compress": "int8"}, "--compress int8 was given", "leave out"),
+        ({"compress": "int8", "powersgd_rank": 2}, "belongs to --compress powersgd", "leave the"),
+        ({"compress": "fp16"}, "--compress is 'fp16'", "did you mean bf16?"),
+        ({"compress": "int4,powersgd"}, "--compress is 'int4,powersgd'", "did you mean powersgd?"),
+    ],
+)
+def test_settings_of_sync_that_do_not_fit_are_refused_with_a_fix(asked, found, fix):
+    (problem,) = TrainConfig("data", "run", **asked).problems().found
+    assert found in problem.found and fix in problem.fix
