@@ -211,9 +211,9 @@ def gigatoken_alone(folder: Path) -> dict[str, float]:
     import gigatoken
     from transformers import AutoTokenizer
 
-    from p2p_llm_forge.data import tokenizer as tokenization
+    from p2p_llm_forge.data.fast_path import rules_of_text
 
-    rules = tokenization.rules_of_text(AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    rules = rules_of_text(AutoTokenizer.from_pretrained(folder / "tokenizer"))
     encoder = gigatoken.Tokenizer.from_json(rules)
     files = sorted((folder / "text").iterdir())
     started = clock()

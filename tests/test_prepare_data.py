@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_data
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import blocks, parts, sources
-from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data import blocks, fast_path, parts, sources
 from p2p_llm_forge.data.dataset import Manifest, looks_like_prepared, open_prepared
 from p2p_llm_forge.data.parts import ReadOptions
 from p2p_llm_forge.errors import ForgeError
@@ -262,15 +261,15 @@ def test_the_tokenizer_of_a_dataset_can_prepare_another(text_file, prepared, tmp
 def test_a_fast_path_that_differs_in_mid_work_is_left_for_the_tokenizer(
     text_file, prepared, tmp_path, monkeypatch, capsys, small_pieces
 ):
-    right, calls = tokenization.require_same, []
+    right, calls = fast_path.require_same, []
 
     def differ_late(fast, reference, texts):
         calls.append(texts)
         if len(calls) == 4:
-            raise tokenization.FastPathDiffers("they differ")
+            raise fast_path.FastPathDiffers("they differ")
         right(fast, reference, texts)
 
-    monkeypatch.setattr(tokenization, "require_same", differ_late)
+    monkeypatch.setattr(fast_path, "require_same", differ_late)
     prepare(config(text_file, tmp_path / "a"))
     assert "they differ: starting again with the tokenizer itself" in capsys.readouterr().out
     prepare(config(text_file, tmp_path / "b", tokenizer_backend="reference"))

@@ -14,7 +14,7 @@ from p2p_llm_forge.data.parts import BadRows, Span, compression_of
 
 @contextlib.contextmanager
 def open_decompressed(span: Span, bad_rows: BadRows) -> Iterator[tuple[Any, Any]]:
-    """(the file's decompressed bytes, the file itself, whose place tells the progress)."""
+    """(the file's decompressed bytes, the file itself, whose place is the progress)."""
     import pyarrow as pa
 
     try:
@@ -36,7 +36,7 @@ def decompressed_pieces(
             more = stream.read(piece_bytes)
             waiting += more
             if pattern and more:
-                # At the very end a separator may go on with the next bytes.
+                # At the very end a separator may continue in the next bytes.
                 found = pattern.search(waiting, min(piece_bytes, len(waiting)))
                 if not found or found.end() == len(waiting):
                     continue

@@ -187,5 +187,5 @@ class BadRows:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """The first line of an error of a library."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

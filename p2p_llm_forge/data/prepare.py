@@ -11,6 +11,8 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, SplitFacts, publish
+from p2p_llm_forge.data.encode import Backend, Encoders
+from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.packing import DatasetSpec, Packer
 from p2p_llm_forge.data.pieces import Pieces
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
@@ -68,7 +70,7 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
         backend = preparation.config.tokenizer_backend
         try:
             return build(preparation, tokenizer, backend, ranks, lock)
-        except tokenization.FastPathDiffers as difference:
+        except FastPathDiffers as difference:
             if backend == "fast":
                 raise ForgeError(str(difference), "use --tokenizer-backend auto") from difference
             print(f"{difference}: starting again with the tokenizer itself")
@@ -78,7 +80,7 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
 def build(
     preparation: Preparation,
     tokenizer: Any,
-    backend: tokenization.Backend,
+    backend: Backend,
     ranks: Ranks,
     lock: Lock,
 ) -> Manifest:
@@ -160,7 +162,7 @@ def tokenize_for_main(
     try:
         with encoders_of(preparation, tokenizer, backend) as encoders:
             tokenize(job_of(preparation, spec, encoders), ranks)
-    except tokenization.FastPathDiffers:
+    except FastPathDiffers:
         with encoders_of(preparation, tokenizer, "reference") as encoders:
             tokenize(job_of(preparation, spec, encoders), ranks)
 
@@ -194,11 +196,11 @@ def _load_arguments(config: PrepareConfig) -> dict[str, Any] | None:
 
 
 def encoders_of(
-    preparation: Preparation, tokenizer: Any, backend: tokenization.Backend
-) -> contextlib.closing[tokenization.Encoders]:
+    preparation: Preparation, tokenizer: Any, backend: Backend
+) -> contextlib.closing[Encoders]:
     """The encoders of the tokenizer, closed at the end."""
     arguments = _load_arguments(preparation.config)
-    return contextlib.closing(tokenization.Encoders(tokenizer, backend, arguments))
+    return contextlib.closing(Encoders(tokenizer, backend, arguments))
 
 
 def spec_of(preparation: Preparation, tokenizer: Any) -> DatasetSpec:
@@ -217,7 +219,7 @@ def spec_of(preparation: Preparation, tokenizer: Any) -> DatasetSpec:
     )
 
 
-def job_of(preparation: Preparation, spec: DatasetSpec, encoders: tokenization.Encoders) -> Job:
+def job_of(preparation: Preparation, spec: DatasetSpec, encoders: Encoders) -> Job:
     """The work on the pieces, the same on every rank."""
     options = EncodeOptions(
         encode=encoders.encode,

@@ -192,7 +192,7 @@ def _end_of_document(file: Any, place: int, size: int, pattern: re.Pattern[bytes
         file.seek(place)
         text = file.read(window)
         found = pattern.search(text)
-        # A separator that touches the end of the window may go on behind it.
+        # A separator that touches the end of the window may continue behind it.
         if found and (found.end() < len(text) or place + len(text) >= size):
             return place + found.end()
         if place + len(text) >= size or not text:

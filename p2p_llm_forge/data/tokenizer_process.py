@@ -1,6 +1,6 @@
 """A tokenizer written in Python, in a process of its own: threads of one process would take turns.
 
-The child is started anew, not forked, and is spoken to in Arrow streams: documents go in, lists of
+The child is a new process, not a fork, and talks in Arrow streams: documents go in, lists of
 tokens come out. When its parent is gone, however that ended, its input ends and so does it.
 """
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class TokenizerProcess:
-    """One child with one tokenizer. loaded_from: the arguments of `load_tokenizer`, as here."""
+    """One child with one tokenizer. loaded_from: the arguments of `load_tokenizer`."""
 
     def __init__(self, loaded_from: dict[str, Any]) -> None:
-        package = str(Path(__file__).resolve().parent.parent)
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._name = loaded_from["name"]
         self._child = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(loaded_from)],
@@ -59,12 +59,12 @@ class TokenizerProcess:
                 self._child.wait(5)
             raise ForgeError(
                 f"--tokenizer {self._name}: its process ended early (status "
-                f"{self._child.returncode}; "
-                "-9 is often a lack of memory): run the same command again, perhaps with fewer "
-                "--num-workers; what is tokenized so far is kept"
+                f"{self._child.returncode}; -9 is often a lack of memory)",
+                "run the same command again, perhaps with fewer --num-workers; what is tokenized "
+                "so far is kept",
             ) from error
         if notes:
-            raise ForgeError(notes["error"].decode())
+            raise ForgeError(notes["found"].decode(), notes["fix"].decode())
         column = answer.column(0)
         return column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
 
@@ -73,7 +73,7 @@ class TokenizerProcess:
         self._child.kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
-            with contextlib.suppress(OSError):  # what was still to be said
+            with contextlib.suppress(OSError):  # what was not sent yet
                 pipe.close()  # type: ignore[union-attr]
 
 
@@ -82,9 +82,9 @@ def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -
     import numpy as np
     import pyarrow as pa
 
-    from p2p_llm_forge.data import tokenizer as tokenization
+    from p2p_llm_forge.data.tokenizer import load_tokenizer, reference_encoder
 
-    encode = tokenization.reference_encoder(tokenization.load_tokenizer(**loaded_from))
+    encode = reference_encoder(load_tokenizer(**loaded_from))
     schema = pa.schema([("tokens", pa.large_list(pa.uint32()))])
     stream = pa.ipc.new_stream(answers, schema)
     for batch in _asked(questions):
@@ -92,7 +92,8 @@ def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -
         try:
             tokens, lengths = encode(batch.column(0))
         except ForgeError as error:
-            notes = {"error": str(error)}
+            [problem] = error.problems
+            notes = {"found": problem.found, "fix": problem.fix}
         column = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), tokens)
         stream.write_batch(pa.record_batch([column], schema=schema), custom_metadata=notes)
         answers.flush()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import describe as inspection
-from p2p_llm_forge.data import packing, parts, tokenizer_training
+from p2p_llm_forge.data import encode, packing, parts, tokenizer_training
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.preparation import Preparation
@@ -145,14 +145,14 @@ def test_a_given_validation_text_is_all_that_is_held_out(tmp_path, tokenizer_fol
     assert prepare(asked) == manifest
 
 
-def test_a_tokenizer_without_eos_is_mended_by_the_flag(tmp_path, tokenizer_folder):
+def test_a_tokenizer_without_eos_gets_one_by_the_flag(tmp_path, tokenizer_folder):
     bare = tmp_path / "bare"
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(bare)
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     settings.pop("eos_token")
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
     path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
-    with pytest.raises(ForgeError, match="no end-of-text token.*--eos-token"):
+    with pytest.raises(ForgeError, match="(?s)no end-of-text token.*--eos-token"):
         prepare(config(path, tmp_path / "out", bare))
     known = prepare(config(path, tmp_path / "known", bare, eos_token="<|endoftext|>"))
     added = prepare(config(path, tmp_path / "added", bare, eos_token="<|the end|>"))
@@ -174,7 +174,7 @@ def test_a_vocabulary_that_four_bytes_cannot_number_is_refused(tmp_path, tokeniz
     path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
     with (
         mock.patch.object(tokenization, "vocabulary_size", lambda _: 2**32 + 1),
-        mock.patch.object(tokenization, "control_token_guard", lambda _: None),
+        mock.patch.object(encode, "control_token_guard", lambda _: None),
         pytest.raises(ForgeError, match="4,294,967,297 entries, at most 4,294,967,296"),
     ):
         prepare(config(path, tmp_path / "out", tokenizer_folder))

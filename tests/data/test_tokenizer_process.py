@@ -1,9 +1,10 @@
-"""Tokenizers written in Python work in processes: the same bytes, mistakes told, nobody left."""
+"""Tokenizers written in Python work in processes: the same bytes, mistakes named, nobody left."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,27 +15,16 @@ import pyarrow as pa
 import pytest
 from transformers import ByT5Tokenizer
 
-import prepare_data
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import parts, tokenizer_process
-from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data import encode, parts, tokenizer_process
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.polling import wait_for
-from prepare_data import prepare
+from tests.data.preparations import ROOT
 from tests.texts import contents, some_text
 
-# A tokenizer that brings its own code, with a mistake in it.
-FRAGILE = """
-from transformers import ByT5Tokenizer
-
-class Fragile(ByT5Tokenizer):
-    def _tokenize(self, text, **names):
-        if "boom" in text:
-            raise ValueError("no such letters")
-        print("a tokenizer may print")
-        return super()._tokenize(text, **names)
-"""
+FRAGILE = Path(__file__).with_name("fragile_tokenizer.py")
 
 
 @pytest.fixture
@@ -57,7 +47,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
     slow_tokenizer, text, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(parts, "PIECE_BYTES", 10_000)
-    monkeypatch.setattr(tokenization, "DOCUMENTS_AT_A_TIME", 7)
+    monkeypatch.setattr(encode, "DOCUMENTS_AT_A_TIME", 7)
     most = []
     right = TokenizerProcess.encode
 
@@ -79,11 +69,11 @@ def test_any_number_of_processes_writes_the_same_bytes(
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_a_process_answers_as_the_tokenizer_does_and_its_failures_are_told(tmp_path, monkeypatch):
+def test_a_process_answers_as_the_tokenizer_does_and_its_failures_are_named(tmp_path, monkeypatch):
     ByT5Tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "fragile.py").write_text(FRAGILE)
+    shutil.copy(FRAGILE, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings |= {"auto_map": {"AutoTokenizer": ["fragile.Fragile", None]}}
+    settings |= {"auto_map": {"AutoTokenizer": ["fragile_tokenizer.Fragile", None]}}
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(settings | {"tokenizer_class": "Fragile"})
     )
@@ -96,12 +86,12 @@ def test_a_process_answers_as_the_tokenizer_does_and_its_failures_are_told(tmp_p
         # ByT5's tokens are bytes, moved by the three control tokens.
         assert tokens.tolist() == [byte + 3 for text in texts for byte in text.encode()]
         assert lengths.tolist() == [len(text.encode()) for text in texts]
-        with pytest.raises(ForgeError, match="failed .ValueError: no such letters.*'fine'"):
+        with pytest.raises(ForgeError, match="(?s)failed .ValueError: no such letters.*'fine'"):
             process.encode(pa.array([b"fine", b"boom"], pa.large_binary()))
         assert process.encode(column)[0].tolist() == tokens.tolist()
         [child] = children()
         child.kill()
-        with pytest.raises(ForgeError, match="ended early .status -9.*--num-workers"):
+        with pytest.raises(ForgeError, match="(?s)ended early .status -9.*--num-workers"):
             process.encode(column)
     finally:
         process.close()
@@ -127,32 +117,26 @@ def test_questions_end_wherever_the_parent_was_killed():
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_a_run_that_is_ended(slow_tokenizer, text, tmp_path, end):
-    code = """if True:
-        import sys
-        import prepare_data
-        from p2p_llm_forge.data import parts
-        from p2p_llm_forge.errors import run_script
-        parts.PIECE_BYTES = 2_000
-        run_script(lambda: prepare_data.main(sys.argv[1:]))
-    """
     text.write_text(some_text(2_000) * 20)
     run = subprocess.Popen(
         [
-            *(sys.executable, "-c", code, "--dataset-path", text, "--output-dir", tmp_path / "out"),
-            *("--tokenizer", slow_tokenizer, "--num-workers", "3"),
+            *(sys.executable, "-m", "tests.data.slow_preparation", "0", "--dataset-path", text),
+            *("--output-dir", tmp_path / "out", "--tokenizer", slow_tokenizer),
+            *("--num-workers", "3"),
         ],
-        cwd=Path(prepare_data.__file__).parent,
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        assert wait_for(lambda: len(psutil.Process(run.pid).children()) == 2, 60)
-        helpers = psutil.Process(run.pid).children()
+        child = psutil.Process(run.pid)
+        wait_for(lambda: len(child.children()) == 2 or run.poll() is not None)
+        helpers = child.children()
         run.send_signal(end)
-        told = run.communicate(timeout=60)[1]
-        assert run.returncode == (130 if end == signal.SIGINT else -9), told
-        assert "Traceback" not in told
+        message = run.communicate(timeout=60)[1]
+        assert run.returncode == (130 if end == signal.SIGINT else -9), message
+        assert "Traceback" not in message
         gone, alive = psutil.wait_procs(helpers, timeout=60)
         assert len(gone) == 2 and not alive
     finally:

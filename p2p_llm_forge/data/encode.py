@@ -1,0 +1,174 @@
+"""Encoders for threads: by the fast path where it is right, else by the tokenizer itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from p2p_llm_forge.data import fast_path
+from p2p_llm_forge.data.fast_path import FastPathDiffers
+from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
+from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
+from p2p_llm_forge.errors import ForgeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+Backend = Literal["auto", "fast", "reference"]
+
+RENEWED_AFTER_BYTES = 12 << 20  # of text, at the earliest: then an encoder may be replaced
+MEMORY_OF_A_THREAD = 256 << 20  # that encoding may take for each before that happens
+DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
+
+
+class Encoders:
+    """Hands out encoders of one tokenizer and knows which kind they are.
+
+    backend: `fast` and `auto` encode by gigatoken where it answers as the tokenizer does, `auto`
+    falling back to the tokenizer itself; `reference` always asks the tokenizer. After creation,
+    `is_fast` holds which of the two it is, and `reason` why not the fast one.
+
+    loaded_from: the arguments of `load_tokenizer`. With them, a tokenizer written in Python works
+    in further processes, one for every thread but the first; they end when this is closed.
+
+    In text, the spelling of a control token (`<|endoftext|>`) is text like any other: it never
+    becomes that token.
+    """
+
+    def __init__(
+        self, tokenizer: Any, backend: Backend = "auto", loaded_from: dict[str, Any] | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._loaded_from = loaded_from
+        self._reference = reference_encoder(tokenizer)
+        self._guard = control_token_guard(tokenizer)
+        self._of_this_thread = threading.local()
+        # For the first thread that encodes; what others get is made when they come.
+        self._spare = [self._reference]
+        self._processes: list[TokenizerProcess] = []
+        self._is_closed = False
+        self._rules, self.reason = "", "asked for by --tokenizer-backend"
+        if backend != "reference":
+            try:
+                self._rules, fast = fast_path.check_fast_path(tokenizer, self._reference)
+                self._spare, self.reason = [fast], ""
+            except FastPathDiffers as difference:
+                self.reason = str(difference)
+        self.is_fast = not self.reason
+        if backend == "fast" and self.reason:
+            raise ForgeError(
+                f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}",
+                "use --tokenizer-backend auto",
+            )
+        self._threads = 0
+        self._memory_at_start = _memory_of_process()
+
+    def close(self) -> None:
+        """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
+        self._is_closed = True
+        for process in self._processes:
+            process.close()
+
+    def encode(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all documents (uint32, one after the other) and the length of each (int64).
+
+        Any thread may call this. On the fast path a few texts of every call are encoded by the
+        tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
+        cannot be told from a control token.
+        """
+        own = self._of_this_thread
+        if not hasattr(own, "bytes"):
+            self._threads += 1
+        if not hasattr(own, "encode"):
+            own.encode, own.bytes = self._new_encoder(), 0
+        if self.is_fast:
+            tokens, lengths = own.encode(documents)
+            fast_path.require_same(own.encode, self._reference, fast_path.sample(documents))
+            own.bytes += documents.nbytes
+            if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
+                del own.encode
+        else:
+            tokens, lengths = self._in_portions(own.encode, documents)
+        self._guard(tokens, lengths, documents)
+        return tokens, lengths
+
+    def _has_grown(self) -> bool:
+        """Whether caches may have become too large.
+
+        gigatoken 0.10 remembers every word that it has seen and has no setting for it: text of
+        ever new words takes 10 bytes of memory for each of its own. A new encoder has none.
+        """
+        return _memory_of_process() - self._memory_at_start > self._threads * MEMORY_OF_A_THREAD
+
+    def _new_encoder(self) -> Encode:
+        """An encoder for the thread that asks."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self._another()
+
+    def _another(self) -> Encode:
+        """One more encoder."""
+        if self.is_fast:
+            # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
+            return fast_path.fast_encoder(self._rules)
+        if is_slow(self._tokenizer) and self._loaded_from:
+            process = TokenizerProcess(self._loaded_from)
+            self._processes.append(process)
+            if self._is_closed:  # meanwhile
+                process.close()
+            return process.encode
+        return self._reference
+
+    def _in_portions(
+        self, encode: Encode, documents: pa.LargeBinaryArray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some documents at a time: whoever closes this does not wait for all."""
+        import numpy as np
+
+        found = []
+        for start in range(0, max(1, len(documents)), DOCUMENTS_AT_A_TIME):
+            if self._is_closed:
+                raise ForgeError("the work was given up", "run the same command again")
+            found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
+        tokens, lengths = zip(*found, strict=True)
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def _memory_of_process() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def control_token_guard(
+    tokenizer: Any,
+) -> Callable[[np.ndarray, np.ndarray, pa.LargeBinaryArray], None]:
+    """A check of encoded documents (tokens, lengths, documents): ForgeError for a control token.
+
+    Encoders here read the spelling of one as text, but some vocabularies list it among their
+    ordinary entries and cannot tell the two apart.
+    """
+    import numpy as np
+
+    control = sorted(control_tokens(tokenizer).values())
+
+    def guard(tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray) -> None:
+        # Few are compared one by one; for many, isin makes a table and answers in one pass.
+        if len(control) <= 4 and not any((tokens == token).any() for token in control):
+            return
+        places = np.flatnonzero(np.isin(tokens, control))
+        if not len(places):
+            return
+        spelling = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
+        row = int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))
+        document = documents[row].as_py()
+        raise ForgeError(
+            f"the text holds {spelling!r}, which this tokenizer cannot tell from its control token "
+            f"(in the document that begins {document[:40].decode(errors='ignore')!r})",
+            "take it out of the text, or use another --tokenizer",
+        )
+
+    return guard

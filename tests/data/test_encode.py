@@ -1,0 +1,115 @@
+"""Encoding gives the tokenizer's own answer, text cannot forge control tokens, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from p2p_llm_forge.data import encode, fast_path
+from p2p_llm_forge.data.columns import column_of
+from p2p_llm_forge.data.encode import Encoders
+from p2p_llm_forge.data.fast_path import HARD_TEXTS
+from p2p_llm_forge.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from p2p_llm_forge.errors import ForgeError
+from tests.data.tokenizers import per_document, some_documents, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(some_documents(), 600)
+
+
+@pytest.fixture(params=["fast", "reference"])
+def encoders(request, tokenizer):
+    return Encoders(tokenizer, request.param)
+
+
+def test_encoders_give_the_tokenizers_own_answer(encoders, tokenizer):
+    texts = some_documents(200, seed=2) + list(HARD_TEXTS)
+    tokens, lengths = encoders.encode(column_of([text.encode() for text in texts]))
+    assert tokens.dtype == np.uint32 and lengths.dtype == np.int64
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert sum(map(len, expected)) > 5_000
+    assert per_document(tokens, lengths) == expected
+
+
+def test_the_spelling_of_a_control_token_is_plain_text(encoders, tokenizer):
+    text = f"{END_OF_TEXT} before{END_OF_TEXT}{END_OF_TEXT} after {END_OF_TEXT}"
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"], (
+        "the trap that this test is about"
+    )
+    tokens, lengths = encoders.encode(column_of([b"x", text.encode()]))
+    assert tokenizer.eos_token_id not in tokens
+    assert tokenizer.decode(per_document(tokens, lengths)[1]) == text
+
+
+def test_encoding_no_or_empty_documents_gives_no_tokens(encoders):
+    tokens, lengths = encoders.encode(column_of([]))
+    assert len(tokens) == len(lengths) == 0
+    tokens, lengths = encoders.encode(column_of([b"", b"a", b""]))
+    assert len(tokens) == 1 and lengths.tolist() == [0, 1, 0]
+
+
+def test_a_tokenizer_that_truncates_and_pads_still_encodes_all(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    rules["truncation"] = {
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
+    rules["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    text = "peer block " * 50
+    expected = tokenizer(text)["input_ids"]
+    assert len(expected) > 8
+    for backend in ("fast", "reference"):
+        loaded = load_tokenizer(str(tmp_path))
+        tokens, _ = Encoders(loaded, backend).encode(column_of([text.encode()]))
+        assert tokens.tolist() == expected
+
+
+def test_what_gigatoken_does_not_know_is_encoded_by_the_tokenizer_and_reported():
+    tokenizer = word_tokenizer()
+    encoders = Encoders(tokenizer, "auto")
+    assert not encoders.is_fast and "gigatoken" in encoders.reason
+    tokens, _ = encoders.encode(column_of([b"The quick DOG unheard-of"]))
+    assert tokens.tolist() == tokenizer("the quick dog unheard-of")["input_ids"]
+    with pytest.raises(ForgeError, match="--tokenizer-backend auto"):
+        Encoders(tokenizer, "fast")
+
+
+def test_a_vocabulary_that_cannot_tell_text_from_control_is_refused():
+    with pytest.raises(ForgeError, match="</s>.*control token.*'the lazy </s>"):
+        Encoders(word_tokenizer()).encode(column_of([b"the dog", b"the lazy </s> dog"]))
+
+
+def test_an_encoder_whose_cache_has_grown_is_renewed_and_the_tokens_are_the_same(
+    tokenizer, monkeypatch
+):
+    right, made = fast_path.fast_encoder, []
+    monkeypatch.setattr(
+        fast_path, "fast_encoder", lambda rules: (made.append(rules), right(rules))[1]
+    )
+    documents = column_of([text.encode() for text in some_documents(50)])
+    encoders = Encoders(tokenizer)
+    first = [encoders.encode(documents)[0].tolist() for _ in range(4)]
+    assert len(made) == 1
+    monkeypatch.setattr(encode, "RENEWED_AFTER_BYTES", 1.5 * documents.nbytes)
+    monkeypatch.setattr(encode, "MEMORY_OF_A_THREAD", -(1 << 40))
+    encoders = Encoders(tokenizer)
+    assert [encoders.encode(documents)[0].tolist() for _ in range(4)] == first
+    assert len(made) == 1 + 2, "after every second call"
+
+
+def test_what_is_closed_encodes_no_more(tokenizer):
+    encoders = Encoders(tokenizer, "reference")
+    encoders.close()
+    with pytest.raises(ForgeError, match="given up"):
+        encoders.encode(column_of([b"peer"]))
