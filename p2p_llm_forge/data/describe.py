@@ -12,6 +12,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
+PREPARE_AGAIN = "prepare the text again with --overwrite"
 
 
 def describe(folder: Path) -> str:
@@ -23,10 +24,7 @@ def describe(folder: Path) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
     except Exception as error:  # what transformers raises for damaged files is not one class
-        raise ForgeError(
-            f"{data.tokenizer_dir} cannot be read ({error}): prepare the text again with "
-            "--overwrite"
-        ) from error
+        raise ForgeError(f"{data.tokenizer_dir} cannot be read ({error})", PREPARE_AGAIN) from error
     lines = [
         f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
@@ -60,7 +58,8 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
         if chunk.max() >= len(counts):
             raise ForgeError(
                 f"{data.path / split} is damaged: it holds the token {chunk.max()}, the vocabulary "
-                f"has {len(counts)}. Prepare the text again with --overwrite"
+                f"has {len(counts)}",
+                PREPARE_AGAIN,
             )
         counts += np.bincount(chunk.ravel(), minlength=len(counts))
     return int(np.count_nonzero(counts))
@@ -95,7 +94,5 @@ def verify(folder: Path) -> int:
         elif sha256_of(path) != facts["sha256"]:
             wrong.append(f"{name} has another checksum")
     if wrong:
-        raise ForgeError(
-            f"{folder} is damaged: {'; '.join(wrong)}. Prepare it again with --overwrite"
-        )
+        raise ForgeError(f"{folder} is damaged: {'; '.join(wrong)}", PREPARE_AGAIN)
     return len(manifest.files)

@@ -1,9 +1,8 @@
-"""Mixtures keep their weights, blocks give random documents back, datasets can be inspected."""
+"""Mixtures keep their weights, and blocks give random documents back."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -13,13 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import describe as inspection
 from p2p_llm_forge.data import encode, packing, parts, tokenizer_training
 from p2p_llm_forge.data import tokenizer as tokenization
-from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.errors import ForgeError
-from prepare_data import main, prepare
+from prepare_data import prepare
 from tests.texts import contents, decoded_documents, some_text, stream, write_rows
 
 
@@ -199,70 +196,3 @@ def test_a_tokenizer_for_a_large_text_is_trained_on_some_of_it_always_the_same(
     first = list(tokenizer_training.training_text(found))
     assert first == list(tokenizer_training.training_text(found))
     assert 8_000 < len("".join(first).encode()) < 40_000 < (tmp_path / "a.txt").stat().st_size
-
-
-# --- describe and verify --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prepared(tmp_path, tokenizer_folder):
-    path = write_rows(tmp_path / "a.jsonl", [f"document {n} 👩🏽" for n in range(100)])
-    prepare(config(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.2))
-    return tmp_path / "out"
-
-
-def test_describe_tells_what_a_dataset_holds(prepared, capsys):
-    assert main(["--describe", str(prepared), "--verify"]) == 0
-    told = capsys.readouterr().out
-    facts = Manifest.load(prepared).splits["train"]
-    assert f"train: {facts.documents} documents, {facts.blocks} blocks, {facts.tokens:,}" in told
-    used = len(set(stream(prepared, "train")))
-    assert f"{used} entries of the vocabulary used" in told
-    assert "document" in told and inspection.END_MARK in told
-    assert f"all {len(contents(prepared)) - 1} files are as they were written" in told
-
-
-@pytest.mark.parametrize("damage", ["changed", "shorter", "missing"])
-def test_verify_names_every_damaged_file(prepared, damage):
-    names = ["tokenizer/tokenizer.json", "train/data-00000-of-00001.arrow"]
-    for path in (prepared / name for name in names):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.unlink() if damage == "missing" else path.write_bytes(content)
-        if damage == "shorter":
-            path.write_bytes(content[:-1])
-    with pytest.raises(ForgeError, match=f"{names[0]}.*{names[1]}.*--overwrite"):
-        inspection.verify(prepared)
-
-
-def test_checksums_are_those_of_sha256sum(prepared):
-    import hashlib
-
-    files = Manifest.load(prepared).files
-    assert set(files) == set(contents(prepared)) - {"manifest.json"} and len(files) > 5
-    for name, facts in files.items():
-        content = (prepared / name).read_bytes()
-        assert facts["bytes"] == len(content)
-        assert facts["sha256"] == hashlib.sha256(content).hexdigest()
-
-
-def test_verify_without_a_dataset_is_a_clear_error():
-    with pytest.raises(ForgeError, match="add --describe FOLDER"):
-        main(["--verify", "--dataset-path", "a.txt", "--output-dir", "b"])
-
-
-def test_damage_is_told_by_describe_and_first_by_verify(prepared, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(prepared, folder)
-    arrow = next((folder / "train").glob("*.arrow"))
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
-    for path, there in ((arrow, arrow.read_bytes()), (tokenizer, tokenizer.read_bytes())):
-        middle = len(there) // 2
-        path.write_bytes(there[:middle] + b"\xff" * 64 + there[middle + 64 :])
-        told = "holds the token 65535" if path == arrow else "tokenizer cannot be read"
-        with pytest.raises(ForgeError, match=told):
-            main(["--describe", str(folder)])
-        with pytest.raises(ForgeError, match=f"{path.name} has another checksum"):
-            main(["--describe", str(folder), "--verify"])
-        path.write_bytes(there)
-    assert main(["--describe", str(folder), "--verify"]) == 0
