@@ -29,7 +29,7 @@ class Group(Options):
         ({"size": 2.5}, "give a whole number"),
         ({"size": True}, "give a whole number"),
         ({"rate": "1e-3"}, "give a number"),
-        ({"kind": "c"}, "choose from a, b"),
+        ({"kind": "c"}, "choose from: a, b"),
         ({"paths": 3}, "give a list of texts"),
         ({"is_on": 1}, "give True or False"),
     ],
