@@ -1,4 +1,4 @@
-"""Tell whether a launch will work, why not, what to change, and how fast it will be.
+"""Check whether a launch will work, why not, what to change, and how fast it will be.
 
 python check_cluster.py --config-file my_node.yaml
 python check_cluster.py --config-file my_node.yaml --meet --dataset-path data/prepared/x ...

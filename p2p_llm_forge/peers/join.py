@@ -51,14 +51,14 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         try:
             yield cluster
         except BaseException as error:
-            told = explain(error, cluster.rank)
-            if told is not None and not told.is_of_this_rank:
-                cluster.leave()  # what all ranks know, all have to hear
+            explained = explain(error, cluster.rank)
+            if explained is not None and not explained.is_of_this_rank:
+                cluster.leave()  # the others raise it too, and may still wait for an answer
             else:
                 cluster.announce_failure()
-            if told is None or told is error:
+            if explained is None or explained is error:
                 raise
-            raise told from error
+            raise explained from error
         finally:
             cluster.close()
         cluster.leave()
@@ -195,9 +195,9 @@ def differences(facts: list[dict[str, Any]]) -> list[Finding]:
         for key in sorted({*settings, *of_first}):
             if settings.get(key) != of_first.get(key):
                 flag = "--" + key.replace("_", "-")
-                told = f"{flag} {settings.get(key)}, rank 0 with {of_first.get(key)}"
+                both = f"{flag} {settings.get(key)}, rank 0 with {of_first.get(key)}"
                 fix = f"start all machines with the same {flag}"
-                found.append(failure("alike", f"{where} was started with {told}", fix))
+                found.append(failure("alike", f"{where} was started with {both}", fix))
     return found
 
 

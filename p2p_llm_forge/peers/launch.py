@@ -1,4 +1,4 @@
-"""The only place that reads what a launcher says in the environment. Imports no heavy library."""
+"""The only place that reads the environment that a launcher makes. Imports no heavy library."""
 
 from __future__ import annotations
 

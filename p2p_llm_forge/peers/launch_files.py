@@ -223,7 +223,7 @@ def _judge_type(file: LaunchFile) -> Iterator[Finding]:
         yield _wrong(
             file,
             f"distributed_type {kind}{needs} starts one process on each machine that knows nothing"
-            f" of the others, whatever num_processes ({file.keys.get('num_processes')}) says",
+            f" of the others, whatever num_processes is ({file.keys.get('num_processes')})",
             MULTI_GPU_FIX,
         )
     elif kind is None:
@@ -307,12 +307,12 @@ def _judge_devices(file: LaunchFile, gpus: int) -> Iterator[Finding]:
             "write `use_cpu: true`, or install the driver and torch's build for this GPU",
         )
     elif here != gpus and listed is None:
-        fix = "lower num_processes to the GPUs there are"
-        if here < gpus:
-            total = gpus * file.machines
-            fix = f"write num_processes: {total} in all files if the others have {gpus} too"
+        total = gpus * file.machines
+        more = f"write num_processes: {total} in all files if the others have {gpus} too"
         yield _doubtful(
-            file, f"starts {here} process(es) here, and this machine has {gpus} GPU(s)", fix
+            file,
+            f"starts {here} process(es) here, and this machine has {gpus} GPU(s)",
+            more if here < gpus else "lower num_processes to the GPUs there are",
         )
 
 

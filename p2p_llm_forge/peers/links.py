@@ -28,7 +28,7 @@ LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
 class Links:
     """The network as the ranks see it: matrices [from][to], NaN on the diagonal.
 
-    `latency_s` is half the time of a small message and its answer, so it is the same both ways.
+    `latency_s` is half the time of a small message and its answer, the same in both directions.
     `bytes_per_s` is what one stream carries with all other links idle.
     """
 
@@ -45,6 +45,15 @@ class Links:
         ]
         rate, source, target = min(rates)
         return source, target, rate
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one rank to another."""
+
+    source: int
+    target: int
+    latency_s: float
 
 
 def measure_links(cluster: Cluster) -> Links:
@@ -64,9 +73,9 @@ def measure_links(cluster: Cluster) -> Links:
                 latency_s = _latency(cluster, wire, one, other)
                 links.latency_s[one][other] = links.latency_s[other][one] = latency_s
                 for source, target in ((one, other), (other, one)):
-                    links.bytes_per_s[source][target] = _bandwidth(
-                        cluster, wire, source, target, chunk, latency_s, budget_s
-                    )
+                    link = Link(source, target, latency_s)
+                    rate = _bandwidth(cluster, wire, link, chunk, budget_s)
+                    links.bytes_per_s[source][target] = rate
     return links
 
 
@@ -86,21 +95,15 @@ def _latency(cluster: Cluster, wire: Wire, one: int, other: int) -> float:
 
 
 def _bandwidth(
-    cluster: Cluster,
-    wire: Wire,
-    source: int,
-    target: int,
-    chunk: torch.Tensor,
-    latency_s: float,
-    budget_s: float,
+    cluster: Cluster, wire: Wire, link: Link, chunk: torch.Tensor, budget_s: float
 ) -> float:
-    """Bytes per second from `source` to `target`, the same number on every rank."""
+    """Bytes per second over the link, the same number on every rank."""
     rate = math.nan
-    if cluster.rank == source:
-        _stream(wire, target, chunk)
-    elif cluster.rank == target:
-        rate = _time_stream(wire, source, chunk, latency_s, budget_s)
-    return cluster.gather_numbers([rate])[target][0]
+    if cluster.rank == link.source:
+        _stream(wire, link.target, chunk)
+    elif cluster.rank == link.target:
+        rate = _time_stream(wire, link, chunk, budget_s)
+    return cluster.gather_numbers([rate])[link.target][0]
 
 
 def _stream(wire: Wire, target: int, chunk: torch.Tensor) -> None:
@@ -116,19 +119,17 @@ def _stream(wire: Wire, target: int, chunk: torch.Tensor) -> None:
         work.wait()
 
 
-def _time_stream(
-    wire: Wire, source: int, chunk: torch.Tensor, latency_s: float, budget_s: float
-) -> float:
+def _time_stream(wire: Wire, link: Link, chunk: torch.Tensor, budget_s: float) -> float:
     """Ask for chunks until the budget is used; the bytes per second of the stream's second half.
 
     Its start is discarded: a shaper lets a burst through at the speed of the wire, and TCP begins
     slowly. Chunks grow until one takes several round trips, so that answers cost nothing.
     """
     buffer = torch.empty_like(chunk)
-    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * latency_s)
+    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * link.latency_s)
     budget_s = max(budget_s, 2 * CHUNKS_MEASURED * chunk_s)
     sizes = [FIRST_BYTES] * CHUNKS_AHEAD
-    works = [wire.receive(buffer[:size], source) for size in sizes]
+    works = [wire.receive(buffer[:size], link.source) for size in sizes]
     arrivals: list[tuple[float, int]] = []  # (when, bytes until then)
     started, total = time.perf_counter(), 0
     for number, work in enumerate(works):  # grows while it is read
@@ -140,14 +141,14 @@ def _time_stream(
         half = [when for when, _ in arrivals if when - started > (now - started) / 2]
         is_enough = now - started > budget_s and len(half) > CHUNKS_MEASURED
         if STOP in sizes:
-            continue  # what is still under way
+            continue  # what is still on its way
         wanted = sizes[number] * chunk_s / max(last_s, 1e-6)
         size = STOP if is_enough else int(min(max(wanted, FIRST_BYTES), GROWTH * sizes[-1]))
         size = min(size, LARGEST_BYTES)
-        wire.send(torch.tensor([size]), source).wait()
+        wire.send(torch.tensor([size]), link.source).wait()
         sizes.append(size)
         if size != STOP:
-            works.append(wire.receive(buffer[:size], source))
+            works.append(wire.receive(buffer[:size], link.source))
     return _slope(started, arrivals)
 
 

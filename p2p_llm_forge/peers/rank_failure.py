@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from p2p_llm_forge.errors import ForgeError
 
-# How gloo and NCCL say, in RuntimeErrors, that a peer is gone (torch 2.13).
-LOST_PEER_WORDS = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
+# What RuntimeErrors of gloo and NCCL contain when a peer is gone (torch 2.13).
+LOST_PEER = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
 SEE_THE_OTHER = "see what that process printed as it ended, then continue with --resume auto"
 
 
@@ -38,7 +38,7 @@ def explain(error: BaseException, rank: int) -> ForgeError | None:
             "lower --micro-batch-size (the batch stays the same), or add --gradient-checkpointing",
             where=where,
         )
-    if isinstance(error, dist.DistError) or any(word in text for word in LOST_PEER_WORDS):
+    if isinstance(error, dist.DistError) or any(part in text for part in LOST_PEER):
         return RankFailure(
             "lost a peer: it ended, or no exchange came about within --peer-timeout"
             f" ({first_line})",

@@ -1,8 +1,8 @@
 """The rendezvous: how the ranks of a launch find each other, before anything else is exchanged.
 
-torch's own rendezvous waits for a missing peer and cannot say which; gloo hangs when a firewall
+torch's own rendezvous waits for a missing peer and does not name it; gloo hangs when a firewall
 lets the main port through and nothing else. So the ranks first meet in the launch's key-value
-store: everyone says that it is here, proves that it knows the secret if there is one, and tries to
+store: everyone appears, proves that it knows the secret if there is one, and tries to
 reach everyone else. Whatever fails is reported by rank, on all of them, within a deadline.
 """
 
@@ -143,12 +143,12 @@ def open_store(endpoint: Endpoint) -> dist.Store:
         except (dist.DistError, RuntimeError) as error:
             opened.set_exception(error)
 
-    # In a thread: where something else listens and says nothing, torch (2.13) waits for ever.
+    # In a thread: where something else listens and never answers, torch (2.13) waits for ever.
     threading.Thread(target=open_it, daemon=True, name="store").start()
     try:
         return opened.result(endpoint.timeout_s)
     except futures.TimeoutError as error:
-        silence = f"it said nothing for {endpoint.timeout_s:.0f} s"
+        silence = f"no answer for {endpoint.timeout_s:.0f} s"
         raise Refused(_no_store(endpoint, silence)) from error
     except (dist.DistError, RuntimeError) as error:
         raise Refused(_no_store(endpoint, str(error))) from error
@@ -329,7 +329,7 @@ def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Find
 
 
 def _publish(endpoint: Endpoint, store: dist.Store, refusal: Refused) -> None:
-    """Let the others know why nobody can go on; rank 0, which may serve the store, leaves last."""
+    """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(dist.DistError, RuntimeError):
         if not store.check([VERDICT]):
             store.set(VERDICT, json.dumps([vars(finding) for finding in refusal.findings]))

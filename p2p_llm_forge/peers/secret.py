@@ -57,7 +57,7 @@ def new_nonce() -> str:
 
 def proof(secret: bytes, rank: int, nonces: list[str]) -> str:
     """What only a knower of the secret can answer as `rank` among ranks with these nonces."""
-    message = json.dumps([CONTEXT, rank, nonces])  # unlike joined words, it reads one way only
+    message = json.dumps([CONTEXT, rank, nonces])  # unlike joined strings, never ambiguous
     return hmac.new(secret, message.encode(), hashlib.sha256).hexdigest()
 
 

@@ -1,0 +1,156 @@
+"""Ranks find each other on this machine; who is missing, unknown or unreachable is named on all."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers import addresses
+from p2p_llm_forge.peers import rendezvous as module
+from p2p_llm_forge.peers.findings import Refused
+from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.peers.rendezvous import Endpoint, choose_endpoint, rendezvous
+from tests.memory_channel import run_ranks
+from tests.ports import free_port
+
+
+def endpoints(count, timeout_s=30.0, own_address=None, secrets=None):
+    port = free_port()
+    return [
+        Endpoint(
+            rank=rank,
+            world_size=count,
+            local_world_size=1,
+            main_address="127.0.0.1",
+            main_port=port,
+            serves_store=rank == 0,
+            own_address=own_address,
+            timeout_s=timeout_s,
+            secret=secrets[rank] if secrets else None,
+        )
+        for rank in range(count)
+    ]
+
+
+def refusal_of(endpoint):
+    with pytest.raises(Refused) as refusal:
+        rendezvous(endpoint)
+    return refusal.value
+
+
+@pytest.mark.parametrize("secret", [None, b"a long common secret"], ids=["open", "secret"])
+def test_ranks_that_come_get_one_store(secret):
+    def act(endpoint):
+        store = rendezvous(endpoint)
+        store.set(f"from/{endpoint.rank}", str(endpoint.rank))
+        return store, [store.get(f"from/{rank}") for rank in range(3)]
+
+    ranks = endpoints(3, own_address="127.0.0.1", secrets=[secret] * 3)
+    for _, values in run_ranks(ranks, act):
+        assert values == [b"0", b"1", b"2"]
+
+
+def test_a_missing_rank_is_named_by_those_who_came():
+    first, second, _ = endpoints(3, timeout_s=1.0)
+    for refusal in run_ranks([first, second], refusal_of):
+        (finding,) = refusal.findings
+        assert "rank 2 did not come to 127.0.0.1" in finding.found
+        assert "2 of 3 are here" in finding.found and "start machine 2 too" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("third", "expected"),
+    [(None, "did not bring the cluster's secret"), (b"some other secret", "could not prove to")],
+    ids=["none", "another"],
+)
+def test_a_rank_without_the_secret_is_named_and_gets_no_store(third, expected):
+    ours = b"a long common secret"
+    refusals = run_ranks(endpoints(3, secrets=[ours, ours, third]), refusal_of)
+    for refusal in refusals[:2]:
+        (finding,) = refusal.findings
+        assert finding.found.startswith("rank 2 (") and expected in finding.found
+        assert "--cluster-secret-file" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("state", "fix"),
+    [(addresses.FILTERED, "ufw allow from"), (addresses.NO_ROUTE, "ip route get 192.0.2.1")],
+)
+def test_ranks_that_do_not_reach_each_other_are_named_in_pairs(state, fix):
+    hellos = [
+        {"host": "anna", "address": "192.0.2.0"},
+        {"host": "berta", "address": "192.0.2.1"},
+    ]
+    finding = module._closed_route(hellos, 0, 1, state)
+    assert f"rank 0 (anna) cannot reach rank 1 (berta) at 192.0.2.1: {state}" in finding.found
+    assert fix in finding.fix
+
+
+def test_a_closed_door_ends_the_rendezvous_on_all(monkeypatch):
+    monkeypatch.setattr(
+        addresses, "probe_all", lambda targets: [addresses.FILTERED for _ in targets]
+    )
+    for refusal in run_ranks(endpoints(2, own_address="127.0.0.1"), refusal_of):
+        assert [finding.topic for finding in refusal.findings] == ["reach", "reach"]
+        assert "known on its own machine only" in refusal.findings[0].found
+
+
+@pytest.mark.parametrize("text", [b"[]", b"no json", b"{}", b'[{"found": "x"}]', b"[1]"])
+def test_what_strangers_write_as_a_verdict_is_one_message(text):
+    with pytest.raises(ForgeError, match="another rank has ended the rendezvous"):
+        module._findings(text)
+
+
+def test_facts_of_strangers_are_no_facts():
+    store, first = dist.HashStore(), endpoints(2)[0]
+    store.set("forge/rendezvous/hello/1", "[1, 2]")
+    assert module._gather(first, store, "hello", {"host": "anna"}) == [{"host": "anna"}, {}]
+
+
+def test_many_names_are_cut_short():
+    assert module._listing(["a"]) == "a"
+    assert module._listing(["a", "b", "c"]) == "a, b and c"
+    assert module._listing([str(n) for n in range(20)]).endswith("6, 7 and 12 more")
+
+
+def test_a_port_of_another_program_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = endpoints(2)[0]
+        object.__setattr__(endpoint, "main_port", taken.getsockname()[1])
+        (finding,) = refusal_of(endpoint).findings
+    assert f"port {endpoint.main_port} is taken" in finding.found
+
+
+def test_a_process_alone_needs_no_rendezvous():
+    assert choose_endpoint(TrainConfig(), Launch(), {}) is None
+
+
+def test_processes_of_one_machine_meet_at_its_loopback():
+    launch = Launch(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    endpoint = choose_endpoint(TrainConfig(peer_timeout=7.0), launch, {})
+    assert (endpoint.main, endpoint.own_address) == ("127.0.0.1:29500", None)
+    assert endpoint.timeout_s == 7.0 and not endpoint.serves_store
+
+
+def test_only_rank_0_serves_and_only_where_the_launcher_does_not():
+    def serves(**launch):
+        both = Launch(world_size=2, local_world_size=2, **launch)
+        return choose_endpoint(TrainConfig(), both, {}).serves_store
+
+    assert serves() and not serves(rank=1) and not serves(serves_store=True)
+
+
+def test_a_public_main_address_is_refused_unless_it_is_allowed():
+    launch = Launch(rank=1, world_size=2, master_addr="8.8.8.8", master_port=29500)
+    with pytest.raises(Refused, match=r"8\.8\.8\.8 is a public address"):
+        choose_endpoint(TrainConfig(), launch, {})
+    endpoint = choose_endpoint(TrainConfig(allow_public_address=True), launch, {})
+    assert endpoint.main == "8.8.8.8:29500"
+    chosen = choose_endpoint(
+        TrainConfig(allow_public_address=True), launch, {"GLOO_SOCKET_IFNAME": "lo"}
+    )
+    assert chosen.own_address == "127.0.0.1"
