@@ -93,7 +93,7 @@ def run(start: Start) -> Callable[..., tuple[int, str]]:
 
     def run_one(*words: object, environ: dict[str, str] | None = None) -> tuple[int, str]:
         process = start(*words, environ=environ)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
         return process.returncode, output
 
     return run_one

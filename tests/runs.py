@@ -13,6 +13,7 @@ from typing import Any
 
 from p2p_llm_forge.training import checkpoint
 from tests.ports import free_port
+from tests.waiting import wait_until
 
 SEQUENCE_LENGTH = 32
 TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
@@ -46,9 +47,15 @@ def start_ranks(zygote: Any, words: list[str], processes: int, log: Path, **how:
     """Start a run by hand; `how` goes to `Zygote.start`. Returns the process ids, by rank."""
     if processes == 1:
         return [zygote.start(words, log, **how)]
-    together = [f"--{name}={value}" for name, value in by_hand(processes).items()]
+    return start_each(zygote, [words] * processes, [log] * processes, **how)
+
+
+def start_each(zygote: Any, words: list[list[str]], logs: list[Path], **how: Any) -> list[int]:
+    """Start a run by hand, every rank with words and a log of its own."""
+    together = [f"--{name}={value}" for name, value in by_hand(len(words)).items()]
     return [
-        zygote.start([*words, *together, f"--rank={rank}"], log, **how) for rank in range(processes)
+        zygote.start([*own, *together, f"--rank={rank}"], log, **how)
+        for rank, (own, log) in enumerate(zip(words, logs, strict=True))
     ]
 
 
@@ -104,6 +111,16 @@ def step_logged(folder: Path) -> int:
     """The last step that metrics.jsonl has; 0 before there is one."""
     file = folder / "metrics.jsonl"
     return lines(folder)[-1]["step"] if file.exists() and file.stat().st_size else 0
+
+
+def wait_for_checkpoint(zygote: Any, pid: int, folder: Path, step: int, log: Path) -> None:
+    """Until a run, of which `pid` is a rank, has saved the checkpoint of a step or a later one."""
+
+    def is_there() -> bool:
+        assert not zygote.has_ended(pid), read(log)
+        return newest_step(folder) >= step
+
+    wait_until(is_there, longest_pause_s=0.001)
 
 
 def newest_step(folder: Path) -> int:

@@ -15,14 +15,16 @@ Seen = TypeVar("Seen")
 WORK_S = 0.5  # heartbeats of a process that hangs need less in the longest of waits
 
 
-def wait_until(look: Callable[[], Seen], idle_s: float = 60.0) -> Seen:
+def wait_until(
+    look: Callable[[], Seen], idle_s: float = 60.0, longest_pause_s: float = 0.02
+) -> Seen:
     """The first true value that `look` returns.
 
     Raises AssertionError when the processes that this one has started have done nothing for
     `idle_s` seconds; work that is slow because the machine is busy gets the time that it needs.
     """
     worked_s, looked_at = work_s(), time.monotonic()
-    for _ in pauses(longest_s=0.02):
+    for _ in pauses(longest_s=longest_pause_s):
         if seen := look():
             return seen
         if time.monotonic() > looked_at + idle_s:

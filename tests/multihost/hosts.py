@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+from tests.waiting import wait_until
 
 
+@functools.cache
 def why_not() -> str | None:
     """Why hosts cannot be made here; None if they can."""
     if shutil.which("ip") is None:
@@ -84,8 +85,8 @@ class Host:
 
     def _counters(self) -> list[int]:
         words = ["ip", "netns", "exec", self.name, "cat", "/proc/net/dev"]
-        told = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        (line,) = [line for line in told.splitlines() if line.strip().startswith("eth0:")]
+        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        (line,) = [line for line in printed.splitlines() if line.strip().startswith("eth0:")]
         return [int(number) for number in line.split(":")[1].split()]
 
     def run(self, *words: str) -> str:
@@ -153,10 +154,10 @@ class Host:
             process.wait()
         self._processes.clear()
 
-    def wait(self, timeout_s: float) -> list[int]:
+    def wait(self) -> list[int]:
         """The statuses of all programs, once they have ended."""
-        deadline = time.monotonic() + timeout_s
-        return [p.wait(timeout=max(0.1, deadline - time.monotonic())) for p in self._processes]
+        wait_until(lambda: all(process.poll() is not None for process in self._processes))
+        return [process.returncode for process in self._processes]
 
 
 @contextlib.contextmanager
@@ -199,6 +200,3 @@ def hosts(count: int, mbit: float | None = None) -> Iterator[list[Host]]:
             host.switch_off()
             ip("netns", "del", host.name)
         subprocess.run(["ip", "netns", "del", switch], capture_output=True)
-
-
-PYTHON = sys.executable

@@ -16,6 +16,7 @@ from p2p_llm_forge.peers.launch_files import write_launch_files
 from tests.multihost.hosts import PYTHON, hosts, why_not
 from tests.ports import free_port
 from tests.runs import TINY_MODEL
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,7 +116,7 @@ def test_accelerate_launch_starts_the_same_check(machines, tmp_path):
             *("check_cluster.py", "--config-file", file),
             log=logs[number],
         )
-    statuses = [status for host in machines[:2] for status in host.wait(120)]
+    statuses = [status for host in machines[:2] for status in host.wait()]
     told = [log.read_text() for log in logs]
     assert statuses == [WORKS, WORKS], told
     assert "all 2 processes are here" in told[0] and "bandwidth" in told[0]
@@ -157,10 +158,8 @@ def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_pa
     peers = Peers(zygote, machines, tmp_path, 2)
     peers.meet("--peer-timeout=20")  # rank 1 comes later, so rank 0 holds the port meanwhile
     os.kill(peers.pids[1], signal.SIGSTOP)
-    deadline = time.monotonic() + 20
     listening = ("ss", "-ltnH", f"sport = :{peers.port}")
-    while not machines[0].run(*listening):
-        assert time.monotonic() < deadline
+    wait_until(lambda: machines[0].run(*listening))
     log = tmp_path / "second.log"
     second = zygote.start(
         ["--config-file", str(peers.files[0])],
@@ -231,7 +230,7 @@ def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path)
         peers.start(number, "--config-file", file, "--meet", "--peer-timeout=2")
     started = time.monotonic()
     statuses, told = peers.end()
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 25, "of the 30 s by default"
     assert set(statuses.values()) == {WILL_NOT_WORK}
     for number in (0, 3):
         assert re.search(

@@ -6,48 +6,23 @@ import time
 
 import pytest
 
+from tests import ROOT
 from tests.multihost.hosts import PYTHON, hosts, why_not
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
 ]
+EXCHANGE = ROOT / "tests" / "multihost" / "exchange.py"
 HEADERS = 1514 / 1448  # of a packet that is full: Ethernet, IP and TCP
-
-# Sends and receives so many bytes at once with its fellow, and prints the seconds until all came.
-EXCHANGE = """
-import socket, sys, threading, time
-role, address, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if role == "listen":
-    with socket.create_server((address, 29500)) as server:
-        fellow, _ = server.accept()
-else:
-    while True:
-        try:
-            fellow = socket.create_connection((address, 29500), timeout=1)
-            break
-        except OSError:
-            time.sleep(0.01)
-fellow.settimeout(60)
-fellow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-began, left = time.perf_counter(), count  # the fellow sends nothing before this "!"
-fellow.sendall(b"!")
-assert fellow.recv(1) == b"!"
-sender = threading.Thread(target=fellow.sendall, args=(bytes(count),))
-sender.start()
-while left:
-    left -= len(fellow.recv(min(left, 1 << 20)))
-print(time.perf_counter() - began)
-sender.join()
-"""
 
 
 def exchange(machines, count, tmp_path) -> list[float]:
     """Seconds until `count` bytes from the other have arrived, on each of two hosts."""
     logs = [tmp_path / f"{host.name}-{time.monotonic_ns()}.log" for host in machines]
     for host, log, role in zip(machines, logs, ("listen", "connect"), strict=True):
-        host.start(PYTHON, "-c", EXCHANGE, role, machines[0].address, count, log=log)
-    statuses = [status for host in machines for status in host.wait(timeout_s=60)]
+        host.start(PYTHON, EXCHANGE, role, machines[0].address, count, log=log)
+    statuses = [status for host in machines for status in host.wait()]
     assert statuses == [0] * len(statuses), [log.read_text() for log in logs]
     return [float(log.read_text()) for log in logs]
 

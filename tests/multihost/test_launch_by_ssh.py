@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT
 from tests.multihost.hosts import hosts, why_not
+from tests.waiting import wait_until
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 needs_ssh = [
@@ -23,25 +23,6 @@ needs_ssh = [
         not (shutil.which("ssh") and Path(SSHD).exists()), reason="needs package openssh-server"
     ),
 ]
-# Stands for a training: says that it runs, then fails or waits for the sign to stop.
-STAND_IN = """
-import os, pathlib, signal, sys
-ready = pathlib.Path(__file__).with_suffix(".ready")
-rank = sys.argv[sys.argv.index("--rank") + 1]
-def stop(*_):
-    os.write(1, f"rank {rank} saved\\n".encode())  # a print may be under way
-    os._exit(143)
-signal.signal(signal.SIGTERM, stop)
-print("running", *sys.argv[1:], flush=True)
-if "--failure" in sys.argv and rank == "1":
-    while not ready.exists():
-        pass
-    sys.exit(5)
-ready.touch()
-if "--success" in sys.argv:
-    sys.exit(0)
-signal.pause()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +41,8 @@ def machines(tmp_path_factory):
     with hosts(2) as made:
         for host in made:
             host.start(SSHD, "-D", "-e", "-f", "/dev/null", *options, log=folder / "sshd.log")
-        deadline = time.monotonic() + 20
         for host in made:
-            while not host.run("ss", "-ltnH", "sport = :22"):
-                assert time.monotonic() < deadline, (folder / "sshd.log").read_text()
+            wait_until(lambda host=host: host.run("ss", "-ltnH", "sport = :22"))
         yield (
             made,
             (
@@ -94,8 +73,7 @@ ENDS = {"success": 0, "failure": 5, "signal": 130}
 
 @pytest.mark.parametrize("cause", [pytest.param(cause, marks=needs_ssh) for cause in ENDS])
 def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, tmp_path, cause):
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
+    script = shutil.copy(ROOT / "tests" / "multihost" / "stand_in.py", tmp_path)
     process = launch(machines, "it's", f"--{cause}", script=script)
     seen = ""
     while seen.count("running") < 2:
@@ -105,7 +83,7 @@ def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, t
     assert "--rank 1 --world-size 2" in seen and "it's" in seen
     if cause == "signal":
         process.send_signal(signal.SIGTERM)
-    output = seen + process.communicate(timeout=60)[0]
+    output = seen + process.communicate()[0]
     assert process.returncode == ENDS[cause], output
     assert ("rank 0 saved" in output) == (cause != "success")
     for host in machines[0]:
@@ -113,11 +91,8 @@ def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, t
     if cause == "failure":
         assert "a machine ended with status 5: stopping the others" in output
     # The last shell there ends at about the moment at which ssh here does.
-    deadline, left = time.monotonic() + 5, "not looked"
-    while left and time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-af", str(script)], capture_output=True, text=True)
-        left = found.stdout
-    assert left == "", "nothing runs on"
+    still_running = ["pgrep", "-f", str(script)]
+    wait_until(lambda: subprocess.run(still_running, capture_output=True).stdout == b"")
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs `shellcheck`")

@@ -14,8 +14,17 @@ import pytest
 
 from p2p_llm_forge.config import PrepareConfig
 from prepare_data import prepare
-from tests.ports import free_port
-from tests.runs import LONG, flags, lines, read, slowed, start_ranks, step_logged
+from tests.runs import (
+    LONG,
+    by_hand,
+    flags,
+    lines,
+    read,
+    slowed,
+    start_each,
+    start_ranks,
+    step_logged,
+)
 from tests.texts import write_text
 from tests.waiting import wait_until
 
@@ -56,14 +65,11 @@ def test_a_rank_whose_blocks_are_gone_says_so(zygote, prepared, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     broken = shutil.copytree(prepared, tmp_path / "broken")
     shutil.rmtree(broken / "train")
-    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
-    ranks = [
-        zygote.start(flags(data, folder, **LONG, rank=rank, **by_hand), log)
-        for rank, data in enumerate((prepared, broken))
-    ]
     began = time.monotonic()
+    words = [flags(data, folder, **LONG, peer_timeout=120) for data in (prepared, broken)]
+    ranks = start_each(zygote, words, [log, log])
     assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
-    assert time.monotonic() - began < 30, "it waited for a timeout"
+    assert time.monotonic() - began < 100, "it waited for a timeout"
     assert "rank 1 (" in read(log) and "broken" in read(log)
 
 
@@ -71,23 +77,29 @@ def test_ranks_with_different_data_are_refused_by_name(zygote, prepared, tmp_pat
     folder, log, other = tmp_path / "run", tmp_path / "log", tmp_path / "other"
     text = write_text(tmp_path / "text.txt", documents=200, seed=7)
     prepare(PrepareConfig([str(text)], str(other), vocab_size=300, sequence_length=32))
-    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
-    ranks = [
-        zygote.start(flags(data, folder, **LONG, rank=rank, **by_hand), log)
-        for rank, data in enumerate((prepared, other))
-    ]
+    words = [flags(data, folder, **LONG) for data in (prepared, other)]
+    ranks = start_each(zygote, words, [log, log])
     assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
     assert "rank 1 has" in read(log) and str(other) in read(log)
     assert not folder.exists()
 
 
-def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(zygote, prepared, tmp_path):
+@pytest.mark.parametrize("moment", ["it has come", "the folder is open"])
+def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(
+    zygote, prepared, tmp_path, moment
+):
     """The others wait for its facts then, and no exchange with a timeout is under way."""
     folder, log = tmp_path / "run", tmp_path / "log"
     ranks = start_ranks(zygote, flags(prepared, folder, **LONG, peer_timeout=4), 2, log)
-    time.sleep(0.3)
+    silent = psutil.Process(ranks[1])
+    if moment == "it has come":
+        wait_until(lambda: silent.net_connections("tcp"), longest_pause_s=0.001)
+    else:
+        wait_until((folder / "run.lock").exists, longest_pause_s=0.001)
     os.kill(ranks[1], signal.SIGSTOP)
+    stopped = time.monotonic()
     assert zygote.wait(ranks[0]) in (1, 2), read(log)
+    assert time.monotonic() - stopped < 25, "of the 30 s by default"
     os.kill(ranks[1], signal.SIGKILL)
     os.kill(ranks[1], signal.SIGCONT)
     zygote.wait(ranks[1])
@@ -95,10 +107,10 @@ def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(zygote, pr
 
 def test_an_evaluation_waits_for_a_slow_rank(zygote, tmp_path):
     """It may compile, or have a slower machine; it lives, so the others do not give it up."""
-    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    together = by_hand(2)
     ranks = [
         zygote.start(
-            [json.dumps({**by_hand, "rank": rank, "peer_timeout": 1.0})],
+            [json.dumps({**together, "rank": rank, "peer_timeout": 1.0})],
             tmp_path / "log",
             script="tests.multiprocess.slow_evaluation",
         )

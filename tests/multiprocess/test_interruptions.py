@@ -44,7 +44,9 @@ def test_a_second_signal_ends_a_rank_at_once(zygote, prepared, tmp_path):
     os.kill(ranks[0], signal.SIGTERM)
     time.sleep(1.2)  # a launcher repeats a signal within a second; a person's second wish is later
     os.kill(ranks[0], signal.SIGTERM)
+    asked_again = time.monotonic()
     assert zygote.wait(ranks[0]) == 143
+    assert time.monotonic() - asked_again < 30, "it waited for its peer"
     os.kill(ranks[1], signal.SIGKILL)
     os.kill(ranks[1], signal.SIGCONT)
     zygote.wait(ranks[1])
@@ -92,7 +94,9 @@ def test_a_silent_peer_is_given_up_after_the_timeout(zygote, prepared, tmp_path)
     ranks = start_ranks(zygote, flags(prepared, folder, **LONG, peer_timeout=3), 2, log)
     wait_until(lambda: step_logged(folder) >= 1)
     os.kill(ranks[1], signal.SIGSTOP)
+    stopped = time.monotonic()
     assert zygote.wait(ranks[0]) == 1
+    assert time.monotonic() - stopped < 25, "of the 30 s by default"
     assert "rank 0 (" in read(log) and "lost a peer" in read(log)
     os.kill(ranks[1], signal.SIGKILL)
     os.kill(ranks[1], signal.SIGCONT)

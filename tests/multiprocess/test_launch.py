@@ -14,7 +14,7 @@ import yaml
 
 from tests import ROOT
 from tests.ports import free_port
-from tests.runs import TINY_MODEL, results, weights
+from tests.runs import TINY_MODEL, finish, flags, read, results, start_each, weights
 from tests.texts import write_text
 
 pytestmark = pytest.mark.slow
@@ -22,40 +22,25 @@ CONFIGS = ROOT / "accelerate_configs"
 BIN = Path(sys.executable).parent
 
 
-def flags(prepared, folder, **settings):
-    settings = {
-        "dataset-path": prepared,
-        "output-dir": folder,
-        "config-overrides": TINY_MODEL,
-        "batch-size": 8,
-        "max-steps": 3,
-        "report-to": "none",
-        "cpu-threads": 1,
-        **settings,
-    }
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def test_two_processes_take_the_same_updates_as_one(run, prepared, tmp_path):
+def test_two_processes_take_the_same_updates_as_one(zygote, prepared, tmp_path):
     """50 updates in fp32, with accumulation and dropout; and the same evaluation."""
-    settings = {
-        "max-steps": 50,
-        "learning-rate": 3e-3,
-        "micro-batch-size": 2,
-        "mixed-precision": "no",
-        "config-overrides": TINY_MODEL + ",resid_pdrop=0.1",
-    }
-    one = run(sys.executable, "train.py", *flags(prepared, tmp_path / "one", **settings))
-    assert one[0] == 0, one[1]
-    two = run(
-        *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "train.py"),
-        *flags(prepared, tmp_path / "two", **settings),
-    )
-    assert two[0] == 0, two[1]
-    assert "50 of 8 blocks, 4 on each of 2 process(es), micro-batches of 2" in two[1]
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
-    a, b = results(tmp_path / "one"), results(tmp_path / "two")
+    settings = {"max_steps": 50, "learning_rate": 3e-3, "micro_batch_size": 2}
+    settings |= {"mixed_precision": "no", "config_overrides": TINY_MODEL + ",resid_pdrop=0.1"}
+    one = finish(zygote, prepared, tmp_path / "one", 1, **settings)
+    two = finish(zygote, prepared, tmp_path / "two", 2, **settings)
+    printed = read(tmp_path / "two.log")
+    assert "50 of 8 blocks, 4 on each of 2 process(es), micro-batches of 2" in printed
+    for name, tensor in weights(one).items():
+        other = weights(two)[name]
+        if name.endswith("attn.c_attn.bias"):
+            # The keys' bias adds the same to all scores of a query: its gradient is what rounding
+            # leaves, which Adam makes as large as any other.
+            (tensor, other), width = (t.clone() for t in (tensor, other)), len(tensor) // 3
+            for bias in (tensor, other):
+                assert bias[width : 2 * width].abs().max() < 1e-3
+                bias[width : 2 * width] = 0
+        torch.testing.assert_close(other, tensor, rtol=0, atol=1e-5)
+    a, b = results(one), results(two)
     assert (a["processes"], b["processes"]) == (1, 2)
     for figure in ("eval_loss", "perplexity", "bits_per_byte", "train_loss"):
         assert b[figure] == pytest.approx(a[figure], rel=1e-5)
@@ -85,43 +70,36 @@ def test_the_two_machine_files_meet(start, prepared, tmp_path):
         assert yaml.safe_load(file.read_text())["main_process_port"] == port
         command = (BIN / "accelerate", "launch", "--config_file", file, "train.py")
         processes.append(start(*command, *flags(prepared, tmp_path / "run")))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert results(tmp_path / "run")["processes"] == 2
 
 
-def test_two_machines_by_hand_meet(start, prepared, tmp_path):
-    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
-    processes = [
-        start(
-            *(sys.executable, "train.py"),
-            *flags(prepared, tmp_path / "run", rank=rank, **by_hand),
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+def ends_of(zygote, tmp_path, *settings):
+    """Ranks that are started by hand with settings of their own: statuses, and what each prints."""
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(len(settings))]
+    words = [flags(folder=tmp_path / "run", **own) for own in settings]
+    statuses = [zygote.wait(pid) for pid in start_each(zygote, words, logs)]
+    return statuses, [log.read_text() for log in logs]
+
+
+def test_two_machines_by_hand_meet(zygote, prepared, tmp_path):
+    statuses, printed = ends_of(zygote, tmp_path, {"data": prepared}, {"data": prepared})
+    assert statuses == [0, 0], printed
     assert results(tmp_path / "run")["processes"] == 2
-    assert "held out" in outputs[0] and outputs[1].strip() == "", "only rank 0 speaks"
+    assert "held out" in printed[0] and printed[1].strip() == "", "only rank 0 speaks"
 
 
-def test_peers_that_were_started_differently_are_refused_by_name(start, prepared, tmp_path):
-    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
-    processes = [
-        start(
-            *(sys.executable, "train.py"),
-            *flags(prepared, tmp_path / "run", rank=rank, seed=rank, **by_hand),
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    assert re.search(r"rank 1 \(.*\) was started with --seed 1, rank 0 with 0", outputs[0])
+def test_peers_that_were_started_differently_are_refused_by_name(zygote, prepared, tmp_path):
+    settings = [{"data": prepared, "seed": seed} for seed in (0, 1)]
+    statuses, printed = ends_of(zygote, tmp_path, *settings)
+    assert statuses == [2, 2], printed
+    assert re.search(r"rank 1 \(.*\) was started with --seed 1, rank 0 with 0", printed[0])
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("machines", [1, 2])
-def test_a_wizard_made_multi_cpu_file_is_refused_with_the_mend(run, prepared, tmp_path, machines):
+def test_a_wizard_made_multi_cpu_file_is_refused_with_the_fix(run, prepared, tmp_path, machines):
     """What `accelerate config` (1.15) writes for CPU machines starts strangers without MPI."""
     file = tmp_path / "default_config.yaml"
     file.write_text(
@@ -141,10 +119,9 @@ def test_a_wizard_made_multi_cpu_file_is_refused_with_the_mend(run, prepared, tm
 
 
 def test_a_text_file_is_prepared_by_the_main_process_alone(run, text_file, tmp_path):
-    # A short --peer-timeout: waiting for the preparation is no exchange and must not time out.
     status, output = run(
         *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "train.py"),
-        *flags(text_file, tmp_path / "run", **{"vocab-size": 300, "sequence-length": 32}),
+        *flags(text_file, tmp_path / "run", vocab_size=300, sequence_length=32),
     )
     assert status == 0, output
     assert output.count("training a tokenizer") == 1
@@ -161,23 +138,15 @@ def test_a_mistake_that_two_processes_make_is_told_once(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_peer_without_the_data_is_named(start, prepared, tmp_path):
-    by_hand = {"world-size": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
+def test_a_peer_without_the_data_is_named(zygote, prepared, tmp_path):
     broken = shutil.copytree(prepared, tmp_path / "broken")
     (broken / "manifest.json").unlink()
-    processes = [
-        start(
-            *(sys.executable, "train.py"),
-            *flags(data, tmp_path / "run", rank=rank, **by_hand),
-        )
-        for rank, data in enumerate((prepared, broken))
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    assert re.search(r"error: rank 1 \(.*\): .*broken", outputs[0])
+    statuses, printed = ends_of(zygote, tmp_path, {"data": prepared}, {"data": broken})
+    assert statuses == [2, 2], printed
+    assert re.search(r"error: rank 1 \(.*\): .*broken", printed[0])
 
 
-def test_accelerate_prepares_the_same_bytes_as_one_process(run, tmp_path):
+def test_accelerate_prepares_the_same_bytes_as_one_process(zygote, run, tmp_path):
     for number in range(9):  # more than four parts a process: each has its own
         folder = tmp_path / "text" / f"{number}"
         folder.mkdir(parents=True)
@@ -185,15 +154,17 @@ def test_accelerate_prepares_the_same_bytes_as_one_process(run, tmp_path):
         rows = (folder / "a.txt").read_text().split("\n\n")
         lines = [json.dumps({"text": f"row {row}"}) + "\n" for row in rows]
         (folder / "b.jsonl").write_text("".join(lines))
-    asked = ["--dataset-path", tmp_path / "text", "--vocab-size", 300, "--sequence-length", 32]
-    one = run(sys.executable, "prepare_data.py", *asked, "--output-dir", tmp_path / "one")
-    assert one[0] == 0, one[1]
-    two = run(
+    asked = [f"--dataset-path={tmp_path / 'text'}", "--vocab-size=300", "--sequence-length=32"]
+    one = zygote.start(
+        [*asked, f"--output-dir={tmp_path / 'one'}"], tmp_path / "log", script="prepare_data"
+    )
+    assert zygote.wait(one) == 0, read(tmp_path / "log")
+    status, output = run(
         *(BIN / "accelerate", "launch", "--config_file", CONFIGS / "cpu_2_processes.yaml"),
         *("prepare_data.py", *asked, "--output-dir", tmp_path / "two"),
     )
-    assert two[0] == 0, two[1]
-    assert two[1].count("prepared") == 1 + str(tmp_path).count("prepared"), "one process tells"
+    assert status == 0, output
+    assert output.count("prepared") == 1 + str(tmp_path).count("prepared"), "one process tells"
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert len(files) > 5
     assert files == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.*"))

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -21,10 +20,10 @@ from tests.runs import (
     finish,
     flags,
     lines,
-    newest_step,
     read,
     start_ranks,
     tensors,
+    wait_for_checkpoint,
     weights,
 )
 
@@ -63,9 +62,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_p
     stormy, log = tmp_path / "stormy", tmp_path / "log"
     for goal in (8, 20):
         ranks = start_ranks(zygote, flags(prepared, stormy, **settings), 2, log)
-        while newest_step(stormy) < goal:
-            assert not zygote.has_ended(ranks[1]), read(log)
-            time.sleep(0.001)
+        wait_for_checkpoint(zygote, ranks[1], stormy, goal, log)
         os.kill(ranks[1], signal.SIGKILL)
         assert zygote.wait(ranks[0]) in (1, 2), read(log)
     finish(zygote, prepared, stormy, **settings)
@@ -189,9 +186,7 @@ def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_
     }
     folder, log = tmp_path / "run", tmp_path / "log"
     ranks = start_ranks(zygote, flags(prepared, folder, **settings, max_steps=10**6), 2, log)
-    while newest_step(folder) < 20:
-        assert not zygote.has_ended(ranks[1]), read(log)
-        time.sleep(0.001)
+    wait_for_checkpoint(zygote, ranks[1], folder, 20, log)
     os.kill(ranks[1], signal.SIGKILL)
     assert zygote.wait(ranks[0]) in (1, 2)
     for refused, changes in ((3, {}), (2, {"sync_every": 4}), (2, {"sync": "ddp"})):

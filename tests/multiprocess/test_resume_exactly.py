@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends bit for bit as if nothing had been."""
+"""A run that is killed at any moment and resumed ends bit for bit as if nothing had been."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import time
 import pytest
 import torch
 
-from tests.runs import DROPOUT, flags, lines, newest_step, read, start_ranks, tensors
+from tests.runs import (
+    DROPOUT,
+    flags,
+    lines,
+    newest_step,
+    read,
+    start_ranks,
+    tensors,
+    wait_for_checkpoint,
+)
 
 pytestmark = pytest.mark.slow
 STEPS = 120
@@ -43,9 +52,7 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(zygote, prepared, tmp_pa
         victim = draw.choice(ranks)
         # While it starts; or while it trains or saves, ever further into the run.
         goal = 0 if draw.random() < 0.2 else draw.randint(1, STEPS * (kill + 1) // (kills + 1))
-        while newest_step(stormy) < goal:
-            assert not zygote.has_ended(victim), read(log)
-            time.sleep(0.001)
+        wait_for_checkpoint(zygote, victim, stormy, goal, log)
         time.sleep(draw.uniform(0, 0.3 if goal == 0 else 0.04))
         os.kill(victim, signal.SIGKILL)
         statuses = [zygote.wait(pid) for pid in ranks]
