@@ -1,0 +1,106 @@
+"""Pieces that are done are found again by all that decides their tokens, unless damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from p2p_llm_forge.data.parts import Part, Span
+from p2p_llm_forge.data.pieces import PieceId, Pieces, Record, digest, digest_of
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION, SplitCounts
+from p2p_llm_forge.errors import ForgeError
+
+PART = Part("text", (Span("a.txt", 0, 100, 100, 100, 5),))
+DECIDES = {"seed": 0, "tokenizer": "t"}
+TOKENS = np.arange(1000, 1010, dtype=np.uint16)
+
+
+def record_of(tokens: np.ndarray, is_last: bool = True) -> Record:
+    counts = {TRAIN: SplitCounts(2, 50, 7), VALIDATION: SplitCounts(1, 9, len(tokens) - 7)}
+    return Record(counts, digest="d", checksum=digest(tokens), skipped=3, is_last=is_last)
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    return Pieces(tmp_path, DECIDES, "uint16")
+
+
+@pytest.fixture
+def written(pieces):
+    """A piece that is done."""
+    piece = PieceId(0, PART, 0)
+    pieces.write(piece, TOKENS, record_of(TOKENS))
+    return piece
+
+
+def test_another_process_finds_the_tokens_and_the_record_of_a_piece(written, tmp_path):
+    elsewhere = Pieces(tmp_path, dict(reversed(DECIDES.items())), "uint16")
+    same = dataclasses.replace(PART)  # an equal part that was found again
+    assert elsewhere.record(PieceId(0, same, 0)) == record_of(TOKENS)
+    found = elsewhere.tokens(PieceId(0, same, 0))
+    assert found[TRAIN].tolist() == TOKENS[:7].tolist()
+    assert found[VALIDATION].tolist() == TOKENS[7:].tolist()
+
+
+def test_what_decides_the_tokens_decides_whether_a_piece_is_done(written, tmp_path):
+    changed = Part("text", (Span("a.txt", 0, 100, 100, 100, mtime_ns=6),))
+    others = [
+        (DECIDES, PieceId(0, changed, 0)),
+        (DECIDES, PieceId(1, PART, 0)),
+        (DECIDES, PieceId(0, PART, 1)),
+        (DECIDES | {"seed": 1}, PieceId(0, PART, 0)),
+        (DECIDES | {"tokenizer": "u"}, PieceId(0, PART, 0)),
+    ]
+    assert Pieces(tmp_path, DECIDES, "uint16").record(written)
+    for decides, piece in others:
+        assert Pieces(tmp_path, decides, "uint16").record(piece) is None
+
+
+def change_a_token(tokens, record):
+    tokens.write_bytes(b"\0" + tokens.read_bytes()[1:])
+
+
+def cut_tokens(tokens, record):
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+
+
+def lose_tokens(tokens, record):
+    tokens.unlink()
+
+
+def cut_record(tokens, record):
+    record.write_bytes(record.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [change_a_token, cut_tokens, lose_tokens, cut_record])
+def test_a_damaged_piece_is_not_done(written, tmp_path, damage):
+    [tokens], [record] = tmp_path.glob("*.tokens"), tmp_path.glob("*.json")
+    damage(tokens, record)
+    assert Pieces(tmp_path, DECIDES, "uint16").record(written) is None
+
+
+def test_damage_after_the_record_was_read_is_an_error(written, tmp_path):
+    elsewhere = Pieces(tmp_path, DECIDES, "uint16")
+    assert elsewhere.record(written)
+    [tokens] = tmp_path.glob("*.tokens")
+    cut_tokens(tokens, None)
+    with pytest.raises(ForgeError, match="damaged on the disk.*\n.*run the same command again"):
+        elsewhere.tokens(written)
+
+
+def test_a_part_is_done_when_its_last_piece_and_all_before_are(pieces):
+    for place, is_last in ((0, False), (2, True), (1, False)):
+        assert not pieces.has_all_of(0, PART)
+        pieces.write(PieceId(0, PART, place), TOKENS, record_of(TOKENS, is_last))
+    assert pieces.has_all_of(0, PART)
+
+
+def test_the_digest_of_documents_changes_with_their_text_and_their_borders():
+    columns = [[b"ab", b"c"], [b"a", b"bc"], [b"ab", b"d"], [b"abc"], []]
+    digests = {digest_of(pa.array(column, pa.large_binary())) for column in columns}
+    assert len(digests) == len(columns)
+    sliced = pa.array([b"zz", b"ab", b"c"], pa.large_binary())[1:]
+    assert digest_of(sliced) == digest_of(pa.array([b"ab", b"c"], pa.large_binary()))
