@@ -62,8 +62,8 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     folder = preparation.folder
     with (
         claimed(preparation.output_dir) as lock,
-        alive(folder, ranks),
         disk_full_explained(folder, preparation.found.parts),
+        alive(folder, ranks),
     ):
         if tokenizer is None:
             tokenizer = trained_tokenizer(preparation)
@@ -84,7 +84,7 @@ def build(
     ranks: Ranks,
     lock: Lock,
 ) -> Manifest:
-    """Tokenize, with the other ranks, write what comes meanwhile, and publish the dataset."""
+    """Tokenize, with the other ranks, pack what is done meanwhile, and publish the dataset."""
     spec = spec_of(preparation, tokenizer)
     with encoders_of(preparation, tokenizer, backend) as encoders:
         if not encoders.is_fast:
@@ -100,7 +100,7 @@ def build(
 
         def all_is_done() -> bool:
             if not take_what_is_done() and not packer.has_all:
-                tokenize(job, Ranks(), take_what_is_done)  # what ranks left that are gone
+                tokenize(job, Ranks(), take_what_is_done)  # what was left by ranks that are gone
             return packer.has_all
 
         with contextlib.closing(packer):

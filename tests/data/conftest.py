@@ -6,7 +6,7 @@ import pytest
 
 from p2p_llm_forge.data.prepare import prepare
 from tests.data.preparations import config, make_pieces_small, write_text_of_every_kind
-from tests.texts import contents
+from tests.texts import contents, some_text
 
 
 @pytest.fixture
@@ -39,3 +39,19 @@ def undisturbed(text, tmp_path_factory):
     found = contents(folder)
     assert len([name for name in found if name.endswith(".arrow")]) > 3
     return found
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A text file of 400 documents."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_bytes(some_text().encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared_corpus(corpus, tmp_path_factory):
+    """That file as a prepared dataset; not to be changed."""
+    folder = tmp_path_factory.mktemp("prepared_corpus") / "a"
+    prepare(config(corpus, folder))
+    return folder

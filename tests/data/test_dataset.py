@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 
-from p2p_llm_forge.data.dataset import Manifest, SplitFacts, open_prepared, publish
+from p2p_llm_forge.data.dataset import (
+    Manifest,
+    SplitFacts,
+    looks_like_prepared,
+    open_prepared,
+    publish,
+)
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
+from tests.data.preparations import config
+from tests.texts import contents
 
 
 def a_manifest(**changes) -> Manifest:
@@ -90,3 +100,28 @@ def test_publishing_replaces_an_older_dataset_and_nothing_else(tmp_path):
     assert Manifest.load(tmp_path).dtype == "new"
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["new.arrow"]
     assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_a_dataset_that_lost_blocks_is_an_error(corpus, tmp_path):
+    prepare(config(corpus, tmp_path / "a"))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["splits"]["train"]["blocks"] += 1
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ForgeError, match="blocks where the manifest promises"):
+        open_prepared(tmp_path / "a").blocks("train")
+    next((tmp_path / "a" / "train").glob("*.arrow")).unlink()
+    with pytest.raises(ForgeError, match="cannot be read"):
+        open_prepared(tmp_path / "a").blocks("train")
+
+
+def test_an_interrupted_preparation_is_no_dataset_and_is_resumed(
+    corpus, prepared_corpus, tmp_path
+):
+    folder = tmp_path / "a"
+    (folder / "unfinished" / "train").mkdir(parents=True)
+    (folder / "unfinished" / "train" / "data-00000.arrow").write_bytes(b"half")
+    assert looks_like_prepared(folder) and not looks_like_prepared(corpus)
+    with pytest.raises(ForgeError, match="did not finish"):
+        open_prepared(folder)
+    prepare(config(corpus, folder))
+    assert contents(folder) == contents(prepared_corpus)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 
+from p2p_llm_forge.data import ranks
+from p2p_llm_forge.data.ranks import Helpers, Ranks, alive, failure_posted
+from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.polling import wait_for
 from tests.data.preparations import start_ranks
 from tests.texts import contents, write_rows
@@ -13,11 +17,38 @@ from tests.texts import contents, write_rows
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
+def test_helpers_are_working_while_their_marks_are_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "GONE_AFTER_S", 0.0)
+    assert not Helpers(tmp_path, Ranks(0, 3)).are_working(), "nobody came in time"
+    monkeypatch.setattr(ranks, "GONE_AFTER_S", 60.0)
+    assert Helpers(tmp_path, Ranks(0, 3)).are_working(), "they may still come"
+    assert not Helpers(tmp_path, Ranks()).are_working(), "there is none"
+    helpers = Helpers(tmp_path, Ranks(0, 3))
+    with alive(tmp_path, Ranks(2, 3)):
+        assert helpers.are_working()
+        monkeypatch.setattr(ranks, "GONE_AFTER_S", 2.5)
+        wait_for(lambda: time.monotonic() - helpers._started > 2.5, 60)
+        assert helpers.are_working(), "one came, and is still alive"
+    assert not helpers.are_working(), "it has left"
+
+
+def test_the_error_of_a_helper_is_raised_by_the_main_rank_field_by_field(tmp_path):
+    problems = [Problem("a.txt is no text", "give another"), Problem("b", "c", where="rank 1")]
+    with pytest.raises(ForgeError), failure_posted(tmp_path, Ranks(1, 2)):
+        raise ForgeError.of(problems)
+    with pytest.raises(ForgeError) as raised:
+        Helpers(tmp_path, Ranks(0, 2)).are_working()
+    assert list(raised.value.problems) == problems
+
+
+# --- whole preparations ---------------------------------------------------------------------------
+
+
 @pytest.mark.slow
 def test_several_ranks_write_the_same_bytes_as_one(text, tmp_path, undisturbed):
-    ranks = start_ranks(text, tmp_path / "out", 3, pause_s=0.02)
-    ended = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], ended
+    processes = start_ranks(text, tmp_path / "out", 3, pause_s=0.02)
+    ended = [rank.communicate(timeout=120) for rank in processes]
+    assert [rank.returncode for rank in processes] == [0, 0, 0], ended
     assert contents(tmp_path / "out") == undisturbed
     assert "prepared" in ended[0][0] and "prepared" not in ended[1][0] + ended[2][0]
 
@@ -41,7 +72,7 @@ def test_what_ends_a_rank_ends_the_launch_and_is_printed(text, ready_tokenizer, 
     for number in range(20):
         (folder / f"e{number}.parquet").write_bytes((text / "d.parquet").read_bytes())
     rows = write_rows(folder / "f.parquet", ["x"], column="body")
-    ranks = start_ranks(folder, tmp_path / "out", 2, "--tokenizer", str(ready_tokenizer))
-    ended = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], ended
+    processes = start_ranks(folder, tmp_path / "out", 2, "--tokenizer", str(ready_tokenizer))
+    ended = [rank.communicate(timeout=120) for rank in processes]
+    assert [rank.returncode for rank in processes] == [2, 2], ended
     assert f"{rows} has no text column" in ended[0][1] and "Traceback" not in ended[0][1]
