@@ -14,7 +14,6 @@ import pytest
 from tests import ROOT
 from tests.texts import write_text
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 # Where nobody says another: exact comparisons must hold on CPUs with bf16 units, too.
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 for launcher_variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

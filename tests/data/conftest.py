@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from p2p_llm_forge.data.prepare import prepare
+from p2p_llm_forge.data.tokenizer import train_tokenizer
 from tests.data.preparations import config, make_pieces_small, write_text_of_every_kind
 from tests.texts import contents, some_text
 
@@ -54,4 +55,12 @@ def prepared_corpus(corpus, tmp_path_factory):
     """That file as a prepared dataset; not to be changed."""
     folder = tmp_path_factory.mktemp("prepared_corpus") / "a"
     prepare(config(corpus, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a tokenizer of 400 entries."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(some_text(100).split("\n\n"), 400).save_pretrained(folder)
     return folder

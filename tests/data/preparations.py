@@ -38,6 +38,13 @@ def config(text: Path, folder: Path, **changes) -> PrepareConfig:
     return PrepareConfig(**asked | {"vocab_size": 400, "validation_fraction": 0.2} | changes)
 
 
+def with_tokenizer(path: object, folder: Path, tokenizer: Path, **changes) -> PrepareConfig:
+    """A preparation of the text in `path`, or in several, with a tokenizer that is there."""
+    paths = path if isinstance(path, list) else [str(path)]
+    asked = {"dataset_path": paths, "output_dir": str(folder), "tokenizer": str(tokenizer)}
+    return PrepareConfig(**asked | {"sequence_length": 8, "validation_fraction": 0.0} | changes)
+
+
 def start(
     text: Path, folder: Path, *more: str, pause_s: float = 0.0, **environment: str
 ) -> subprocess.Popen[str]:

@@ -114,9 +114,7 @@ def test_a_dataset_that_lost_blocks_is_an_error(corpus, tmp_path):
         open_prepared(tmp_path / "a").blocks("train")
 
 
-def test_an_interrupted_preparation_is_no_dataset_and_is_resumed(
-    corpus, prepared_corpus, tmp_path
-):
+def test_an_interrupted_preparation_is_no_dataset_and_is_resumed(corpus, prepared_corpus, tmp_path):
     folder = tmp_path / "a"
     (folder / "unfinished" / "train").mkdir(parents=True)
     (folder / "unfinished" / "train" / "data-00000.arrow").write_bytes(b"half")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import fast_path, sources
+from p2p_llm_forge.data import encode, fast_path, parts, sources
+from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, open_prepared
 from p2p_llm_forge.data.parts import ReadOptions
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
-from tests.data.preparations import config
-from tests.texts import contents, decoded_documents, stream
+from tests.data.preparations import config, with_tokenizer
+from tests.texts import contents, decoded_documents, stream, write_rows
 
 
 def expected_documents(text: str) -> list[str]:
@@ -180,6 +185,88 @@ def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path):
     [document] = decoded_documents(tmp_path / "a", "train")
     assert document.startswith("d\ufffdj\ufffd vu d")
     assert manifest.splits["train"].documents == 1
+
+
+# --- with a tokenizer that is there ---------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3),
+    piece_bytes=st.integers(1, 200),
+)
+def test_decoding_the_blocks_of_random_documents_gives_them_back(
+    tmp_path_factory, tokenizer_folder, texts, piece_bytes
+):
+    folder = tmp_path_factory.mktemp("random")
+    path = write_rows(folder / "a.jsonl", texts)
+    with mock.patch.object(parts, "PIECE_BYTES", piece_bytes):
+        manifest = prepare(
+            with_tokenizer(path, folder / "out", tokenizer_folder, sequence_length=2)
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "tokenizer")
+    expected = []
+    for text in texts:
+        expected += tokenizer(text, split_special_tokens=True)["input_ids"]
+        expected.append(tokenizer.eos_token_id)
+    tokens = stream(folder / "out", "train")
+    dropped = manifest.splits["train"].dropped_tokens
+    assert dropped <= 1 and tokens == expected[: len(expected) - dropped]
+    assert decoded_documents(folder / "out", "train") == texts
+    assert manifest.splits["train"].documents == len(texts)
+    assert manifest.splits["train"].bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_given_validation_text_is_all_that_is_held_out(tmp_path, tokenizer_folder):
+    write_rows(tmp_path / "train.jsonl", [f"train {n}" for n in range(50)])
+    (tmp_path / "held.txt").write_text("\n\n".join(f"held {n}" for n in range(9)))
+    asked = with_tokenizer(
+        tmp_path / "train.jsonl",
+        tmp_path / "out",
+        tokenizer_folder,
+        validation_path=[str(tmp_path / "held.txt")],
+        validation_fraction=0.5,
+        sequence_length=2,
+    )
+    manifest = prepare(asked)
+    assert manifest.splits["train"].documents == 50 and manifest.splits["validation"].documents == 9
+    assert decoded_documents(tmp_path / "out", "validation")[0] == "held 0"
+    assert prepare(asked) == manifest
+
+
+def test_a_vocabulary_that_four_bytes_cannot_number_is_refused(tmp_path, tokenizer_folder):
+    path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
+    with (
+        mock.patch.object(tokenization, "vocabulary_size", lambda _: 2**32 + 1),
+        mock.patch.object(encode, "control_token_guard", lambda _: None),
+        pytest.raises(ForgeError, match="4,294,967,297 entries, at most 4,294,967,296"),
+    ):
+        prepare(with_tokenizer(path, tmp_path / "out", tokenizer_folder))
+
+
+def test_skipped_rows_are_counted_and_reported(tmp_path, tokenizer_folder, capsys):
+    path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
+    path.write_text(path.read_text() + "{\n[]\n")
+    manifest = prepare(with_tokenizer(path, tmp_path / "out", tokenizer_folder, skip_bad_rows=True))
+    assert manifest.skipped_rows == 2 and manifest.splits["train"].documents == 20
+    assert "2 bad rows left out" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_eos_gets_one_by_the_flag(tmp_path, tokenizer_folder):
+    bare = tmp_path / "bare"
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
+    with pytest.raises(ForgeError, match="(?s)no end-of-text token.*--eos-token"):
+        prepare(with_tokenizer(path, tmp_path / "out", bare))
+    known = prepare(with_tokenizer(path, tmp_path / "known", bare, eos_token="<|endoftext|>"))
+    added = prepare(with_tokenizer(path, tmp_path / "added", bare, eos_token="<|the end|>"))
+    assert known.vocab_size == 400 and added.vocab_size == 401 and added.eos_token_id == 400
+    assert stream(tmp_path / "added", "train").count(400) >= 18
+    saved = AutoTokenizer.from_pretrained(tmp_path / "added" / "tokenizer")
+    assert saved.eos_token == "<|the end|>"
 
 
 # --- mistakes -------------------------------------------------------------------------------------

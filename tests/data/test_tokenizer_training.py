@@ -6,9 +6,12 @@ import random
 
 from transformers import AutoTokenizer
 
+from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import parts, tokenizer_training
+from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.data.prepare import prepare
 from tests.data.preparations import config
-from tests.texts import decoded_documents
+from tests.texts import decoded_documents, some_text
 
 
 def test_the_tokenizer_is_trained_without_the_held_out_documents(tmp_path, small_pieces):
@@ -25,3 +28,16 @@ def test_the_tokenizer_is_trained_without_the_held_out_documents(tmp_path, small
     held_out = set(names) - trained_on
     assert len(held_out) > 30 and len(known) > 200
     assert not known & held_out
+
+
+def test_a_tokenizer_for_a_large_text_is_trained_on_some_of_it_always_the_same(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parts, "PIECE_BYTES", 2_000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_BYTES", 20_000)
+    (tmp_path / "a.txt").write_text(some_text(1_000))
+    asked = PrepareConfig([str(tmp_path / "a.txt")], str(tmp_path), vocab_size=400)
+    found = Preparation.of(asked)
+    first = list(tokenizer_training.training_text(found))
+    assert first == list(tokenizer_training.training_text(found))
+    assert 8_000 < len("".join(first).encode()) < 40_000 < (tmp_path / "a.txt").stat().st_size
