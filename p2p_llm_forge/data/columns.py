@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def column_of(documents: list[bytes]) -> pa.LargeBinaryArray:
     """The documents as a column."""
-    import pyarrow as pa
-
     return pa.array(documents, pa.large_binary())
-
-
-def joined(columns: list[pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
-    """One column of several, in order; at least one."""
-    import pyarrow as pa
-
-    return columns[0] if len(columns) == 1 else pa.concat_arrays(columns)
 
 
 def without_empty(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     """The column without its documents of no bytes."""
-    import pyarrow.compute as pc
-
     holds_text = pc.greater(pc.binary_length(column), 0)
     return column if pc.all(holds_text).as_py() is not False else column.filter(holds_text)
 
 
 def values_and_offsets(column: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
     """A column's text (uint8) and where its documents begin and end in it (int64), not copied."""
-    import numpy as np
-
     _, offsets, values = column.buffers()
     if not len(column):
         return np.empty(0, np.uint8), np.zeros(1, np.int64)

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from p2p_llm_forge.data.parts import BadRows, Span, compression_of
 
 
 @contextlib.contextmanager
 def open_decompressed(span: Span, bad_rows: BadRows) -> Iterator[tuple[Any, Any]]:
     """(the file's decompressed bytes, the file itself, whose place is the progress)."""
-    import pyarrow as pa
-
     try:
         with pa.OSFile(span.path) as file:
             name = compression_of(span.path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from p2p_llm_forge.data import dataset as corpus
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.data.splits import TRAIN
@@ -50,8 +52,6 @@ def _split_line(data: PreparedDataset, name: str) -> str:
 
 def vocabulary_use(data: PreparedDataset, split: str) -> int:
     """How many different tokens the blocks of a split hold."""
-    import numpy as np
-
     blocks = data.blocks(split)
     counts = np.zeros(data.manifest.vocab_size, np.int64)
     for chunk in blocks.chunks() if blocks else ():

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pyarrow as pa
 
 from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 Backend = Literal["auto", "fast", "reference"]
 
@@ -104,13 +105,8 @@ class Encoders:
 
     def _new_encoder(self) -> Encode:
         """An encoder for the thread that asks."""
-        try:
+        with contextlib.suppress(IndexError):
             return self._spare.pop()
-        except IndexError:
-            return self._another()
-
-    def _another(self) -> Encode:
-        """One more encoder."""
         if self.is_fast:
             # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
             return fast_path.fast_encoder(self._rules)
@@ -126,8 +122,6 @@ class Encoders:
         self, encode: Encode, documents: pa.LargeBinaryArray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode some documents at a time: whoever closes this does not wait for all."""
-        import numpy as np
-
         found = []
         for start in range(0, max(1, len(documents)), DOCUMENTS_AT_A_TIME):
             if self._is_closed:
@@ -138,8 +132,6 @@ class Encoders:
 
 
 def _memory_of_process() -> int:
-    import psutil
-
     return psutil.Process().memory_info().rss
 
 
@@ -151,8 +143,6 @@ def control_token_guard(
     Encoders here read the spelling of one as text, but some vocabularies list it among their
     ordinary entries and cannot tell the two apart.
     """
-    import numpy as np
-
     control = sorted(control_tokens(tokenizer).values())
 
     def guard(tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray) -> None:

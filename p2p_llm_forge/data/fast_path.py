@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from p2p_llm_forge.data.columns import column_of, values_and_offsets
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, without_truncation
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
@@ -72,8 +71,6 @@ def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[str, Encode]:
 
 def require_same(fast: Encode, reference: Encode, texts: pa.LargeBinaryArray) -> None:
     """Raise FastPathDiffers, naming the text, unless both encoders give the same tokens."""
-    import numpy as np
-
     for text, ours, expected in zip(
         texts.to_pylist(),
         _per_document(*fast(texts)),
@@ -87,8 +84,6 @@ def require_same(fast: Encode, reference: Encode, texts: pa.LargeBinaryArray) ->
 
 
 def _per_document(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    import numpy as np
-
     return np.split(tokens, np.cumsum(lengths))[:-1]
 
 
@@ -97,8 +92,6 @@ def sample(
 ) -> pa.LargeBinaryArray:
     """A few texts that stand for `documents`: beginnings of some and, as mistakes hide there, some
     places where the text is not plain ASCII; each at most `longest` bytes."""
-    import numpy as np
-
     text, ends = values_and_offsets(documents)
     places = [ends[len(documents) * n // count] for n in range(count) if len(documents)]
     for window in (len(text) * n // count for n in range(count)):
@@ -123,7 +116,6 @@ def fast_encoder(rules: str) -> Encode:
     """
     import awkward
     import gigatoken
-    import numpy as np
 
     backend = gigatoken.Tokenizer.from_json(rules)
 

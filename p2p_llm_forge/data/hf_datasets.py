@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from p2p_llm_forge.data.parts import BadRows, ReadOptions, Span, first_line
+import pyarrow as pa
+
+from p2p_llm_forge.data.parts import BadRows, Columns, ReadOptions, Span, first_line
 from p2p_llm_forge.data.table_files import joined_by_size, require_column, texts
 from p2p_llm_forge.errors import ForgeError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from p2p_llm_forge.data.parts import Columns
 
 
 def saved(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:

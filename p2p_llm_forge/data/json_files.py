@@ -7,16 +7,22 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from p2p_llm_forge.data.columns import column_of, joined
+import pyarrow as pa
+import pyarrow.json
+
+from p2p_llm_forge.data.columns import column_of
 from p2p_llm_forge.data.compression import decompressed_pieces, open_decompressed
-from p2p_llm_forge.data.parts import BYTE_ORDER_MARK, TO_UTF8, BadRows, ReadOptions, Span, read_span
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from p2p_llm_forge.data.parts import Columns
+from p2p_llm_forge.data.parts import (
+    BYTE_ORDER_MARK,
+    TO_UTF8,
+    BadRows,
+    Columns,
+    ReadOptions,
+    Span,
+    read_span,
+)
 
 CHUNK_BYTES = 1 << 20  # of an array that are read at a time
 BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")  # of an array
@@ -45,8 +51,7 @@ def _count_lines(path: str, end: int) -> int:
 
 def compressed_lines(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
     """The documents of a compressed file of JSON lines."""
-    line = 1
-    pattern = re.compile(b"\n")
+    line, pattern = 1, re.compile(b"\n")
     for raw, source_bytes in decompressed_pieces(span, pattern, options.piece_bytes, bad_rows):
         text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
         first_line = functools.partial(int, line)
@@ -58,9 +63,6 @@ def _documents_of_lines(
     raw: bytes, path: str, first_line: Callable[[], int], options: ReadOptions, bad_rows: BadRows
 ) -> pa.LargeBinaryArray:
     """The text of JSON lines: by pyarrow, and by Python when a line must be named."""
-    import pyarrow as pa
-    import pyarrow.json
-
     if not raw.strip():
         return column_of([])
     schema = pa.schema([(options.text_column, pa.large_string())])
@@ -75,7 +77,7 @@ def _documents_of_lines(
         # The parser takes `{}{}` for two rows, and a row may go over several lines.
         lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
         if not column.null_count and len(column) == lines:
-            return joined(column.chunks or [column_of([])])
+            return pa.concat_arrays(column.chunks or [column_of([])])
     except pa.ArrowException:
         pass
     return _documents_line_by_line(raw, path, first_line(), options, bad_rows)

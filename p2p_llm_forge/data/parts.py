@@ -8,21 +8,18 @@ from the input alone, never from who reads them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import pyarrow as pa
-
-    from p2p_llm_forge.config import PrepareConfig
-
-    # Documents, some at a time, each time with the bytes of the file that they took.
-    Columns = Iterator[tuple[pa.LargeBinaryArray, int]]
+# Documents, some at a time, each time with the bytes of the file that they took.
+Columns = Iterator[tuple[pa.LargeBinaryArray, int]]
 
 PIECE_BYTES = 8 << 20  # text that is read, tokenized and counted as one piece of work
 BLANK_LINES = "\n\n"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from p2p_llm_forge.data import hf_datasets, json_files, table_files, text_files
-from p2p_llm_forge.data.columns import column_of, joined, without_empty
-from p2p_llm_forge.data.parts import BadRows, Part, Piece, ReadOptions, require_unchanged
-
-if TYPE_CHECKING:
-    from p2p_llm_forge.data.parts import Columns
+from p2p_llm_forge.data.columns import column_of, without_empty
+from p2p_llm_forge.data.parts import BadRows, Columns, Part, Piece, ReadOptions, require_unchanged
 
 READERS = {
     "text": text_files.compressed, "jsonl": json_files.compressed_lines,
@@ -45,6 +43,6 @@ def _columns(part: Part, options: ReadOptions, bad_rows: BadRows) -> Columns:
     """The documents of a part as columns, each with the bytes of the file that it took."""
     if part.is_one_piece:
         read = text_files.plain if part.kind == "text" else json_files.plain_lines
-        yield joined([read(span, options, bad_rows) for span in part.spans]), part.bytes
-        return
-    yield from READERS[part.kind](part.spans[0], options, bad_rows)
+        yield pa.concat_arrays([read(span, options, bad_rows) for span in part.spans]), part.bytes
+    else:
+        yield from READERS[part.kind](part.spans[0], options, bad_rows)

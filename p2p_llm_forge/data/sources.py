@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from p2p_llm_forge.data.parts import (
     BYTE_ORDER_MARK,
     FORMATS,
@@ -118,8 +121,6 @@ def _spans_of_files(
     files: list[Path], options: ReadOptions, bad_files: BadRows
 ) -> Iterator[tuple[str, Span]]:
     """Every file as (kind, span), large ones of some formats as several."""
-    import pyarrow as pa
-
     for path in files:
         if suffix_of(path) in NO_TEXT:
             raise ForgeError(
@@ -155,15 +156,10 @@ def _cuts_of(
         first = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
         kind = "json" if first == b"[" else "jsonl"
     if kind == "parquet":
-        import pyarrow.parquet as pq
-
         for group in range(pq.ParquetFile(file).num_row_groups):
             yield kind, group, group + 1
-    elif kind == "jsonl":
-        pattern = re.compile(b"\n")
-        yield from ((kind, *ends) for ends in _ranges(file, size, pattern, options.piece_bytes))
-    elif kind == "text" and not options.one_document_per_file:
-        pattern = separator_pattern(options.separator)
+    elif kind == "jsonl" or (kind == "text" and not options.one_document_per_file):
+        pattern = separator_pattern("\n" if kind == "jsonl" else options.separator)
         yield from ((kind, *ends) for ends in _ranges(file, size, pattern, options.piece_bytes))
     else:
         yield kind, 0, size

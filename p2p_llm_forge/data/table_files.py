@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from p2p_llm_forge.data.columns import column_of, is_utf8, joined, values_and_offsets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from p2p_llm_forge.data.columns import column_of, is_utf8, values_and_offsets
 from p2p_llm_forge.data.compression import open_decompressed, open_seekable
 from p2p_llm_forge.data.parts import (
     TO_UTF8,
     BadRows,
+    Columns,
     ReadOptions,
     Span,
     compression_of,
     first_line,
 )
 from p2p_llm_forge.errors import ForgeError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from p2p_llm_forge.data.parts import Columns
-
 
 # --- columns of any table -------------------------------------------------------------------------
 
@@ -49,9 +49,6 @@ def _as_text(
     column: pa.Array, path: str, first_row: int, options: ReadOptions, bad_rows: BadRows
 ) -> pa.LargeBinaryArray:
     """A column of strings as UTF-8. Nulls are bad rows; another type is refused for the file."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -74,8 +71,6 @@ def joined_by_size(
     columns: Iterable[pa.LargeBinaryArray], piece_bytes: int
 ) -> Iterator[pa.LargeBinaryArray]:
     """Small columns joined to such of `piece_bytes` of text, or little more."""
-    import pyarrow as pa
-
     waiting: list[pa.LargeBinaryArray] = []
     size, damage = 0, None
     try:
@@ -83,12 +78,12 @@ def joined_by_size(
             waiting.append(column)
             size += len(values_and_offsets(column)[0])
             if size >= piece_bytes:
-                yield joined(waiting)
+                yield pa.concat_arrays(waiting)
                 waiting, size = [], 0
     except (pa.ArrowException, OSError) as error:
         damage = error  # what was read before it is not lost
     if waiting:
-        yield joined(waiting)
+        yield pa.concat_arrays(waiting)
     if damage:
         raise damage
 
@@ -98,8 +93,6 @@ def joined_by_size(
 
 def csv(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
     """The documents of a CSV file."""
-    import pyarrow as pa
-    import pyarrow.csv
 
     def skip(row: Any) -> str:
         if not options.skip_bad_rows:
@@ -131,8 +124,6 @@ def _utf8_of_batches(
     batches: Iterable[Any], path: str, options: ReadOptions, bad_rows: BadRows
 ) -> Iterator[pa.LargeBinaryArray]:
     """The only column of every batch; rows that are not UTF-8 are bad, or get U+FFFD."""
-    import pyarrow as pa
-
     first_row = 2  # after the header
     for batch in batches:
         column = batch.column(0)
@@ -154,8 +145,6 @@ def _utf8_of_batches(
 
 
 def _refuse_csv(path: str, error: Exception, options: ReadOptions, bad_rows: BadRows) -> None:
-    import pyarrow as pa
-
     reason = first_line(error)
     if reason == "Empty CSV file":  # seen so late because it is compressed
         return
@@ -178,9 +167,6 @@ def _refuse_csv(path: str, error: Exception, options: ReadOptions, bad_rows: Bad
 
 def parquet(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
     """The documents of row groups of a parquet file; of all of them, if it is compressed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_seekable(span, bad_rows))
@@ -198,8 +184,6 @@ def parquet(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
 def _rows_of_group(
     table: Any, group: int, span: Span, options: ReadOptions, bad_rows: BadRows
 ) -> Columns:
-    import pyarrow as pa
-
     facts = table.metadata.row_group(group)
     row_bytes = max(1, facts.total_byte_size // max(1, facts.num_rows))
     batches = table.iter_batches(

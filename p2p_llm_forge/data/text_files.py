@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from p2p_llm_forge.data.columns import column_of, is_utf8
 from p2p_llm_forge.data.compression import decompressed_pieces
@@ -13,17 +15,12 @@ from p2p_llm_forge.data.parts import (
     BYTE_ORDER_MARK,
     TO_UTF8,
     BadRows,
+    Columns,
     ReadOptions,
     Span,
     read_span,
 )
 from p2p_llm_forge.errors import ForgeError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
-    from p2p_llm_forge.data.parts import Columns
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
@@ -54,8 +51,6 @@ def text_column(
     raw: bytes, name: str, offset: int, options: ReadOptions, bad_rows: BadRows | None = None
 ) -> pa.LargeBinaryArray:
     """The documents of a text. name, offset: where it begins, for the error that names a byte."""
-    import pyarrow as pa
-
     column = _divided(raw, options)
     try:
         column.cast(pa.large_string())  # checks UTF-8, 20 times as fast as Python
@@ -96,9 +91,6 @@ def _divided_at_blank_lines(raw: bytes) -> pa.LargeBinaryArray:
     borders of a document are not part of it. A line of spaces is not empty. Inside a document every
     byte stays as it is, CRLF too. (As `re.split(rb"\n\r?\n[\r\n]*")` and strip, but faster.)
     """
-    import numpy as np
-    import pyarrow as pa
-
     text = np.frombuffer(raw, np.uint8)
     stops = np.concatenate([np.empty(0, np.int64), *_ends_before_blank_lines(raw, text)])
     starts = stops + np.where(text[stops + 1] == ord("\n"), 2, 3)
@@ -116,8 +108,6 @@ def _divided_at_blank_lines(raw: bytes) -> pa.LargeBinaryArray:
 
 def _ends_before_blank_lines(raw: bytes, text: np.ndarray) -> Iterator[np.ndarray]:
     """The places of line ends after which an empty line comes, window by window."""
-    import numpy as np
-
     window = 64 << 10  # what is computed of it stays in the processor's cache
     for start in range(0, len(raw), window):
         part = text[start : start + window + 2]
@@ -132,8 +122,6 @@ def _stripped(
     raw: bytes, text: np.ndarray, starts: np.ndarray, stops: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The stretches of a text without the line ends at their borders (rare but in CRLF files)."""
-    import numpy as np
-
     is_end = np.zeros(256, bool)
     is_end[[ord("\n"), ord("\r")]] = True
     for place in np.flatnonzero(is_end[text[starts]] | is_end[text[stops - 1]]):

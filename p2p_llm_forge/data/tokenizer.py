@@ -6,19 +6,18 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from p2p_llm_forge.errors import ForgeError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 END_OF_TEXT = "<|endoftext|>"
 
 # A LargeBinaryArray of documents (UTF-8) in; all their tokens, one after the other (uint32), and
 # the number of tokens of each (int64) out.
-Encode = Callable[["pa.LargeBinaryArray"], "tuple[np.ndarray, np.ndarray]"]
+Encode = Callable[[pa.LargeBinaryArray], tuple[np.ndarray, np.ndarray]]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | None = None) -> Any:
@@ -117,8 +116,6 @@ def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
     Exact for byte-level tokenizers, even where the tokens begin inside a character; for others it
     is the length of the decoded text, which a normalizer can make differ by some bytes.
     """
-    import numpy as np
-
     tokens = np.asarray(tokens, np.int64)
     tokens = tokens[~np.isin(tokens, list(control_tokens(tokenizer).values()))]
     if _is_byte_level(tokenizer):
@@ -166,8 +163,6 @@ def is_slow(tokenizer: Any) -> bool:
 
 def reference_encoder(tokenizer: Any) -> Encode:
     """Encode by the tokenizer itself."""
-    import numpy as np
-
     if not is_slow(tokenizer):
         from tokenizers import Tokenizer
 

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+import pyarrow as pa
+
 from p2p_llm_forge.errors import ForgeError, run_script
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import numpy as np
-    import pyarrow as pa
 
 
 class TokenizerProcess:
@@ -42,9 +42,6 @@ class TokenizerProcess:
 
     def encode(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and lengths, as every encoder; for one thread. Raises ForgeError."""
-        import numpy as np
-        import pyarrow as pa
-
         batch = pa.record_batch([documents], ["documents"])
         try:
             if self._questions is None:
@@ -79,9 +76,6 @@ class TokenizerProcess:
 
 def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -> None:
     """Answer until the questions end."""
-    import numpy as np
-    import pyarrow as pa
-
     from p2p_llm_forge.data.tokenizer import load_tokenizer, reference_encoder
 
     encode = reference_encoder(load_tokenizer(**loaded_from))
@@ -101,8 +95,6 @@ def serve(loaded_from: dict[str, Any], questions: BinaryIO, answers: BinaryIO) -
 
 def _asked(questions: BinaryIO) -> Iterator[pa.RecordBatch]:
     """Batches until their stream ends, or is cut off because the parent was killed."""
-    import pyarrow as pa
-
     try:
         yield from pa.ipc.open_stream(questions)
     except (pa.ArrowInvalid, OSError):

@@ -29,12 +29,6 @@ def test_text_and_borders_are_views_of_the_column():
     assert text.ctypes.data == values.address
 
 
-def test_joined_columns_hold_all_documents_in_order():
-    parts = [columns.column_of(part) for part in (DOCUMENTS[:2], [], DOCUMENTS[2:])]
-    assert columns.joined(parts).to_pylist() == DOCUMENTS
-    assert columns.joined(parts[:1]).to_pylist() == DOCUMENTS[:2]
-
-
 def test_documents_of_no_bytes_are_left_out():
     column = columns.without_empty(columns.column_of(DOCUMENTS))
     assert column.to_pylist() == [b"one", "ağ".encode(), b"last"] == spans(column)
