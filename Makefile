@@ -1,6 +1,7 @@
 # make demo: from nothing to a small trained model.   make test: everything that is promised.
 # make test-quick: what needs no real processes, in the time that one waits for between two edits.
-.PHONY: demo test test-quick network-tools lint format readme clean
+# make test-lowest: the same with every dependency at its lower bound; once a release.
+.PHONY: demo test test-quick test-lowest network-tools lint format readme clean
 PYTHON ?= python3
 RUN := .venv/bin
 AT_ONCE := --numprocesses 2 --dist worksteal
@@ -16,6 +17,17 @@ test: .venv/installed network-tools
 
 test-quick: .venv/installed
 	$(RUN)/python -m pytest $(AT_ONCE) -m "not slow"
+
+# On Linux, UV_TORCH_BACKEND=cpu saves the gigabytes of a torch for GPUs.
+test-lowest:
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" || \
+	{ echo "The lower bounds have wheels for Python 3.10 to 3.12, $(PYTHON) is another:" \
+	"make test-lowest PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python \
+	--resolution lowest-direct --requirement requirements.txt
+	.venv-lowest/bin/python -m pytest $(AT_ONCE) -m "not slow"
 
 # The tests with hosts of their own need these; without them they are skipped, but not in CI.
 network-tools:
