@@ -1,8 +1,8 @@
 """Preparations that are killed: half of them by themselves, at a random one of the operations on
 files (so that every kind of moment comes), half from outside, at a random time.
 
-python -m tests.data.killed_again_and_again TEXT FOLDER KILLS prints how many were killed, how many
-finished (in FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces were done.
+Its arguments are TEXT FOLDER KILLS; it prints how many were killed, how many finished (in
+FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces were done.
 """
 
 from __future__ import annotations
@@ -12,15 +12,6 @@ import random
 import signal
 import sys
 import time
-
-# What is loaded once serves every child.
-import awkward  # noqa: F401
-import gigatoken  # noqa: F401
-import pyarrow.compute  # noqa: F401
-import pyarrow.json  # noqa: F401
-import pyarrow.parquet  # noqa: F401
-import xxhash  # noqa: F401
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from p2p_llm_forge.data.prepare import prepare
 from tests.data.preparations import config, make_pieces_small
@@ -54,8 +45,9 @@ def work(text: str, folder: str, finished: int, dies_at: int) -> None:
         os._exit(1)
 
 
-def main(text: str, folder: str, kills: int) -> None:
+def main() -> None:
     """Kill so many preparations."""
+    text, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
     make_pieces_small()
     chosen = random.Random(7)
     killed = finished = after_some_pieces = 0
@@ -80,7 +72,3 @@ def main(text: str, folder: str, kills: int) -> None:
         if killed > kills + 40:
             sys.exit("it never finishes")
     print(killed, finished, after_some_pieces)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

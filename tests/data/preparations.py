@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import blocks, parts
@@ -46,33 +44,28 @@ def with_tokenizer(path: object, folder: Path, tokenizer: Path, **changes) -> Pr
 
 
 def start(
-    text: Path, folder: Path, *more: str, pause_s: float = 0.0, **environment: str
-) -> subprocess.Popen[str]:
-    """The script on its way, with the arguments of `config`; pause_s: before every piece."""
-    command = [
-        *(sys.executable, "-m", "tests.data.slow_preparation", str(pause_s)),
-        *("--dataset-path", str(text), "--output-dir", str(folder)),
-        *("--sequence-length", "32", "--vocab-size", "400", "--validation-fraction", "0.2"),
-        *more,
-    ]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+    zygote: Any, text: Path, folder: Path, *more: str, pause_s: float = 0.0, rank: int = 0, **how
+) -> tuple[int, Path]:
+    """The script on its way, with the arguments of `config`; pause_s: before every piece.
+
+    Returns its process id and the file with what it prints.
+    """
+    words = [str(pause_s), f"--dataset-path={text}", f"--output-dir={folder}"]
+    words += ["--sequence-length=32", "--vocab-size=400", "--validation-fraction=0.2", *more]
+    log = folder.with_name(f"{folder.name}-{rank}.log")
+    return zygote.start(words, log, script="tests.data.slow_preparation", **how), log
 
 
 def start_ranks(
-    text: Path, folder: Path, world: int, *more: str, pause_s: float = 0.0
-) -> list[subprocess.Popen[str]]:
+    zygote: Any, text: Path, folder: Path, world: int, *more: str, pause_s: float = 0.0
+) -> list[tuple[int, Path]]:
     """One preparation by several ranks, as a launcher starts them."""
-    return [
-        start(text, folder, *more, pause_s=pause_s, RANK=str(rank), WORLD_SIZE=str(world))
-        for rank in range(world)
-    ]
+    started = []
+    for rank in range(world):
+        environ = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        how = {"pause_s": pause_s, "rank": rank, "environ": environ}
+        started.append(start(zygote, text, folder, *more, **how))
+    return started
 
 
 def interrupt(*_: object) -> None:

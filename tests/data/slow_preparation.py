@@ -7,20 +7,17 @@ import time
 
 import prepare_data
 from p2p_llm_forge.data import ranks, splits
-from p2p_llm_forge.errors import run_script
 from tests.data.preparations import make_pieces_small
 
-pause_s = float(sys.argv.pop(1))
-right = splits.encode_piece
 
+def main() -> int:
+    pause_s, right = float(sys.argv[1]), splits.encode_piece
 
-def slow(*arguments):
-    time.sleep(pause_s)
-    return right(*arguments)
+    def slow(*arguments):
+        time.sleep(pause_s)
+        return right(*arguments)
 
-
-if __name__ == "__main__":
     make_pieces_small()
     ranks.GONE_AFTER_S = 4.0
     splits.encode_piece = slow
-    run_script(lambda: prepare_data.main(sys.argv[1:]))
+    return prepare_data.main(sys.argv[2:])

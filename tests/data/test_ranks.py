@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.polling import wait_for
 from tests.data.preparations import start_ranks
 from tests.texts import contents, write_rows
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -45,34 +48,37 @@ def test_the_error_of_a_helper_is_raised_by_the_main_rank_field_by_field(tmp_pat
 
 
 @pytest.mark.slow
-def test_several_ranks_write_the_same_bytes_as_one(text, tmp_path, undisturbed):
-    processes = start_ranks(text, tmp_path / "out", 3, pause_s=0.02)
-    ended = [rank.communicate(timeout=120) for rank in processes]
-    assert [rank.returncode for rank in processes] == [0, 0, 0], ended
+def test_several_ranks_write_the_same_bytes_as_one(zygote, text, tmp_path, undisturbed):
+    ranks = start_ranks(zygote, text, tmp_path / "out", 3, pause_s=0.02)
+    statuses = [zygote.wait(pid) for pid, _ in ranks]
+    main, *others = [log.read_text() for _, log in ranks]
+    assert statuses == [0, 0, 0], main
     assert contents(tmp_path / "out") == undisturbed
-    assert "prepared" in ended[0][0] and "prepared" not in ended[1][0] + ended[2][0]
+    assert "prepared" in main and "prepared" not in "".join(others)
 
 
 @pytest.mark.slow
-def test_the_main_process_does_the_work_of_a_rank_that_was_killed(text, tmp_path, undisturbed):
-    main, helper = start_ranks(text, tmp_path / "out", 2, pause_s=0.1)
-    wait_for(lambda: (tmp_path / "out" / "unfinished" / "rank-1").exists())
-    wait_for(lambda: any(tmp_path.rglob("pieces/*.json")))
-    helper.kill()
-    ended = main.communicate(timeout=120)
-    helper.communicate()
-    assert main.returncode == 0, ended
+def test_the_main_process_does_the_work_of_a_rank_that_was_killed(
+    zygote, text, tmp_path, undisturbed
+):
+    (main, log), (helper, _) = start_ranks(zygote, text, tmp_path / "out", 2, pause_s=0.1)
+    wait_until(lambda: (tmp_path / "out" / "unfinished" / "rank-1").exists())
+    wait_until(lambda: any(tmp_path.rglob("pieces/*.json")))
+    os.kill(helper, signal.SIGKILL)
+    assert zygote.wait(main) == 0, log.read_text()
     assert contents(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.slow
-def test_what_ends_a_rank_ends_the_launch_and_is_printed(text, ready_tokenizer, tmp_path):
+def test_what_ends_a_rank_ends_the_launch_and_is_printed(zygote, text, ready_tokenizer, tmp_path):
     folder = tmp_path / "text"
     shutil.copytree(text, folder)
     for number in range(20):
         (folder / f"e{number}.parquet").write_bytes((text / "d.parquet").read_bytes())
     rows = write_rows(folder / "f.parquet", ["x"], column="body")
-    processes = start_ranks(folder, tmp_path / "out", 2, "--tokenizer", str(ready_tokenizer))
-    ended = [rank.communicate(timeout=120) for rank in processes]
-    assert [rank.returncode for rank in processes] == [2, 2], ended
-    assert f"{rows} has no text column" in ended[0][1] and "Traceback" not in ended[0][1]
+    ready = f"--tokenizer={ready_tokenizer}"
+    ranks = start_ranks(zygote, folder, tmp_path / "out", 2, ready)
+    statuses = [zygote.wait(pid) for pid, _ in ranks]
+    main, _ = [log.read_text() for _, log in ranks]
+    assert statuses == [2, 2], main
+    assert f"{rows} has no text column" in main and "Traceback" not in main

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -14,24 +12,18 @@ from p2p_llm_forge.data import prepare as chapters
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
-from tests.data.preparations import ROOT, config, interrupt
+from tests.data.preparations import config, interrupt
 from tests.texts import contents
 
 BEFORE_PACKING = mock.patch.object(packing.Packer, "finish", interrupt)
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-def test_killed_at_random_moments_it_resumes_to_the_same_bytes(text, tmp_path, undisturbed):
-    program = (sys.executable, "-m", "tests.data.killed_again_and_again")
-    done = subprocess.run(
-        [*program, str(text), str(tmp_path / "out"), "30"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    killed, finished, after_some_pieces = map(int, done.stdout.split())
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(zygote, text, tmp_path, undisturbed):
+    words, log = [str(text), str(tmp_path / "out"), "30"], tmp_path / "log"
+    pid = zygote.start(words, log, script="tests.data.killed_again_and_again")
+    assert zygote.wait(pid) == 0, log.read_text()
+    killed, finished, after_some_pieces = map(int, log.read_text().split())
     assert killed >= 30 and finished >= 1 and after_some_pieces >= 10
     for number in range(finished):
         assert contents(tmp_path / "out" / str(number)) == undisturbed

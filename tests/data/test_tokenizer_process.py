@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -20,9 +19,9 @@ from p2p_llm_forge.data import encode, parts, tokenizer_process
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.polling import wait_for
-from tests.data.preparations import ROOT
+from tests.data.preparations import start
 from tests.texts import contents, some_text
+from tests.waiting import wait_until
 
 FRAGILE = Path(__file__).with_name("fragile_tokenizer.py")
 
@@ -116,28 +115,15 @@ def test_questions_end_wherever_the_parent_was_killed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_a_run_that_is_ended(slow_tokenizer, text, tmp_path, end):
+def test_no_process_outlives_a_run_that_is_ended(zygote, slow_tokenizer, text, tmp_path, end):
     text.write_text(some_text(2_000) * 20)
-    run = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "tests.data.slow_preparation", "0", "--dataset-path", text),
-            *("--output-dir", tmp_path / "out", "--tokenizer", slow_tokenizer),
-            *("--num-workers", "3"),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        child = psutil.Process(run.pid)
-        wait_for(lambda: len(child.children()) == 2 or run.poll() is not None)
-        helpers = child.children()
-        run.send_signal(end)
-        message = run.communicate(timeout=60)[1]
-        assert run.returncode == (130 if end == signal.SIGINT else -9), message
-        assert "Traceback" not in message
-        gone, alive = psutil.wait_procs(helpers, timeout=60)
-        assert len(gone) == 2 and not alive
-    finally:
-        run.kill()
+    more = [f"--tokenizer={slow_tokenizer}", "--num-workers=3"]
+    run, log = start(zygote, text, tmp_path / "out", *more)
+    child = psutil.Process(run)
+    wait_until(lambda: zygote.has_ended(run) or len(child.children()) == 2)
+    helpers = child.children()
+    os.kill(run, end)
+    assert zygote.wait(run) == (130 if end == signal.SIGINT else -9), log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert len(helpers) == 2
+    wait_until(lambda: not any(helper.is_running() for helper in helpers))

@@ -19,21 +19,20 @@ from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.unfinished import claimed
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Holder
-from p2p_llm_forge.polling import wait_for
 from tests.data.preparations import config, start
 from tests.texts import contents
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_refuses(text, tmp_path, undisturbed):
-    first = start(text, tmp_path / "out", pause_s=0.1)
-    wait_for(lambda: any(tmp_path.rglob("pieces/*.json")))
-    with pytest.raises(ForgeError, match=f"is in use by process {first.pid} on"):
+def test_a_second_run_in_the_same_folder_refuses(zygote, text, tmp_path, undisturbed):
+    first, log = start(zygote, text, tmp_path / "out", pause_s=0.1)
+    wait_until(lambda: any(tmp_path.rglob("pieces/*.json")))
+    with pytest.raises(ForgeError, match=f"is in use by process {first} on"):
         prepare(config(text, tmp_path / "out"))
-    assert first.wait(timeout=120) == 0
-    first.communicate()
+    assert zygote.wait(first) == 0, log.read_text()
     assert contents(tmp_path / "out") == undisturbed
 
 
