@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import psutil
 
 from tests import ROOT
 from tests.waiting import wait_until
+
+PYTHON = sys.executable
 
 
 @functools.cache
