@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from p2p_llm_forge.config import OF_DILOCO
 from p2p_llm_forge.training.checkpoint import read_state
-from tests.ports import free_port
 from tests.runs import (
     TINY_MODEL,
+    by_hand,
     finish,
     flags,
     lines,
@@ -38,11 +38,9 @@ DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmu
 
 
 STRATEGIES = {
-    "bf16": {"compress": "bf16"},
     "int8": {"compress": "int8"},
     "int4": {"compress": "int4"},
     "powersgd": {"compress": "powersgd", "powersgd_rank": 4},
-    "diloco": {**DILOCO, "sync_every": 6},
     "diloco_int8": {**DILOCO, "sync_every": 6, "compress": "int8", "ddp_warmup_steps": 4},
     "streaming_int4": {
         **{**DILOCO, "sync_every": 6, "compress": "int4"},
@@ -51,9 +49,10 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["int8", "powersgd", "diloco_int8", "streaming_int4"])
 def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_path, name):
-    """Saved at every fourth step: in the middle of rounds, and while moves are on their way."""
+    """Saved in the middle of rounds, too, and while pseudo-gradients are on their way. (Other
+    codecs, and after every update: tests/sync.)"""
     settings = {
         **{"config_overrides": DROPOUT, "max_steps": 34, "save_every": 4, "log_every": 3},
         **{"keep_checkpoints": 9, "peer_timeout": 8, **STRATEGIES[name]},
@@ -107,7 +106,7 @@ def test_the_loss_is_that_of_ddp_on_the_same_tokens(zygote, prepared, tmp_path):
 
 
 def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
-    """2, then 3, then 1: every time all go on from the weights that were agreed on."""
+    """2, then 3, then 1: every time all resume from the weights that were agreed on."""
     settings = {**DILOCO, "sync_every": 5, "compress": "int8", "save_every": 5}
     for processes, until in ((2, 15), (3, 30), (1, 40)):
         folder = finish(
@@ -119,131 +118,87 @@ def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
     assert [line["peers"] for line in lines(folder) if "peers" in line] == [2, 2, 3, 3, 1]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "changes"),
-    [
-        (3, {}),
-        (1, {"outer_lr": None}),
-        (2, {"sync_every": 3}),
-        (3, {"outer_lr": None, "fragments": 2}),
-    ],
-)
-def test_peers_may_change_while_the_moves_of_a_round_are_on_their_way(
-    zygote, prepared, tmp_path, ranks, changes
+def test_peers_may_change_while_the_pseudo_gradients_of_a_round_are_on_their_way(
+    zygote, prepared, tmp_path
 ):
-    """Until the next moves are sent it does not matter whether ranks wait for exchanges."""
+    """Until the next are sent it does not matter whether ranks wait for exchanges. (Other numbers
+    of ranks and fragments: tests/sync/test_diloco.py.)"""
     settings = {**DILOCO, "lr_scheduler": "constant", "keep_checkpoints": 9, "compress": "int8"}
     settings |= {"sync_every": 5, "save_every": 5, "outer_warmup_rounds": 2}
-    settings["outer_lr"] = changes.get("outer_lr", 0.7)
     ends = []
     for name, overlap in (("waits", 0), ("overlaps", 2)):
         folder = tmp_path / name
-        finish(zygote, prepared, folder, **settings, max_steps=18)
-        # Rounds of another length, so that both take up anew what compression owes.
-        begun = {"resume": folder / "checkpoint-15", "max_steps": 23, "overlap_steps": overlap}
-        finish(zygote, prepared, folder, **settings | {"sync_every": 10}, **begun)
-        facts = read_state(folder / "checkpoint-20")["sync"]
+        finish(zygote, prepared, folder, **settings, max_steps=8, overlap_steps=overlap)
+        facts = read_state(folder / "checkpoint-5")["sync"]
         assert (sum(facts["lands_at"]) > 0) == (overlap > 0)
-        assert facts["outer"][0][1] == pytest.approx(0.45), "half of the warm-up is over"
-        begun = {"resume": folder / "checkpoint-20", "max_steps": 31}
-        finish(zygote, prepared, folder, ranks, **settings | changes, **begun)
-        ends.append(tensors(folder, 31))
+        begun = {"resume": folder / "checkpoint-5", "max_steps": 11}
+        finish(zygote, prepared, folder, 3, **settings, **begun)
+        ends.append(tensors(folder, 11))
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
-def test_a_run_cannot_end_with_moves_that_are_on_their_way(zygote, prepared, tmp_path):
-    """They are not in the checkpoint's model, and a further update is needed to take them."""
+def test_a_run_cannot_end_with_pseudo_gradients_that_are_on_their_way(zygote, prepared, tmp_path):
+    """They are not in the checkpoint's model, and a further update is needed to apply them."""
     settings = {**DILOCO, "sync_every": 5, "save_every": 5, "overlap_steps": 2}
     settings |= {"lr_scheduler": "constant", "keep_checkpoints": 9}
     folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=8)
-    in_parts = finish(zygote, prepared, tmp_path / "parts", **settings, fragments=2, max_steps=8)
     settings["resume"] = folder / "checkpoint-5"
-    for ranks, changes, told in (
-        (2, {"max_steps": 5}, "one more update with --max-steps 6"),
-        (3, {"max_steps": 5}, "one more update with --max-steps 6"),
-        (2, {"max_steps": 9, "sync": "ddp"}, "change after a round without --overlap-steps"),
-        (3, {"max_steps": 9, "resume": in_parts / "checkpoint-5"}, "change when the run has ended"),
-    ):
-        changed = settings | changes
-        if "sync" in changes:
-            changed = {k: v for k, v in changed.items() if k not in OF_DILOCO}
-        log = tmp_path / f"{ranks}{changed['sync']}{changed['max_steps']}"
-        started = start_ranks(zygote, flags(prepared, folder, **changed), ranks, log)
-        assert [zygote.wait(pid) for pid in started] == [2] * ranks, read(log)
-        assert told in read(log) and "Traceback" not in read(log)
+    refused(zygote, tmp_path / "log", flags(prepared, folder, **settings, max_steps=5), 3)
+    assert "at least one more update with --max-steps 6" in read(tmp_path / "log")
     finish(zygote, prepared, folder, 3, **settings, max_steps=6)
     result = json.loads((folder / "all_results.json").read_text())
     assert result["eval_loss"] < 5.7, "it has learned since its start"
 
 
-def test_a_round_is_taken_up_in_its_middle_only_as_it_was(zygote, prepared, tmp_path):
-    settings = {
-        **DILOCO,
-        "sync_every": 8,
-        "save_every": 4,
-        "keep_checkpoints": 9,
-        "peer_timeout": 4,
-    }
-    folder, log = tmp_path / "run", tmp_path / "log"
-    ranks = start_ranks(zygote, flags(prepared, folder, **settings, max_steps=10**6), 2, log)
-    wait_for_checkpoint(zygote, ranks[1], folder, 20, log)
-    os.kill(ranks[1], signal.SIGKILL)
-    assert zygote.wait(ranks[0]) in (1, 2)
-    for refused, changes in ((3, {}), (2, {"sync_every": 4}), (2, {"sync": "ddp"})):
-        changed = {**settings, **changes, "resume": folder / "checkpoint-20", "max_steps": 30}
-        if "sync" in changes:
-            changed = {k: v for k, v in changed.items() if k not in OF_DILOCO}
-        told = tmp_path / f"told{refused}{len(changed)}{changed.get('sync_every')}"
-        ranks = start_ranks(zygote, flags(prepared, folder, **changed), refused, told)
-        assert [zygote.wait(pid) for pid in ranks] == [2] * refused, read(told)
-        assert "a round of 2 process(es)" in read(told)
-        assert "or resume from a checkpoint of the end of a round" in read(told)
-        assert "Traceback" not in read(told)
-    changed = {**settings, "sync_every": 4, "resume": folder / "checkpoint-16", "max_steps": 20}
-    finish(zygote, prepared, folder, 3, **changed)
+def test_a_round_is_resumed_in_its_middle_only_as_it_was(zygote, prepared, tmp_path):
+    """Each way out that the refusals name leads out. (All refusals: tests/sync/test_resume.py.)"""
+    settings = {**DILOCO, "sync_every": 8, "save_every": 4, "keep_checkpoints": 9}
+    settings |= {"lr_scheduler": "constant"}
+    folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=18)
+    log = tmp_path / "log"
+    middle = {"resume": folder / "checkpoint-12", "max_steps": 17}
+    refused(zygote, log, flags(prepared, folder, **settings | middle), 3)
+    assert "a round of 2 process(es)" in read(log)
+    assert "or resume from a checkpoint of the end of a round" in read(log)
+    ddp = {key: value for key, value in settings.items() if key not in OF_DILOCO}
+    refused(zygote, log, flags(prepared, folder, **ddp | middle | {"sync": "ddp"}), 2)
+    end = {"resume": folder / "checkpoint-16", "max_steps": 20, "sync_every": 4}
+    finish(zygote, prepared, folder, 3, **settings | end)
+
+
+def refused(zygote, log, words, processes):
+    """Start a run that all of its ranks refuse with a message."""
+    log.unlink(missing_ok=True)
+    ranks = start_ranks(zygote, words, processes, log)
+    assert [zygote.wait(pid) for pid in ranks] == [2] * processes, read(log)
+    assert "Traceback" not in read(log)
 
 
 def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path):
+    """(Other differences: tests/sync/test_strategy.py.)"""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    models = []
-    for name, layers, seed in (("a", 2, 0), ("deeper", 3, 0), ("other", 2, 1)):
-        torch.manual_seed(seed)
-        sizes = {"n_layer": layers, "n_head": 2, "n_embd": 32, "n_positions": 32}
+    log, launch, ranks = tmp_path / "log", by_hand(2), []
+    for rank in range(2):
+        sizes = {"n_layer": 2 + rank, "n_head": 2, "n_embd": 32, "n_positions": 32}
         ends = {"bos_token_id": 0, "eos_token_id": 0}
-        GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes, **ends)).save_pretrained(
-            tmp_path / name
-        )
-        shutil.copytree(prepared / "tokenizer", tmp_path / name, dirs_exist_ok=True)
-        models.append(tmp_path / name)
-    for other, told in (
-        (1, r"rank 1 \(.*\): has another model than rank 0: transformer.h.2"),
-        (2, r"rank 1 \(.*\): has loaded other weights"),
-    ):
-        log = tmp_path / f"log{other}"
-        settings = {"config_overrides": None, "max_steps": 2}
-        words = [
-            flags(prepared, tmp_path / "run", **settings, model_name=models[index])
-            for index in (0, other)
-        ]
-        by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-        ranks = [zygote.start([*w, *by_hand, f"--rank={r}"], log) for r, w in enumerate(words)]
-        assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
-        assert re.search(told, read(log)), read(log)
-        assert not (tmp_path / "run" / "run.json").exists()
+        model = tmp_path / f"of_rank_{rank}"
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes, **ends)).save_pretrained(model)
+        shutil.copytree(prepared / "tokenizer", model, dirs_exist_ok=True)
+        settings = {"config_overrides": None, "max_steps": 2, "model_name": model}
+        words = flags(prepared, tmp_path / "run", **settings, **launch, rank=rank)
+        ranks.append(zygote.start(words, log))
+    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
+    expected = r"rank 1 \(.*\): has another model than rank 0: transformer.h.2"
+    assert re.search(expected, read(log)), read(log)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_ranks_with_state_of_their_own_must_share_the_folder(zygote, prepared, tmp_path):
-    log = tmp_path / "log"
-    by_hand = ["--world-size=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    log, launch = tmp_path / "log", by_hand(2)
     ranks = [
         zygote.start(
-            [
-                *flags(prepared, tmp_path / f"run{rank}", compress="int8"),
-                *by_hand,
-                f"--rank={rank}",
-            ],
-            log,
+            flags(prepared, tmp_path / f"run{rank}", compress="int8", **launch, rank=rank), log
         )
         for rank in range(2)
     ]

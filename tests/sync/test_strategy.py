@@ -1,4 +1,4 @@
-"""What all strategies share: where peers may come and go."""
+"""Which strategy a run gets, and which launches and models it refuses."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.launch import Launch
-from p2p_llm_forge.sync.strategy import refuse_elastic
+from p2p_llm_forge.sync.base import Replica
+from p2p_llm_forge.sync.strategy import build_strategy, refuse_different_models, refuse_elastic
+from tests.memory_channel import clusters, run_ranks
+from tests.sync.ranks import LikeDDP, Model
 
 
 @pytest.mark.parametrize(
@@ -26,3 +31,70 @@ def test_peers_can_come_and_go_only_where_a_round_ends_for_the_whole_model(setti
     config = TrainConfig(sync="diloco", **settings)
     with pytest.raises(ForgeError, match=expected) if expected else nullcontext():
         refuse_elastic(config, elastic)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "has_own_state"),
+    [
+        ({}, "GradientAveraging", False),
+        ({"compress": "bf16"}, "GradientAveraging", True),
+        ({"compress": "powersgd"}, "PowerSGD", True),
+        ({"sync": "diloco"}, "DiLoCo", True),
+    ],
+)
+def test_a_run_gets_the_strategy_that_it_asks_for(settings, name, has_own_state):
+    config = TrainConfig("data", "run", **settings)
+
+    def build(cluster):
+        lm = Model()
+        return build_strategy(config, cluster, Replica(LikeDDP(lm), lm, None, total_steps=9))
+
+    with clusters(2) as ranks:
+        for sync in run_ranks(ranks, build):
+            assert type(sync).__name__ == name and sync.has_own_state == has_own_state
+            assert sync.has_own_state == config.keeps_own_state()
+            assert sync.settings()["sync"] == config.sync
+            assert sync.trains_alone == (config.sync == "diloco")
+
+
+def layers(*widths: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(width, 2) for width in widths))
+
+
+def problems_of(models: list[nn.Module], is_loaded: bool) -> list:
+    """What each rank finds when it has this model."""
+
+    def judge(cluster):
+        try:
+            refuse_different_models(cluster, models[cluster.rank], is_loaded)
+        except ForgeError as error:
+            return error.problems
+        return ()
+
+    with clusters(len(models)) as ranks:
+        first, *others = run_ranks(ranks, judge)
+    assert all(other == first for other in others), "all ranks end alike"
+    return list(first)
+
+
+def test_equal_models_are_accepted_and_those_from_scratch_may_differ_in_their_weights():
+    assert problems_of([layers(3, 4), layers(3, 4), layers(3, 4)], is_loaded=True) == []
+    assert problems_of([layers(3, 4), layers(3, 4, seed=1)], is_loaded=False) == []
+
+
+def test_loaded_weights_that_differ_are_refused_by_the_name_of_the_rank():
+    models = [layers(3, 4), layers(3, 4, seed=1), layers(3, 4)]
+    (problem,) = problems_of(models, is_loaded=True)
+    assert problem.where.startswith("rank 1 (") and "other weights than rank 0" in problem.found
+    assert "copy the model's folder from rank 0" in problem.fix
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_models_of_other_shapes_are_refused_by_rank_and_parameter(is_loaded):
+    models = [layers(3, 4), layers(3, 5), layers(3, 4), layers(3, 4, 6)]
+    one, other = problems_of(models, is_loaded)
+    assert one.where.startswith("rank 1 (") and other.where.startswith("rank 3 (")
+    assert "1.weight is [2, 5], not [2, 4]" in one.found
+    assert "2.bias is [2], not missing" in other.found
+    assert "--config-overrides" in one.fix
