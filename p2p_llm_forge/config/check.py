@@ -15,7 +15,7 @@ from p2p_llm_forge.errors import Problems
 class CheckOptions(Options):
     """Which launch is looked at, and how the report is printed."""
 
-    _argument_group_name = "the check"
+    heading = "the check"
     PER_RANK: ClassVar[tuple[str, ...]] = (
         "config_file",
         "meet",

@@ -40,7 +40,7 @@ class Options:
     A whole configuration is built of groups by inheritance and lists them, in order, as GROUPS.
     """
 
-    _argument_group_name: ClassVar[str] = ""  # the heading; HfArgumentParser asks for this name
+    heading: ClassVar[str] = ""  # in `--help`
     GROUPS: ClassVar[tuple[type[Options], ...]] = ()
     PER_RANK: ClassVar[tuple[str, ...]] = ()  # may differ between the ranks of one run
 
@@ -82,43 +82,32 @@ class Options:
         Returns values that pass the checks in their place, so that the others are checked too.
         """
         instead = {}
-        defaults = {field.name: field for field in dataclasses.fields(self)}
-        for name, hint in get_type_hints(type(self)).items():
-            if name not in defaults or _is_of(getattr(self, name), hint):
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if _is_of(value, hint):
                 continue
-            value, field = getattr(self, name), defaults[name]
             choices = get_args(hint) if get_origin(hint) is Literal else ()
-            problems.require(
-                False,
-                f"{option(name)} is {value!r}"
-                + ("" if choices else ", which is of the wrong type"),
-                nearest(str(value), choices) if choices else f"give {_in_words(hint)}",
-            )
+            fix = nearest(str(value), choices) if choices else f"give {_in_words(hint)}"
+            problems.require(False, f"{option(field.name)} is {value!r}", fix)
+            given: Any = ["given"] if hint == list[str] else "given"
             has_default = field.default not in (dataclasses.MISSING, "")
-            instead[name] = (
-                field.default if has_default else ["given"] if _is_list(hint) else "given"
-            )
+            instead[field.name] = field.default if has_default else given
         return instead
-
-
-def _is_list(hint: Any) -> bool:
-    return get_origin(hint) is list
 
 
 def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    classes = {list} if _is_list(hint) else set(get_args(hint) or (hint,))
+    classes = {list} if hint == list[str] else set(get_args(hint) or (hint,))
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return type(value) in classes or (float in classes and is_whole)
 
 
 def _in_words(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    kinds = (list[str],) if _is_list(hint) else get_args(hint) or (hint,)
-    return " or ".join(
-        words.get(kind, "a list of texts") for kind in kinds if kind is not type(None)
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = () if hint == list[str] else get_args(hint) or (hint,)
+    return " or ".join(words[kind] for kind in kinds if kind in words) or "a list of texts"
 
 
 def require_above_0(options: Options, problems: Problems, *names: str) -> None:

@@ -6,9 +6,11 @@ import argparse
 import importlib.util
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from p2p_llm_forge.config.fields import Options, option
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
@@ -25,18 +27,20 @@ def parse(
     """Read a config from the command line and the recipe that `--config` names.
 
     The recipe's keys are the flags' names (dashes or underscores). Raises one ForgeError with all
-    problems: keys and flags that do not exist (with the nearest name), values of the wrong type,
-    and what `check` (as a rule its own
-    `problems`) finds in the rest. `--help` exits with 0.
+    problems: flags and keys that do not exist (with the nearest name), and what `check`, by
+    default `problems` of the config, finds in the values. `--help` prints all flags.
     """
+    if {"-h", "--help"} & set(argv):
+        print(_help(config_class, script))
+        sys.exit(0)
     problems = Problems()
     parser = _parser(config_class, script, problems)
     recipe = _last_value(argv, "--config")
     words = [*(_recipe_as_flags(Path(recipe), parser, problems) if recipe else []), *argv]
     namespace, unknown = parser.parse_known_args(words)
     flags = [word for word in unknown if word.startswith("--")]
+    names = {option(name) for name in _names(parser)}
     for word in flags:
-        names = {option(name) for name in _names(parser)}
         problems.require(False, f"unknown argument {word}", nearest(word, names))
     problems.require(
         bool(flags) or not unknown,
@@ -44,44 +48,86 @@ def parse(
         "put the flag before them, and quotes around a value with spaces",
     )
     config = config_class(**vars(namespace))
-    for problem in (check or config_class.problems)(config).found:
-        problems.require(False, problem.found, problem.fix)
+    problems.found += (check or config_class.problems)(config).found
     problems.raise_any()
     return config
 
 
+# --- what flags there are -------------------------------------------------------------------------
+
+
 def flags_table(config_class: type[Options]) -> str:
-    """All flags of a script as a Markdown table, read from the parser itself, for the README.
+    """All flags of a script as a Markdown table, for the README.
 
     Of a config that extends another, only what it adds.
     """
-    inherited = {
-        name
-        for base in config_class.__mro__[1:]
-        if "GROUPS" in vars(base)
-        for name in getattr(base, "__dataclass_fields__", {})
-    }
+    known = [vars(base)["GROUPS"] for base in config_class.__mro__[1:] if "GROUPS" in vars(base)]
     rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for group in _parser(config_class, "", Problems())._action_groups:
-        actions = [action for action in _shown(group) if action.dest not in inherited]
-        rows += [f"| **{group.title}** | | |"] if actions else []
-        for action in actions:
-            names = [_invocation(action), *_aliases(action)]
-            default = f"`{action.default}`" if action.default not in (None, "", []) else ""
-            if isinstance(action.default, bool):
-                default = "on" if action.default else "off"
-            text = str(action.help)
-            if action.choices:
-                text += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"
-            rows.append(f"| {'<br>'.join(f'`{name}`' for name in names)} | {default} | {text} |")
+    for group in config_class.GROUPS:
+        if any(group in groups for groups in known):
+            continue
+        rows.append(f"| **{group.heading}** | | |")
+        for field, choices, _ in _flags(group):
+            names = "<br>".join(f"`{name}`" for name in [_written(field), *_aliases(field)])
+            text = field.metadata["help"]
+            text += f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+            default = f"`{field.default}`" if _shows_default(field) else ""
+            if isinstance(field.default, bool):
+                default = "on" if field.default else "off"
+            rows.append(f"| {names} | {default} | {text} |")
     return "\n".join(rows) + "\n"
+
+
+def _help(config_class: type[Options], script: str) -> str:
+    lines = [f"usage: {script} [--config RECIPE] [--FLAG VALUE ...]", "", str(config_class.__doc__)]
+    others = []
+    for group in config_class.GROUPS:
+        lines += ["", f"{group.heading}:"]
+        for field, choices, kind in _flags(group):
+            value = f"{{{','.join(choices)}}}" if choices else kind
+            text = field.metadata["help"]
+            if _shows_default(field) and not isinstance(field.default, bool):
+                text += f" (default: {field.default})"
+            lines.append(f"  {_written(field)} {value}".rstrip())
+            lines += textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            others += [f"  {alias} for {option(field.name)}" for alias in _aliases(field)]
+    return "\n".join([*lines, "", "Other names that are understood:", *others])
+
+
+def _flags(group: type[Options]) -> Iterator[tuple[Field, tuple[str, ...], str]]:
+    """Each field of a group, the values to choose from, and a word for any other value."""
+    words: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+    hints = get_type_hints(group)
+    for field in fields(group):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        choices = kinds if get_origin(hints[field.name]) is Literal else ()
+        yield field, choices, "" if "metavar" in field.metadata else words.get(kinds[0], "")
+
+
+def _written(field: Field) -> str:
+    """The flag as it is typed: `--hosts`, `--save-in-background, --no-save-in-background`."""
+    if field.default is True:
+        return f"{option(field.name)}, {option('no_' + field.name)}"
+    return f"{option(field.name)} {field.metadata.get('metavar', '')}".rstrip()
+
+
+def _aliases(field: Field) -> list[str]:
+    """Its other names, each once, with underscores, as Hugging Face's scripts write them."""
+    return list(
+        dict.fromkeys("--" + name[2:].replace("-", "_") for name in field.metadata["aliases"])
+    )
+
+
+def _shows_default(field: Field) -> bool:
+    """Whether its default says something."""
+    return isinstance(field.default, bool | int | float | str) and field.default != ""
 
 
 # --- the parser -----------------------------------------------------------------------------------
 
 
 def _parser(config_class: type[Options], script: str, problems: Problems) -> Any:
-    """HfArgumentParser for the groups of a config; values of a wrong type are noted as problems."""
+    """HfArgumentParser for the groups of a config; a value of a wrong type is kept as its text."""
 
     class Parser(_hf_argument_parser()):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -93,92 +139,15 @@ def _parser(config_class: type[Options], script: str, problems: Problems) -> Any
             try:
                 return super()._get_values(action, words)
             except argparse.ArgumentError:
-                found = f"{option(action.dest)} is '{' '.join(words)}'"
-                problems.require(False, found, _what_to_give(action, " ".join(words)))
-                return action.default
+                return " ".join(words)  # the checks of the config find it, with all others
 
-        def format_epilog(self) -> str:
-            return "\n".join(
-                f"  {', '.join(_aliases(action))} for {option(action.dest)}"
-                for group in self._action_groups
-                for action in _shown(group)
-                if _aliases(action)
-            )
-
-    parser = Parser(
-        config_class.GROUPS,
-        prog=script,
-        usage=f"{script} [--config RECIPE] [--flag VALUE ...]",
-        description=(config_class.__doc__ or "").split(":")[0],
-        allow_abbrev=False,
-        formatter_class=_Help,
-    )
-    parser.epilog = "Other names that are understood:\n" + parser.format_epilog()
-    return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Each flag once, with dashes; a default where there is one to show."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.dest == "help":
-            return "-h, --help"
-        return f"{_invocation(action)} {_value(action)}".strip()
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        text = super()._expand_help(action)
-        if action.default in (None, "", [], argparse.SUPPRESS) or isinstance(action.default, bool):
-            return text
-        return f"{text} (default: {action.default})"
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if action.const is not False:  # --no-x is shown with --x
-            super().add_argument(action)
-
-
-def _shown(group: Any) -> Iterator[argparse.Action]:
-    for action in group._group_actions:
-        if action.dest != "help" and action.const is not False:
-            yield action
-
-
-def _invocation(action: argparse.Action) -> str:
-    """The flag as it is typed: `--hosts`, `--save-in-background, --no-save-in-background`."""
-    name = f"{option(action.dest)} {action.metavar or ''}".strip()
-    return f"{name}, {option('no_' + action.dest)}" if action.default is True else name
-
-
-def _value(action: argparse.Action) -> str:
-    """What stands for its value in `--help`; nothing for one that needs none."""
-    if action.choices:
-        return f"{{{','.join(map(str, action.choices))}}}"
-    words: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
-    return "" if action.metavar else words.get(action.type, "")
-
-
-def _aliases(action: argparse.Action) -> list[str]:
-    """Its names in Hugging Face's scripts, with underscores."""
-    own = (option(action.dest), f"--{action.dest}")
-    words = ["--" + word.removeprefix("--").replace("-", "_") for word in action.option_strings]
-    return [word for word in dict.fromkeys(words) if word not in own]
+    return Parser(config_class.GROUPS, prog=script, allow_abbrev=False, add_help=False)
 
 
 def _names(parser: Any) -> set[str]:
     """All names of flags, with underscores."""
-    return {
-        word.removeprefix("--").replace("-", "_")
-        for action in parser._actions
-        for word in action.option_strings
-        if word.startswith("--")
-    } - {"help"}
-
-
-def _what_to_give(action: argparse.Action, given: str) -> str:
-    if action.choices:
-        return nearest(given, action.choices)
-    return {int: "give a whole number", float: "give a number"}.get(
-        action.type, "give true or false"
-    )  # type: ignore[call-overload]
+    words = (word for action in parser._actions for word in action.option_strings)
+    return {word.removeprefix("--").replace("-", "_") for word in words}
 
 
 def _hf_argument_parser() -> type:

@@ -14,7 +14,7 @@ from p2p_llm_forge.errors import Problems
 class TextOptions(Options):
     """Which text is prepared, how it is read, and where the result goes."""
 
-    _argument_group_name = "text and output"
+    heading = "text and output"
 
     dataset_path: list[str] = flag(
         [],
@@ -83,7 +83,7 @@ class TextOptions(Options):
 class TokenizerOptions(Options):
     """The tokenizer, loaded or trained."""
 
-    _argument_group_name = "tokenizer"
+    heading = "tokenizer"
 
     tokenizer: str | None = flag(
         None, "tokenizer: a folder or a name of the Hub; without it one is trained on the text"
@@ -111,7 +111,7 @@ class TokenizerOptions(Options):
 class BlockOptions(Options):
     """What the prepared dataset is cut into, and the work on it."""
 
-    _argument_group_name = "blocks and the work on them"
+    heading = "blocks and the work on them"
 
     sequence_length: int = flag(256, "tokens in a block", "--block_size")
     num_workers: int = flag(

@@ -34,7 +34,7 @@ OF_DILOCO = (
 class DataOptions(Options):
     """What a run learns from, and the folder that it writes."""
 
-    _argument_group_name = "data and output"
+    heading = "data and output"
     PER_RANK: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir", "tokenizer")
 
     dataset_path: str = flag(
@@ -69,7 +69,7 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """Which model is trained."""
 
-    _argument_group_name = "model"
+    heading = "model"
     PER_RANK: ClassVar[tuple[str, ...]] = ("model_name", "gradient_checkpointing", "compile")
 
     model_name: str | None = flag(
@@ -105,7 +105,7 @@ class ModelOptions(Options):
 class UpdateOptions(Options):
     """What an update is, and how many are taken."""
 
-    _argument_group_name = "updates"
+    heading = "updates"
     PER_RANK: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
 
     epochs: float = flag(1.0, "passes over the blocks", "--num_train_epochs")
@@ -167,7 +167,7 @@ class UpdateOptions(Options):
 class SavingOptions(Options):
     """What is evaluated, logged and saved, when, and what a run resumes from."""
 
-    _argument_group_name = "evaluating, logging and saving"
+    heading = "evaluating, logging and saving"
     PER_RANK: ClassVar[tuple[str, ...]] = ("resume", "report_to")
 
     eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
@@ -228,7 +228,7 @@ class SavingOptions(Options):
 class SyncOptions(Options):
     """How peers agree on weights."""
 
-    _argument_group_name = "agreeing on weights"
+    heading = "agreeing on weights"
 
     sync: Literal["ddp", "diloco", "auto"] = flag(
         "ddp",
@@ -339,7 +339,7 @@ class SyncOptions(Options):
 class LaunchOptions(Options):
     """Where a run computes, and how its processes find each other."""
 
-    _argument_group_name = "launch"
+    heading = "launch"
     PER_RANK: ClassVar[tuple[str, ...]] = (
         *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
         *("cluster_secret_file", "allow_public_address"),

@@ -31,7 +31,7 @@ class Group(Options):
         ({"rate": "1e-3"}, "give a number"),
         ({"kind": "c"}, "choose from: a, b"),
         ({"paths": 3}, "give a list of texts"),
-        ({"is_on": 1}, "give True or False"),
+        ({"is_on": 1}, "give true or false"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_reported_with_what_to_give(asked, fix):

@@ -123,7 +123,7 @@ def test_help_shows_each_flag_once_under_headings_and_needs_no_heavy_library(scr
     expected = [f"--{name.replace('_', '-')}" for name in names]
     assert sorted(ours) == sorted(expected)
     for group in config_class.GROUPS:
-        assert f"\n{group._argument_group_name}:\n" in done.stdout
+        assert f"\n{group.heading}:\n" in done.stdout
     assert "(default: )" not in done.stdout and "(default: None)" not in done.stdout
 
 

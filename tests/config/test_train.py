@@ -23,7 +23,7 @@ def test_all_problems_of_a_configuration_are_reported_at_once():
     config.max_steps, config.compress = "many", "zip"
     found = problems_of(config)
     for part in (
-        "--max-steps is 'many', which is of the wrong type\n  fix: give a whole number",
+        "--max-steps is 'many'\n  fix: give a whole number",
         "--compress is 'zip'\n  fix: choose from: bf16, int4",
         "no data given\n  fix: add --dataset-path",
         "no place for the run\n  fix: add --output-dir",
