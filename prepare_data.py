@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from p2p_llm_forge import config as configuration
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.ranks import Ranks
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers import launch
 
-__all__ = ["main", "prepare"]
+if TYPE_CHECKING:
+    from p2p_llm_forge.data.dataset import Manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     else:
         prepare(config, Ranks(*launch.rank_and_world_size()))
     return 0
+
+
+def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa: B008
+    """Tokenize and pack the text into `config.output_dir`, unless it holds that dataset already.
+
+    Returns the dataset's manifest. Raises ForgeError when the text, the tokenizer or the folder
+    does not allow it; a dataset in the folder is then as it was.
+    """
+    from p2p_llm_forge.data.prepare import prepare as prepare_dataset
+
+    return prepare_dataset(config, ranks)
 
 
 def describe(folder: Path, verify: bool) -> None:

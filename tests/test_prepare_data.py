@@ -41,7 +41,7 @@ def test_help_needs_no_heavy_library():
     assert done.returncode == 0, done.stderr
     assert "--dataset-path" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "p2p_llm_forge.data.prepare" in imported
+    assert "p2p_llm_forge.config" in imported
     heavy = {"torch", "transformers", "datasets", "pyarrow", "numpy", "tokenizers"}
     assert not imported & heavy
 
