@@ -91,7 +91,7 @@ def look_at_data(
     config: CheckConfig, cluster: Cluster, report: ClusterReport
 ) -> PreparedDataset | None:
     """The prepared dataset, if all ranks have the same one."""
-    from p2p_llm_forge.training.setup import open_data
+    from p2p_llm_forge.training.job import open_data
 
     add, path = report.findings.append, config.dataset_path
     if not path:
@@ -121,19 +121,19 @@ def time_an_update(
     from p2p_llm_forge.peers.machine import judge_checkpoints
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
+    from p2p_llm_forge.training.job import Job, make_plan
     from p2p_llm_forge.training.new_model import new_model
-    from p2p_llm_forge.training.setup import make_plan
 
     without_progress_bars()
     with report.failures_as("model"):
-        plan = make_plan(config, cluster, data)
+        job = Job(config, cluster, data, make_plan(config, cluster, data))
         lm = cluster.together(lambda: new_model(config, cluster, data))
         trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         if cluster.is_main:
             report.findings.append(judge_checkpoints(config, trained))
-        report.update_s = update_s_by_rank(config, cluster, data, plan, lm)
+        report.update_s = update_s_by_rank(job, lm)
         if cluster.world_size > 1:
-            found = forecasts(config, cluster, plan, lm, links, report.update_s)
+            found = forecasts(job, lm, links, report.update_s)
             report.forecast = table(found)
 
 

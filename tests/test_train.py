@@ -172,7 +172,7 @@ def test_an_output_directory_of_another_run_is_refused_and_left_alone(config, pr
         for resume in (None, "auto"):
             with pytest.raises(ForgeError, match="holds another run"):
                 train(replace(config, **settings, resume=resume))
-    with pytest.raises(ForgeError, match="go on with --resume auto"):
+    with pytest.raises(ForgeError, match="continue it with --resume auto"):
         train(config)
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, before[name])

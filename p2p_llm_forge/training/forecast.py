@@ -1,4 +1,4 @@
-"""What a run would make of this network: its own model and links measured, then forecast."""
+"""How fast a run would be by each strategy: its own model and links are measured, then forecast."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.config import OF_DILOCO, TrainConfig
-from p2p_llm_forge.data.dataset import PreparedDataset
-from p2p_llm_forge.data.order import Plan
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.peers.links import Links, measure_links
-from p2p_llm_forge.sync import forecast as advice
+from p2p_llm_forge.sync.forecast import CANDIDATES, Forecast, Measured, Strategy, forecast
 from p2p_llm_forge.sync.outer import units_of
 from p2p_llm_forge.sync.strategy import refuse_elastic
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import first_micro_batch
 
 FEWEST_MICRO_BATCHES, COMPUTING_S = 3, 2.0  # that an update is timed by: either ends it
 STRATEGY_FIELDS = ("sync", "compress", "sync_every", "fragments", "overlap_steps")
 
 
-def computing_s(
-    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any
-) -> float:
+def measure_and_forecast(job: Job, lm: Any) -> list[Forecast]:
+    """Measure links and computing, and forecast. All ranks must call. lm: as for `computing_s`."""
+    links = measure_links(job.cluster)
+    return forecasts(job, lm, links, update_s_by_rank(job, lm))
+
+
+def update_s_by_rank(job: Job, lm: Any) -> list[float]:
+    """What every rank computes for an update, in seconds; all ranks must call. lm: see below."""
+    own_s = job.cluster.together(lambda: computing_s(job, lm))
+    return [seconds for (seconds,) in job.cluster.gather_numbers([own_s])]
+
+
+def computing_s(job: Job, lm: Any) -> float:
     """Seconds that this rank computes for its share of one update, without any exchange.
 
     lm: a model as the run would train it; it takes a few updates and is to be thrown away.
     """
-    from p2p_llm_forge.model.loss import NextTokenLoss
-    from p2p_llm_forge.model.optimizer import build_optimizer
-
-    if config.gradient_checkpointing:
+    cluster, plan = job.cluster, job.plan
+    if job.config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    document_end = data.manifest.eos_token_id if config.document_mask else None
-    model = NextTokenLoss(lm.to(cluster.device), document_end).train()
-    optimizer, blocks = build_optimizer(config, lm), data.train_blocks()
-    numbers = range(min(plan.micro_batch_size, len(blocks)))
-    inputs, targets = (
-        torch.from_numpy(a).to(cluster.device) for a in blocks.inputs_and_targets(numbers)
-    )
+    model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
+    optimizer = build_optimizer(job.config, lm)
+    inputs, targets = first_micro_batch(job, job.data.train_blocks())
 
     def micro_batch() -> None:
         with cluster.accelerator.autocast():
@@ -71,27 +76,18 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def update_s_by_rank(
-    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any
-) -> list[float]:
-    """What every rank computes for an update, in seconds; all ranks must call. lm: as above."""
-    own_s = cluster.together(lambda: computing_s(config, cluster, data, plan, lm))
-    return [told for (told,) in cluster.gather_numbers([own_s])]
-
-
-def forecasts(
-    config: TrainConfig, cluster: Cluster, plan: Plan, lm: Any, links: Links, update_s: list[float]
-) -> list[advice.Forecast]:
+def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Forecast]:
     """What every strategy that this run could take would bring, most exact first.
 
     All ranks must call. links, update_s: as measured, the same on all ranks, which then get the
     same answer.
     """
+    cluster, plan = job.cluster, job.plan
     trained = [p for p in lm.parameters() if p.requires_grad]
     latencies = [one for row in links.latency_s for one in row if not math.isnan(one)]
     # Peers of both kinds may train together, and all must come to the same answer.
     on_cpu = cluster.gather_numbers([float(cluster.device.type == "cpu")])
-    known = advice.Measured(
+    measured = Measured(
         parameters=sum(p.numel() for p in trained),
         update_s=max(update_s),
         tokens_per_update=plan.tokens_per_update,
@@ -99,25 +95,27 @@ def forecasts(
         bytes_per_s=links.slowest()[2] if latencies else math.inf,
         latency_s=max(latencies, default=0.0),
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
-        is_on_cpu=any(told for (told,) in on_cpu),
+        is_on_cpu=any(is_on_cpu for (is_on_cpu,) in on_cpu),
     )
-    possible = [way for way in advice.CANDIDATES if is_possible(config, cluster, lm, way)]
-    return [advice.forecast(way, known) for way in possible]
+    possible = [strategy for strategy in CANDIDATES if is_possible(job, lm, strategy)]
+    return [forecast(strategy, measured) for strategy in possible]
 
 
-def outlook(
-    config: TrainConfig, cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any
-) -> list[advice.Forecast]:
-    """Measure links and computing, and forecast. All ranks must call. lm: as for `computing_s`."""
-    links = measure_links(cluster)
-    update_s = update_s_by_rank(config, cluster, data, plan, lm)
-    return forecasts(config, cluster, plan, lm, links, update_s)
+def is_possible(job: Job, lm: Any, strategy: Strategy) -> bool:
+    """Whether the run's other settings go with that strategy."""
+    config = with_strategy(job.config, strategy)
+    try:
+        config.problems().raise_any()
+        refuse_elastic(config, job.cluster)
+    except ForgeError:
+        return False
+    return strategy.fragments <= len(units_of(lm))
 
 
-def with_strategy(config: TrainConfig, way: advice.Strategy) -> TrainConfig:
-    """The same run, its peers kept in step in that way."""
-    chosen = {name: getattr(way, name) for name in STRATEGY_FIELDS}
-    if chosen["sync"] == "ddp":
+def with_strategy(config: TrainConfig, strategy: Strategy) -> TrainConfig:
+    """The same run, its peers kept in step by that strategy."""
+    chosen = {name: getattr(strategy, name) for name in STRATEGY_FIELDS}
+    if strategy.sync == "ddp":
         chosen["sync_every"] = None
     return replace(config, **chosen)
 
@@ -125,20 +123,9 @@ def with_strategy(config: TrainConfig, way: advice.Strategy) -> TrainConfig:
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     """The same run, its peers kept in step as they were so far.
 
-    begun: the configuration in a checkpoint; settings that are younger than it have defaults.
+    begun: the configuration in a checkpoint.
     """
     names = ["sync", "compress", "powersgd_rank"]
-    if begun.get("sync") == "diloco":
+    if begun["sync"] == "diloco":
         names += OF_DILOCO
-    return replace(config, **{name: begun.get(name, getattr(TrainConfig, name)) for name in names})
-
-
-def is_possible(config: TrainConfig, cluster: Cluster, lm: Any, way: advice.Strategy) -> bool:
-    """Whether the run's other settings go with that strategy."""
-    asked = with_strategy(config, way)
-    try:
-        asked.problems().raise_any()
-        refuse_elastic(asked, cluster)
-    except ForgeError:
-        return False
-    return way.fragments <= len(units_of(lm))
+    return replace(config, **{name: begun[name] for name in names})

@@ -21,7 +21,7 @@ REPEAT_S = 1.0
 
 
 class Interrupted(ForgeError):
-    """The run was asked to stop, has saved, and can go on from there."""
+    """The run was asked to stop, has saved, and can be resumed."""
 
     label = "stopped"
 
@@ -96,6 +96,8 @@ def interruption(asked: int, step: int, is_elastic: bool) -> Interrupted:
         cause, status = "--max-seconds is over", 0 if is_elastic else 124
     else:
         cause, status = signal.Signals(asked).name, 128 + asked
-    error = Interrupted(f"{cause}: stopped and saved after step {step}; go on with --resume auto")
+    error = Interrupted(
+        f"{cause}: stopped and saved after step {step}", "continue with --resume auto"
+    )
     error.status = status
     return error

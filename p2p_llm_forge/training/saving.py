@@ -1,141 +1,174 @@
-"""All ranks' part in the checkpoints of a run: saved while training goes on, and taken up again."""
+"""All ranks' part in the checkpoints of a run: saved while training goes on, and resumed from."""
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import SavedSync, Sync
 from p2p_llm_forge.sync.resume import refuse_to_end_in_a_round, refuse_unfinished_round
-from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.tracking import Silent
+from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import Learner
+from p2p_llm_forge.training.run_folder import RunFolder
+
+
+class Writer:
+    """Runs one save at a time, in a thread of its own unless told otherwise."""
+
+    def __init__(self, in_background: bool) -> None:
+        self._in_background = in_background
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self, save: Callable[[], object]) -> None:
+        """Run `save` once the one before it is done; `failure` returns what went wrong in it."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint writer")
+        self._thread.start()
+        if not self._in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> ForgeError | None:
+        """What went wrong in the saves finished since the last call; usually None.
+
+        Anything but a full or broken disk is a mistake of ours and is raised.
+        """
+        failed, self._failure = self._failure, None
+        if failed is not None and not isinstance(failed, ForgeError):
+            raise failed
+        return failed
+
+    def _run(self, save: Callable[[], object]) -> None:
+        try:
+            save()
+        except BaseException as error:  # for the thread that asks, which raises it
+            self._failure = error
 
 
 class Saving:
-    """Saves what a run needs to go on. All ranks call alike; each writes what only it has.
+    """Saves what a run needs to resume. All ranks call alike; each writes what only it has.
 
-    The main process writes the checkpoint. Ranks with a state of their own hand over a file each,
-    which the main process waits for, in its background thread, before the checkpoint is complete.
+    The main process writes the checkpoint. Ranks with a state of their own write a file each, which
+    the main process collects, in its background thread, before the checkpoint is complete.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        cluster: Cluster,
-        lm: Any,
-        optimizer: torch.optim.Optimizer,
-        sync: Sync,
-        tokenizer_dir: Path,
-        tracking: Silent,
-    ) -> None:
-        self._config, self._cluster, self._sync = config, cluster, sync
-        self._lm, self._optimizer = lm, optimizer
-        self._tokenizer_dir, self._tracking = tokenizer_dir, tracking
-        self._output_dir = Path(config.output_dir)
-        self._writer = checkpoint.Writer(config.save_in_background)
-        others = range(1, cluster.world_size)
-        self._handing_over = others if sync.has_own_state else range(0)
+    def __init__(self, job: Job, folder: RunFolder, learner: Learner, sync: Sync) -> None:
+        config, others = job.config, range(1, job.cluster.world_size)
+        self._job, self._folder, self._sync = job, folder, sync
+        self._lm, self._optimizer = learner.lm, learner.bare_optimizer
+        self._keep = checkpoint.Keep(config.keep_checkpoints, config.keep_best)
+        self._writer = Writer(config.save_in_background)
+        self._ranks_with_files = others if sync.has_own_state else range(0)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save a checkpoint after `step` updates. state: JSON, the same on every rank."""
-        cluster, held, scaler = self._cluster, self._sync.state(), self._cluster.accelerator.scaler
+    def save(self, step: int, state: dict[str, Any]) -> ForgeError | None:
+        """Save a checkpoint after `step` updates. state: JSON, the same on every rank.
+
+        Returns, on the main process, what has kept the save before from being written, if anything
+        has. Raises ForgeError on all ranks if another process has taken the folder over.
+        """
+        cluster, held = self._job.cluster, self._sync.state()
+        scaler, failed = cluster.accelerator.scaler, None
         state = {
             **state,
             "step": step,
             # By rank: where ranks train alone, each finds its own scale.
             "scaler": None if scaler is None else cluster.gather_facts(scaler.state_dict()),
-            "config": as_dict(self._config),
+            "config": as_dict(self._job.config),
             "sync": {**held.facts, "settings": self._sync.settings()},
         }
-        cluster.main_only(self._writer.wait)  # the last save is out of the way, on every rank
+        cluster.main_only(self._make_way)
         if cluster.is_main:
-            self._tell_failed_save()
+            failed = self._writer.failure()
             with self._sync.agreed_weights():
-                snapshot = checkpoint.Snapshot.take(
+                taken = snapshot.Snapshot.take(
                     self._lm, self._optimizer, state, held.shared, held.own
                 )
-            self._writer.start(lambda: self._commit(step, snapshot))
-        elif cluster.rank in self._handing_over:
+            self._writer.start(lambda: self._commit(step, taken))
+        elif cluster.rank in self._ranks_with_files:
             own = held.own
             if self._sync.trains_alone:
-                moments = checkpoint.optimizer_tensors(self._lm, self._optimizer)
-                own = own | {checkpoint.OF_OPTIMIZER + key: one for key, one in moments.items()}
-            self._writer.start(lambda: self._hand_over(step, own))
+                moments = snapshot.optimizer_tensors(self._lm, self._optimizer)
+                own = own | {snapshot.OF_OPTIMIZER + key: one for key, one in moments.items()}
+            self._writer.start(lambda: self._write_rank_file(step, own))
+        return failed
 
     def finish(self) -> None:
         """Return when the last checkpoint is on disk. Raises ForgeError, everywhere, if not."""
 
         def finish() -> None:
-            self._writer.wait()
-            failure = self._writer.failure()
-            if failure:
-                raise ForgeError(f"{failure}, then go on with --resume auto")
+            self._make_way()
+            if failed := self._writer.failure():
+                found, fix = failed.problems[0].found, failed.problems[0].fix
+                raise ForgeError(found, f"{fix}, then continue with --resume auto")
 
-        self._cluster.main_only(finish)
+        self._job.cluster.main_only(finish)
 
     def wait(self) -> None:
         """Return when this rank is writing nothing."""
         self._writer.wait()
 
-    def _commit(self, step: int, snapshot: checkpoint.Snapshot) -> None:
+    def _make_way(self) -> None:
+        """The last save is over, and the next one may be written."""
+        self._writer.wait()
+        self._folder.confirm()
+
+    def _commit(self, step: int, taken: snapshot.Snapshot) -> None:
+        output_dir = self._folder.path
+
         def write(folder: Path) -> None:
-            snapshot.write(folder, self._lm, self._tokenizer_dir)
-            for rank in self._handing_over:
-                if wrong := self._cluster.wait_for(f"saved/{step}", rank):
-                    raise ForgeError(wrong)
-                checkpoint.take_over(folder, self._output_dir, step, rank)
+            taken.write(folder, self._lm, self._job.data.tokenizer_dir)
+            for rank in self._ranks_with_files:
+                answer = json.loads(self._job.cluster.wait_for(f"saved/{step}", rank))
+                if "failure" in answer:
+                    raise ForgeError(*answer["failure"])
+                snapshot.collect_rank_file(output_dir, answer["file"], rank, folder)
 
-        config = self._config
-        checkpoint.commit(self._output_dir, step, write, config.keep_checkpoints, config.keep_best)
+        checkpoint.commit(output_dir, step, write, self._keep, self._folder.confirm)
 
-    def _hand_over(self, step: int, own: dict[str, torch.Tensor]) -> None:
-        rank = self._cluster.rank
-        wrong = f"rank {rank} could not write its file of the checkpoint"
+    def _write_rank_file(self, step: int, own: dict[str, torch.Tensor]) -> None:
+        rank = self._job.cluster.rank
+        answer: dict[str, Any] = {
+            "failure": [f"rank {rank} could not write its file", f"see what rank {rank} printed"]
+        }
         try:
-            wrong = checkpoint.hand_over(self._output_dir, step, rank, own)
-        finally:  # the main process waits for the word, whatever happens
-            self._cluster.post(f"saved/{step}", wrong)
-
-    def _tell_failed_save(self) -> None:
-        """Say that a save has failed: the run goes on, its older checkpoints are untouched."""
-        failure = self._writer.failure()
-        if failure:
-            self._tracking.say(f"warning: {failure}; training goes on")
+            answer = {"file": snapshot.write_rank_file(self._folder.path, rank, own)}
+        except ForgeError as error:
+            answer = {"failure": error.args}
+        finally:  # the main process waits for the answer, whatever happens
+            self._job.cluster.post(f"saved/{step}", json.dumps(answer))
 
 
-def take_up(
-    folder: Path,
-    state: dict[str, Any],
-    sync: Sync,
-    cluster: Cluster,
-    lm: Any,
-    optimizer: torch.optim.Optimizer,
-    total_steps: int,
-) -> None:
+def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync: Sync) -> None:
     """Put optimizer, loss scaling and strategy where the checkpoint in `folder` left them.
 
-    state: of its trainer; total_steps: after how many updates this run ends. Raises ForgeError
-    where this run cannot go on from there.
+    state: of its trainer. Raises ForgeError where this run cannot continue from there.
     """
+    cluster, step = job.cluster, state["step"]
     saved = SavedSync(
-        state.get("sync", {}),
-        checkpoint.read_shared(folder),
-        lambda rank: checkpoint.read_own(folder, rank),
+        state["sync"], snapshot.read_shared(folder), lambda rank: snapshot.read_own(folder, rank)
     )
-    refuse_unfinished_round(saved, sync, cluster.world_size, state["step"])
-    refuse_to_end_in_a_round(saved, state["step"], total_steps)
-    # A rank that has joined takes over from one that was there.
+    refuse_unfinished_round(saved, sync, cluster.world_size, step)
+    refuse_to_end_in_a_round(saved, step, job.plan.total_steps)
+    # A rank that has joined takes the state of one that was there.
     both_alone = sync.trains_alone and saved.is_of(sync)
     of_rank = cluster.rank % saved.world_size if both_alone else 0
-    checkpoint.load_optimizer(folder, lm, optimizer, of_rank)
+    snapshot.load_optimizer(folder, learner.lm, learner.bare_optimizer, of_rank)
     sync.load_state(saved)
-    if cluster.accelerator.scaler is not None and (scaler := state.get("scaler")):
-        # Older checkpoints hold that of rank 0 alone.
-        of_this_rank = scaler if isinstance(scaler, dict) else scaler[of_rank]
-        if of_this_rank:  # that of a scaler that is switched off is empty
-            cluster.accelerator.scaler.load_state_dict(of_this_rank)
+    if cluster.accelerator.scaler is not None and state["scaler"]:
+        scaler = state["scaler"][of_rank]
+        if scaler:  # that of a scaler that is switched off is empty
+            cluster.accelerator.scaler.load_state_dict(scaler)

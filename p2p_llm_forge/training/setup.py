@@ -1,91 +1,149 @@
-"""What a run is set up from: its data and the plan of its updates."""
+"""Set a run up: its strategy, model, optimizer and state, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
-from p2p_llm_forge.data.order import Plan, plan_updates
+from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.training.checkpoint import recorded_identity, steps_saved
+from p2p_llm_forge.model.build import check_names
+from p2p_llm_forge.model.schedule import learning_rate_factor
+from p2p_llm_forge.peers.findings import refuse_failures
+from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
+from p2p_llm_forge.sync.base import Replica
+from p2p_llm_forge.sync.forecast import choose, table
+from p2p_llm_forge.sync.outer import outer_lr_of
+from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
+from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.checkpoint import read_state
+from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
+from p2p_llm_forge.training.identity import settings_changed
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import build_learner, prime
+from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
+from p2p_llm_forge.training.new_model import new_model
+from p2p_llm_forge.training.run import Run
+from p2p_llm_forge.training.run_folder import RunFolder
+from p2p_llm_forge.training.saving import Saving, resume
+from p2p_llm_forge.training.tracking import (
+    Silent,
+    Tracking,
+    introduction,
+    tracker_names,
+)
 
 
-def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
-    """The prepared dataset; a text file is prepared first, by the main process alone."""
-    folder = Path(config.dataset_path)
-    if folder.suffix and not cluster.main_only(folder.exists):
-        raise ForgeError(f"--dataset-path {folder}: no such file")
-    if cluster.main_only(lambda: folder.is_file()):
-        if config.dry_run:
-            raise ForgeError(
-                f"--dry-run writes nothing, and {folder} is a text: prepare it with prepare_data.py"
-                " first"
-            )
-        folder = Path(config.output_dir) / "prepared"
-        cluster.main_only(lambda: prepare_text(config, folder))
-    data = cluster.together(lambda: open_prepared(folder))
-    refuse_different_data(cluster, data)
-    asked, found = config.sequence_length, data.manifest.sequence_length
-    if asked not in (None, found):
-        raise ForgeError(
-            f"--sequence-length {asked} was asked, {folder} has blocks of {found} tokens: leave the"
-            " flag out, or prepare the data again with it"
-        )
-    return data
+def refuse_mistakes(config: TrainConfig) -> None:
+    """Raise ForgeError with every problem of the configuration that needs no data and no peers."""
+    problems = config.problems()
+    for look in (lambda: check_names(config), lambda: tracker_names(config.report_to)):
+        try:
+            look()
+        except ForgeError as error:
+            problems.add(error)
+    problems.raise_any()
 
 
-def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
-    """Raise ForgeError, naming them, if ranks have other data than rank 0 under the same name."""
-    told = cluster.gather_facts({"data": data.manifest.fingerprint, "path": str(data.path)})
-    others = [
-        f"rank {rank} has {fact['data'][:12]} in {fact['path']}"
-        for rank, fact in enumerate(told)
-        if fact["data"] != told[0]["data"]
-    ]
-    if others:
-        raise ForgeError(
-            f"the peers of a run must have the same data; rank 0 has {told[0]['data'][:12]} in"
-            f" {told[0]['path']}, but {', '.join(others)}: copy rank 0's folder, or share it"
-        )
+@contextlib.contextmanager
+def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
+    """The run that the loop works on; at the end, what is being written is finished.
 
-
-def prepare_text(config: TrainConfig, folder: Path) -> None:
-    """Prepare the text file of `--dataset-path` into `folder`, which the same text finds again."""
-    from p2p_llm_forge.data.prepare import prepare
-
-    prepare(
-        PrepareConfig(
-            dataset_path=[config.dataset_path],
-            output_dir=str(folder),
-            tokenizer=config.tokenizer or config.model_name,
-            vocab_size=config.vocab_size,
-            trust_remote_code=config.trust_remote_code,
-            sequence_length=config.sequence_length or 256,
-            encoding_errors=config.encoding_errors,
-            overwrite=config.overwrite,
-        )
+    All ranks must call. The folder is claimed when everything else is known to work.
+    """
+    job = settle_strategy(job, folder.checkpoint)
+    cluster, plan = job.cluster, job.plan
+    learner = build_learner(job, folder.checkpoint)
+    state = read_state(folder.checkpoint) if folder.checkpoint else state_from_scratch(job.config)
+    blocks = cluster.together(job.data.train_blocks)
+    replica = Replica(
+        learner.model,
+        learner.lm,
+        learner.optimizer,
+        total_steps=plan.total_steps,
+        steps_done=state["step"],
     )
-
-
-def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> Plan:
-    """How the updates are made up, for as many peers as there are."""
-
-    def look() -> list[Any]:
-        identity = recorded_identity(Path(config.output_dir)) or {}
-        return [bool(steps_saved(Path(config.output_dir))), identity.get("batch_size")]
-
-    goes_on, batch_size = cluster.main_only(look) if config.resume else (False, None)
-    if batch_size and config.batch_size is None:
-        # The batch stays what it was, with however many peers the run goes on.
-        config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
-    return plan_updates(
-        config,
-        data.manifest.splits["train"].blocks,
-        data.manifest.sequence_length,
-        cluster.world_size,
-        may_be_uneven=goes_on or cluster.launch.is_elastic or config.balance == "auto",
+    sync = build_strategy(job.config, cluster, replica)
+    prime(job, learner, sync, blocks)
+    if saved := folder.checkpoint:
+        cluster.together(lambda: resume(saved, state, job, learner, sync))
+    window = LossWindow(
+        cluster, plan.tokens_per_update, state["step"], state["since_log"], sync.rolls_back_after
     )
+    run = Run(
+        job=job,
+        folder=folder,
+        learner=learner,
+        blocks=blocks,
+        sync=sync,
+        learning_rate_factor=learning_rate_factor(job.config, plan.total_steps),
+        saving=Saving(job, folder, learner, sync),
+        tracking=Tracking(job.config, cluster) if cluster.is_main else Silent(),
+        window=window,
+        balance=Balance(plan.shares, job.config.balance == "auto"),
+        first_step=state["step"],
+        first_position=state["blocks_read"],
+        train_loss=state["train_loss"],
+        figures=state["figures"],
+    )
+    introduce(run, state["config"])
+    folder.claim()
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
+    """The job with what `--sync auto` comes to: what the run has begun with, or what suits the
+    network best.
+
+    Raises ForgeError where the launch or the folder does not go with the strategy.
+    """
+    config, cluster = job.config, job.cluster
+    if config.sync == "auto" and checkpoint is not None:
+        config = as_begun(config, cluster.main_only(lambda: read_state(checkpoint)["config"]))
+    elif config.sync == "auto":
+        lm = cluster.together(lambda: new_model(config, cluster, job.data))
+        forecasts = measure_and_forecast(job, lm)
+        if cluster.is_main:
+            print("\n".join(table(forecasts)), flush=True)
+        config = with_strategy(config, choose(forecasts).strategy)
+    refuse_elastic(config, cluster)
+    if config.keeps_own_state() and cluster.world_size > 1:
+        hosts = hosts_of(cluster)
+        refuse_failures(judge_shared_folder(cluster, job.output_dir, True, hosts))
+    return replace(job, config=config)
+
+
+def state_from_scratch(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint's trainer state would hold before the first update."""
+    return {
+        "step": 0,
+        "blocks_read": 0,
+        "train_loss": None,
+        "figures": {},
+        "since_log": NO_LOSSES,
+        "config": as_dict(config),
+    }
+
+
+def introduce(run: Run, config_before: dict[str, Any]) -> None:
+    """Say what is about to happen, and what it resumes from."""
+    say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
+    say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
+    if config.sync == "diloco":
+        rate = outer_lr_of(config.outer_lr, cluster.world_size)
+        say(
+            f"rounds    of {config.round_length()} updates; outer rate {rate:.3g} and momentum"
+            f" {config.outer_momentum:g}, reached after {config.outer_warmup_rounds} rounds"
+        )
+        if cluster.world_size == 1:
+            say("note      --sync diloco is pointless with one process: nobody to agree with")
+    if run.folder.checkpoint:
+        say(f"resuming  after step {run.first_step} from {run.folder.checkpoint}")
+        for line in settings_changed(config_before, as_dict(config)):
+            say(f"changed   {line}")

@@ -1,0 +1,95 @@
+"""What is trained: the model and its optimizer, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.load import load_model, without_progress_bars
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.model.optimizer import build_optimizer
+from p2p_llm_forge.sync.base import Sync
+from p2p_llm_forge.sync.ddp import set_bucket_size
+from p2p_llm_forge.sync.strategy import refuse_different_models
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.new_model import new_model, text_spec_of
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and its optimizer, as Accelerate wraps them and without it."""
+
+    model: Any  # NextTokenLoss, in DDP where there are several ranks
+    bare_model: NextTokenLoss
+    optimizer: Any
+    bare_optimizer: torch.optim.Optimizer
+
+    @property
+    def lm(self) -> Any:
+        """The causal LM itself, a model of transformers."""
+        return self.bare_model.lm
+
+
+def build_learner(job: Job, checkpoint: Path | None) -> Learner:
+    """The model, from scratch or as the checkpoint left it, and a new optimizer on the device.
+
+    All ranks must call. Raises ForgeError where model, data and ranks do not fit together.
+    """
+    config, cluster = job.config, job.cluster
+    lm = build_or_load(job, checkpoint)
+    bare_model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
+    if config.compile:
+        lm.base_model.compile()
+    bare_optimizer = build_optimizer(config, lm)
+    set_bucket_size(config, cluster)
+    model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)
+    return Learner(model, bare_model, optimizer=optimizer, bare_optimizer=bare_optimizer)
+
+
+def build_or_load(job: Job, checkpoint: Path | None) -> Any:
+    """The causal LM of the run, the same on every rank, on the CPU."""
+    config, cluster = job.config, job.cluster
+    without_progress_bars()
+
+    def of_this_rank() -> Any:
+        if checkpoint is None:
+            return new_model(config, cluster, job.data)
+        if not checkpoint.is_dir():
+            raise ForgeError(
+                f"{checkpoint} is not seen from here; to resume, every machine must see the"
+                " --output-dir of rank 0",
+                "share the folder, or copy it to this machine",
+            )
+        return load_model(str(checkpoint), text_spec_of(job.data), config.trust_remote_code)
+
+    lm = cluster.together(of_this_rank)
+    refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
+    if config.gradient_checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def first_micro_batch(job: Job, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of the first blocks of the split, on the device: for trying the model."""
+    numbers = range(min(job.plan.micro_batch_size, len(blocks)))
+    inputs, targets = blocks.inputs_and_targets(numbers)
+    device = job.cluster.device
+    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+
+
+def prime(job: Job, learner: Learner, sync: Sync, blocks: Blocks) -> None:
+    """Take a forward and a backward before the first update, and throw their gradients away.
+
+    DDP orders its buckets by it, and no rank compiles while others wait in an exchange.
+    """
+    inputs, targets = first_micro_batch(job, blocks)
+    with sync.priming():
+        nats, _ = learner.model(inputs, targets)
+        nats.backward()
+    learner.model.zero_grad()
+    job.cluster.barrier()

@@ -1,0 +1,72 @@
+"""What train.py does without training: evaluate a model, or say what a run would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.load import load_model, without_progress_bars
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.sync.forecast import table
+from p2p_llm_forge.training.checkpoint import newest_good, read_state
+from p2p_llm_forge.training.evaluation import evaluate_split
+from p2p_llm_forge.training.forecast import measure_and_forecast
+from p2p_llm_forge.training.identity import refuse_another_run
+from p2p_llm_forge.training.job import Job, open_data
+from p2p_llm_forge.training.new_model import new_model, text_spec_of
+from p2p_llm_forge.training.results import TrainResult
+from p2p_llm_forge.training.tracking import introduction
+
+
+def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
+    """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
+    data = open_data(config, cluster)
+    without_progress_bars()
+    blocks = data.blocks("validation")
+    if blocks is None:
+        raise ForgeError(
+            f"{config.dataset_path} has no validation split",
+            "prepare it with --validation-fraction 0.1",
+        )
+    output_dir, steps = Path(config.output_dir), 0
+    name = config.model_name or cluster.main_only(lambda: str(newest_good(output_dir)[0] or ""))
+    if not name:
+        raise ForgeError(
+            f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was given",
+            "give the --output-dir of a run, or a --model-name",
+        )
+    if not config.model_name:
+        steps = read_state(Path(name))["step"]
+    text = text_spec_of(data)
+    lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
+    document_end = data.manifest.eos_token_id if config.document_mask else None
+    figures = evaluate_split(
+        NextTokenLoss(lm.to(cluster.device), document_end),
+        blocks,
+        data.manifest.splits["validation"].bytes,
+        config.micro_batch_size or 8,
+        cluster,
+    )
+    result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
+    if cluster.is_main:
+        print(result.summary(), flush=True)
+    return result
+
+
+def dry_run(job: Job) -> TrainResult:
+    """Print what a run would do, and how fast by which strategy; train and write nothing."""
+    config, cluster = job.config, job.cluster
+    if not config.overwrite:
+        resumes, identity = bool(config.resume), job.identity()
+        cluster.main_only(
+            lambda: refuse_another_run(job.output_dir, identity, resumes, config.resume_changed)
+        )
+    lm = cluster.together(lambda: new_model(config, cluster, job.data))
+    text = introduction(cluster, job.data, job.plan, lm)
+    if cluster.world_size > 1:
+        text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])
+    if cluster.is_main:
+        print(f"{text}\ndry run: nothing was trained or written", flush=True)
+    return TrainResult(config.output_dir, 0, 0, None, None, cluster.world_size)

@@ -1,0 +1,187 @@
+"""A run while it trains: what the loop works on, and what it does between the updates."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.files import write_file, write_json
+from p2p_llm_forge.sync.base import Meter, Sync
+from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.checkpoint import checkpoint_dir
+from p2p_llm_forge.training.due import Due
+from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import Learner
+from p2p_llm_forge.training.loss_window import LossWindow
+from p2p_llm_forge.training.results import RESULTS, TrainResult
+from p2p_llm_forge.training.run_folder import RunFolder
+from p2p_llm_forge.training.saving import Saving
+from p2p_llm_forge.training.tracking import Silent
+
+
+class Clock:
+    """The seconds since `start`, without those in which it was paused."""
+
+    def __init__(self) -> None:
+        self._started = self._paused_s = 0.0
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.perf_counter() - self._started - self._paused_s
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - began
+
+
+@dataclass
+class Run:
+    """Everything that the loop works on, and what it has come to so far."""
+
+    job: Job
+    folder: RunFolder
+    learner: Learner
+    blocks: Blocks  # of the training split
+    sync: Sync
+    learning_rate_factor: Callable[[int], float]
+    saving: Saving
+    tracking: Silent
+    window: LossWindow
+    balance: Balance
+
+    first_step: int  # of this process; not 0 where it has resumed
+    first_position: int  # of that update in the stream of blocks
+    train_loss: float | None  # of the last line in metrics.jsonl
+    figures: dict[str, Any]  # of the evaluation after the last update, if there was one
+
+    meter: Meter = field(default_factory=Meter)
+    clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
+    forward_s: float = 0.0  # of this rank's forwards since the ranks last told each other
+
+    def position_of(self, step: int) -> int:
+        """Where update `step` begins in the stream of blocks."""
+        return self.first_position + (step - self.first_step) * self.job.plan.batch_size
+
+    def agree(self, asked: int) -> int:
+        """What the ranks ask for: the largest of their numbers (interruptions.py), on all ranks.
+
+        All ranks must call. They learn each other's speed with it. Raises ForgeError on all of
+        them if another process has taken the run's folder over.
+        """
+        facts = self.job.cluster.gather_numbers([asked, self.forward_s, self.folder.is_lost])
+        self.forward_s = 0.0
+        self.balance.measured([forward_s for _, forward_s, _ in facts])
+        if any(is_lost for _, _, is_lost in facts):
+            self.job.cluster.main_only(self.folder.confirm)
+        return int(max(wish for wish, _, _ in facts))
+
+    def end_line(self, step: int, grad_norm: float) -> None:
+        """End a line of metrics.jsonl after `step` updates; its loss is put in by `log_lines`."""
+        tokens_per_update, updates = self.job.plan.tokens_per_update, step - self.first_step
+        spent_s = self.clock.seconds
+        line: dict[str, Any] = {
+            "step": step,
+            "learning_rate": self.job.config.learning_rate * self.learning_rate_factor(step - 1),
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": step * tokens_per_update,
+            "epoch": self.position_of(step) / len(self.blocks),
+            "tokens_per_second": updates * tokens_per_update / spent_s,
+            "peers": self.job.cluster.world_size,
+            **self.meter.figures(spent_s, updates),
+        }
+        if self.job.config.balance == "auto":
+            line["shares"] = self.balance.shares
+        self.window.end_line(line)
+
+    def log_lines(self) -> None:
+        """Write the lines that have ended. Raises ForgeError where a loss is not finite."""
+        for line in self.window.settle():
+            self.train_loss = line["loss"]
+            self.tracking.log(line)
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """The figures on the validation split after `step` updates; empty without one."""
+        job, blocks = self.job, self.job.data.blocks("validation")
+        if blocks is None:
+            return {}
+        size = job.data.manifest.splits["validation"].bytes
+        with self.sync.agreed_weights():
+            figures = evaluate_split(
+                self.learner.bare_model, blocks, size, job.plan.micro_batch_size, job.cluster
+            )
+        self.tracking.log({"step": step, **figures})
+        return figures
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint after `step` updates; in the background, training continues."""
+        failed = self.saving.save(
+            step,
+            {
+                "blocks_read": self.position_of(step),
+                "tokens": step * self.job.plan.tokens_per_update,
+                "train_loss": self.train_loss,
+                "figures": self.figures,
+                "since_log": self.window.since_log(),
+            },
+        )
+        if failed:
+            self.tracking.say(f"warning: {failed}; training continues")
+
+    def evaluate_and_save(self, step: int, due: Due) -> None:
+        """Do what is due of both. What is saved holds the figures of its own weights, if any."""
+        self.figures = self.evaluate(step) if due.evaluate else {}
+        if due.save:
+            self.save(step)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.saving.wait()
+        self.tracking.finish()
+
+
+def conclude(run: Run) -> TrainResult:
+    """Evaluate, publish the final model into the output directory, write and print results."""
+    job, folder, steps = run.job, run.folder, run.job.plan.total_steps
+    training_s, updates = run.clock.seconds, steps - run.first_step
+    run.saving.finish()
+    figures = run.figures or run.evaluate(steps)  # a run killed after its last save has none
+
+    def publish() -> dict[str, Any]:
+        folder.publish(checkpoint_dir(folder.path, steps))
+        text = text_spec_of(job.data)
+        result = TrainResult(
+            output_dir=str(folder.path),
+            steps=steps,
+            tokens=steps * job.plan.tokens_per_update,
+            train_loss=run.train_loss,
+            tokens_per_second=(
+                updates * job.plan.tokens_per_update / training_s if updates else None
+            ),
+            processes=job.cluster.world_size,
+            **(run.meter.figures(training_s, updates) if updates else {}),
+            sample=sample_text(run.learner.lm, text, job.config.sample_prompt, job.config.seed),
+            **figures,
+        )
+        folder.confirm()
+        write_file(folder.path / "README.md", result.model_card(job.config.model_name))
+        write_json(folder.path / RESULTS, result.as_dict())
+        run.tracking.say(result.summary())
+        return result.as_dict()
+
+    return TrainResult(**job.cluster.main_only(publish))

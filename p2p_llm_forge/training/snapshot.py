@@ -1,0 +1,174 @@
+"""What is in a checkpoint: a copy of the training state in memory, its files, and the way back.
+
+Tensors are stored as safetensors, everything else as JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import fsync, write_json
+from p2p_llm_forge.polling import wait_for
+from p2p_llm_forge.training.checkpoint import FORMAT_VERSION, MAKE_ROOM, TRAINER_STATE, reason
+
+OPTIMIZER = "optimizer.safetensors"
+SYNC = "sync.safetensors"  # what --sync diloco keeps beside the weights, the same for all ranks
+OF_OPTIMIZER = "optimizer."  # keys of a rank's own optimizer state
+SEEN_WITHIN_S = 60.0  # a network file system may show a new file that late
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in memory of everything that a checkpoint holds."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    shared: dict[str, torch.Tensor]  # of the strategy by which ranks agree
+    own: dict[str, torch.Tensor]  # of the main process
+
+    @staticmethod
+    def take(
+        lm: Any,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        shared: dict[str, torch.Tensor],
+        own: dict[str, torch.Tensor],
+    ) -> Snapshot:
+        """Copy now; the originals may change as soon as this returns. shared, own: not copied."""
+        copies: dict[int, torch.Tensor] = {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # Tied weights stay one tensor, which save_pretrained writes once.
+            return copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
+
+        model = {name: copy(tensor) for name, tensor in lm.state_dict().items()}
+        return Snapshot(model, optimizer_tensors(lm, optimizer), state, shared, own)
+
+    def write(self, folder: Path, lm: Any, tokenizer_dir: Path) -> None:
+        """Write all files of a checkpoint: the model (the class and sizes of `lm`), the state."""
+        lm.save_pretrained(folder, state_dict=self.model)
+        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+        save_file(self.optimizer, folder / OPTIMIZER)
+        if self.shared:
+            save_file(self.shared, folder / SYNC)
+        if self.own:
+            save_file(self.own, folder / rank_file(0))
+        write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **self.state})
+
+
+# --- what only one rank has -----------------------------------------------------------------------
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that holds what only this rank has."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank_file(output_dir: Path, rank: int, own: dict[str, torch.Tensor]) -> str:
+    """Write a rank's file of a checkpoint beside the checkpoints; returns its name there.
+
+    Raises ForgeError when the disk does not take it.
+    """
+    path = output_dir / f"tmp-{rank_file(rank)}.{secrets.token_hex(4)}"
+    try:
+        save_file(own, path)
+        fsync(path)
+    except (OSError, SafetensorError) as error:
+        raise ForgeError(
+            f"rank {rank} could not write {path}: {reason(error)}; older checkpoints are untouched",
+            MAKE_ROOM,
+        ) from error
+    return path.name
+
+
+def collect_rank_file(output_dir: Path, name: str, rank: int, checkpoint: Path) -> None:
+    """Move what a rank has written into the checkpoint. Raises ForgeError if it is not seen."""
+
+    def is_seen() -> bool:
+        os.listdir(output_dir)  # makes a network file system look again
+        return (output_dir / name).exists()
+
+    if not wait_for(is_seen, SEEN_WITHIN_S):
+        raise ForgeError(
+            f"rank {rank} has written {name} into --output-dir {output_dir}, but it is not seen on"
+            " the machine of rank 0",
+            "give an --output-dir that all machines share",
+        )
+    (output_dir / name).rename(checkpoint / rank_file(rank))
+
+
+def read_own(checkpoint: Path, rank: int) -> dict[str, torch.Tensor]:
+    """What a rank of the saved run kept as its own, in a verified checkpoint; it may be nothing."""
+    path = checkpoint / rank_file(rank)
+    return load_file(path) if path.exists() else {}
+
+
+def read_shared(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What the strategy kept for all ranks, in a verified checkpoint; it may be nothing."""
+    return load_file(checkpoint / SYNC) if (checkpoint / SYNC).exists() else {}
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `<parameter>.<entry>` -> tensor on the CPU."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            tensors[f"{name}.{entry}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_optimizer(
+    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
+    """Put the tensors of a verified checkpoint into the optimizer.
+
+    rank: of the saved run; not 0 only where every rank has trained alone. Raises ForgeError where
+    they do not belong to this model and optimizer.
+    """
+    if rank == 0:
+        tensors = load_file(checkpoint / OPTIMIZER)
+    else:
+        tensors = {
+            key.removeprefix(OF_OPTIMIZER): tensor
+            for key, tensor in read_own(checkpoint, rank).items()
+            if key.startswith(OF_OPTIMIZER)
+        }
+    fix = "resume with the --model-type, --config-overrides and --optimizer it was saved with"
+    for name, parameter in model.named_parameters():
+        entries = [key for key in tensors if key.rpartition(".")[0] == name]
+        for key in entries:
+            value, entry = tensors.pop(key), key.rpartition(".")[2]
+            # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
+            is_on_device = value.dim() or parameter.device.type == "cuda"
+            optimizer.state[parameter][entry] = value.to(
+                parameter.device if is_on_device else "cpu"
+            )
+        if not entries and parameter.requires_grad and len(tensors):
+            raise ForgeError(
+                f"{checkpoint} has no optimizer state for {name}: it is of another model or"
+                " optimizer",
+                fix,
+            )
+    if tensors:
+        raise ForgeError(
+            f"{checkpoint} has optimizer state for unknown {sorted(tensors)[0]}: it is of another"
+            " model",
+            fix,
+        )
