@@ -93,12 +93,12 @@ def main() -> None:
             for s in checkpoint.steps_saved(stormy)
             if checkpoint.damage(stormy / f"checkpoint-{s}")
         ]
-        passed_over = log.read_text().count("passed over")
+        skipped = log.read_text().count(f"skipped {stormy}")
         print(
             f"kills                            {kills} (of {args.processes} process(es),"
             f" {time.monotonic() - began:.0f} s)"
         )
-        print(f"unloadable checkpoints           {len(damaged) + passed_over}")
+        print(f"unloadable checkpoints           {len(damaged) + skipped}")
         print(
             f"most steps lost by a kill        {max(lost)} (saved every {SAVE_EVERY}, logged"
             " every 6)"

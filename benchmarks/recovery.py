@@ -45,16 +45,17 @@ def main() -> None:
 def print_stall(data: Path, folder: Path, in_background: bool) -> None:
     """The median time that `save` keeps the loop from its next update."""
     import train
+    from p2p_llm_forge.training.run import Run
 
     stalls = []
-    save = train.save
+    save = Run.save
 
     def timed(*args: object) -> None:
         began = time.perf_counter()
         save(*args)
         stalls.append(time.perf_counter() - began)
 
-    train.save = timed
+    Run.save = timed
     try:
         train.train(
             TrainConfig(
@@ -69,7 +70,7 @@ def print_stall(data: Path, folder: Path, in_background: bool) -> None:
             )
         )
     finally:
-        train.save = save
+        Run.save = save
     how = "background" if in_background else "foreground"
     shown = statistics.median(stalls[:-1]) * 1000  # the last one is at the end of the run
     print(f"stall of a save, {how}: {shown:.0f} ms (median of {len(stalls) - 1})")

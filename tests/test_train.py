@@ -198,8 +198,8 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(config,
                 resume="auto",
             )
         )
-    newest, passed_over = checkpoint.newest_good(tmp_path / "run")
-    assert newest == tmp_path / "run" / "checkpoint-6" and not passed_over
+    newest, skipped = checkpoint.newest_good(tmp_path / "run")
+    assert newest == tmp_path / "run" / "checkpoint-6" and not skipped
     assert all(tensor.isfinite().all() for tensor in weights(newest).values())
 
 

@@ -19,6 +19,7 @@ from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner
 from p2p_llm_forge.training.loss_window import LossWindow
+from p2p_llm_forge.training.new_model import text_spec_of
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving

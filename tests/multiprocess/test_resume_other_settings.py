@@ -1,4 +1,4 @@
-"""Strategies taken up from checkpoints of other moments, settings and programs."""
+"""Strategies resumed from checkpoints of other moments and settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ import shutil
 import pytest
 import torch
 
-from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.training.checkpoint import (
-    MANIFEST,
-    TRAINER_STATE,
-    read_state,
-    sha256_of,
-    write_json,
-)
-from p2p_llm_forge.training.forecast import as_begun
+from p2p_llm_forge.training.checkpoint import read_state
 from tests.multiprocess import overflow
 from tests.ports import free_port
 from tests.runs import LONG, finish, flags, newest_step, read, start_ranks, tensors
@@ -45,38 +37,12 @@ def test_powersgd_goes_on_from_any_update_rank_and_number_of_peers(zygote, prepa
     assert newest_step(folder) == 12
 
 
-def test_auto_goes_on_from_a_checkpoint_of_before_there_were_strategies(zygote, prepared, tmp_path):
-    folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, max_steps=2)
-    saved = folder / "checkpoint-2"
-    state = read_state(saved)
-    del state["sync"]
-    for name in ("sync", "sync_every", "compress", "powersgd_rank", "fragments", "outer_lr"):
-        del state["config"][name]
-    write_json(saved / TRAINER_STATE, state)
-    manifest = json.loads((saved / MANIFEST).read_text())
-    manifest["files"][TRAINER_STATE] = {
-        "size": (saved / TRAINER_STATE).stat().st_size,
-        "sha256": sha256_of(saved / TRAINER_STATE),
-    }
-    write_json(saved / MANIFEST, manifest)
-    finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
-    assert read_state(folder / "checkpoint-4")["config"]["sync"] == "ddp"
-
-
 def test_auto_keeps_all_of_the_way_that_a_run_has_begun_with(zygote, prepared, tmp_path):
     way = {"sync": "diloco", "sync_every": 2, "outer_lr": 0.8, "outer_momentum": 0.3}
     folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, **way, max_steps=2)
     finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
     kept = read_state(folder / "checkpoint-4")["config"]
     assert {name: kept[name] for name in way} == way
-
-
-def test_auto_takes_of_a_run_by_ddp_no_settings_of_rounds():
-    """Their defaults were others once, and without rounds they would be refused."""
-    begun = {"sync": "ddp", "compress": "int8", "outer_lr": 0.5}
-    config = as_begun(TrainConfig(dataset_path="data", output_dir="run", sync="auto"), begun)
-    assert (config.sync, config.compress, config.outer_lr) == ("ddp", "int8", None)
-    config.problems().raise_any()
 
 
 def test_a_warm_up_does_not_come_back_when_ranks_have_trained_alone(zygote, prepared, tmp_path):
@@ -174,7 +140,7 @@ def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_goes_on(zygote, 
     ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **way}), 2, log)
     wait_until(lambda: newest_step(folder) >= 4)
     resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-    wait_until(lambda: "make room on the disk; training goes on" in read(log))
+    wait_until(lambda: "make room on the disk; training continues" in read(log))
     resource.prlimit(
         ranks[1], resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     )

@@ -1,0 +1,70 @@
+"""A run is timed and forecast by its own model, and keeps the strategy it has begun with."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.peers.links import Links
+from p2p_llm_forge.sync.forecast import Strategy
+from p2p_llm_forge.training import forecast
+from p2p_llm_forge.training.new_model import new_model
+
+
+def test_auto_takes_of_a_run_by_ddp_no_settings_of_rounds():
+    """Without rounds they would be refused."""
+    begun = as_dict(TrainConfig(sync="ddp", compress="int8")) | {"outer_lr": 0.5}
+    auto = TrainConfig(dataset_path="data", output_dir="run", sync="auto")
+    config = forecast.as_begun(auto, begun)
+    assert (config.sync, config.compress, config.outer_lr) == ("ddp", "int8", None)
+    config.problems().raise_any()
+
+
+def test_auto_takes_of_a_run_by_rounds_all_their_settings():
+    rounds = TrainConfig(sync="diloco", sync_every=7, outer_lr=0.8, fragments=2, compress="int4")
+    config = forecast.as_begun(TrainConfig(sync="auto", learning_rate=0.5), as_dict(rounds))
+    for name in ("sync", "sync_every", "outer_lr", "fragments", "compress"):
+        assert getattr(config, name) == getattr(rounds, name), name
+    assert config.learning_rate == 0.5
+
+
+def test_a_chosen_strategy_is_a_valid_configuration():
+    auto = TrainConfig(dataset_path="data", output_dir="run", sync="auto")
+    for strategy in (Strategy(compress="int8"), Strategy("diloco", "int4", 100, 4, 10)):
+        config = forecast.with_strategy(auto, strategy)
+        config.problems().raise_any()
+        assert (config.sync, config.compress) == (strategy.sync, strategy.compress)
+    assert config.round_length() == 100
+
+
+@pytest.fixture
+def timed(open_small_job, alone, monkeypatch):
+    """A job whose forwards need no Accelerate."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(alone, "accelerator", SimpleNamespace(autocast=nullcontext))
+    monkeypatch.setattr(forecast, "COMPUTING_S", 0.0)
+    return open_small_job(micro_batch_size=2)
+
+
+def test_an_update_is_timed_by_its_micro_batches(timed, monkeypatch):
+    """With every measurement taken for a second: four micro-batches and the optimizer's step."""
+    monkeypatch.setattr(forecast, "seconds", lambda act: (act(), 1.0)[1])
+    lm = new_model(timed.config, timed.cluster, timed.data)
+    before = [p.detach().clone() for p in lm.parameters()]
+    assert forecast.update_s_by_rank(timed, lm) == [5.0]
+    after = list(lm.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "no update"
+
+
+def test_strategies_that_do_not_go_with_the_run_are_left_out(timed):
+    nobody = Links([[math.nan]], [[math.nan]])
+    lm = new_model(timed.config, timed.cluster, timed.data)
+    found = forecast.forecasts(timed, lm, nobody, [1.0])
+    fragments = {one.fragments for one in found}
+    assert found and max(fragments) <= 4
+    assert all(one.times_alone == pytest.approx(1.0) for one in found if one.sync == "ddp")

@@ -1,0 +1,95 @@
+"""A folder belongs to one run: another one is refused, and so are files of others."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import checkpoint
+from p2p_llm_forge.training.checkpoint import Keep
+from p2p_llm_forge.training.identity import RUN, claim, refuse_another_run, settings_changed
+
+
+def refuse(folder, identity, resume=False, resume_changed=False):
+    refuse_another_run(folder, identity, resume, resume_changed)
+
+
+def write_a_file(folder):
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "config.json").write_text("{}")
+
+
+def test_an_output_directory_belongs_to_one_run(tmp_path):
+    identity = {"dataset": "aaa", "model_type": "gpt2"}
+    folder = tmp_path / "run"
+    refuse(folder, identity)
+    claim(folder, identity)
+    checkpoint.commit(folder, 10, write_a_file, Keep(1))
+    with pytest.raises(ForgeError, match="--resume auto"):
+        refuse(folder, identity)
+    refuse(folder, identity, resume=True)
+    other = {"dataset": "bbb", "model_type": "llama"}
+    with pytest.raises(ForgeError) as error:
+        refuse(folder, other, resume=True)
+    assert "dataset: the run has aaa, asked was bbb" in str(error.value)
+    assert "model_type: the run has gpt2, asked was llama" in str(error.value)
+    assert checkpoint.newest_good(folder)[0] is not None
+    claim(folder, other, overwrite=True)
+    assert checkpoint.newest_good(folder)[0] is None
+    refuse(folder, other, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "tokenizer.json"])
+def test_files_of_others_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ForgeError, match=f"holds {name}, but no run of this program"):
+        refuse(tmp_path, {})
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ForgeError, match="cannot be written"):
+        claim(tmp_path / "file" / "run", {})
+
+
+def test_a_broken_run_file_is_told(tmp_path):
+    (tmp_path / RUN).write_text("")
+    with pytest.raises(ForgeError, match="run.json cannot be read"):
+        refuse(tmp_path, {}, resume=True)
+
+
+def test_changes_that_make_sense_are_allowed_by_resume_changed(tmp_path):
+    identity = {"dataset": "aaa", "seed": 0, "batch_size": 8, "model_type": "gpt2"}
+    claim(tmp_path, identity)
+    changed = {**identity, "seed": 1, "dataset": "bbb"}
+    with pytest.raises(ForgeError, match="--resume auto --resume-changed") as error:
+        refuse(tmp_path, changed, resume=True)
+    assert "seed: the run has 0, asked was 1" in str(error.value)
+    assert "dataset: the run has aaa, asked was bbb" in str(error.value)
+    refuse(tmp_path, changed, resume=True, resume_changed=True)
+    other_model = {**changed, "model_type": "llama"}
+    with pytest.raises(ForgeError, match="model_type: the run has gpt2, asked was llama"):
+        refuse(tmp_path, other_model, resume=True, resume_changed=True)
+
+
+def test_a_claim_removes_what_killed_writers_have_left(tmp_path):
+    for name in ("tmp-run.json.17.140", "tmp-checkpoint-5-ab12", "tmp-rank-00001.safetensors.ab"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "tmp-notes").write_text("mine")
+    claim(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "tmp-notes"]
+
+
+def test_settings_that_change_at_a_resume_are_named():
+    before = {"learning_rate": 0.1, "seed": 0, "output_dir": "a"}
+    now = dict.fromkeys(
+        [
+            *("lr_scheduler", "warmup_steps", "epochs", "max_steps", "batch_size"),
+            *("weight_decay", "max_grad_norm", "mixed_precision", "sync", "compress"),
+            *("sync_every", "outer_lr", "outer_momentum", "outer_warmup_rounds", "fragments"),
+            *("overlap_steps", "ddp_warmup_steps"),
+        ]
+    )
+    now |= {"learning_rate": 0.2, "seed": 0, "output_dir": "b"}
+    assert settings_changed(before, now) == ["learning_rate: 0.1 -> 0.2"]

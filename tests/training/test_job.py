@@ -1,0 +1,55 @@
+"""What a run is asked for is settled once: its data, and the plan of its updates."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import job as jobs
+from p2p_llm_forge.training.identity import claim
+
+
+def test_a_job_holds_the_data_and_the_plan(open_small_job, prepared):
+    job = open_small_job()
+    assert job.data.path == prepared
+    assert (job.plan.batch_size, job.plan.total_steps, job.plan.tokens_per_update) == (8, 6, 8 * 32)
+    assert job.output_dir.name == "run" and not job.output_dir.exists()
+
+
+def test_attention_ends_with_a_document_only_where_it_was_asked(open_small_job):
+    assert open_small_job().document_end is None
+    masked = open_small_job(document_mask=True)
+    assert masked.document_end == masked.data.manifest.eos_token_id
+
+
+def test_the_batch_of_a_run_stays_when_it_is_resumed_without_one(open_small_job):
+    job = open_small_job(batch_size=20)
+    claim(job.output_dir, job.identity())
+    assert open_small_job(batch_size=None, resume="auto").plan.batch_size == 20
+    assert open_small_job(batch_size=None).plan.batch_size == 16
+    assert open_small_job(batch_size=10, resume="auto").plan.batch_size == 10
+
+
+def test_a_text_is_not_prepared_in_a_dry_run(open_small_job, text_file):
+    with pytest.raises(ForgeError, match="--dry-run writes nothing") as error:
+        open_small_job(dataset_path=str(text_file), dry_run=True)
+    assert error.value.problems[0].fix.startswith("prepare it with prepare_data.py first")
+
+
+def test_ranks_with_other_data_are_named(alone, open_small_job, monkeypatch):
+    def gathered(facts):
+        return [facts, {"data": "b" * 64, "path": "elsewhere"}, facts]
+
+    data = open_small_job().data
+    monkeypatch.setattr(alone, "gather_facts", gathered)
+    with pytest.raises(ForgeError, match="rank 1 has other data .* in elsewhere") as error:
+        jobs.refuse_different_data(alone, data)
+    assert len(error.value.problems) == 1
+    assert "copy rank 0's folder to the machine of rank 1" in error.value.problems[0].fix
+
+
+def test_what_makes_a_run_is_in_its_identity(open_small_job):
+    identity = open_small_job().identity()
+    assert open_small_job(learning_rate=0.5, max_steps=9).identity() == identity
+    for other in ({"seed": 1}, {"optimizer": "sgd"}, {"batch_size": 4}, {"document_mask": True}):
+        assert open_small_job(**other).identity() != identity, other
