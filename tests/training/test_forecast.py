@@ -65,6 +65,6 @@ def test_strategies_that_do_not_go_with_the_run_are_left_out(timed):
     nobody = Links([[math.nan]], [[math.nan]])
     lm = new_model(timed.config, timed.cluster, timed.data)
     found = forecast.forecasts(timed, lm, nobody, [1.0])
-    fragments = {one.fragments for one in found}
+    fragments = {one.strategy.fragments for one in found}
     assert found and max(fragments) <= 4
-    assert all(one.times_alone == pytest.approx(1.0) for one in found if one.sync == "ddp")
+    assert all(one.times_alone == pytest.approx(1.0) for one in found if one.strategy.sync == "ddp")
