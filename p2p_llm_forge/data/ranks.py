@@ -18,6 +18,7 @@ from pathlib import Path
 from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.files import Pulse, beating, read_json, write_json
 
+COMES_WITHIN_S = 30.0  # after the main rank has begun
 GONE_AFTER_S = 30.0
 
 
@@ -68,9 +69,10 @@ class Helpers:
         """Whether one lives or may still come. Raises the ForgeError that ended one."""
         for path in sorted(self._folder.glob("rank-*.failed")):
             raise ForgeError.of(Problem(**problem) for problem in read_json(path))
-        may_come = time.monotonic() - self._started < GONE_AFTER_S
-        living = [lives(pulse) for pulse in self._pulses]
-        return any(living) or (may_come and bool(living))
+        may_come = time.monotonic() - self._started < COMES_WITHIN_S
+        # All are looked at, for a pulse is as old as the last look at it.
+        working = [lives(pulse) or (may_come and not pulse.has_changed()) for pulse in self._pulses]
+        return any(working)
 
 
 @contextlib.contextmanager

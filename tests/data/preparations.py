@@ -44,7 +44,7 @@ def with_tokenizer(path: object, folder: Path, tokenizer: Path, **changes) -> Pr
 
 
 def start(
-    zygote: Any, text: Path, folder: Path, *more: str, pause_s: float = 0.0, rank: int = 0, **how
+    zygote: Any, text: Path, folder: Path, *more: str, pause_s: float = 0.0, **how
 ) -> tuple[int, Path]:
     """The script on its way, with the arguments of `config`; pause_s: before every piece.
 
@@ -52,20 +52,8 @@ def start(
     """
     words = [str(pause_s), f"--dataset-path={text}", f"--output-dir={folder}"]
     words += ["--sequence-length=32", "--vocab-size=400", "--validation-fraction=0.2", *more]
-    log = folder.with_name(f"{folder.name}-{rank}.log")
+    log = folder.with_name(f"{folder.name}.log")
     return zygote.start(words, log, script="tests.data.slow_preparation", **how), log
-
-
-def start_ranks(
-    zygote: Any, text: Path, folder: Path, world: int, *more: str, pause_s: float = 0.0
-) -> list[tuple[int, Path]]:
-    """One preparation by several ranks, as a launcher starts them."""
-    started = []
-    for rank in range(world):
-        environ = {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        how = {"pause_s": pause_s, "rank": rank, "environ": environ}
-        started.append(start(zygote, text, folder, *more, **how))
-    return started
 
 
 def interrupt(*_: object) -> None:

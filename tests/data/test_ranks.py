@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from p2p_llm_forge.data import ranks
-from p2p_llm_forge.data.ranks import Helpers, Ranks, alive, failure_posted
+from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import ranks, splits
+from p2p_llm_forge.data.prepare import prepare
+from p2p_llm_forge.data.ranks import Helpers, Ranks, alive, failure_posted, mark_of
 from p2p_llm_forge.errors import ForgeError, Problem
-from p2p_llm_forge.polling import wait_for
-from tests.data.preparations import start_ranks
+from p2p_llm_forge.files import Pulse, beating
+from tests.data.preparations import config
 from tests.texts import contents, write_rows
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-def test_helpers_are_working_while_their_marks_are_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "GONE_AFTER_S", 0.0)
-    assert not Helpers(tmp_path, Ranks(0, 3)).are_working(), "nobody came in time"
-    monkeypatch.setattr(ranks, "GONE_AFTER_S", 60.0)
-    assert Helpers(tmp_path, Ranks(0, 3)).are_working(), "they may still come"
+def test_a_helper_may_come_and_works_while_its_mark_is_touched(tmp_path, monkeypatch):
     assert not Helpers(tmp_path, Ranks()).are_working(), "there is none"
     helpers = Helpers(tmp_path, Ranks(0, 3))
+    assert helpers.are_working(), "they may still come"
     with alive(tmp_path, Ranks(2, 3)):
+        monkeypatch.setattr(ranks, "COMES_WITHIN_S", 0.0)
+        assert helpers.are_working(), "one has come"
+        mark = Pulse(mark_of(tmp_path, 2))
+        wait_until(lambda: mark.is_beating() and mark.has_changed())
         assert helpers.are_working()
-        monkeypatch.setattr(ranks, "GONE_AFTER_S", 2.5)
-        wait_for(lambda: time.monotonic() - helpers._started > 2.5, 60)
-        assert helpers.are_working(), "one came, and is still alive"
     assert not helpers.are_working(), "it has left"
+
+
+def test_a_helper_that_is_silent_is_gone_even_while_others_might_come(tmp_path, monkeypatch):
+    helpers = Helpers(tmp_path, Ranks(0, 2))
+    mark = mark_of(tmp_path, 1)
+    for touched_ns in (1, 2):
+        mark.touch()
+        os.utime(mark, ns=(touched_ns, touched_ns))
+        assert helpers.are_working()
+    monkeypatch.setattr(ranks, "GONE_AFTER_S", 0.0)
+    assert not helpers.are_working()
 
 
 def test_the_error_of_a_helper_is_raised_by_the_main_rank_field_by_field(tmp_path):
@@ -47,38 +57,54 @@ def test_the_error_of_a_helper_is_raised_by_the_main_rank_field_by_field(tmp_pat
 # --- whole preparations ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_several_ranks_write_the_same_bytes_as_one(zygote, text, tmp_path, undisturbed):
-    ranks = start_ranks(zygote, text, tmp_path / "out", 3, pause_s=0.02)
-    statuses = [zygote.wait(pid) for pid, _ in ranks]
-    main, *others = [log.read_text() for _, log in ranks]
-    assert statuses == [0, 0, 0], main
-    assert contents(tmp_path / "out") == undisturbed
-    assert "prepared" in main and "prepared" not in "".join(others)
+def start_ranks(pool: ThreadPoolExecutor, asked: PrepareConfig, world: int) -> list[Future]:
+    """One preparation by several ranks: threads, for they speak by nothing but files."""
+    return [pool.submit(prepare, asked, Ranks(rank, world)) for rank in range(world)]
 
 
-@pytest.mark.slow
-def test_the_main_process_does_the_work_of_a_rank_that_was_killed(
-    zygote, text, tmp_path, undisturbed
+def test_several_ranks_write_the_same_bytes_as_one(
+    text, tmp_path, undisturbed, monkeypatch, capsys
 ):
-    (main, log), (helper, _) = start_ranks(zygote, text, tmp_path / "out", 2, pause_s=0.1)
-    wait_until(lambda: (tmp_path / "out" / "unfinished" / "rank-1").exists())
-    wait_until(lambda: any(tmp_path.rglob("pieces/*.json")))
-    os.kill(helper, signal.SIGKILL)
-    assert zygote.wait(main) == 0, log.read_text()
+    right, encoded = splits.encode_piece, []
+    monkeypatch.setattr(
+        splits, "encode_piece", lambda number, *a: (encoded.append(number), right(number, *a))[1]
+    )
+    with ThreadPoolExecutor(3) as pool:
+        of_ranks = start_ranks(pool, config(text, tmp_path / "out", num_workers=1), 3)
+        manifests = [of_rank.result() for of_rank in of_ranks]
     assert contents(tmp_path / "out") == undisturbed
+    assert manifests == [manifests[0]] * 3
+    assert len(encoded) == len(set(encoded)) > 20, "no piece is tokenized twice"
+    assert capsys.readouterr().out.count("prepared") == 1, "one rank prints"
 
 
-@pytest.mark.slow
-def test_what_ends_a_rank_ends_the_launch_and_is_printed(zygote, text, ready_tokenizer, tmp_path):
+def test_what_ends_a_rank_ends_the_preparation(text, ready_tokenizer, tmp_path):
     folder = tmp_path / "text"
     shutil.copytree(text, folder)
     for number in range(20):
         (folder / f"e{number}.parquet").write_bytes((text / "d.parquet").read_bytes())
     rows = write_rows(folder / "f.parquet", ["x"], column="body")
-    ready = f"--tokenizer={ready_tokenizer}"
-    ranks = start_ranks(zygote, folder, tmp_path / "out", 2, ready)
-    statuses = [zygote.wait(pid) for pid, _ in ranks]
-    main, _ = [log.read_text() for _, log in ranks]
-    assert statuses == [2, 2], main
-    assert f"{rows} has no text column" in main and "Traceback" not in main
+    asked = config(folder, tmp_path / "out", tokenizer=str(ready_tokenizer))
+    with ThreadPoolExecutor(2) as pool:
+        for of_rank in start_ranks(pool, asked, 2):
+            with pytest.raises(ForgeError, match=f"{rows} has no text column"):
+                of_rank.result()
+
+
+def test_the_main_rank_does_the_work_of_one_that_fell_silent(
+    text, tmp_path, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(ranks, "COMES_WITHIN_S", 120.0)
+    monkeypatch.setattr(ranks, "GONE_AFTER_S", 3.0)
+    main_mark, mark = (mark_of(tmp_path / "out" / "unfinished", rank) for rank in (0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        main = pool.submit(prepare, config(text, tmp_path / "out"), Ranks(0, 2))
+        wait_until(main_mark.exists)
+        # What is seen of a helper that is killed before it has done a piece.
+        mark.touch()
+        pulse = Pulse(mark)
+        with beating(mark):
+            wait_until(lambda: pulse.is_beating() and pulse.has_changed())
+            assert not main.done()
+        main.result()
+    assert contents(tmp_path / "out") == undisturbed

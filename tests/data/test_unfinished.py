@@ -7,32 +7,43 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from p2p_llm_forge import files
-from p2p_llm_forge.data import pieces
+from p2p_llm_forge.data import pieces, splits
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.unfinished import claimed
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Holder
-from tests.data.preparations import config, start
+from tests.data.preparations import config
 from tests.texts import contents
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-@pytest.mark.slow
-def test_a_second_run_in_the_same_folder_refuses(zygote, text, tmp_path, undisturbed):
-    first, log = start(zygote, text, tmp_path / "out", pause_s=0.1)
-    wait_until(lambda: any(tmp_path.rglob("pieces/*.json")))
-    with pytest.raises(ForgeError, match=f"is in use by process {first} on"):
-        prepare(config(text, tmp_path / "out"))
-    assert zygote.wait(first) == 0, log.read_text()
+def test_a_second_run_in_the_same_folder_refuses(text, tmp_path, undisturbed, monkeypatch):
+    right, may_work = splits.encode_piece, threading.Event()
+
+    def wait_and_encode(number, *arguments):
+        assert number == 0 or may_work.wait(60)
+        return right(number, *arguments)
+
+    monkeypatch.setattr(splits, "encode_piece", wait_and_encode)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(prepare, config(text, tmp_path / "out"))
+        try:
+            wait_until(lambda: any(tmp_path.rglob("pieces/*.json")))
+            with pytest.raises(ForgeError, match=f"out is in use by process {os.getpid()} on"):
+                prepare(config(text, tmp_path / "out"))
+        finally:
+            may_work.set()
+        first.result()
     assert contents(tmp_path / "out") == undisturbed
 
 
@@ -44,30 +55,23 @@ def leave_lock(folder: Path, **changes) -> Path:
     return mark
 
 
-def test_locks_of_the_dead_do_not_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SILENCE_S", 0.3)
+def test_a_lock_holds_as_long_as_its_process_lives(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     started = Holder.this_process(None).started
-    dead = {
-        "gone": {"pid": ended.pid},
-        "pid-used-again": {"started": started - 99},
-        "other-host": {"table": "", "host": "elsewhere"},
-    }
+    dead = {"gone": {"pid": ended.pid}, "pid-used-again": {"started": started - 99}}
     for name, changes in dead.items():
         mark = leave_lock(tmp_path / name, **changes)
         with claimed(tmp_path / name) as lock:
             lock.confirm()
         assert not mark.exists() and not (tmp_path / name).exists()
-
-
-def test_locks_of_the_living_hold(tmp_path):
-    for name, changes in {"here": {}, "elsewhere": {"table": "", "host": "elsewhere"}}.items():
-        mark = leave_lock(tmp_path / name, **changes)
-        in_use = pytest.raises(ForgeError, match=f"(?s)in use by process {os.getpid()} on .*wait")
-        with files.beating(mark), in_use, claimed(tmp_path / name):
-            pass
-        assert mark.exists()
+    mark = leave_lock(tmp_path / "living")
+    with (
+        pytest.raises(ForgeError, match=f"(?s)in use by process {os.getpid()} on .*wait"),
+        claimed(tmp_path / "living"),
+    ):
+        pass
+    assert mark.exists()
 
 
 def test_a_run_whose_lock_was_taken_over_ends_and_leaves_the_work_alone(tmp_path):
