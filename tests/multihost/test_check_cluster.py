@@ -1,4 +1,4 @@
-"""check_cluster.py on hosts of their own: each thing that goes wrong is made to, and is told."""
+"""check_cluster.py on hosts of their own: each thing that can go wrong does, and is reported."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Peers:
     def end(self):
         """The statuses and what was printed, by number; then another launch can begin."""
         statuses = {n: self.zygote.wait(pid) for n, pid in self.pids.items()}
-        told = {number: self.logs[number].read_text() for number in self.pids}
+        printed = {number: self.logs[number].read_text() for number in self.pids}
         for number in self.pids:
             self.logs[number].unlink()
         self.pids = {}
-        return statuses, told
+        return statuses, printed
 
 
-def said(text):
+def on_one_line(text):
     """What was printed, with line breaks and indentation as one space."""
     return re.sub(r"\s+", " ", text)
 
@@ -89,12 +89,12 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
     started = time.monotonic()
     with machines[2].slowed("10mbit"):
         peers.meet(*training(prepared, tmp_path / "run"), "--json")
-        statuses, told = peers.end()
+        statuses, printed = peers.end()
     spent = time.monotonic() - started
     print(f"4 peers: {spent:.1f} s")
-    assert set(statuses.values()) == {WORKS}, told
+    assert set(statuses.values()) == {WORKS}, printed
     assert spent < 60
-    report = json.loads(told[0][told[0].index("{\n") :])  # after what stderr got
+    report = json.loads(printed[0][printed[0].index("{\n") :])  # after what stderr got
     assert [finding["level"] for finding in report["findings"]].count("failure") == 0
     rates = report["bytes_per_s"]
     for target in (0, 1, 3):
@@ -117,44 +117,49 @@ def test_accelerate_launch_starts_the_same_check(machines, tmp_path):
             log=logs[number],
         )
     statuses = [status for host in machines[:2] for status in host.wait()]
-    told = [log.read_text() for log in logs]
-    assert statuses == [WORKS, WORKS], told
-    assert "all 2 processes are here" in told[0] and "bandwidth" in told[0]
-    assert "this launch" not in told[1], "a peer has nothing to say but its own failures"
+    printed = [log.read_text() for log in logs]
+    assert statuses == [WORKS, WORKS], printed
+    assert "all 2 processes are here" in printed[0] and "bandwidth" in printed[0]
+    assert "this launch" not in printed[1], "a peer prints its own failures only"
 
 
-def test_one_machine_tells_refused_filtered_and_no_route_apart(zygote, machines, tmp_path):
+def test_one_machine_keeps_refused_filtered_and_no_route_apart(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 4)
     with machines[0].firewall(f"ip saddr {machines[2].address} tcp dport {peers.port} drop"):
         machines[3].run("ip", "route", "add", "blackhole", f"{machines[0].address}/32")
         for number in range(4):
             peers.start(number, "--config-file", peers.files[number])
-        statuses, told = peers.end()
+        statuses, printed = peers.end()
         machines[3].run("ip", "route", "del", "blackhole", f"{machines[0].address}/32")
     main = re.escape(f"{machines[0].address}:{peers.port}")
-    assert f"ok port {peers.port} is free" in said(told[0])
-    assert re.search(f"WARNING port {main} refused .*fix: start machine 0 first", said(told[1]))
+    assert f"ok port {peers.port} is free" in on_one_line(printed[0])
+    assert re.search(
+        f"WARNING port {main} refused .*fix: start machine 0 first", on_one_line(printed[1])
+    )
     assert re.search(
         f"FAILED port {main} does not answer within 3 s: a firewall drops the packets.*fix: .*"
         f"ufw allow from {machines[2].address} to any port {peers.port} proto tcp",
-        said(told[2]),
+        on_one_line(printed[2]),
     )
     assert re.search(
-        "FAILED address no route to the main process|FAILED port there is no route", said(told[3])
+        "FAILED address no route to the main process|FAILED port there is no route",
+        on_one_line(printed[3]),
     )
     assert [statuses[n] for n in range(4)] == [
         *(WORKS, WORKS_WITH_WARNINGS, WILL_NOT_WORK, WILL_NOT_WORK)
     ]
-    assert "as far as one machine can tell" in told[0]
+    assert "as far as one machine can tell" in printed[0]
     rule = f"tcp dport {peers.port} reject with icmp type admin-prohibited"  # as firewalld does
     with machines[0].firewall(rule):
         peers.start(1, "--config-file", peers.files[1])
-        statuses, told = peers.end()
+        statuses, printed = peers.end()
     assert statuses[1] == WILL_NOT_WORK
-    assert re.search(f"no route to {main}, or its firewall .* open the firewall", said(told[1]))
+    assert re.search(
+        f"no route to {main}, or its firewall .* open the firewall", on_one_line(printed[1])
+    )
 
 
-def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_path):
+def test_a_taken_port_is_reported_with_its_owner(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 2)
     peers.meet("--peer-timeout=20")  # rank 1 comes later, so rank 0 holds the port meanwhile
     os.kill(peers.pids[1], signal.SIGSTOP)
@@ -169,47 +174,49 @@ def test_a_taken_port_is_told_with_the_way_to_its_owner(zygote, machines, tmp_pa
     )
     assert zygote.wait(second) == WILL_NOT_WORK
     taken = f"FAILED port port {peers.port} is taken fix: see who has it: ss -ltnp"
-    assert taken in said(log.read_text())
+    assert taken in on_one_line(log.read_text())
     os.kill(peers.pids[1], signal.SIGCONT)
-    statuses, told = peers.end()
-    assert set(statuses.values()) == {WORKS}, told
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WORKS}, printed
 
 
-def test_a_firewall_between_the_peers_is_told_by_rank(zygote, machines, tmp_path):
+def test_a_firewall_between_the_peers_is_reported_by_rank(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 3)
     rule = f"ip saddr {machines[1].address} tcp dport != {peers.port} ct state new drop"
     with machines[2].firewall(rule):
         peers.meet("--peer-timeout=20")
-        statuses, told = peers.end()
-    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+        statuses, printed = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, printed
     for number in range(3):
         assert re.search(
             rf"FAILED reach rank 1 \(.*\) cannot reach rank 2 \(.*\) at {machines[2].address}:"
             rf" filtered; gloo and NCCL open ports .*ufw allow from {machines[1].address} ",
-            said(told[number]),
-        ), told[number]
-    assert "rank 0 (" not in told[0], "only the pair that fails is named"
+            on_one_line(printed[number]),
+        ), printed[number]
+    assert "rank 0 (" not in printed[0], "only the pair that fails is named"
 
 
-@pytest.mark.parametrize("way", ["interface", "hosts file"])
-def test_an_address_that_only_its_own_machine_knows_is_told(zygote, machines, tmp_path, way):
+@pytest.mark.parametrize("mistake", ["interface", "hosts file"])
+def test_an_address_that_only_its_own_machine_knows_is_reported(
+    zygote, machines, tmp_path, mistake
+):
     name = "forge-main"
     peers = Peers(zygote, machines, tmp_path, 2, main=name)
     files = [tmp_path / f"hosts{number}" for number in range(2)]
     for file in files:
         file.write_text(f"127.0.0.1 localhost\n{machines[0].address} {name}\n")
-    if way == "hosts file":
+    if mistake == "hosts file":
         files[0].write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
     for number, file in enumerate(peers.files):
-        environ = {"GLOO_SOCKET_IFNAME": "lo"} if (way, number) == ("interface", 1) else None
+        environ = {"GLOO_SOCKET_IFNAME": "lo"} if (mistake, number) == ("interface", 1) else None
         peers.start(
             *(number, "--config-file", file, "--meet", "--peer-timeout=2"),
             environ=environ,
             hosts_file=files[number],
         )
-    statuses, told = peers.end()
-    assert set(statuses.values()) == {WILL_NOT_WORK}, told
-    if way == "interface":
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, printed
+    if mistake == "interface":
         expected = (
             r"FAILED reach rank 0 \(.*\) cannot reach rank 1 \(.*\) at 127.0.0.1: refused: that"
             " address is known on its own machine only fix: unset GLOO_SOCKET_IFNAME"
@@ -219,8 +226,8 @@ def test_an_address_that_only_its_own_machine_knows_is_told(zygote, machines, tm
             f"FAILED address the name {name} means 127.0.1.1 on this machine, where no other can"
             " reach it fix: write the machine's IP address"
         )
-        assert "connection was refused for 2 s" in said(told[1])
-    assert re.search(expected, said(told[0])), told
+        assert "connection was refused for 2 s" in on_one_line(printed[1])
+    assert re.search(expected, on_one_line(printed[0])), printed
 
 
 def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path):
@@ -229,15 +236,15 @@ def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path)
         file = peers.files[number]
         peers.start(number, "--config-file", file, "--meet", "--peer-timeout=2")
     started = time.monotonic()
-    statuses, told = peers.end()
+    statuses, printed = peers.end()
     assert time.monotonic() - started < 25, "of the 30 s by default"
     assert set(statuses.values()) == {WILL_NOT_WORK}
     for number in (0, 3):
         assert re.search(
             "FAILED rendezvous rank 1 and rank 2 did not come to .* within 2 s; 2 of 4 are here"
             " fix: start machine 1 and 2 too",
-            said(told[number]),
-        ), told
+            on_one_line(printed[number]),
+        ), printed
 
 
 def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared):
@@ -252,24 +259,25 @@ def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared)
 
     folder = training(prepared, tmp_path / "run")
     peers.meet(*folder, each={2: [f"--dataset-path={other}"]})
-    statuses, told = peers.end()
-    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, printed
     assert re.search(
-        r"FAILED data the peers of a run must have the same data; .* but rank 2 has", said(told[0])
-    ), told[0]
+        r"FAILED data the peers of a run must have the same data; .* but rank 2 has",
+        on_one_line(printed[0]),
+    ), printed[0]
 
     for number, file in enumerate(peers.files):
         environ = {"PYTHONPATH": str(fake.parent)} if number == 1 else None
         own = ["--seed=7"] if number == 2 else []
         peers.start(number, "--config-file", file, "--meet", *folder, *own, environ=environ)
-    statuses, told = peers.end()
-    assert set(statuses.values()) == {WILL_NOT_WORK}, told
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, printed
     for number in range(3):
         assert re.search(
             r"FAILED alike rank 1 \(.*\) has accelerate 1.11.0, rank 0 has 1.* FAILED alike rank 2"
             r" \(.*\) was started with --seed 7, rank 0 with 0 fix: start all machines with the",
-            said(told[number]),
-        ), told[number]
+            on_one_line(printed[number]),
+        ), printed[number]
 
 
 def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path, prepared):
@@ -287,11 +295,11 @@ def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path
         ([theirs], r"FAILED secret rank 2 \(.*-2\) could not prove to rank 0 that it knows"),
     ):
         peers.meet(*folder, "--peer-timeout=20", each={**places, 2: third})
-        statuses, told = peers.end()
-        assert set(statuses.values()) == {WILL_NOT_WORK}, told
-        assert re.search(expected, said(told[0])), told[0]
-        assert "rank 1 (" not in told[0]
-        assert not any("a long secret" in text for text in told.values())
+        statuses, printed = peers.end()
+        assert set(statuses.values()) == {WILL_NOT_WORK}, printed
+        assert re.search(expected, on_one_line(printed[0])), printed[0]
+        assert "rank 1 (" not in printed[0]
+        assert not any("a long secret" in text for text in printed.values())
 
     flags = ("--world-size=3", f"--master-addr={machines[0].address}", "--batch-size=6")
     for own, expected in ((ours, 0), (theirs, 2)):  # train.py says the same
@@ -302,9 +310,9 @@ def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path
                 *("--max-steps=1", "--report-to=none", ours if number < 2 else own),
                 script="train",
             )
-        statuses, told = peers.end()
-        assert set(statuses.values()) == {expected}, told
-    assert re.search(r"error: rank 2 \(.*-2\) could not prove to rank 0", told[0])
+        statuses, printed = peers.end()
+        assert set(statuses.values()) == {expected}, printed
+    assert re.search(r"error: rank 2 \(.*-2\) could not prove to rank 0", printed[0])
 
 
 def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_path, prepared):
@@ -312,31 +320,33 @@ def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_
         host.run("ip", "address", "add", f"44.77.0.{number + 1}/24", "dev", "eth0")
     peers = Peers(zygote, machines, tmp_path, 2, main="44.77.0.1")
     peers.meet("--peer-timeout=2")
-    statuses, told = peers.end()
+    statuses, printed = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}
     expected = "44.77.0.1.* is a public address, and whoever reaches the ports .* can read"
-    assert re.search(f"FAILED public {expected}.*--allow-public-address", said(told[0])), told[0]
+    assert re.search(
+        f"FAILED public {expected}.*--allow-public-address", on_one_line(printed[0])
+    ), printed[0]
 
     peers.start(
         *(0, *training(prepared, tmp_path / "run"), "--rank=0", "--world-size=2"),
         *("--master-addr=44.77.0.1", f"--master-port={peers.port}"),
         script="train",
     )
-    statuses, told = peers.end()
-    assert statuses[0] == 2 and re.search(f"error: {expected}", said(told[0])), told
+    statuses, printed = peers.end()
+    assert statuses[0] == 2 and re.search(f"error: {expected}", on_one_line(printed[0])), printed
 
     peers.meet("--peer-timeout=20", "--allow-public-address")
-    statuses, told = peers.end()
-    assert set(statuses.values()) == {WORKS_WITH_WARNINGS}, told
-    assert re.search(f"WARNING public {expected}", said(told[0]))
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WORKS_WITH_WARNINGS}, printed
+    assert re.search(f"WARNING public {expected}", on_one_line(printed[0]))
 
 
-def test_a_main_machine_with_the_address_of_another_is_told(zygote, machines, tmp_path):
+def test_a_main_machine_with_the_address_of_another_is_reported(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 2, main=machines[2].address)
     peers.start(0, "--config-file", peers.files[0], "--meet", "--peer-timeout=2")
-    statuses, told = peers.end()
+    statuses, printed = peers.end()
     assert statuses[0] == WILL_NOT_WORK
     main = re.escape(f"{machines[2].address}:{peers.port}")
     assert re.search(
-        f"FAILED rendezvous rank 0 listens .* {main} does not lead to it", said(told[0])
+        f"FAILED rendezvous rank 0 listens .* {main} does not lead to it", on_one_line(printed[0])
     )

@@ -41,7 +41,7 @@ def test_the_projects_own_files_are_good(file):
     }
 
 
-def test_a_good_file_says_what_it_starts():
+def test_a_good_file_is_described_by_what_it_starts():
     (finding,) = judged()
     assert finding.found == "my.yaml: machine 1 of 2, 1 of 2 processes"
 
@@ -71,7 +71,7 @@ def test_a_good_file_says_what_it_starts():
     ],
     ids=str,
 )
-def test_what_will_not_work_is_told_with_its_fix(changes, found, fix):
+def test_what_will_not_work_is_reported_with_its_fix(changes, found, fix):
     failures = [finding for finding in judged(**changes) if finding.level == "failure"]
     assert any(found in finding.found and fix in finding.fix for finding in failures), failures
 
@@ -107,8 +107,8 @@ def test_files_of_one_launch_agree_and_have_numbers_of_their_own():
         ("warning", "no file was given for machine 0 of 2"),
     ]
     other = {"main_process_ip": "10.0.0.9", "main_process_port": 1, "num_processes": 4}
-    told = together({"machine_rank": 0}, {**other, "mixed_precision": "bf16"})
-    assert [text for _, text in told] == [
+    found = together({"machine_rank": 0}, {**other, "mixed_precision": "bf16"})
+    assert [text for _, text in found] == [
         "n1.yaml has num_processes 4, n0.yaml has 2",
         "n1.yaml has main_process_ip 10.0.0.9, n0.yaml has 10.0.0.1",
         "n1.yaml has main_process_port 1, n0.yaml has 29500",
@@ -133,7 +133,7 @@ def test_files_that_are_written_are_good(tmp_path, hosts, gpus):
         write_launch_files(tmp_path / "out", hosts, 29500, gpus, overwrite=False)
 
 
-def test_what_cannot_be_read_or_written_is_told(tmp_path):
+def test_what_cannot_be_read_or_written_is_reported(tmp_path):
     with pytest.raises(ForgeError, match="No such file"):
         read_launch_file(str(tmp_path / "nothing.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
