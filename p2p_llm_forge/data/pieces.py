@@ -2,7 +2,7 @@
 
 A piece is named after all that decides its tokens: the file as it stood, the tokenizer, the
 options. So whatever lies here from a run that was killed is either just what is needed or not
-looked at, and several machines that share the folder agree without another word.
+looked at, and several machines with one folder agree without any message.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from p2p_llm_forge.data.order import shares_by_speed
+from p2p_llm_forge.training.plan import shares_by_speed
 
 # Updates that are measured before shares change: the first time (without the very first update,
 # which warms up), and every time after.

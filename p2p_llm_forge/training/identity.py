@@ -8,7 +8,6 @@ from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset
-from p2p_llm_forge.data.order import Plan
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import read_json, write_json
 from p2p_llm_forge.training.checkpoint import (
@@ -18,6 +17,7 @@ from p2p_llm_forge.training.checkpoint import (
     remove_leftovers,
     steps_saved,
 )
+from p2p_llm_forge.training.plan import Plan
 
 RUN = "run.json"
 

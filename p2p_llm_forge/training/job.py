@@ -8,11 +8,11 @@ from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
-from p2p_llm_forge.data.order import Plan, plan_updates
 from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.training.checkpoint import steps_saved
 from p2p_llm_forge.training.identity import recorded_identity, run_identity
+from p2p_llm_forge.training.plan import Plan, plan_updates
 
 
 @dataclass(frozen=True)

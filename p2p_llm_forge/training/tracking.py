@@ -10,10 +10,10 @@ from typing import Any
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
-from p2p_llm_forge.data.order import Plan
 from p2p_llm_forge.errors import Problems, nearest
 from p2p_llm_forge.files import write_file
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.training.plan import Plan
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_INTERVAL_S = 5.0

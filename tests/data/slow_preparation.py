@@ -6,7 +6,7 @@ import sys
 import time
 
 import prepare_data
-from p2p_llm_forge.data import ranks, splits
+from p2p_llm_forge.data import splits
 from tests.data.preparations import make_pieces_small
 
 
@@ -18,6 +18,5 @@ def main() -> int:
         return right(*arguments)
 
     make_pieces_small()
-    ranks.GONE_AFTER_S = 4.0
     splits.encode_piece = slow
     return prepare_data.main(sys.argv[2:])

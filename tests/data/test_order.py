@@ -6,9 +6,7 @@ import itertools
 
 import pytest
 
-from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data import order as data_order
-from p2p_llm_forge.errors import ForgeError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 255, 1000, 4097])
@@ -56,7 +54,7 @@ def test_every_block_is_read_once_an_epoch_by_exactly_one_rank(world, micro, fac
     stream = []
     for step in range(steps):
         update = data_order.blocks_at(step * batch_size, batch_size, num_blocks, seed=5)
-        sizes = data_order.equal_shares(batch_size, world)
+        sizes = [micro * factor] * world
         shares = [data_order.share_of_rank(update, sizes, rank) for rank in range(world)]
         for share in shares:
             assert [len(m) for m in data_order.micro_batches(share, micro)] == [micro] * factor
@@ -65,52 +63,3 @@ def test_every_block_is_read_once_an_epoch_by_exactly_one_rank(world, micro, fac
     assert len(stream) == 2 * batch_size * num_blocks
     for start in range(0, len(stream), num_blocks):
         assert sorted(stream[start : start + num_blocks]) == list(range(num_blocks))
-
-
-def test_the_batch_size_does_not_change_with_the_number_of_processes():
-    config = TrainConfig(batch_size=24)
-    plans = [data_order.plan_updates(config, 100, 32, world) for world in (1, 2, 3, 4)]
-    assert {plan.batch_size for plan in plans} == {24}
-    assert [plan.shares for plan in plans] == [[24], [12] * 2, [8] * 3, [6] * 4]
-    assert {plan.total_steps for plan in plans} == {5}
-
-
-def test_a_batch_size_that_does_not_divide_names_those_that_do():
-    with pytest.raises(ForgeError, match="--batch-size 10 .* 4 processes .* use 8 or 12"):
-        data_order.plan_updates(TrainConfig(batch_size=10), 100, 32, world_size=4)
-    with pytest.raises(ForgeError, match="use 24$"):
-        data_order.plan_updates(
-            TrainConfig(batch_size=10, micro_batch_size=6), 100, 32, world_size=4
-        )
-
-
-def test_the_batch_size_may_be_said_as_users_of_run_clm_say_it():
-    config = TrainConfig(micro_batch_size=4, gradient_accumulation_steps=3)
-    plan = data_order.plan_updates(config, 100, 32, world_size=2)
-    assert (plan.batch_size, plan.micro_batch_size, plan.shares) == (24, 4, [12, 12])
-    config.batch_size = 16
-    with pytest.raises(ForgeError, match="--batch-size 16"):
-        data_order.plan_updates(config, 100, 32, world_size=2)
-
-
-def test_epochs_become_steps_that_read_every_block():
-    assert data_order.steps_of_epochs(1, num_blocks=100, batch_size=16) == 7
-    assert data_order.steps_of_epochs(0.5, num_blocks=100, batch_size=10) == 5
-    assert data_order.steps_of_epochs(3, num_blocks=2, batch_size=16) == 1
-
-
-def test_a_number_of_peers_that_came_about_gets_uneven_shares():
-    plan = data_order.plan_updates(TrainConfig(batch_size=10), 100, 32, 3, may_be_uneven=True)
-    assert plan.shares == [4, 3, 3]
-    with pytest.raises(ForgeError, match="cannot be dealt to 11 processes"):
-        data_order.plan_updates(TrainConfig(batch_size=10), 100, 32, 11, may_be_uneven=True)
-
-
-@pytest.mark.parametrize("speeds", [[1.0], [1, 1], [10, 1], [1, 2, 3], [5, 1e-9, 5], [1] * 7])
-@pytest.mark.parametrize("batch_size", [7, 16, 64, 1000])
-def test_shares_follow_the_speeds_of_the_ranks(speeds, batch_size):
-    shares = data_order.shares_by_speed(batch_size, speeds)
-    assert sum(shares) == batch_size and min(shares) >= 1
-    spare = batch_size - len(speeds)
-    for share, speed in zip(shares, speeds, strict=True):
-        assert abs(share - 1 - spare * speed / sum(speeds)) < 1
