@@ -16,6 +16,7 @@ from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers.launch import local_rank
 from p2p_llm_forge.training.due import due_after, is_due
 from p2p_llm_forge.training.interruptions import NOTHING, Interruptions, interruption
+from p2p_llm_forge.training.mistakes import mistakes_in
 from p2p_llm_forge.training.results import TrainResult
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
@@ -37,9 +38,9 @@ def train(config: TrainConfig) -> TrainResult:
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
     from p2p_llm_forge.training.run import conclude
     from p2p_llm_forge.training.run_folder import run_folder
-    from p2p_llm_forge.training.setup import refuse_mistakes, set_up
+    from p2p_llm_forge.training.setup import set_up
 
-    refuse_mistakes(config)
+    mistakes_in(config).raise_any()
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     with join(config) as cluster:
         if config.eval_only:
@@ -136,7 +137,7 @@ def take_update(run: Run, step: int) -> Update:
 
 def main() -> int:
     """The command line."""
-    train(parse(TrainConfig, sys.argv[1:], "train.py"))
+    train(parse(TrainConfig, sys.argv[1:], "train.py", mistakes_in))
     return 0
 
 

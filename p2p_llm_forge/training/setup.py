@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig, as_dict
-from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import check_names
 from p2p_llm_forge.model.schedule import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
@@ -33,19 +31,7 @@ from p2p_llm_forge.training.tracking import (
     Silent,
     Tracking,
     introduction,
-    tracker_names,
 )
-
-
-def refuse_mistakes(config: TrainConfig) -> None:
-    """Raise ForgeError with every problem of the configuration that needs no data and no peers."""
-    problems = config.problems()
-    for look in (lambda: check_names(config), lambda: tracker_names(config.report_to)):
-        try:
-            look()
-        except ForgeError as error:
-            problems.add(error)
-    problems.raise_any()
 
 
 @contextlib.contextmanager
