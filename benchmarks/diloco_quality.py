@@ -144,9 +144,9 @@ def train_all(jobs: list[Job], results: Results, data: Path, work: Path, cores: 
                     results.add(job, json.loads((folder / "run" / RESULTS).read_text()))
                     shutil.rmtree(folder)
                     left = len(waiting) + len(running)
-                    told = f"{job.arm} H={job.every} peers={job.peers} lr={job.learning_rate:g}"
+                    summary = f"{job.arm} H={job.every} peers={job.peers} lr={job.learning_rate:g}"
                     print(
-                        f"{time.monotonic() - started:6.0f} s  {count - left}/{count}  {told}"
+                        f"{time.monotonic() - started:6.0f} s  {count - left}/{count}  {summary}"
                         f" seed={job.seed} loss={results.loss(job):.4f}",
                         file=sys.stderr,
                         flush=True,

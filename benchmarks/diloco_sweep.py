@@ -65,8 +65,8 @@ class TopK(Codec):
 
     group = 4096
 
-    def __init__(self, share: float) -> None:
-        self.name, self._kept = f"top{share:g}", round(share * self.group)
+    def __init__(self, kept: float) -> None:
+        self.name, self._kept = f"top{kept:g}", round(kept * self.group)
 
     def wire_bytes(self, count: int) -> int:
         return 4 * count
@@ -282,7 +282,7 @@ def table(planned: dict[tuple[str, float], list[Run]], results: Results) -> str:
         lines.append(
             f"| {arm} | {rate:g} | {mean[arm, rate]:.4f} | {spread}"
             f" | {f'{statistics.mean(more):+.2%}' if more else '-'}"
-            f" | {' '.join(f'{share:+.2%}' for share in more) or '-'}"
+            f" | {' '.join(f'{part:+.2%}' for part in more) or '-'}"
             f" | {' '.join(map(str, found))} |"
         )
     return "\n".join(lines)

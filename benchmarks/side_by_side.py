@@ -44,10 +44,10 @@ class Sizes:
     def parts(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of (machines, parameters) by name, each (machines, *its shape)."""
         shapes = self.shapes()
-        pieces = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
+        parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
         return {
-            name: piece.unflatten(1, shape)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+            name: part.unflatten(1, shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
 
     def initial(self, seed: int) -> Tensor:
@@ -139,7 +139,7 @@ class Optimizer:
         weights_of, gradients_of = sizes.parts(weights), sizes.parts(self.gradient)
         names = hidden if len(self._rows) else []
         self._muon = [(weights_of[name], gradients_of[name]) for name in names]
-        self._velocities = [torch.zeros_like(part[self._rows]) for part, _ in self._muon]
+        self._buffers = [torch.zeros_like(part[self._rows]) for part, _ in self._muon]
 
     def average_moments(self, machines: range) -> None:
         """Give each of these machines the mean of their AdamW's moments."""
@@ -158,10 +158,10 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * factor
         self._adamw.step()
-        for (weights, gradients), velocity in zip(self._muon, self._velocities, strict=True):
+        for (weights, gradients), buffer in zip(self._muon, self._buffers, strict=True):
             rate, gradient = factor * self._rates[self._rows], gradients[self._rows]
-            velocity.mul_(0.95).add_(gradient)
-            direction = orthogonalized(torch.add(gradient, velocity, alpha=0.95))
+            buffer.mul_(0.95).add_(gradient)
+            direction = orthogonalized(torch.add(gradient, buffer, alpha=0.95))
             size = 0.2 * max(direction.shape[1:]) ** 0.5
             weights[self._rows] = (
                 weights[self._rows] * (1 - rate * self._decay) - rate * size * direction

@@ -204,7 +204,7 @@ def machine() -> str:
 
 
 def prepare_data(folder: Path) -> Path:
-    """A small dataset of blocks; what it says does not matter to speed."""
+    """A small dataset of blocks; its text does not matter to speed."""
     from p2p_llm_forge.config import PrepareConfig
     from prepare_data import prepare
     from tests.texts import write_text
@@ -252,12 +252,12 @@ def measure_arm(
                 words += ["--master-addr", machines[0].address, "--master-port", 29500]
                 words += arm.strategy.flags.split()
             host.start(PYTHON, "train.py", *words, log=logs[number])
-        telling = outputs if arm.strategy is None else outputs[:1]  # rank 0 alone tells
-        if not measured_all(arm, telling, machines):
+        logged = outputs if arm.strategy is None else outputs[:1]  # rank 0 alone logs
+        if not measured_all(arm, logged, machines):
             ends = [log.read_text(errors="replace")[-1500:] for log in logs]
             print(f"{key_of(name, mbit)} failed:", *ends, sep="\n", flush=True)
             return None
-        return steady_state(arm, [read_lines(output) for output in telling])
+        return steady_state(arm, [read_lines(output) for output in logged])
     finally:
         for host in machines:
             host.switch_off()
@@ -266,7 +266,7 @@ def measure_arm(
 
 
 def measured_all(arm: Arm, outputs: list[Path], used: list[Host]) -> bool:
-    """Wait until the runs have told of the last update that counts; False if they ended before."""
+    """Wait until the runs have logged the last update that counts; False if they ended before."""
     wanted = arm.skipped + arm.measured
     deadline = time.monotonic() + LONGEST_RUN_S
     while time.monotonic() < deadline:
@@ -301,7 +301,7 @@ def common_flags(data: Path, peers: int) -> list[object]:
 
 
 def line_of(output: Path, step: int) -> dict[str, Any] | None:
-    """What a run has told of an update; None before that."""
+    """What a run has logged of an update; None before that."""
     return next((line for line in read_lines(output) if line["step"] == step), None)
 
 
@@ -430,8 +430,8 @@ def times_text(run: dict[str, Any]) -> str:
     return f"{run['times']:.2f} ({run['least']:.2f} to {run['most']:.2f})"
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def percent(part: float) -> str:
+    return f"{part:.1%}"
 
 
 def megabytes(count: float) -> str:

@@ -172,23 +172,23 @@ class Both:
 
 
 def test_of_each_chunk_the_largest_values_arrive_and_the_rest_waits():
-    moves = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
     rounds = Rounds(Arm(compress="top0.25"), rounds=10, anchor=torch.zeros(5000))
-    weights = -moves
+    weights = -gradients
     rounds.end_round(weights)
     sent = []
-    for move in moves:
+    for gradient in gradients:
         arriving = torch.zeros(5000)
         for chunk in (slice(0, 4096), slice(4096, 5000)):
-            largest = move[chunk].abs().argsort(descending=True)[:1024]
-            arriving[chunk][largest] = move[chunk][largest]
+            largest = gradient[chunk].abs().argsort(descending=True)[:1024]
+            arriving[chunk][largest] = gradient[chunk][largest]
         sent.append(arriving)
     expected = -torch.stack(sent).mean(0)
     assert 0 < (expected == 0).sum() < 5000
     torch.testing.assert_close(weights, expected.expand(2, -1))
-    for _ in range(9):  # nobody moves any more: what waits is sent
+    for _ in range(9):  # nobody trains any more: residuals are sent
         rounds.end_round(weights)
-    torch.testing.assert_close(weights[0], -moves.mean(0))
+    torch.testing.assert_close(weights[0], -gradients.mean(0))
 
 
 def test_what_is_not_finite_is_sent():
@@ -203,7 +203,7 @@ def test_momentum_grows_and_fades():
     rounds = Rounds(arm, rounds=4, anchor=torch.zeros(1))
     found = []
     for _ in range(4):
-        weights = rounds._anchor - torch.ones(2, 1)  # each round moves by 1
+        weights = rounds._anchor - torch.ones(2, 1)  # each round changes it by 1
         rounds.end_round(weights)
         found.append(weights[0].item())
     # By hand: rate and momentum are (1, 0), (0.75, 0.25), (0.5, 0.5), and (1, 0) again.

@@ -23,7 +23,7 @@ LEAST_SCALE = 2.0**-126
 
 
 class Codec(ABC):
-    """One way to write float32 values as bytes. Holds no state: one instance of each serves all.
+    """A format of float32 values in bytes. Holds no state: one instance of each serves all.
 
     The result depends on the values along the last dimension only, and is the same bytes on every
     call; decoding the same bytes gives the same values on every machine. What is not finite before

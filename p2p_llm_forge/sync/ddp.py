@@ -28,7 +28,7 @@ BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
 
 
 def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
-    """Tell Accelerate, before it wraps a model in DDP, how much DDP is to exchange at once."""
+    """Set, before Accelerate wraps a model in DDP, how much DDP exchanges at once."""
     by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
     bucket_mb = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
     cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
@@ -253,7 +253,7 @@ class PowerSGD(GradientAveraging):
         return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
 
     def load_state(self, saved: SavedSync) -> None:
-        """See `state`. Ranks of another number deal out the residuals among them.
+        """See `state`. Other ranks than those that were saved redistribute the residuals.
 
         Matrices of another --powersgd-rank start from scratch; their residuals still count.
         """

@@ -93,7 +93,7 @@ class DiLoCo:
     nothing: unless every rank's weights are finite, all roll back to those they agreed on last.
 
     With `--fragments` one part of the layers is synchronised at a time, and with `--overlap-steps`
-    training goes on while the pseudo-gradient travels (Streaming DiLoCo, arXiv 2501.18512). The
+    training continues while the pseudo-gradient travels (Streaming DiLoCo, arXiv 2501.18512). The
     outer step is then added to the weights that the rank has by then, so its updates meanwhile
     count in the next round.
     """

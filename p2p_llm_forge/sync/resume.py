@@ -60,7 +60,7 @@ def redistributed_residuals(
     saved: SavedSync, rank: int, world_size: int
 ) -> dict[str, torch.Tensor]:
     """The residuals of error feedback that rank `rank` of `world_size` resumes with, by parameter,
-    where the vectors are now cut into other shards: dealt out, so that their sum stays the same."""
+    where the vectors are now cut into other shards. The sum over all ranks stays the same."""
     residuals: dict[str, torch.Tensor] = {}
     for other in range(rank, saved.world_size, world_size):
         for key, residual in saved.own_of(other).items():

@@ -100,9 +100,9 @@ def test_the_loss_is_that_of_ddp_on_the_same_tokens(zygote, prepared, tmp_path):
         folders.append(finish(zygote, prepared, tmp_path / name, **changed))
     ddp, *others = [json.loads((f / "all_results.json").read_text()) for f in folders]
     assert ddp["eval_loss"] < 4.5, "of 5.7 by guessing"
-    for (name, share), other in zip(bytes_of_ddp.items(), others, strict=True):
+    for (name, most), other in zip(bytes_of_ddp.items(), others, strict=True):
         assert other["eval_loss"] == pytest.approx(ddp["eval_loss"], rel=0.03), name
-        assert 0 < other["bytes_sent_per_update"] < share * ddp["bytes_sent_per_update"], name
+        assert 0 < other["bytes_sent_per_update"] < most * ddp["bytes_sent_per_update"], name
 
 
 def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):

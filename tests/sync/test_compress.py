@@ -188,8 +188,8 @@ def test_the_residual_is_what_did_not_arrive(codec):
     feedback, values = ErrorFeedback(), random_values((1024,))
     arrives = codec.decode(feedback.encode(codec, values))
     assert feedback.residual is not None and feedback.residual.count_nonzero() > 0
-    lost = values.numpy().astype(np.float64) - arrives.numpy().astype(np.float64)
-    assert (feedback.residual.numpy() == lost).all(), "this subtraction has no rounding"
+    dropped = values.numpy().astype(np.float64) - arrives.numpy().astype(np.float64)
+    assert (feedback.residual.numpy() == dropped).all(), "this subtraction has no rounding"
 
 
 @lossy

@@ -142,7 +142,7 @@ def test_a_resumed_run_sends_what_the_one_before_had_dropped(compress, ranks):
         for own, _, _ in before
         for kind in ("residual_of_sending", "residual_of_sum")
     )
-    # What arrives more than without, is what was dropped, as far as this codec says it.
+    # What arrives beyond that is what was dropped, as far as the codec is exact.
     off = (found[0] - without[0] - dropped).abs().max()
     assert 0 < off < 8 * BOUNDS[compress] and dropped.abs().max() > 0
 

@@ -68,8 +68,8 @@ def test_only_the_last_micro_batch_hides_an_exchange():
 
 def test_on_a_fast_network_the_last_gradients_are_still_waited_for():
     found = forecast(Strategy(), replace(ON_GPU, bytes_per_s=1e9 / 8))
-    share = 25 * 2**20 / 55_200_000
-    assert found.communication_s_per_update == pytest.approx(share * 55.2 / 125)
+    last = 25 * 2**20 / 55_200_000
+    assert found.communication_s_per_update == pytest.approx(last * 55.2 / 125)
 
 
 def test_16_bits_halve_the_bytes():
