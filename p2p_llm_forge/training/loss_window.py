@@ -19,7 +19,7 @@ class LossWindow:
     They are summed without rounding errors, so the line is the same whether or not the run was
     saved and resumed in between. They leave the device, and this rank, only when asked for.
 
-    first_step: updates taken so far. since_log: what `since_log` returned then. loses_rounds_after:
+    first_step: updates taken so far. since_log: what `since_log` returned then. rolls_back_after:
     after so many updates a loss that is not finite does not end the run, which undoes such rounds.
     """
 
@@ -29,7 +29,7 @@ class LossWindow:
         tokens_per_update: int,
         first_step: int,
         since_log: dict[str, Any],
-        loses_rounds_after: float = math.inf,
+        rolls_back_after: float = math.inf,
     ) -> None:
         self._cluster = cluster
         self._tokens_per_update = tokens_per_update
@@ -39,7 +39,7 @@ class LossWindow:
         self._pending: list[torch.Tensor] = []  # of this rank
         self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
         self._next_step = first_step + 1
-        self._loses_rounds_after = loses_rounds_after
+        self._rolls_back_after = rolls_back_after
 
     def add(self, nats: torch.Tensor) -> None:
         """This rank's summed loss of one more update: a scalar on the device."""
@@ -56,7 +56,7 @@ class LossWindow:
     def settle(self) -> list[dict[str, Any]]:
         """The lines that have ended, with all ranks' losses. All ranks must call.
 
-        Raises ForgeError, on all ranks, if a loss is not finite (but see `loses_rounds_after`:
+        Raises ForgeError, on all ranks, if a loss is not finite (but see `rolls_back_after`:
         then the line's loss is None).
         """
         by_rank: list[list[float]] = [[]]
@@ -77,7 +77,7 @@ class LossWindow:
     def _take(self, updates: list[tuple[float, ...]]) -> None:
         for losses in updates:
             bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-            if bad and self._next_step <= self._loses_rounds_after:
+            if bad and self._next_step <= self._rolls_back_after:
                 raise ForgeError(
                     f"the loss became NaN or infinite at step {self._next_step} (first on rank"
                     f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched",

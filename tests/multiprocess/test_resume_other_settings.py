@@ -12,15 +12,14 @@ import torch
 
 from p2p_llm_forge.training.checkpoint import read_state
 from tests.multiprocess import overflow
-from tests.ports import free_port
-from tests.runs import LONG, finish, flags, newest_step, read, start_ranks, tensors
+from tests.runs import LONG, by_hand, finish, flags, newest_step, read, start_ranks, tensors
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 CONSTANT = {"lr_scheduler": "constant", "keep_checkpoints": 9}
 
 
-def test_powersgd_goes_on_from_any_update_rank_and_number_of_peers(zygote, prepared, tmp_path):
+def test_powersgd_resumes_from_any_update_rank_and_number_of_peers(zygote, prepared, tmp_path):
     """Its first updates, and those of one process, leave no matrices behind."""
     settings = {**CONSTANT, "compress": "powersgd", "save_every": 1}
     for processes, until, changes in (
@@ -37,12 +36,12 @@ def test_powersgd_goes_on_from_any_update_rank_and_number_of_peers(zygote, prepa
     assert newest_step(folder) == 12
 
 
-def test_auto_keeps_all_of_the_way_that_a_run_has_begun_with(zygote, prepared, tmp_path):
-    way = {"sync": "diloco", "sync_every": 2, "outer_lr": 0.8, "outer_momentum": 0.3}
-    folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, **way, max_steps=2)
+def test_auto_keeps_all_of_the_strategy_that_a_run_has_begun_with(zygote, prepared, tmp_path):
+    chosen = {"sync": "diloco", "sync_every": 2, "outer_lr": 0.8, "outer_momentum": 0.3}
+    folder = finish(zygote, prepared, tmp_path / "run", **CONSTANT, **chosen, max_steps=2)
     finish(zygote, prepared, folder, **CONSTANT, sync="auto", max_steps=4)
     kept = read_state(folder / "checkpoint-4")["config"]
-    assert {name: kept[name] for name in way} == way
+    assert {name: kept[name] for name in chosen} == chosen
 
 
 def test_a_warm_up_does_not_come_back_when_ranks_have_trained_alone(zygote, prepared, tmp_path):
@@ -58,7 +57,7 @@ def test_a_warm_up_does_not_come_back_when_ranks_have_trained_alone(zygote, prep
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
-def test_a_warm_up_that_has_not_ended_goes_on(zygote, prepared, tmp_path):
+def test_a_warm_up_that_has_not_ended_resumes(zygote, prepared, tmp_path):
     settings = {**CONSTANT, "sync": "diloco", "sync_every": 4, "ddp_warmup_steps": 6}
     calm = finish(zygote, prepared, tmp_path / "calm", **settings, max_steps=10)
     folder = finish(zygote, prepared, tmp_path / "run", **settings, max_steps=3)
@@ -79,22 +78,11 @@ def test_a_run_that_breaks_in_the_warm_up_ends_and_saves_nothing(zygote, prepare
 @pytest.mark.parametrize("compress", ["int8", "powersgd"])
 def test_an_infinite_gradient_leaves_nothing_in_the_next_updates(zygote, tmp_path, compress):
     """(Other codecs: tests/sync/test_ddp.py.)"""
-    by_hand = {"world_size": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
-    ranks = [
-        zygote.start(
-            [
-                json.dumps(
-                    {
-                        "folder": str(tmp_path),
-                        "config": {**by_hand, "rank": rank, "compress": compress},
-                    }
-                )
-            ],
-            tmp_path / "log",
-            script="tests.multiprocess.overflow",
-        )
-        for rank in range(2)
-    ]
+    order, launch, ranks = {"folder": str(tmp_path)}, by_hand(2), []
+    for rank in range(2):
+        order["config"] = {**launch, "rank": rank, "compress": compress}
+        script = "tests.multiprocess.overflow"
+        ranks.append(zygote.start([json.dumps(order)], tmp_path / "log", script=script))
     assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(tmp_path / "log")
     for rank in range(2):
         gradients = json.loads((tmp_path / f"rank{rank}.json").read_text())
@@ -103,12 +91,12 @@ def test_an_infinite_gradient_leaves_nothing_in_the_next_updates(zygote, tmp_pat
         assert gradients[-1] == pytest.approx([0.5] * overflow.WIDTH**2, rel=0.1)
 
 
-def test_every_rank_goes_on_with_its_own_loss_scale(zygote, prepared, tmp_path):
+def test_every_rank_resumes_with_its_own_loss_scale(zygote, prepared, tmp_path):
     """Ranks that train alone find different scales, and what fp16 rounds away depends on them."""
-    way = {**CONSTANT, "sync": "diloco", "sync_every": 4, "save_every": 4, "max_grad_norm": 0}
+    rounds = {**CONSTANT, "sync": "diloco", "sync_every": 4, "save_every": 4, "max_grad_norm": 0}
 
     def run(folder, first_scale, **settings):
-        words, log = flags(prepared, folder, **way, **settings), folder.with_suffix(".log")
+        words, log = flags(prepared, folder, **rounds, **settings), folder.with_suffix(".log")
         how = {"environ": {"FIRST_SCALE": first_scale}, "script": "tests.multiprocess.scaled"}
         ranks = start_ranks(zygote, words, 2, log, **how)
         assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(log)
@@ -126,18 +114,20 @@ def test_every_rank_goes_on_with_its_own_loss_scale(zygote, prepared, tmp_path):
     assert all(torch.equal(tensor, there[key]) for key, tensor in tensors(calm, 8).items())
 
 
-def test_one_process_is_told_that_rounds_are_pointless(zygote, prepared, tmp_path):
+def test_one_process_is_warned_that_rounds_are_pointless(zygote, prepared, tmp_path):
     finish(zygote, prepared, tmp_path / "run", 1, sync="diloco", sync_every=2, max_steps=4)
-    told = read(tmp_path / "run.log")
-    assert "pointless with one process" in told
-    assert "rounds    of 2 updates; outer rate 0.354 and momentum 0.8, reached after 20" in told
+    log = read(tmp_path / "run.log")
+    assert "pointless with one process" in log
+    assert "rounds    of 2 updates; outer rate 0.354 and momentum 0.8, reached after 20" in log
 
 
-def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_goes_on(zygote, prepared, tmp_path):
+def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_continues(
+    zygote, prepared, tmp_path
+):
     """Its files may have no more than 40 kB, as on a disk that is full."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    way = {"sync": "diloco", "sync_every": 4, "save_every": 4}
-    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **way}), 2, log)
+    chosen = {"sync": "diloco", "sync_every": 4, "save_every": 4}
+    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **chosen}), 2, log)
     wait_until(lambda: newest_step(folder) >= 4)
     resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
     wait_until(lambda: "make room on the disk; training continues" in read(log))

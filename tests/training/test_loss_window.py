@@ -77,13 +77,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step_and_the_rank(
 
 
 def test_where_rounds_are_undone_such_a_line_has_no_loss_and_the_next_has_one():
-    window = window_of(loses_rounds_after=1)
+    window = window_of(rolls_back_after=1)
     take(window, [1.0, math.inf])
     window.end_line({"step": 2})
     take(window, [3.0])
     window.end_line({"step": 3})
     assert [line["loss"] for line in window.settle()] == [None, 3.0 / TOKENS]
-    early = window_of(loses_rounds_after=1)
+    early = window_of(rolls_back_after=1)
     take(early, [math.inf])
     with pytest.raises(ForgeError, match="at step 1 "):
         early.settle()
