@@ -146,13 +146,6 @@ def config_folder(config):
     return Path(config.output_dir)
 
 
-def test_a_finished_run_is_not_done_again(config, capsys):
-    first = train(config)
-    again = train(replace(config, resume="auto"))
-    assert again == first
-    assert "finished already" in capsys.readouterr().out
-
-
 def test_a_finished_run_can_be_made_longer(config):
     train(replace(config, lr_scheduler="constant"))
     longer = train(replace(config, lr_scheduler="constant", max_steps=8, resume="auto"))
@@ -201,31 +194,6 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(config,
     newest, skipped = checkpoint.newest_good(tmp_path / "run")
     assert newest == tmp_path / "run" / "checkpoint-6" and not skipped
     assert all(tensor.isfinite().all() for tensor in weights(newest).values())
-
-
-def test_eval_only_gives_the_figures_of_the_run_and_writes_nothing(config, tmp_path):
-    result = train(config)
-    before = sorted(path for path in (tmp_path / "run").rglob("*"))
-    again = train(replace(config, eval_only=True))
-    assert again.eval_loss == pytest.approx(result.eval_loss, rel=1e-6)
-    named = train(
-        replace(config, eval_only=True, model_name=config.output_dir, config_overrides=None)
-    )
-    assert named.bits_per_byte == pytest.approx(result.bits_per_byte, rel=1e-6)
-    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
-    with pytest.raises(ForgeError, match="nothing to evaluate"):
-        train(replace(config, eval_only=True, output_dir=str(tmp_path / "empty")))
-
-
-def test_a_dry_run_says_the_plan_and_writes_nothing(config, tmp_path, capsys):
-    train(replace(config, dry_run=True))
-    assert (
-        "6 of 8 blocks, 8 on each of 1 process(es), micro-batches of 8" in capsys.readouterr().out
-    )
-    assert not (tmp_path / "run").exists()
-    train(config)
-    with pytest.raises(ForgeError, match="holds this run already"):
-        train(replace(config, dry_run=True))
 
 
 def test_fine_tuning_starts_from_the_weights_of_the_model(config, tmp_path):

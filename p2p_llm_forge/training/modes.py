@@ -1,4 +1,4 @@
-"""What train.py does without training: evaluate a model, or say what a run would do."""
+"""What train.py does without training: evaluate a model, or show what a run would do."""
 
 from __future__ import annotations
 

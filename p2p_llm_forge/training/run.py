@@ -73,7 +73,7 @@ class Run:
 
     meter: Meter = field(default_factory=Meter)
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
-    forward_s: float = 0.0  # of this rank's forwards since the ranks last told each other
+    forward_s: float = 0.0  # of this rank's forwards since the last `agree`
 
     def position_of(self, step: int) -> int:
         """Where update `step` begins in the stream of blocks."""

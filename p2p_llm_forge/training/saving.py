@@ -1,4 +1,4 @@
-"""All ranks' part in the checkpoints of a run: saved while training goes on, and resumed from."""
+"""All ranks' part in the checkpoints of a run: saved while training continues, and resumed from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from p2p_llm_forge.training.run_folder import RunFolder
 
 
 class Writer:
-    """Runs one save at a time, in a thread of its own unless told otherwise."""
+    """Runs one save at a time, in a thread of its own if asked to."""
 
     def __init__(self, in_background: bool) -> None:
         self._in_background = in_background

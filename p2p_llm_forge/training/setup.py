@@ -118,7 +118,7 @@ def state_from_scratch(config: TrainConfig) -> dict[str, Any]:
 
 
 def introduce(run: Run, config_before: dict[str, Any]) -> None:
-    """Say what is about to happen, and what it resumes from."""
+    """Show what is about to happen, and what it resumes from."""
     say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
     if config.sync == "diloco":

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: a copy of the training state in memory, its files, and the way back.
+"""What is in a checkpoint: a copy of the training state in memory, its files, and loading them.
 
 Tensors are stored as safetensors, everything else as JSON; nothing is pickled.
 """

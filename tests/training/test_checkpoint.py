@@ -44,16 +44,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("told", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, told):
+@pytest.mark.parametrize("wrong", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, wrong):
     checkpoint.commit(tmp_path, 10, write_two_files, Keep(2))
     newest = checkpoint.commit(tmp_path, 20, write_two_files, Keep(2))
     assert checkpoint.newest_good(tmp_path) == (newest, [])
-    DAMAGES[told](newest)
+    DAMAGES[wrong](newest)
     found, skipped = checkpoint.newest_good(tmp_path)
     assert found == tmp_path / "checkpoint-10"
     assert len(skipped) == 1
-    assert str(newest) in skipped[0] and told in skipped[0]
+    assert str(newest) in skipped[0] and wrong in skipped[0]
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
@@ -108,3 +108,33 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     assert checkpoint.steps_saved(tmp_path) == [5, 2]
     checkpoint.commit(tmp_path, 6, write_with_loss(0.5), Keep(1, best=True))
     assert checkpoint.steps_saved(tmp_path) == [6]
+
+
+@pytest.mark.parametrize(("allowed", "left"), [(0, [10]), (1, [10, 20])])
+def test_what_has_lost_its_folder_commits_and_prunes_nothing(tmp_path, allowed, left):
+    """allowed: how often it is found that the folder is still held."""
+    answers = iter([True] * allowed)
+
+    def confirm():
+        if not next(answers, False):
+            raise ForgeError("the folder was taken over", "stop the other one")
+
+    checkpoint.commit(tmp_path, 10, write_two_files, Keep(1))
+    with pytest.raises(ForgeError, match="taken over"):
+        checkpoint.commit(tmp_path, 20, write_two_files, Keep(1), confirm)
+    names = [f"checkpoint-{step}" for step in left]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_what_resume_means(tmp_path, capsys):
+    assert checkpoint.find(tmp_path, None) is None and checkpoint.find(tmp_path, "auto") is None
+    old = checkpoint.commit(tmp_path, 10, write_two_files, Keep(2))
+    new = checkpoint.commit(tmp_path, 20, write_two_files, Keep(2))
+    assert checkpoint.find(tmp_path, "auto") == new
+    assert checkpoint.find(tmp_path, str(old)) == old
+    truncate(new)
+    with pytest.raises(ForgeError, match="has 7 bytes instead of 7000") as error:
+        checkpoint.find(tmp_path, str(new))
+    assert error.value.problems[0].fix == "--resume auto takes the newest good checkpoint"
+    assert checkpoint.find(tmp_path, "auto") == old
+    assert f"skipped {new}: model.safetensors has 7 bytes" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The clock of a run counts its updates only; what ranks ask for, the largest decides."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.sync.base import SyncReport
+from p2p_llm_forge.training import run as runs
+from p2p_llm_forge.training.interruptions import SAVE_NOW
+from p2p_llm_forge.training.run import Clock, Run
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The time that clocks see, in seconds."""
+    seconds = [100.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_a_clock_does_not_count_pauses(now):
+    clock = Clock()
+    clock.start()
+    now[0] += 5
+    with clock.paused():
+        now[0] += 100
+    now[0] += 2
+    assert clock.seconds == 7
+    with pytest.raises(KeyError), clock.paused():
+        now[0] += 100
+        raise KeyError
+    assert clock.seconds == 7
+
+
+def a_run(job, **more):
+    """A run that has resumed after 10 updates, of what these tests look at."""
+    parts = dict.fromkeys(("folder", "learner", "sync", "saving", "tracking", "balance"))
+    parts |= {"learning_rate_factor": lambda step: 0.5, "blocks": range(100)}
+    lines = SimpleNamespace(lines=[])
+    lines.end_line = lines.lines.append
+    parts |= {"window": lines, "first_step": 10, "first_position": 80}
+    return Run(job=job, train_loss=None, figures={}, **(parts | more))
+
+
+def test_a_line_holds_what_the_updates_of_this_process_took(open_small_job, now):
+    run = a_run(open_small_job(learning_rate=0.1))
+    run.clock.start()
+    now[0] += 4
+    run.meter.add(SyncReport(bytes_sent=1000, seconds=1.0))
+    run.end_line(12, math.inf)
+    (line,) = run.window.lines
+    assert line["step"] == 12 and line["learning_rate"] == 0.05 and line["grad_norm"] is None
+    assert line["tokens"] == 12 * 8 * 32 and line["tokens_per_second"] == 2 * 8 * 32 / 4
+    assert line["epoch"] == (80 + 2 * 8) / 100
+    assert (line["communication"], line["bytes_sent_per_update"]) == (0.25, 500)
+
+
+def test_the_largest_wish_is_that_of_all_and_speeds_are_told(open_small_job, monkeypatch):
+    job, measured = open_small_job(), []
+    run = a_run(
+        job,
+        folder=SimpleNamespace(is_lost=False),
+        balance=SimpleNamespace(measured=measured.append),
+        forward_s=1.5,
+    )
+    monkeypatch.setattr(job.cluster, "gather_numbers", lambda own: [own, [SAVE_NOW, 2.5, False]])
+    assert run.agree(15) == 15 and run.agree(0) == SAVE_NOW
+    assert measured == [[1.5, 2.5], [0.0, 2.5]]
+
+
+def test_all_ranks_end_when_the_main_process_has_lost_the_folder(open_small_job):
+    def confirm():
+        raise ForgeError("taken over", "stop the other one")
+
+    nobody = SimpleNamespace(measured=lambda seconds: None)
+    run = a_run(open_small_job(), folder=SimpleNamespace(is_lost=True, confirm=confirm))
+    run.balance = nobody
+    with pytest.raises(ForgeError, match="taken over"):
+        run.agree(0)

@@ -1,0 +1,82 @@
+"""A run's folder is held by one run at a time, and a finished run is not done again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import checkpoint
+from p2p_llm_forge.training.checkpoint import Keep
+from p2p_llm_forge.training.run import Run
+from p2p_llm_forge.training.run_folder import run_folder
+from train import train
+
+
+def taken_over(lock):
+    """As another process leaves the lock that was silent for too long."""
+    mark = next(lock.iterdir())
+    mark.rename(lock / "0123456789abcdef~17~1~~~elsewhere")
+
+
+def write_checkpoint(folder):
+    for name in ("model.safetensors", "optimizer.safetensors", "rank-00000.safetensors"):
+        (folder / name).write_text("tensors")
+    (folder / "config.json").write_text("{}")
+
+
+def test_the_folder_is_held_while_entered(open_small_job):
+    job = open_small_job()
+    with run_folder(job) as folder:
+        assert (folder.path / "run.lock").is_dir() and not folder.is_lost
+        folder.confirm()
+        with pytest.raises(ForgeError, match="is in use by process"), run_folder(job):
+            pass
+    assert not (folder.path / "run.lock").exists()
+
+
+def test_a_folder_that_was_taken_over_is_neither_claimed_nor_published_to(open_small_job):
+    with run_folder(open_small_job()) as folder:
+        saved = checkpoint.commit(folder.path, 6, write_checkpoint, Keep())
+        taken_over(folder.path / "run.lock")
+        for write in (folder.confirm, folder.claim, lambda: folder.publish(saved)):
+            with pytest.raises(ForgeError, match="taken over by process 17 on elsewhere"):
+                write()
+        assert not (folder.path / "run.json").exists()
+        assert not (folder.path / "model.safetensors").exists()
+    assert (folder.path / "run.lock").is_dir(), "it is the other one's now"
+
+
+def test_the_published_model_is_without_the_state_of_training(open_small_job):
+    with run_folder(open_small_job()) as folder:
+        saved = checkpoint.commit(folder.path, 6, write_checkpoint, Keep())
+        folder.publish(saved)
+        files = sorted(path.name for path in folder.path.iterdir() if path.is_file())
+        assert files == ["config.json", "model.safetensors"]
+
+
+def test_a_run_whose_folder_is_taken_over_ends_and_writes_nothing_more(
+    config, tmp_path, monkeypatch
+):
+    run, logged, right = tmp_path / "run", [], Run.log_lines
+
+    def log_lines(self):
+        right(self)
+        logged.append(self)
+        if len(logged) == 3:
+            taken_over(run / "run.lock")
+
+    monkeypatch.setattr(Run, "log_lines", log_lines)
+    with pytest.raises(ForgeError, match="was taken over by process 17 on elsewhere"):
+        train(replace(config, log_every=1, save_every=2, save_in_background=False))
+    assert len(logged) == 4, "it ended before the next save"
+    assert checkpoint.steps_saved(run) == [2] and not (run / "all_results.json").exists()
+    assert [mark.name.split("~")[-1] for mark in (run / "run.lock").iterdir()] == ["elsewhere"]
+
+
+def test_a_finished_run_is_not_done_again(config, capsys):
+    first = train(config)
+    again = train(replace(config, resume="auto"))
+    assert again == first
+    assert "finished already" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""A run is refused with all its mistakes at once, and set up only when all is known to work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.join import join
+from p2p_llm_forge.training import checkpoint
+from p2p_llm_forge.training.job import open_job
+from p2p_llm_forge.training.run_folder import run_folder
+from p2p_llm_forge.training.setup import refuse_mistakes, set_up, settle_strategy
+
+
+def test_all_mistakes_are_reported_at_once():
+    wrong = {"lr_scheduler": "cosin", "model_type": "gtp2", "report_to": "tensorbord"}
+    with pytest.raises(ForgeError) as error:
+        refuse_mistakes(TrainConfig(dataset_path="x", output_dir="y", optimizer="adm", **wrong))
+    found = " ".join(problem.found for problem in error.value.problems)
+    assert all(word in found for word in ("cosin", "gtp2", "tensorbord", "adm"))
+    assert all(problem.fix for problem in error.value.problems)
+
+
+def test_what_is_asked_for_is_the_strategy(open_small_job):
+    job = open_small_job(compress="int8")
+    assert settle_strategy(job, None) == job
+
+
+def test_auto_resumes_with_the_strategy_of_the_checkpoint(open_small_job, tmp_path):
+    begun = open_small_job(sync="diloco", sync_every=3, outer_lr=0.8)
+
+    def write(folder):
+        from p2p_llm_forge.config import as_dict
+        from p2p_llm_forge.files import write_json
+
+        write_json(folder / checkpoint.TRAINER_STATE, {"config": as_dict(begun.config)})
+
+    saved = checkpoint.commit(tmp_path, 3, write, checkpoint.Keep())
+    settled = settle_strategy(open_small_job(sync="auto", max_steps=9), saved).config
+    assert (settled.sync, settled.sync_every, settled.outer_lr) == ("diloco", 3, 0.8)
+    assert settled.max_steps == 9
+
+
+def test_a_run_from_scratch_is_ready_and_claims_its_folder_last(config):
+    with join(config) as cluster, run_folder(open_job(config, cluster)) as folder:
+        with set_up(open_job(config, cluster), folder) as run:
+            assert (run.first_step, run.first_position, run.train_loss) == (0, 0, None)
+            assert all(p.grad is None for p in run.learner.lm.parameters()), "priming left some"
+            assert (folder.path / "run.json").exists()
+        bad = open_job(replace(config, config_overrides="n_layer=2,n_head=3,n_embd=32"), cluster)
+        (folder.path / "run.json").unlink()
+        with pytest.raises(ForgeError, match="--config-overrides"), set_up(bad, folder):
+            pass
+        assert not (folder.path / "run.json").exists()
+
+
+def test_the_model_from_scratch_depends_on_the_seed_alone(config):
+    weights = []
+    for seed in (1, 1, 2):
+        asked = replace(config, seed=seed, output_dir=f"{config.output_dir}-{len(weights)}")
+        with join(asked) as cluster:
+            job = open_job(asked, cluster)
+            with run_folder(job) as folder, set_up(job, folder) as run:
+                weights.append(next(run.learner.lm.parameters()).detach().clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
