@@ -1,0 +1,43 @@
+"""The model of a run is the same on every rank, and ready before the first update."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training.learner import build_or_load, first_micro_batch, prime
+
+
+def test_a_checkpoint_that_this_machine_does_not_see_is_named(open_small_job, tmp_path):
+    with pytest.raises(ForgeError, match="checkpoint-9 is not seen from here") as error:
+        build_or_load(open_small_job(), tmp_path / "checkpoint-9")
+    assert error.value.problems[0].fix == "share the folder, or copy it to this machine"
+
+
+def test_the_first_micro_batch_is_that_of_the_split(open_small_job):
+    job = open_small_job(micro_batch_size=2)
+    inputs, targets = first_micro_batch(job, job.data.train_blocks())
+    assert inputs.shape == targets.shape == (2, 32)
+    assert torch.equal(inputs[0, 1:], targets[0, :-1])
+    assert inputs[0, 0] == job.data.manifest.eos_token_id
+
+
+def test_priming_takes_a_backward_and_leaves_no_gradient(open_small_job):
+    job, seen = open_small_job(), []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs, targets):
+            self.weight.register_hook(seen.append)
+            return self.weight.sum() * inputs.numel(), None
+
+    model, sync = Model(), SimpleNamespace(priming=contextlib.nullcontext)
+    prime(job, SimpleNamespace(model=model), sync, job.data.train_blocks())
+    assert [float(gradient) for gradient in seen] == [8 * 32] and model.weight.grad is None
