@@ -121,9 +121,7 @@ def test_one_process_is_warned_that_rounds_are_pointless(zygote, prepared, tmp_p
     assert "rounds    of 2 updates; outer rate 0.354 and momentum 0.8, reached after 20" in log
 
 
-def test_a_rank_that_cannot_write_its_file_is_named_and_the_run_continues(
-    zygote, prepared, tmp_path
-):
+def test_a_rank_that_cannot_write_is_named_and_the_run_continues(zygote, prepared, tmp_path):
     """Its files may have no more than 40 kB, as on a disk that is full."""
     folder, log = tmp_path / "run", tmp_path / "log"
     chosen = {"sync": "diloco", "sync_every": 4, "save_every": 4}
