@@ -100,7 +100,7 @@ def test_what_fails_before_a_piece_is_done_leaves_no_trace(tmp_path):
 # --- no room --------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_a_resumable_state_and_says_what_is_needed(
+def test_a_full_disk_leaves_a_resumable_state_and_names_the_room_needed(
     text, tmp_path, undisturbed, monkeypatch
 ):
     right, written = pieces.write_file, []
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_a_resumable_state_and_says_what_is_needed(
     assert Manifest.load(tmp_path / "out").splits["train"].blocks > 10
 
 
-def test_a_disk_that_is_really_full_is_told_at_every_moment(text, tmp_path, undisturbed):
+def test_a_disk_that_is_really_full_is_reported_at_every_moment(text, tmp_path, undisturbed):
     disk = tmp_path / "disk"
     disk.mkdir()
 
