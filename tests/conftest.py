@@ -14,7 +14,7 @@ import pytest
 from tests import ROOT
 from tests.texts import write_text
 
-# Where nobody says another: exact comparisons must hold on CPUs with bf16 units, too.
+# Unless a test sets another: exact comparisons must hold on CPUs with bf16 units, too.
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 for launcher_variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(launcher_variable, None)

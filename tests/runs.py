@@ -18,7 +18,9 @@ from tests.waiting import wait_until
 SEQUENCE_LENGTH = 32
 TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
 DROPOUT = TINY_MODEL + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
-# A run that goes on until it is ended.
+# Its rate and momentum still change after the first rounds.
+DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
+# A run that trains until it is ended.
 LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -16,12 +17,16 @@ WORK_S = 0.5  # heartbeats of a process that hangs need less in the longest of w
 
 
 def wait_until(
-    look: Callable[[], Seen], idle_s: float = 60.0, longest_pause_s: float = 0.02
+    look: Callable[[], Seen],
+    idle_s: float = 60.0,
+    longest_pause_s: float = 0.02,
+    log: Path | None = None,
 ) -> Seen:
     """The first true value that `look` returns.
 
-    Raises AssertionError when the processes that this one has started have done nothing for
-    `idle_s` seconds; work that is slow because the machine is busy gets the time that it needs.
+    Raises AssertionError, with the end of `log`, when the processes that this one has started
+    have done nothing for `idle_s` seconds; work that is slow because the machine is busy gets the
+    time that it needs.
     """
     worked_s, looked_at = work_s(), time.monotonic()
     for _ in pauses(longest_s=longest_pause_s):
@@ -29,7 +34,8 @@ def wait_until(
             return seen
         if time.monotonic() > looked_at + idle_s:
             before, worked_s, looked_at = worked_s, work_s(), time.monotonic()
-            assert worked_s > before + WORK_S, f"nothing has happened for {idle_s} s"
+            printed = log.read_text()[-6000:] if log else ""
+            assert worked_s > before + WORK_S, f"nothing happens for {idle_s} s\n{printed}"
     raise AssertionError("pauses() never ends")
 
 

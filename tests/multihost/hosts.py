@@ -59,7 +59,7 @@ class Host:
             )
 
     def unplug(self) -> None:
-        """Pull the cable: nothing arrives any more, and nobody is told."""
+        """Pull the cable: nothing arrives any more, and nobody knows why."""
         ip("netns", "exec", self.name, "ip", "link", "set", "eth0", "down")
 
     def plug_in(self) -> None:

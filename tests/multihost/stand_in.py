@@ -1,4 +1,4 @@
-"""A program for tests that stands for a training on two hosts: it says that it runs, then one of
+"""A program for tests that stands for a training on two hosts: it prints that it runs, then one of
 
 --success: both end well; --failure: rank 1 fails once rank 0 runs; --signal: both run until they
 are asked to stop.

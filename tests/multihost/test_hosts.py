@@ -1,4 +1,4 @@
-"""Shaped hosts send as fast as they were told, in both directions, and count what they send."""
+"""Shaped hosts send as fast as was asked for, in both directions, and count what they send."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_interface_counts_what_was_sent_and_received(tmp_path):
         exchange(machines, count, tmp_path)
         after = [(host.bytes_sent(), host.bytes_received()) for host in machines]
     for then, now in zip(before, after, strict=True):
-        for way in (0, 1):
-            assert count < now[way] - then[way] < 1.1 * count
+        for direction in (0, 1):
+            assert count < now[direction] - then[direction] < 1.1 * count
 
 
 def test_shaping_again_replaces_the_rate(tmp_path):

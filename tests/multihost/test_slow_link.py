@@ -1,4 +1,4 @@
-"""Peers on a slow link: the bytes counted are those that travel, and auto finds a way."""
+"""Peers on a slow link: the bytes counted are those that travel, and auto finds a strategy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_bytes_counted_are_those_that_the_interface_counts(
 ):
     folder = tmp_path / "run"
     with hosts(2) as machines:
-        # Starting, meeting, one exchange; then the same with all of them.
+        # Starting, the rendezvous, one exchange; then the same with all of them.
         run(zygote, machines, prepared, tmp_path / "one", tmp_path / "log", **settings | ONE_UPDATE)
         alone = [host.bytes_sent() for host in machines]
         run(zygote, machines, prepared, folder, tmp_path / "log", **settings)
@@ -64,14 +64,14 @@ def test_the_bytes_counted_are_those_that_the_interface_counts(
 ONE_UPDATE = {"max_steps": 1}
 
 
-def test_auto_finds_a_way_that_a_slow_link_allows(zygote, prepared, tmp_path):
+def test_auto_finds_a_strategy_that_a_slow_link_allows(zygote, prepared, tmp_path):
     with hosts(2, mbit=20) as machines:
-        told = run(
+        printed = run(
             zygote, machines, prepared, tmp_path / "run", tmp_path / "log",
             sync="auto", max_steps=60, batch_size=16,
         )  # fmt: skip
-    assert re.search(r"--sync ddp --compress none .*%\n", told), told
-    assert re.search(r"(--sync diloco .*?)  .*<- chosen", told), told
-    assert "communication" in told
+    assert re.search(r"--sync ddp --compress none .*%\n", printed), printed
+    assert re.search(r"(--sync diloco .*?)  .*<- chosen", printed), printed
+    assert "communication" in printed
     result = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert 0 < result["communication"] < 1

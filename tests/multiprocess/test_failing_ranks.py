@@ -1,4 +1,4 @@
-"""What one rank lacks (speed, memory, data) is told by that rank, and is never a hang."""
+"""What one rank lacks (speed, memory, data) is reported by that rank, and is never a hang."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.runs import (
     by_hand,
     flags,
     lines,
+    newest_step,
     read,
     slowed,
     start_each,
@@ -56,9 +57,13 @@ def test_a_rank_without_memory_says_so_and_the_others_end(zygote, prepared, tmp_
     limit = psutil.Process(ranks[1]).memory_info().vms + 800 * 2**20
     resource.prlimit(ranks[1], resource.RLIMIT_AS, (limit, limit))
     assert [zygote.wait(pid) for pid in ranks] == [1, 1], read(log)
-    told = read(log)
-    assert "rank 1 (" in told and "out of memory" in told and "lower --micro-batch-size" in told
-    assert "Traceback" not in told
+    printed = read(log)
+    assert (
+        "rank 1 (" in printed
+        and "out of memory" in printed
+        and "lower --micro-batch-size" in printed
+    )
+    assert "Traceback" not in printed
 
 
 def test_a_rank_whose_blocks_are_gone_says_so(zygote, prepared, tmp_path):
@@ -88,7 +93,7 @@ def test_ranks_with_different_data_are_refused_by_name(zygote, prepared, tmp_pat
 def test_a_rank_that_falls_silent_before_the_first_update_is_given_up(
     zygote, prepared, tmp_path, moment
 ):
-    """The others wait for its facts then, and no exchange with a timeout is under way."""
+    """The others wait for its facts then, and no exchange with a timeout is under strategy."""
     folder, log = tmp_path / "run", tmp_path / "log"
     ranks = start_ranks(zygote, flags(prepared, folder, **LONG, peer_timeout=4), 2, log)
     silent = psutil.Process(ranks[1])
@@ -117,3 +122,19 @@ def test_an_evaluation_waits_for_a_slow_rank(zygote, tmp_path):
         for rank in range(2)
     ]
     assert [zygote.wait(pid) for pid in ranks] == [0, 0], read(tmp_path / "log")
+
+
+def test_a_rank_that_cannot_write_is_named_and_the_run_continues(zygote, prepared, tmp_path):
+    """Its files may have no more than 40 kB, as on a disk that is full."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    chosen = {"sync": "diloco", "sync_every": 4, "save_every": 4}
+    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **chosen}), 2, log)
+    wait_until(lambda: newest_step(folder) >= 4)
+    resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    wait_until(lambda: "make room on the disk; training continues" in read(log))
+    resource.prlimit(
+        ranks[1], resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
+    reached = newest_step(folder)
+    wait_until(lambda: newest_step(folder) > reached + 8)
+    assert "rank 1 could not write" in read(log)

@@ -116,8 +116,8 @@ def test_a_full_disk_is_told_and_training_goes_on(zygote, prepared, tmp_path):
         words = flags(prepared, folder / "run", **settings)
         run = zygote.start(words, log)
         assert zygote.wait(run) == 2, read(log)
-        told = read(log)
-        assert "No space left on device" in told and "training continues" in told
+        printed = read(log)
+        assert "No space left on device" in printed and "training continues" in printed
         assert lines(folder / "run")[-1]["step"] == 12, "it went on to the end"
         steps = checkpoint.steps_saved(folder / "run")
         assert steps and max(steps) < 12

@@ -164,7 +164,7 @@ def test_accelerate_prepares_the_same_bytes_as_one_process(zygote, run, tmp_path
         *("prepare_data.py", *asked, "--output-dir", tmp_path / "two"),
     )
     assert status == 0, output
-    assert output.count("prepared") == 1 + str(tmp_path).count("prepared"), "one process tells"
+    assert output.count("prepared") == 1 + str(tmp_path).count("prepared"), "one process prints it"
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert len(files) > 5
     assert files == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.*"))

@@ -73,27 +73,3 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(zygote, prepared, tmp_pa
         assert torch.equal(tensor, got[key]), key
     assert lines(stormy) == lines(calm)
     assert not list(stormy.glob("tmp-*"))
-
-
-def test_the_number_of_processes_may_change_at_a_resume(zygote, prepared, tmp_path):
-    """1, then 3, then 2 processes: the losses are those of one process throughout."""
-    settings = {"max_steps": 50, "save_every": 1000, "log_every": 5, "mixed_precision": "no"}
-    settings |= {"learning_rate": 3e-3, "lr_scheduler": "constant"}
-    ranks = start_ranks(zygote, flags(prepared, tmp_path / "one", **settings), 1, tmp_path / "log")
-    assert zygote.wait(ranks[0]) == 0, read(tmp_path / "log")
-    for processes, until in ((1, 17), (3, 34), (2, 50)):
-        words = flags(prepared, tmp_path / "changing", **{**settings, "max_steps": until})
-        ranks = start_ranks(zygote, words, processes, tmp_path / "log")
-        statuses = [zygote.wait(pid) for pid in ranks]
-        assert statuses == [0] * processes, read(tmp_path / "log")
-    one = {line["step"]: line["loss"] for line in lines(tmp_path / "one") if "loss" in line}
-    changing = {
-        line["step"]: line["loss"] for line in lines(tmp_path / "changing") if "loss" in line
-    }
-    assert one[50] < one[5] - 0.5
-    for step, loss in one.items():
-        if step not in (20, 35):  # the parts ended at 17 and 34 with a line of their own
-            assert changing[step] == pytest.approx(loss, abs=1e-5)
-    a, b = tensors(tmp_path / "one", 50), tensors(tmp_path / "changing", 50)
-    for key, tensor in a.items():
-        torch.testing.assert_close(b[key], tensor, rtol=1e-4, atol=1e-4)

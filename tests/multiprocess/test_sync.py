@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from p2p_llm_forge.config import OF_DILOCO
-from p2p_llm_forge.training.checkpoint import read_state
 from tests.runs import (
+    DILOCO,
     TINY_MODEL,
     by_hand,
     finish,
@@ -33,8 +33,6 @@ PLAIN_SGD = {
     **{"optimizer": "sgd", "learning_rate": 0.1, "lr_scheduler": "constant", "weight_decay": 0},
     **{"max_grad_norm": 0, "mixed_precision": "no"},
 }
-# Its rate and momentum change while the run is killed and resumed.
-DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
 
 
 STRATEGIES = {
@@ -103,38 +101,6 @@ def test_the_loss_is_that_of_ddp_on_the_same_tokens(zygote, prepared, tmp_path):
     for (name, most), other in zip(bytes_of_ddp.items(), others, strict=True):
         assert other["eval_loss"] == pytest.approx(ddp["eval_loss"], rel=0.03), name
         assert 0 < other["bytes_sent_per_update"] < most * ddp["bytes_sent_per_update"], name
-
-
-def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):
-    """2, then 3, then 1: every time all resume from the weights that were agreed on."""
-    settings = {**DILOCO, "sync_every": 5, "compress": "int8", "save_every": 5}
-    for processes, until in ((2, 15), (3, 30), (1, 40)):
-        folder = finish(
-            zygote, prepared, tmp_path / "run", processes, **settings, max_steps=until,
-            lr_scheduler="constant", learning_rate=3e-3,
-        )  # fmt: skip
-    losses = [line["loss"] for line in lines(folder) if "loss" in line]
-    assert losses[-1] < losses[0] - 0.5
-    assert [line["peers"] for line in lines(folder) if "peers" in line] == [2, 2, 3, 3, 1]
-
-
-def test_peers_may_change_while_the_pseudo_gradients_of_a_round_are_on_their_way(
-    zygote, prepared, tmp_path
-):
-    """Until the next are sent it does not matter whether ranks wait for exchanges. (Other numbers
-    of ranks and fragments: tests/sync/test_diloco.py.)"""
-    settings = {**DILOCO, "lr_scheduler": "constant", "keep_checkpoints": 9, "compress": "int8"}
-    settings |= {"sync_every": 5, "save_every": 5, "outer_warmup_rounds": 2}
-    ends = []
-    for name, overlap in (("waits", 0), ("overlaps", 2)):
-        folder = tmp_path / name
-        finish(zygote, prepared, folder, **settings, max_steps=8, overlap_steps=overlap)
-        facts = read_state(folder / "checkpoint-5")["sync"]
-        assert (sum(facts["lands_at"]) > 0) == (overlap > 0)
-        begun = {"resume": folder / "checkpoint-5", "max_steps": 11}
-        finish(zygote, prepared, folder, 3, **settings, **begun)
-        ends.append(tensors(folder, 11))
-    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
 def test_a_run_cannot_end_with_pseudo_gradients_that_are_on_their_way(zygote, prepared, tmp_path):

@@ -1,4 +1,4 @@
-"""The files that the real `accelerate config` writes either work or are refused with the mend."""
+"""The files that the real `accelerate config` writes either work or are refused with the fix."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 
 import pytest
@@ -12,28 +11,10 @@ import torch
 
 from p2p_llm_forge.training.checkpoint import read_state
 from tests.multiprocess import overflow
-from tests.runs import LONG, by_hand, finish, flags, newest_step, read, start_ranks, tensors
-from tests.waiting import wait_until
+from tests.runs import by_hand, finish, flags, newest_step, read, start_ranks, tensors
 
 pytestmark = pytest.mark.slow
 CONSTANT = {"lr_scheduler": "constant", "keep_checkpoints": 9}
-
-
-def test_powersgd_resumes_from_any_update_rank_and_number_of_peers(zygote, prepared, tmp_path):
-    """Its first updates, and those of one process, leave no matrices behind."""
-    settings = {**CONSTANT, "compress": "powersgd", "save_every": 1}
-    for processes, until, changes in (
-        (1, 1, {}),
-        (2, 2, {}),
-        (2, 6, {}),
-        (2, 8, {"powersgd_rank": 2}),
-        (3, 10, {"powersgd_rank": 2}),
-        (2, 12, {"compress": "int8"}),
-    ):
-        folder = finish(
-            zygote, prepared, tmp_path / "run", processes, max_steps=until, **(settings | changes)
-        )
-    assert newest_step(folder) == 12
 
 
 def test_auto_keeps_all_of_the_strategy_that_a_run_has_begun_with(zygote, prepared, tmp_path):
@@ -119,19 +100,3 @@ def test_one_process_is_warned_that_rounds_are_pointless(zygote, prepared, tmp_p
     log = read(tmp_path / "run.log")
     assert "pointless with one process" in log
     assert "rounds    of 2 updates; outer rate 0.354 and momentum 0.8, reached after 20" in log
-
-
-def test_a_rank_that_cannot_write_is_named_and_the_run_continues(zygote, prepared, tmp_path):
-    """Its files may have no more than 40 kB, as on a disk that is full."""
-    folder, log = tmp_path / "run", tmp_path / "log"
-    chosen = {"sync": "diloco", "sync_every": 4, "save_every": 4}
-    ranks = start_ranks(zygote, flags(prepared, folder, **{**LONG, **chosen}), 2, log)
-    wait_until(lambda: newest_step(folder) >= 4)
-    resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-    wait_until(lambda: "make room on the disk; training continues" in read(log))
-    resource.prlimit(
-        ranks[1], resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    )
-    reached = newest_step(folder)
-    wait_until(lambda: newest_step(folder) > reached + 8)
-    assert "rank 1 could not write" in read(log)
