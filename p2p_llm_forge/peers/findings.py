@@ -12,7 +12,6 @@ from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.tables import table
 
 FINE, WARNING, FAILURE = "fine", "warning", "failure"
-AS_IT_SAYS = "as it says"  # until every error has two fields
 WORKS, WILL_NOT_WORK, WORKS_WITH_WARNINGS = 0, 1, 3  # exit status
 
 
@@ -49,10 +48,7 @@ def failures(topic: str, error: ForgeError) -> list[Finding]:
     """The problems of an error as findings."""
     if isinstance(error, Refused):
         return list(error.findings)
-    return [
-        Finding(p.found, p.fix or AS_IT_SAYS, p.where, level=FAILURE, topic=topic)
-        for p in error.problems
-    ]
+    return [Finding(p.found, p.fix, p.where, level=FAILURE, topic=topic) for p in error.problems]
 
 
 class Refused(ForgeError):
