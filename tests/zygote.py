@@ -83,6 +83,8 @@ def _become(start: Start) -> None:
     # The fork server's own may have read ahead. As Python opens it: no newline is translated.
     sys.stdin = open(0, newline="\n", closefd=False)  # noqa: SIM115
     multiprocessing.set_start_method(None, force=True)  # the system's own again
+    # As in a terminal: shells let what they start in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(start.environ)
     sys.path[:0] = filter(None, start.environ.get("PYTHONPATH", "").split(":"))
     sys.argv = [f"{start.script}.py", *start.argv]

@@ -19,6 +19,8 @@ from tests.waiting import wait_until
 
 PYTHON = sys.executable
 
+PYTHON = sys.executable
+
 
 @functools.cache
 def why_not() -> str | None:
