@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ SILENCE_S = 5.0  # a holder elsewhere whose file does not change for so long is 
 
 def fsync(path: Path) -> None:
     """Return when the file's (or the folder's) content is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,6 +174,10 @@ class Holder:
         """What its file is called."""
         return "~".join(map(str, (vars(self).values())))
 
+    def in_words(self) -> str:
+        """Who it is, for messages."""
+        return f"process {self.pid} on {self.host}"
+
     def is_alive(self) -> bool:
         """Whether it is one of the processes in the table of this one, where it must be."""
         try:
@@ -201,11 +208,13 @@ class Lock:
         """
         with contextlib.suppress(FileNotFoundError), self.mark.open("rb"):
             return
-        self.is_lost = True
+        self.is_lost, holder = True, self._holder()
+        if holder is None:
+            raise ForgeError(f"the lock {self._path} was removed", "start this again")
         raise ForgeError(
-            f"{self._what} was taken over by {_in_words(self._holder())}: this process had shown"
-            " no sign of life",
-            "let the other one go on, or stop it and start this one again",
+            f"{self._what} was taken over by {holder.in_words()}: this process had shown no sign of"
+            " life",
+            "let the other one finish, or stop it and start this one again",
         )
 
     def acquire(self) -> None:
@@ -218,9 +227,10 @@ class Lock:
                     "make sure that nothing runs there, and remove it",
                 )
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise ForgeError(
                 f"{self._what} cannot be written: {error.strerror or error}",
-                "give another folder, or make this one writable",
+                f"{'make room there' if is_full else 'make it writable'}, or give another folder",
             ) from error
 
     def release(self) -> None:
@@ -251,7 +261,7 @@ class Lock:
             return False  # released by now
         if not self._is_gone(holder):
             raise ForgeError(
-                f"{self._what} is in use by {_in_words(holder)}",
+                f"{self._what} is in use by {holder.in_words()}",
                 f"wait until it ends, or stop it (its lock is {self._path})",
             )
         try:
@@ -329,7 +339,3 @@ def _start_of(pid: int) -> int:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _in_words(holder: Holder | None) -> str:
-    return f"process {holder.pid} on {holder.host}" if holder else "another process"

@@ -166,6 +166,13 @@ def test_a_lock_that_was_taken_over_is_neither_touched_nor_removed_by_the_old_ho
     assert not path.exists()
 
 
+def test_a_lock_that_was_removed_is_lost(tmp_path):
+    with only_writer(tmp_path / "run.lock", "the folder") as lock:
+        lock.mark.unlink()
+        with pytest.raises(ForgeError, match="run.lock was removed"):
+            lock.confirm()
+
+
 def test_an_empty_lock_belongs_to_nobody_and_a_foreign_file_in_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SILENCE_S", 0.2)
     path = tmp_path / "run.lock"
