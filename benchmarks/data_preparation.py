@@ -111,7 +111,8 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
 
     from p2p_llm_forge.data import text_files
     from p2p_llm_forge.data import tokenizer as tokenization
-    from p2p_llm_forge.data.parts import ReadOptions
+    from p2p_llm_forge.data.input_file import InputFile
+    from p2p_llm_forge.data.parts import ReadOptions, Span
 
     for name in ("text", "jsonl", "parquet", "small"):
         (folder / name).mkdir(exist_ok=True)
@@ -124,7 +125,9 @@ def make_corpus(folder: Path, target: int, usual: int) -> dict[str, float]:
             size += len(parts[-1])
         raw = b"\n\n".join(parts)
         (folder / "text" / f"{number:03d}.txt").write_bytes(raw)
-        column = text_files.text_column(raw, "", 0, ReadOptions()).cast(pa.large_string())
+        column = text_files.text_column(raw, InputFile(Span("", 0, 0), ReadOptions()), 0).cast(
+            pa.large_string()
+        )
         pq.write_table(pa.table({"text": column}), folder / "parquet" / f"{number:03d}.parquet")
         with (folder / "jsonl" / f"{number:03d}.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in column.to_pylist())
@@ -228,13 +231,14 @@ def usual_way(folder: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from p2p_llm_forge.data import text_files
-    from p2p_llm_forge.data.parts import ReadOptions
+    from p2p_llm_forge.data.input_file import InputFile
+    from p2p_llm_forge.data.parts import ReadOptions, Span
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     raw = (folder / "small" / "part.txt").read_bytes()
-    documents = text_files.text_column(raw, "", 0, ReadOptions()).to_pylist()
+    documents = text_files.text_column(raw, InputFile(Span("", 0, 0), ReadOptions()), 0).to_pylist()
     rows = datasets.Dataset.from_dict({"text": [document.decode() for document in documents]})
     rows.save_to_disk(folder / "small" / "rows")
     rows = datasets.load_from_disk(str(folder / "small" / "rows"))

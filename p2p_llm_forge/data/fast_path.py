@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from p2p_llm_forge.data.columns import column_of, values_and_offsets
+from p2p_llm_forge.data.parts import column_of, values_and_offsets
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, without_truncation
 
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece

@@ -3,69 +3,55 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.json
 
-from p2p_llm_forge.data.columns import column_of
-from p2p_llm_forge.data.compression import decompressed_pieces, open_decompressed
-from p2p_llm_forge.data.parts import (
-    BYTE_ORDER_MARK,
-    TO_UTF8,
-    BadRows,
-    Columns,
-    ReadOptions,
-    Span,
-    read_span,
-)
+from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
+from p2p_llm_forge.data.parts import column_of
 
-CHUNK_BYTES = 1 << 20  # of an array that are read at a time
+CHUNK_BYTES = 1 << 20  # of a file that are read at a time
 BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")  # of an array
 
 
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def plain_lines(span: Span, options: ReadOptions, bad_rows: BadRows) -> pa.LargeBinaryArray:
+def plain_lines(file: InputFile) -> pa.LargeBinaryArray:
     """The documents of a range of a file of JSON lines."""
-
-    def first_line() -> int:
-        return 1 + _count_lines(span.path, span.start)
-
-    return _documents_of_lines(read_span(span), span.path, first_line, options, bad_rows)
+    raw = file.read()
+    column = _parsed(raw, file.options.text_column)
+    return _line_by_line(raw, file, 1 + _lines_before(file)) if column is None else column
 
 
-def _count_lines(path: str, end: int) -> int:
-    lines = 0
-    with open(path, "rb") as file:
-        while end > 0 and (chunk := file.read(min(end, 1 << 20))):
+def compressed_lines(file: InputFile) -> Columns:
+    """The documents of a compressed file of JSON lines."""
+    line = 1
+    for raw, source_bytes in file.pieces(re.compile(b"\n")):
+        text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+        column = _parsed(text, file.options.text_column)
+        yield _line_by_line(text, file, line) if column is None else column, source_bytes
+        line += raw.count(b"\n")
+
+
+def _lines_before(file: InputFile) -> int:
+    lines, end = 0, file.span.start
+    with open(file.path, "rb") as stream:
+        while chunk := stream.read(min(end, CHUNK_BYTES)):
             lines += chunk.count(b"\n")
             end -= len(chunk)
     return lines
 
 
-def compressed_lines(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
-    """The documents of a compressed file of JSON lines."""
-    line, pattern = 1, re.compile(b"\n")
-    for raw, source_bytes in decompressed_pieces(span, pattern, options.piece_bytes, bad_rows):
-        text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
-        first_line = functools.partial(int, line)
-        yield _documents_of_lines(text, span.path, first_line, options, bad_rows), source_bytes
-        line += raw.count(b"\n")
-
-
-def _documents_of_lines(
-    raw: bytes, path: str, first_line: Callable[[], int], options: ReadOptions, bad_rows: BadRows
-) -> pa.LargeBinaryArray:
-    """The text of JSON lines: by pyarrow, and by Python when a line must be named."""
+def _parsed(raw: bytes, name: str) -> pa.LargeBinaryArray | None:
+    """The text of JSON lines by pyarrow's parser; None where a line must be looked at."""
     if not raw.strip():
         return column_of([])
-    schema = pa.schema([(options.text_column, pa.large_string())])
+    schema = pa.schema([(name, pa.large_string())])
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(raw),
@@ -74,90 +60,80 @@ def _documents_of_lines(
         )
         column = table.column(0).cast(pa.large_binary())
         column.cast(pa.large_string())  # the parser does not check that strings are UTF-8
-        # The parser takes `{}{}` for two rows, and a row may go over several lines.
-        lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
-        if not column.null_count and len(column) == lines:
-            return pa.concat_arrays(column.chunks or [column_of([])])
     except pa.ArrowException:
-        pass
-    return _documents_line_by_line(raw, path, first_line(), options, bad_rows)
+        return None
+    # The parser takes `{}{}` for two rows, and a row may go over several lines.
+    lines = raw.count(b"\n") + (not raw.endswith(b"\n"))
+    is_whole = not column.null_count and len(column) == lines
+    return pa.concat_arrays(column.chunks) if is_whole else None
 
 
-def _documents_line_by_line(
-    raw: bytes, path: str, line_number: int, options: ReadOptions, bad_rows: BadRows
-) -> pa.LargeBinaryArray:
+def _line_by_line(raw: bytes, file: InputFile, first_line: int) -> pa.LargeBinaryArray:
     documents = []
-    for number, line in enumerate(raw.split(b"\n"), start=line_number):
+    for number, line in enumerate(raw.split(b"\n"), start=first_line):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{file.path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8", errors=options.encoding_errors))
+            row = json.loads(line.decode("utf-8", errors=file.options.encoding_errors))
         except UnicodeDecodeError as error:
-            bad_rows.add(f"{where} is not UTF-8: {error.reason}", TO_UTF8)
-            continue
+            file.skip(f"{where} is not UTF-8: {error.reason}", TO_UTF8)
         except (ValueError, RecursionError) as error:
-            bad_rows.add(f"{where} is not JSON: {error}")
-            continue
-        text = _text_of_row(row, where, options, bad_rows)
-        if text is not None:
-            documents.append(text)
+            file.skip(f"{where} is not JSON: {error}")
+        else:
+            documents += _text_of_row(row, where, file)
     return column_of(documents)
 
 
-def _text_of_row(row: Any, where: str, options: ReadOptions, bad_rows: BadRows) -> bytes | None:
-    """The text of a row that was JSON; lone surrogates, which UTF-8 cannot hold, as U+FFFD."""
-    name = options.text_column
+def _text_of_row(row: Any, where: str, file: InputFile) -> list[bytes]:
+    """The text of a row that was JSON, if it has one; lone surrogates, which UTF-8 cannot hold, as
+    U+FFFD."""
+    name = file.options.text_column
     if not isinstance(row, dict):
         kind = type(row).__name__
-        bad_rows.add(f"{where} holds a {kind} where an object with '{name}' is expected")
+        file.skip(f"{where} holds a {kind} where an object with '{name}' is expected")
     elif name not in row:
         found = ", ".join(map(str, row)) or "nothing"
         fix = "choose another with --text-column"
-        bad_rows.add(f"{where} has no text column '{name}': found {found}", fix)
+        file.skip(f"{where} has no text column '{name}': found {found}", fix)
     elif not isinstance(row[name], str):
-        bad_rows.add(f"{where}: '{name}' is {type(row[name]).__name__}, expected a string")
+        file.skip(f"{where}: '{name}' is {type(row[name]).__name__}, expected a string")
     else:
         try:
-            return row[name].encode()
+            return [row[name].encode()]
         except UnicodeEncodeError:
-            return re.sub("[\ud800-\udfff]", "\ufffd", row[name]).encode()
-    return None
+            return [re.sub("[\ud800-\udfff]", "\ufffd", row[name]).encode()]
+    return []
 
 
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def values(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
+def values(file: InputFile) -> Columns:
     """The rows of a JSON array, one value at a time; a compressed .json may hold lines instead."""
     head = b""
-    with open_decompressed(span, bad_rows) as (stream, _):
+    with file.decompressed() as (stream, _):
         head = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
     if not head:
         return
     if head != b"[":
-        yield from compressed_lines(span, options, bad_rows)
+        yield from compressed_lines(file)
         return
-    with open_decompressed(span, bad_rows) as (stream, file):
+    with file.decompressed() as (stream, raw):
         documents, size, read = [], 0, 0
-        rows = _values_of_array(stream, span.path, options, bad_rows)
-        for number, row in enumerate(rows, start=1):
-            text = _text_of_row(row, f"{span.path}, row {number}", options, bad_rows)
-            if text is None:
-                continue
-            documents.append(text)
-            size += len(text)
-            if size >= options.piece_bytes:
-                yield column_of(documents), file.tell() - read
-                documents, size, read = [], 0, file.tell()
-        yield column_of(documents), span.end - read
+        for number, row in enumerate(_values_of_array(stream, file), start=1):
+            text = _text_of_row(row, f"{file.path}, row {number}", file)
+            documents += text
+            size += sum(map(len, text))
+            if size >= file.options.piece_bytes:
+                yield column_of(documents), raw.tell() - read
+                documents, size, read = [], 0, raw.tell()
+        yield column_of(documents), file.span.end - read
 
 
-def _values_of_array(
-    stream: Any, path: str, options: ReadOptions, bad_rows: BadRows
-) -> Iterator[Any]:
+def _values_of_array(stream: Any, file: InputFile) -> Iterator[Any]:
     """The values of a JSON array that `stream` holds, decoded one by one as its bytes come."""
-    decode = codecs.getincrementaldecoder("utf-8-sig")(errors=options.encoding_errors).decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")(errors=file.options.encoding_errors).decode
     decode_value, rows = json.JSONDecoder().raw_decode, 0
     waiting, place = "", 0
     try:
@@ -178,13 +154,13 @@ def _values_of_array(
             # Half of a long value is not read again and again: what is read doubles.
             more = stream.read(max(CHUNK_BYTES, len(waiting) - place))
             if not more:
-                bad_rows.add(f"{path} is not a whole JSON array: row {rows + 1}: {reason}")
+                file.skip(f"{file.path} is not a whole JSON array: row {rows + 1}: {reason}")
                 return
             waiting, place = waiting[place:] + decode(more), 0
         if waiting[place + 1 :].strip() or stream.read(CHUNK_BYTES).strip():
-            bad_rows.add(f"{path} continues after the end of its JSON array, after row {rows}")
+            file.skip(f"{file.path} continues after the end of its JSON array, after row {rows}")
     except UnicodeDecodeError as error:
-        bad_rows.add(f"{path} is not UTF-8 ({error.reason}), after row {rows}", TO_UTF8)
+        file.skip(f"{file.path} is not UTF-8 ({error.reason}), after row {rows}", TO_UTF8)
 
 
 def _after_space(text: str, place: int) -> int:

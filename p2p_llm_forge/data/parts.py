@@ -8,23 +8,18 @@ from the input alone, never from who reads them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.errors import ForgeError
-
-# Documents, some at a time, each time with the bytes of the file that they took.
-Columns = Iterator[tuple[pa.LargeBinaryArray, int]]
 
 PIECE_BYTES = 8 << 20  # text that is read, tokenized and counted as one piece of work
 BLANK_LINES = "\n\n"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-TO_UTF8 = "convert it to UTF-8, or put U+FFFD in place of such bytes with --encoding-errors replace"
 
 FORMATS = {
     ".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
@@ -52,10 +47,7 @@ def format_of(path: Path) -> str | None:
 class ReadOptions:
     """How files are read; named as in PrepareConfig.
 
-    separator: what ends a document in a text file; text_column: where the text of a row is;
-    encoding_errors: `strict` or `replace`; skip_bad_rows: count what cannot be read instead of
-    raising; dataset_config, dataset_split: which part of a dataset of the Hub; piece_bytes: of
-    text, in a piece.
+    separator: what ends a document in a text file; piece_bytes: of text, in a piece.
     """
 
     separator: str = BLANK_LINES
@@ -113,8 +105,8 @@ class Part:
 
 @dataclass
 class Piece:
-    """Documents of a part, in order: a pyarrow LargeBinaryArray of UTF-8, none empty; the bytes of
-    the file that were read for them; the rows that were skipped."""
+    """Documents of a part, in order, none empty; the bytes of the file that were read for them;
+    the rows that were skipped."""
 
     column: pa.LargeBinaryArray
     source_bytes: int
@@ -122,67 +114,34 @@ class Piece:
     is_last: bool = False
 
 
-def require_unchanged(span: Span) -> None:
-    """Raise ForgeError if the span's file is another one than when it was found."""
-    if not span.mtime_ns:
-        return
+# --- columns of documents: LargeBinaryArrays of UTF-8, one value for each document ----------------
+
+
+def column_of(documents: list[bytes]) -> pa.LargeBinaryArray:
+    """The documents as a column."""
+    return pa.array(documents, pa.large_binary())
+
+
+def without_empty(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """The column without its documents of no bytes."""
+    holds_text = pc.greater(pc.binary_length(column), 0)
+    return column if pc.all(holds_text).as_py() is not False else column.filter(holds_text)
+
+
+def values_and_offsets(column: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    """A column's text (uint8) and where its documents begin and end in it (int64), not copied."""
+    _, offsets, values = column.buffers()
+    if not len(column):
+        return np.empty(0, np.uint8), np.zeros(1, np.int64)
+    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    text = np.frombuffer(values or b"", np.uint8)
+    return text[ends[0] : ends[-1]], ends - ends[0]
+
+
+def is_utf8(document: bytes) -> bool:
+    """Whether a document is whole, valid UTF-8."""
     try:
-        stat = Path(span.path).stat()
-        same = (stat.st_size, stat.st_mtime_ns) == (span.size, span.mtime_ns)
-    except OSError:
-        same = False
-    if not same:
-        raise _changed(span)
-
-
-def read_span(span: Span) -> bytes:
-    """The bytes of a span, without a byte order mark. Raises ForgeError."""
-    try:
-        with open(span.path, "rb") as file:
-            file.seek(span.start)
-            raw = file.read(span.end - span.start)
-    except OSError as error:
-        raise ForgeError(
-            f"{span.path} cannot be read: {error.strerror}",
-            "make the file readable, and run the same command again",
-        ) from error
-    if len(raw) != span.end - span.start:
-        raise _changed(span)
-    return raw.removeprefix(BYTE_ORDER_MARK) if span.start == 0 else raw
-
-
-def _changed(span: Span) -> ForgeError:
-    return ForgeError(
-        f"{span.path} changed while it was read",
-        "run the same command again when nothing writes to it; what was read of other files is"
-        " kept",
-    )
-
-
-class BadRows:
-    """Counts what cannot be read, or refuses the first of it."""
-
-    def __init__(self, options: ReadOptions) -> None:
-        self.is_skipping = options.skip_bad_rows
-        self.count = 0
-
-    def add(self, found: str, fix: str = "correct it", rows: int = 1) -> None:
-        """Count bad rows. Raises ForgeError unless they are to be skipped."""
-        if not self.is_skipping:
-            raise ForgeError(found, f"{fix}, or use --skip-bad-rows to leave it out")
-        self.count += rows
-
-    def add_damaged(self, path: str, error: Exception, rows: int = 1) -> None:
-        """Count what a reader could not get out of a file."""
-        found = f"{path} is damaged or truncated: {first_line(error)}"
-        self.add(found, "copy or download the file again", rows)
-
-    def take(self) -> int:
-        """How many there were since this was last asked."""
-        count, self.count = self.count, 0
-        return count
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of a library."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        document.decode()
+        return True
+    except UnicodeDecodeError:
+        return False

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from p2p_llm_forge.data.columns import values_and_offsets
-from p2p_llm_forge.data.parts import Part
+from p2p_llm_forge.data.parts import Part, values_and_offsets
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint, read_json, write_file, write_json

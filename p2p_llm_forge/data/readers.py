@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from p2p_llm_forge.data import hf_datasets, json_files, table_files, text_files
-from p2p_llm_forge.data.columns import column_of, without_empty
-from p2p_llm_forge.data.parts import BadRows, Columns, Part, Piece, ReadOptions, require_unchanged
+from p2p_llm_forge.data import json_files, table_files, text_files
+from p2p_llm_forge.data.input_file import Columns, InputFile
+from p2p_llm_forge.data.parts import Part, Piece, ReadOptions, column_of, without_empty
 
 READERS = {
     "text": text_files.compressed, "jsonl": json_files.compressed_lines,
     "json": json_files.values, "csv": table_files.csv, "parquet": table_files.parquet,
-    "saved": hf_datasets.saved, "hub": hf_datasets.streamed,
+    "saved": table_files.saved, "hub": table_files.streamed,
 }  # fmt: skip
 
 
@@ -23,26 +23,26 @@ def read_pieces(part: Part, options: ReadOptions) -> Iterator[Piece]:
     Raises ForgeError for what cannot be read (naming file and line or row) unless bad rows are
     skipped, and when a file changes meanwhile.
     """
-    bad_rows = BadRows(options)
-    for span in part.spans:
-        require_unchanged(span)
+    files = [InputFile(span, options) for span in part.spans]
+    for file in files:
+        file.require_unchanged()
     waiting: Piece | None = None
-    for column, source_bytes in _columns(part, options, bad_rows):
+    for column, source_bytes in _columns(part, files):
         if waiting:
             yield waiting
-        waiting = Piece(without_empty(column), source_bytes, bad_rows.take())
-    for span in part.spans:
-        require_unchanged(span)
+        skipped = sum(file.take_skipped() for file in files)
+        waiting = Piece(without_empty(column), source_bytes, skipped)
+    for file in files:
+        file.require_unchanged()
     last = waiting or Piece(column_of([]), part.bytes)
     last.is_last = True
-    last.skipped += bad_rows.take()
+    last.skipped += sum(file.take_skipped() for file in files)
     yield last
 
 
-def _columns(part: Part, options: ReadOptions, bad_rows: BadRows) -> Columns:
-    """The documents of a part as columns, each with the bytes of the file that it took."""
+def _columns(part: Part, files: list[InputFile]) -> Columns:
     if part.is_one_piece:
         read = text_files.plain if part.kind == "text" else json_files.plain_lines
-        yield pa.concat_arrays([read(span, options, bad_rows) for span in part.spans]), part.bytes
+        yield pa.concat_arrays([read(file) for file in files]), part.bytes
     else:
-        yield from READERS[part.kind](part.spans[0], options, bad_rows)
+        yield from READERS[part.kind](files[0])

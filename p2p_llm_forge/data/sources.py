@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, InputFile, first_line
 from p2p_llm_forge.data.parts import (
-    BYTE_ORDER_MARK,
     FORMATS,
-    BadRows,
     Part,
     ReadOptions,
     Span,
     compression_of,
-    first_line,
     format_of,
     suffix_of,
 )
@@ -30,6 +28,7 @@ from p2p_llm_forge.errors import ForgeError
 
 NO_TEXT = {".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".arrow", ".pdf", ".docx", ".bin"}
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,24 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
         )
     if weights and min(weights) <= 0:
         raise ForgeError(f"--dataset-path has a weight of {min(weights):g}", "give weights above 0")
-    bad_files = BadRows(options)
     parts: list[Part] = []
+    unreadable = 0
     for source, (path, _) in enumerate(weighted):
         part = partial(Part, source=source, is_validation=validation)
-        parts += _parts_of(path, part, options, bad_files)
-    total = sum(weights)
-    return Found(parts, tuple(weight / total for weight in weights), bad_files.count)
+        if kind := _kind_of_dataset(path):
+            parts.append(part(kind, (Span(path, 0, 0),)))
+            continue
+        spans: list[tuple[str, Span]] = []
+        for file in _files_of(path):
+            try:
+                spans += _spans_of(file, options)
+            except (OSError, pa.ArrowException) as error:
+                reason = getattr(error, "strerror", None) or first_line(error)
+                bad = InputFile(Span(str(file), 0, 0), options)
+                bad.skip(f"{file} cannot be read: {reason}", "replace it by a readable file")
+                unreadable += 1
+        parts += _grouped(spans, part, options.piece_bytes)
+    return Found(parts, tuple(weight / sum(weights) for weight in weights), unreadable)
 
 
 def split_weight(path: str) -> tuple[str, float | None]:
@@ -73,13 +83,19 @@ def split_weight(path: str) -> tuple[str, float | None]:
     return match["path"], float(match["weight"])
 
 
-def _parts_of(
-    path: str, part: partial[Part], options: ReadOptions, bad_files: BadRows
-) -> list[Part]:
+def _kind_of_dataset(path: str) -> str | None:
+    """`saved`: a folder of `save_to_disk`; `hub`: perhaps a name there; None: files of text."""
+    if any((Path(path) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+        return "saved"
+    if Path(path).exists() or format_of(Path(path)) or suffix_of(Path(path)) in NO_TEXT:
+        return None
+    return "hub" if HUB_NAME.fullmatch(path) else None
+
+
+def _files_of(path: str) -> list[Path]:
     if Path(path).is_dir():
-        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-            return [part("saved", (Span(path, 0, 0),))]
-        files = _files_below(Path(path))
+        files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        files = [file for file in files if format_of(file)]
         if not files:
             raise ForgeError(
                 f"--dataset-path {path} is a folder without text: found none of "
@@ -96,73 +112,51 @@ def _parts_of(
                 f"--dataset-path {path}: no file matches this pattern",
                 "give a pattern that matches a file; ** stands for any folders",
             )
-    elif _may_be_on_the_hub(path):
-        return [part("hub", (Span(path, 0, 0),))]
     else:
         raise ForgeError(f"--dataset-path {path}: no such file", "give a file, a folder or a glob")
-    spans = _spans_of_files(files, options, bad_files)
-    return list(_grouped(spans, part, options.piece_bytes))
-
-
-def _files_below(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if format_of(path)]
-
-
-def _may_be_on_the_hub(path: str) -> bool:
-    name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
-    return bool(name) and not format_of(Path(path)) and suffix_of(Path(path)) not in NO_TEXT
+    return files
 
 
 # --- cutting files --------------------------------------------------------------------------------
 
 
-def _spans_of_files(
-    files: list[Path], options: ReadOptions, bad_files: BadRows
-) -> Iterator[tuple[str, Span]]:
-    """Every file as (kind, span), large ones of some formats as several."""
-    for path in files:
-        if suffix_of(path) in NO_TEXT:
-            raise ForgeError(
-                f"--dataset-path {path}: {suffix_of(path)} is not text that can be read here",
-                f"give {', '.join(sorted(FORMATS))}, each perhaps .gz or .zst",
-            )
-        try:
-            yield from _spans_of_file(path, options)
-        except (OSError, pa.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            bad_files.add(f"{path} cannot be read: {reason}", "replace it by a readable file")
-
-
-def _spans_of_file(path: Path, options: ReadOptions) -> Iterator[tuple[str, Span]]:
+def _spans_of(path: Path, options: ReadOptions) -> list[tuple[str, Span]]:
+    """A file as (kind, span), a large one of some formats as several."""
+    if suffix_of(path) in NO_TEXT:
+        raise ForgeError(
+            f"--dataset-path {path}: {suffix_of(path)} is not text that can be read here",
+            f"give {', '.join(sorted(FORMATS))}, each perhaps .gz or .zst",
+        )
     stat = path.stat()
     if not stat.st_size:
-        return
+        return []
     with path.open("rb") as file:
-        cuts = list(_cuts_of(file, path, stat.st_size, options))
-    for kind, start, end in cuts:
-        portion = stat.st_size // len(cuts) if kind == "parquet" else end - start
-        yield kind, Span(str(path), start, end, portion, stat.st_size, stat.st_mtime_ns)
+        kind, cuts = _cuts_of(file, path, stat.st_size, options)
+    spans = []
+    for start, end in cuts:
+        size = stat.st_size // len(cuts) if kind == "parquet" else end - start
+        span = Span(str(path), start, end, size, stat.st_size, stat.st_mtime_ns)
+        spans.append((kind, span))
+    return spans
 
 
 def _cuts_of(
     file: Any, path: Path, size: int, options: ReadOptions
-) -> Iterator[tuple[str, int, int]]:
+) -> tuple[str, list[tuple[int, int]]]:
+    """The kind of a file, and the ranges of bytes or row groups that are read by themselves."""
     kind = format_of(path) or "text"
     if compression_of(path):
-        yield kind, 0, size
-        return
+        return kind, [(0, size)]
     if kind == "json":
         first = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
         kind = "json" if first == b"[" else "jsonl"
     if kind == "parquet":
-        for group in range(pq.ParquetFile(file).num_row_groups):
-            yield kind, group, group + 1
-    elif kind == "jsonl" or (kind == "text" and not options.one_document_per_file):
-        pattern = separator_pattern("\n" if kind == "jsonl" else options.separator)
-        yield from ((kind, *ends) for ends in _ranges(file, size, pattern, options.piece_bytes))
-    else:
-        yield kind, 0, size
+        groups = range(pq.ParquetFile(file).num_row_groups)
+        return kind, [(group, group + 1) for group in groups]
+    if kind in ("json", "csv") or (kind == "text" and options.one_document_per_file):
+        return kind, [(0, size)]
+    separator = "\n" if kind == "jsonl" else options.separator
+    return kind, _ranges(file, size, separator_pattern(separator), options.piece_bytes)
 
 
 def _ranges(
@@ -197,21 +191,17 @@ def _end_of_document(file: Any, place: int, size: int, pattern: re.Pattern[bytes
 
 
 def _grouped(
-    spans: Iterable[tuple[str, Span]], part: partial[Part], piece_bytes: int
+    spans: list[tuple[str, Span]], part: partial[Part], piece_bytes: int
 ) -> Iterator[Part]:
     """Parts of the spans; small neighbours of one kind are one part, for there may be millions."""
-    group: list[Span] = []
-    group_kind, group_bytes = "", 0
+    groups: list[tuple[str, list[Span]]] = []
+    bytes_left = -1  # in the last group
     for kind, span in spans:
-        alone = kind not in ("text", "jsonl") or bool(compression_of(span.path))
-        is_full = group_bytes + span.bytes > piece_bytes
-        if group and (alone or kind != group_kind or is_full):
-            yield part(group_kind, tuple(group))
-            group, group_bytes = [], 0
-        if alone:
-            yield part(kind, (span,))
+        can_grow = Part(kind, (span,)).is_one_piece
+        if can_grow and span.bytes <= bytes_left and kind == groups[-1][0]:
+            groups[-1][1].append(span)
+            bytes_left -= span.bytes
         else:
-            group.append(span)
-            group_kind, group_bytes = kind, group_bytes + span.bytes
-    if group:
-        yield part(group_kind, tuple(group))
+            groups.append((kind, [span]))
+            bytes_left = piece_bytes - span.bytes if can_grow else -1
+    return (part(kind, tuple(group)) for kind, group in groups)

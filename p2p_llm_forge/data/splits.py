@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from p2p_llm_forge.data.columns import values_and_offsets
+from p2p_llm_forge.data.parts import values_and_offsets
 
 if TYPE_CHECKING:
     import numpy as np

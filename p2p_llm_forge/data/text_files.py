@@ -8,18 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from p2p_llm_forge.data.columns import column_of, is_utf8
-from p2p_llm_forge.data.compression import decompressed_pieces
-from p2p_llm_forge.data.parts import (
-    BLANK_LINES,
-    BYTE_ORDER_MARK,
-    TO_UTF8,
-    BadRows,
-    Columns,
-    ReadOptions,
-    Span,
-    read_span,
-)
+from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
+from p2p_llm_forge.data.parts import BLANK_LINES, ReadOptions, column_of, compression_of, is_utf8
 from p2p_llm_forge.errors import ForgeError
 
 
@@ -29,40 +19,38 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
     return re.compile(blank_lines if separator == BLANK_LINES else re.escape(separator.encode()))
 
 
-def plain(span: Span, options: ReadOptions, bad_rows: BadRows) -> pa.LargeBinaryArray:
+def plain(file: InputFile) -> pa.LargeBinaryArray:
     """The documents of a range of a text file."""
-    raw = read_span(span)
-    return text_column(raw, span.path, span.end - len(raw), options, bad_rows)
+    raw = file.read()
+    return text_column(raw, file, file.span.end - len(raw))
 
 
-def compressed(span: Span, options: ReadOptions, bad_rows: BadRows) -> Columns:
+def compressed(file: InputFile) -> Columns:
     """The documents of a compressed text file."""
-    pattern = None if options.one_document_per_file else separator_pattern(options.separator)
+    one = file.options.one_document_per_file
     offset = 0
-    name = f"{span.path} (decompressed)"
-    for raw, source_bytes in decompressed_pieces(span, pattern, options.piece_bytes, bad_rows):
-        text = raw.removeprefix(BYTE_ORDER_MARK) if not offset else raw
-        place = offset + len(raw) - len(text)
-        yield text_column(text, name, place, options, bad_rows), source_bytes
+    for raw, source_bytes in file.pieces(
+        None if one else separator_pattern(file.options.separator)
+    ):
+        text = raw if offset else raw.removeprefix(BYTE_ORDER_MARK)
         offset += len(raw)
+        yield text_column(text, file, offset - len(text)), source_bytes
 
 
-def text_column(
-    raw: bytes, name: str, offset: int, options: ReadOptions, bad_rows: BadRows | None = None
-) -> pa.LargeBinaryArray:
-    """The documents of a text. name, offset: where it begins, for the error that names a byte."""
-    column = _divided(raw, options)
+def text_column(raw: bytes, file: InputFile, offset: int) -> pa.LargeBinaryArray:
+    """The documents of a text that begins at `offset`. Raises ForgeError, naming a byte."""
+    column = _divided(raw, file.options)
     try:
         column.cast(pa.large_string())  # checks UTF-8, 20 times as fast as Python
         return column
     except pa.ArrowInvalid:
-        if options.encoding_errors == "replace":
-            return _divided(raw.decode("utf-8", errors="replace").encode(), options)
-    if options.skip_bad_rows and bad_rows:
-        documents = column.to_pylist()
-        good = [document for document in documents if is_utf8(document)]
-        bad_rows.count += len(documents) - len(good)
+        if file.options.encoding_errors == "replace":
+            return _divided(raw.decode("utf-8", errors="replace").encode(), file.options)
+    if file.options.skip_bad_rows:
+        good = [document for document in column.to_pylist() if is_utf8(document)]
+        file.skipped += len(column) - len(good)
         return column_of(good)
+    name = f"{file.path} (decompressed)" if compression_of(file.path) else file.path
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:

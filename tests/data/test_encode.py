@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from p2p_llm_forge.data import encode, fast_path
-from p2p_llm_forge.data.columns import column_of
 from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.fast_path import HARD_TEXTS
+from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from p2p_llm_forge.errors import ForgeError
 from tests.data.tokenizers import per_document, some_documents, word_tokenizer

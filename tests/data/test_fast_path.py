@@ -9,9 +9,9 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from p2p_llm_forge.data import fast_path
-from p2p_llm_forge.data.columns import column_of
 from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers, check_fast_path, require_same, sample
+from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import END_OF_TEXT, reference_encoder, train_tokenizer
 from tests.data.tokenizers import some_documents, word_tokenizer
 

@@ -1,42 +1,16 @@
-"""Parts: what they know of their files."""
+"""Parts: what names show, and columns of documents, whose text is seen without a copy."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import parts, sources
-from p2p_llm_forge.data.parts import BadRows, Part, ReadOptions, Span, read_span
-from p2p_llm_forge.data.readers import read_pieces
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.data import parts
+from p2p_llm_forge.data.parts import Part, ReadOptions, Span
 
-
-@pytest.mark.parametrize("change", ["longer", "shorter", "later"])
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
-    path = tmp_path / "a.txt"
-    path.write_text("some text")
-    [part] = sources.find([str(path)], ReadOptions()).parts
-    if change == "later":
-        os.utime(path, (1, 1))
-    else:
-        path.write_text("some text"[: 4 if change == "shorter" else None] * 2)
-    with pytest.raises(ForgeError, match="a.txt changed while it was read"):
-        list(read_pieces(part, ReadOptions()))
-
-
-def test_a_range_is_read_without_a_byte_order_mark_and_never_in_part(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone two")
-    size = path.stat().st_size
-    assert read_span(Span(str(path), 0, size)) == b"one two"
-    assert read_span(Span(str(path), 7, size)) == b"two"
-    with pytest.raises(ForgeError, match="a.txt changed while it was read"):
-        read_span(Span(str(path), 7, size + 1))
-    with pytest.raises(ForgeError, match="none.txt cannot be read: No such file"):
-        read_span(Span(str(tmp_path / "none.txt"), 0, 1))
+DOCUMENTS = [b"one", b"", "ağ".encode(), b"", b"last"]
 
 
 def test_a_preparation_decides_all_options(monkeypatch):
@@ -74,13 +48,31 @@ def test_only_plain_text_and_lines_are_known_to_be_one_piece():
     assert Part("text", (Span("a", 0, 9, 9), Span("b", 5, 6, 1))).bytes == 10
 
 
-def test_bad_rows_are_refused_or_counted():
-    with pytest.raises(ForgeError) as error:
-        BadRows(ReadOptions()).add("a.csv, row 3 is bad", "write it again")
-    [problem] = error.value.problems
-    assert problem.found == "a.csv, row 3 is bad"
-    assert problem.fix == "write it again, or use --skip-bad-rows to leave it out"
-    bad_rows = BadRows(ReadOptions(skip_bad_rows=True))
-    bad_rows.add("row 3")
-    bad_rows.add_damaged("a.csv", OSError("cut\noff"), rows=4)
-    assert [bad_rows.take(), bad_rows.take()] == [5, 0]
+def spans(column) -> list[bytes]:
+    text, ends = parts.values_and_offsets(column)
+    return [text[ends[n] : ends[n + 1]].tobytes() for n in range(len(column))]
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_text_and_borders_give_every_slice_of_a_column_back(start):
+    column = parts.column_of(DOCUMENTS)[start:]
+    text, ends = parts.values_and_offsets(column)
+    assert spans(column) == DOCUMENTS[start:]
+    assert ends[0] == 0 and ends[-1] == len(text)
+
+
+def test_text_and_borders_are_views_of_the_column():
+    column = parts.column_of(DOCUMENTS)
+    text, _ = parts.values_and_offsets(column)
+    *_, values = column.buffers()
+    assert text.ctypes.data == values.address
+
+
+def test_documents_of_no_bytes_are_left_out():
+    column = parts.without_empty(parts.column_of(DOCUMENTS))
+    assert column.to_pylist() == [b"one", "ağ".encode(), b"last"] == spans(column)
+    assert len(parts.without_empty(parts.column_of([]))) == 0
+
+
+def test_half_a_character_is_not_utf8():
+    assert parts.is_utf8("ağ".encode()) and not parts.is_utf8("ağ".encode()[:-1])

@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p_llm_forge.data import text_files
-from p2p_llm_forge.data.parts import ReadOptions
+from p2p_llm_forge.data.input_file import InputFile
+from p2p_llm_forge.data.parts import ReadOptions, Span
 from p2p_llm_forge.errors import ForgeError
 from tests.data.reading import documents, pieces
 from tests.texts import compress
 
 
 def split(raw: bytes, separator: str = "\n\n") -> list[bytes]:
-    return text_files.text_column(raw, "text", 0, ReadOptions(separator)).to_pylist()
+    file = InputFile(Span("text", 0, len(raw)), ReadOptions(separator))
+    return text_files.text_column(raw, file, 0).to_pylist()
 
 
 def test_blank_lines_end_documents_whatever_the_line_ends():

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from p2p_llm_forge.data import tokenizer as tokenization
-from p2p_llm_forge.data.columns import column_of
+from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import (
     END_OF_TEXT,
     load_tokenizer,
