@@ -33,6 +33,8 @@ def train(config: TrainConfig) -> TrainResult:
     Returns the same TrainResult on every rank. Raises ForgeError for what the user can fix, and
     Interrupted when the run was asked to stop and has saved.
     """
+    interruptions = Interruptions(config.max_seconds)  # the clock runs from here
+    mistakes_in(config).raise_any()  # before imports that take seconds
     from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
@@ -40,8 +42,6 @@ def train(config: TrainConfig) -> TrainResult:
     from p2p_llm_forge.training.run_folder import run_folder
     from p2p_llm_forge.training.setup import set_up
 
-    mistakes_in(config).raise_any()
-    interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     with join(config) as cluster:
         if config.eval_only:
             return evaluate_only(config, cluster)
