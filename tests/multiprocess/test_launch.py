@@ -22,10 +22,19 @@ CONFIGS = ROOT / "accelerate_configs"
 BIN = Path(sys.executable).parent
 
 
-def test_two_processes_take_the_same_updates_as_one(zygote, prepared, tmp_path):
+# Adam divides by the size of a gradient, so it hides a wrong factor and makes the rounding of small
+# gradients large, by as much as the machine's vector units round otherwise (1.3e-5 was seen). SGD
+# does neither.
+@pytest.mark.parametrize(
+    ("optimizer", "learning_rate", "tolerance"), [("sgd", 0.5, 1e-5), ("adamw", 3e-3, 5e-5)]
+)
+def test_two_processes_take_the_same_updates_as_one(
+    zygote, prepared, tmp_path, optimizer, learning_rate, tolerance
+):
     """50 updates in fp32, with accumulation and dropout; and the same evaluation."""
-    settings = {"max_steps": 50, "learning_rate": 3e-3, "micro_batch_size": 2}
-    settings |= {"mixed_precision": "no", "config_overrides": TINY_MODEL + ",resid_pdrop=0.1"}
+    settings = {"optimizer": optimizer, "learning_rate": learning_rate, "max_steps": 50}
+    settings |= {"micro_batch_size": 2, "mixed_precision": "no"}
+    settings["config_overrides"] = TINY_MODEL + ",resid_pdrop=0.1"
     one = finish(zygote, prepared, tmp_path / "one", 1, **settings)
     two = finish(zygote, prepared, tmp_path / "two", 2, **settings)
     printed = read(tmp_path / "two.log")
@@ -39,12 +48,12 @@ def test_two_processes_take_the_same_updates_as_one(zygote, prepared, tmp_path):
             for bias in (tensor, other):
                 assert bias[width : 2 * width].abs().max() < 1e-3
                 bias[width : 2 * width] = 0
-        torch.testing.assert_close(other, tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(other, tensor, rtol=0, atol=tolerance)
     a, b = results(one), results(two)
     assert (a["processes"], b["processes"]) == (1, 2)
     for figure in ("eval_loss", "perplexity", "bits_per_byte", "train_loss"):
         assert b[figure] == pytest.approx(a[figure], rel=1e-5)
-    assert a["train_loss"] < 4.5, "nothing was learned, so nothing was compared"
+    assert a["train_loss"] < 4.9, "nothing was learned, so nothing was compared"
 
 
 @pytest.mark.parametrize("name", ["cpu.yaml", "cpu_2_processes.yaml"])
