@@ -301,8 +301,8 @@ def medians(folder: Path, repeats: int, names: list[str]) -> dict[str, dict[str,
     for _ in range(repeats):
         for name, found in results.items():
             found.append(measured(name, folder))
-            told = {key: round(value, 3) for key, value in found[-1].items()}
-            print(name, told, file=sys.stderr, flush=True)
+            medians = {key: round(value, 3) for key, value in found[-1].items()}
+            print(name, medians, file=sys.stderr, flush=True)
     return {
         name: {key: statistics.median(one[key] for one in found) for key in found[0]}
         for name, found in results.items()

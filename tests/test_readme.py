@@ -27,7 +27,7 @@ def text_of(readme: str) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The text with the table of each script made anew."""
+    """The text with the table of each script made again."""
     for script, config_class in SCRIPTS.items():
         rows = f"\n{flags_table(config_class)}\n"
         pattern = re.compile(TABLE.format(re.escape(script)), re.DOTALL)

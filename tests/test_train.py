@@ -250,7 +250,7 @@ def test_other_families_and_settings_train(config, family, settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "found"),
     [
         ({"dataset_path": "nowhere"}, "nowhere"),
         ({"sequence_length": 64}, "--sequence-length 64 was asked, .* has blocks of 32 tokens"),
@@ -262,10 +262,10 @@ def test_other_families_and_settings_train(config, family, settings):
         ({"resume": "nowhere"}, "--resume nowhere: it has no manifest.json"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(config, tmp_path, settings, told):
+def test_mistakes_are_reported_before_anything_is_written(config, tmp_path, settings, found):
     if torch.accelerator.is_available() and {"backend", "mixed_precision"} & set(settings):
         pytest.skip("a machine without an accelerator shows this")
-    with pytest.raises(ForgeError, match=f"(?s){told}"):
+    with pytest.raises(ForgeError, match=f"(?s){found}"):
         train(replace(config, **settings))
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
@@ -295,7 +295,7 @@ def test_a_document_mask_changes_the_training_and_the_evaluation(config, tmp_pat
 
 
 def test_a_run_goes_on_with_another_batch_size_and_reads_every_block_once(config, tmp_path):
-    """--resume-changed: the stream of blocks goes on where it was, in other portions."""
+    """--resume-changed: the stream of blocks continues where it was, in other portions."""
     from p2p_llm_forge.training.checkpoint import read_state
 
     train(replace(config, lr_scheduler="constant"))
@@ -325,7 +325,7 @@ def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):
     bad = replace(config, config_overrides="n_layer=2,n_head=3,n_embd=32")
     with pytest.raises(ForgeError, match="--config-overrides"):
         train(bad)
-    train(config)  # the mended command is not refused
+    train(config)  # the fixed command is not refused
     before = weights(tmp_path / "run")
     with pytest.raises(ForgeError, match="--config-overrides"):
         train(replace(bad, overwrite=True))
@@ -356,7 +356,7 @@ def test_the_batch_stays_what_it_was_when_a_run_goes_on(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "found"),
     [
         ({"epochs": float("inf")}, "--epochs is inf"),
         ({"seed": 2**70}, "--seed is"),
@@ -370,10 +370,10 @@ def test_the_batch_stays_what_it_was_when_a_run_goes_on(config, tmp_path):
         ({"dataset_path": "no/such.txt"}, "no/such.txt: no such file"),
     ],
 )
-def test_values_that_mean_nothing_are_told(config, settings, told):
+def test_values_that_mean_nothing_are_refused(config, settings, found):
     with pytest.raises(ForgeError) as error:
         train(replace(config, **settings))
-    assert told in str(error.value)
+    assert found in str(error.value)
 
 
 def test_a_notebook_may_give_paths_and_a_dict(prepared, tmp_path):

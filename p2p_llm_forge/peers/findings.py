@@ -52,7 +52,7 @@ def failures(topic: str, error: ForgeError) -> list[Finding]:
 
 
 class Refused(ForgeError):
-    """Findings because of which a launch cannot go on, for a script that only wants to start."""
+    """Findings because of which a launch cannot continue, for a script that only wants to start."""
 
     def __init__(self, *findings: Finding) -> None:
         super().__init__(findings[0].found, findings[0].fix)

@@ -1,4 +1,4 @@
-"""Signals, time limits, locks and full disks: a run stops when asked, and always can go on."""
+"""Signals, time limits, locks and full disks: a run stops when asked, and can always resume."""
 
 from __future__ import annotations
 
