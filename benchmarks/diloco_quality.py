@@ -10,8 +10,8 @@ ranks, so one rank takes them here. Every run is kept in a file of results and n
 a call can be interrupted, and calls with other arms, seeds or rates add to the file.
 
 The learning rate is tuned: all rates are tried with the first seed (DDP, plain averaging and the
-default, without compression), the best is repeated with the other seeds; what has no rate of its own
-takes that of its uncompressed fellow.
+default, without compression), the best is repeated with the other seeds; what has no rate of its
+own takes that of its uncompressed fellow.
 """
 
 from __future__ import annotations
