@@ -63,16 +63,10 @@ class Arm:
 class TopK(Codec):
     """Keeps the largest of every 4096 values. On the wire stand zeros too: no bytes count here."""
 
-    group = 4096
+    group, group_bytes = 4096, 4 * 4096
 
     def __init__(self, kept: float) -> None:
         self.name, self._kept = f"top{kept:g}", round(kept * self.group)
-
-    def wire_bytes(self, count: int) -> int:
-        return 4 * count
-
-    def _count(self, size: int) -> int:
-        return size // 4
 
     def _write(self, values: Tensor, wire: Tensor) -> None:
         chunks = values.unflatten(1, (-1, self.group))

@@ -9,7 +9,6 @@ than 0.5 % more error than float32 scales of the same group.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -33,11 +32,12 @@ class Codec(ABC):
 
     name: str
     group: int = 1  # values that share a scale: counts are multiples of it
+    group_bytes: int  # that they and their scale take on the wire
     is_lossy: bool = True
 
-    @abstractmethod
     def wire_bytes(self, count: int) -> int:
         """Bytes that `count` values take."""
+        return count // self.group * self.group_bytes
 
     def encode(self, values: Tensor) -> Tensor:
         """Write values as bytes, in memory of their own.
@@ -47,15 +47,13 @@ class Codec(ABC):
         """
         *leading, count = values.shape
         if values.dtype != torch.float32 or count % self.group:
-            raise ValueError(
-                f"{self.name} encodes float32 in multiples of {self.group}, not"
-                f" {count} of {values.dtype}"
-            )
+            wanted = f"float32 in multiples of {self.group}"
+            raise ValueError(f"{self.name} encodes {wanted}, not {count} of {values.dtype}")
         size = self.wire_bytes(count)
         wire = torch.empty((*leading, size), dtype=torch.uint8, device=values.device)
         if values.numel():
             self._write(values.reshape(-1, count), wire.view(-1, size))
-        return wire if count else wire.zero_()
+        return wire
 
     def decode(self, wire: Tensor) -> Tensor:
         """Read what `encode` wrote, into memory of its own.
@@ -64,17 +62,13 @@ class Codec(ABC):
         other dtypes and for lengths that `encode` never makes.
         """
         *leading, size = wire.shape
-        count = self._count(size)
-        if wire.dtype != torch.uint8 or self.wire_bytes(count) != size or count % self.group:
+        if wire.dtype != torch.uint8 or size % self.group_bytes:
             raise ValueError(f"{self.name} never makes {size} of {wire.dtype}")
+        count = size // self.group_bytes * self.group
         values = torch.empty((*leading, count), dtype=torch.float32, device=wire.device)
         if values.numel():
             self._read(wire.reshape(-1, size), values.view(-1, count))
         return values
-
-    @abstractmethod
-    def _count(self, size: int) -> int:
-        """The largest count that fits into `size` bytes."""
 
     @abstractmethod
     def _write(self, values: Tensor, wire: Tensor) -> None:
@@ -94,13 +88,7 @@ class Cast(Codec):
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.is_lossy = name, dtype != torch.float32
-        self._dtype = dtype
-
-    def wire_bytes(self, count: int) -> int:
-        return self._dtype.itemsize * count
-
-    def _count(self, size: int) -> int:
-        return size // self._dtype.itemsize
+        self.group_bytes, self._dtype = dtype.itemsize, dtype
 
     def _write(self, values: Tensor, wire: Tensor) -> None:
         wire.view(self._dtype).copy_(values)
@@ -118,22 +106,15 @@ class Integers(Codec):
     """
 
     def __init__(self, name: str, bits: int, group: int, steps: float) -> None:
-        self.name, self.group = name, group
-        self._group_bytes = group * bits // 8
+        self.name, self.group, self._steps = name, group, steps
+        self.group_bytes = group * bits // 8 + 2
         self._is_packed = bits == 4
-        self._steps = steps
-
-    def wire_bytes(self, count: int) -> int:
-        return count // self.group * (self._group_bytes + 2)
-
-    def _count(self, size: int) -> int:
-        return size // (self._group_bytes + 2) * self.group
 
     def _parts(self, wire: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers (rows, groups, bytes of a group) and the scales' bytes (rows, 2 groups)."""
-        groups = wire.shape[1] // (self._group_bytes + 2)
-        numbers, scales = wire.split([groups * self._group_bytes, 2 * groups], dim=1)
-        return numbers.view(torch.int8).unflatten(1, (groups, self._group_bytes)), scales
+        groups = wire.shape[1] // self.group_bytes
+        numbers, scales = wire.tensor_split([-2 * groups], dim=1)
+        return numbers.view(torch.int8).unflatten(1, (groups, -1)), scales
 
     def _write(self, values: Tensor, wire: Tensor) -> None:
         values = values.unflatten(1, (-1, self.group))
@@ -142,37 +123,33 @@ class Integers(Codec):
         scratch = torch.empty(0, device=values.device)
         for rows, groups in tiles(values):
             tile = values[rows, groups]
-            scale = largest(tile).div_(self._steps).clamp_min_(LEAST_SCALE).to(torch.bfloat16)
+            largest = torch.maximum(tile.amax(-1), tile.amin(-1).neg_())  # NaN where there is one
+            scale = largest.div_(self._steps).clamp_min_(LEAST_SCALE).to(torch.bfloat16)
             scales[rows, groups] = scale
             if scratch.shape != tile.shape:
                 scratch = torch.empty_like(tile, memory_format=torch.contiguous_format)
             torch.mul(tile, scale.float().reciprocal_().unsqueeze_(-1), out=scratch).round_()
-            numbers[rows, groups] = self._packed(scratch) if self._is_packed else scratch
+            if self._is_packed:
+                # Each number of a group's first half, plus 8, and 16 times its fellow of the second
+                # half: between -111 and 127, with them in the low and the high bits of an int8.
+                first, second = scratch.chunk(2, dim=-1)
+                numbers[rows, groups] = first.add_(second, alpha=16).add_(8)
+            else:
+                numbers[rows, groups] = scratch
 
     def _read(self, wire: Tensor, values: Tensor) -> None:
         values = values.unflatten(1, (-1, self.group))
         numbers, scale_bytes = self._parts(wire)
         scales = as_dtype(scale_bytes, torch.bfloat16).float().unsqueeze_(-1)
         for rows, groups in tiles(values):
-            tile = values[rows, groups]
+            tile, wholes, scale = values[rows, groups], numbers[rows, groups], scales[rows, groups]
             if self._is_packed:
-                self._unpack(numbers[rows, groups], tile)
-                tile.mul_(scales[rows, groups])
+                first, second = tile.chunk(2, dim=-1)
+                first.copy_(wholes & 15).sub_(8)
+                second.copy_(wholes >> 4)
+                tile.mul_(scale)
             else:
-                torch.mul(numbers[rows, groups], scales[rows, groups], out=tile)
-
-    def _packed(self, numbers: Tensor) -> Tensor:
-        """Each number of a group's first half, plus 8, and 16 times its fellow of the second half.
-
-        The sum is between -111 and 127 and, as int8, has them in its low and its high four bits.
-        """
-        first, second = numbers.split(self._group_bytes, dim=-1)
-        return first.add_(second, alpha=16).add_(8)
-
-    def _unpack(self, pairs: Tensor, numbers: Tensor) -> None:
-        first, second = numbers.split(self._group_bytes, dim=-1)
-        first.copy_(pairs & 15).sub_(8)
-        second.copy_(pairs >> 4)
+                torch.mul(wholes, scale, out=tile)
 
 
 CODECS: dict[str, Codec] = {
@@ -206,10 +183,7 @@ class ErrorFeedback:
         """
         if self.residual is not None:
             if self.residual.shape != values.shape:
-                raise ValueError(
-                    f"a residual of {tuple(self.residual.shape)} does not belong to values of"
-                    f" {tuple(values.shape)}"
-                )
+                raise ValueError(f"a residual of {self.residual.shape} with {values.shape} values")
             values = values + self.residual
         wire = codec.encode(values)
         if codec.is_lossy:
@@ -218,11 +192,6 @@ class ErrorFeedback:
         else:
             self.residual = None
         return wire
-
-
-def largest(values: Tensor) -> Tensor:
-    """The largest magnitude along the last dimension, which is reduced; NaN where there is one."""
-    return torch.maximum(values.amax(-1), values.amin(-1).neg_())
 
 
 def as_dtype(wire: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,11 +204,11 @@ def as_dtype(wire: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tiles(values: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut the first two dimensions so that a tile holds about TILE values; no cuts on a GPU."""
-    rows, columns, *rest = values.shape
-    limit = TILE if values.device.type == "cpu" else values.numel()
-    wide = min(columns, max(1, limit // math.prod(rest)))
-    high = max(1, limit // (wide * math.prod(rest))) if wide == columns else 1
+    """Cut (rows, groups, group) so that a tile holds about TILE values; no cuts on a GPU."""
+    rows, groups, group = values.shape
+    limit = (TILE if values.device.type == "cpu" else values.numel()) // group
+    wide = min(groups, limit)
+    high = limit // wide
     for row in range(0, rows, high):
-        for column in range(0, columns, wide):
-            yield slice(row, row + high), slice(column, column + wide)
+        for first in range(0, groups, wide):
+            yield slice(row, row + high), slice(first, first + wide)
