@@ -6,8 +6,9 @@ each ended by an exchange of how far the ranks have moved (diloco.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +32,6 @@ class SyncReport:
 
     bytes_sent: int = 0  # payload that left this rank
     seconds: float = 0.0  # in which this rank waited for it
-    peers: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SavedSync:
 
     @property
     def world_size(self) -> int:
-        """How many ranks have something of their own in the checkpoint."""
+        """How many ranks have something of their own in it."""
         return int(self.facts.get("ranks", 0))
 
     @property
@@ -67,14 +67,14 @@ class SavedSync:
 
 
 class Sync(Protocol):
-    """A strategy. All ranks call `after_update` after every update, and `state` together."""
+    """A strategy. All ranks call `after_update` after every update, and `state` together.
+
+    What is done here suits those that keep the ranks' weights the same in every update.
+    """
 
     has_own_state: bool  # whether ranks hold what others do not: checkpoints take a file of each
-    trains_alone: bool  # whether optimizer states are among that
-
-    @property
-    def rolls_back_after(self) -> float:
-        """The updates after which it rolls back by itself when weights become NaN."""
+    trains_alone: bool = False  # whether optimizer states are among that
+    rounds_begin_after: float = math.inf  # updates; weights that become NaN roll back from then on
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """What forward and backward of a micro-batch run in."""
@@ -90,20 +90,22 @@ class Sync(Protocol):
 
     def is_sync_point(self, done: int) -> bool:
         """Whether all ranks wait for each other after `done` updates, so that asking is cheap."""
+        return True
 
     def settings(self) -> dict[str, Any]:
         """The flags, as JSON, that must be the same where a round is resumed in its middle."""
 
     def is_agreed(self) -> bool:
         """Whether all ranks hold the same weights now."""
+        return True
 
     def agreed_weights(self) -> AbstractContextManager[None]:
         """Put the weights that all ranks agree on into the model, for as long as it is entered."""
+        return nullcontext()
 
     def state(self) -> SyncState: ...
 
-    def load_state(self, saved: SavedSync) -> None:
-        """Resume from what a checkpoint holds."""
+    def load_state(self, saved: SavedSync) -> None: ...
 
 
 class Meter:
@@ -113,7 +115,6 @@ class Meter:
         self.bytes_sent, self.seconds = 0, 0.0
 
     def add(self, report: SyncReport) -> None:
-        """One more update."""
         self.bytes_sent += report.bytes_sent
         self.seconds += report.seconds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
@@ -27,11 +28,17 @@ class CompressedAllReduce:
     (error feedback, arXiv 1901.09847). All ranks get the same bits.
     """
 
-    def __init__(self, channel: Channel, codec: Codec, count: int) -> None:
-        self._channel, self._codec, self._count = channel, codec, count
+    def __init__(self, channel: Channel, codec: Codec, parts: list[tuple[str, int]]) -> None:
+        """parts: the names and sizes of the parameters that make up the vector."""
+        self._channel, self._codec, self._parts = channel, codec, parts
+        self._count = sum(size for _, size in parts)
         unit = channel.world_size * codec.group
-        self._width = -(-count // unit) * codec.group
+        self._width = -(-self._count // unit) * codec.group
         self._chunk = max(1, CHUNK // unit) * codec.group
+        self.drop_residuals()
+
+    def drop_residuals(self) -> None:
+        """Begin error feedback from scratch, as after values that were not finite."""
         # Of each chunk: residuals of sending (ranks, chunk) and of this rank's sum (chunk).
         self._feedback = [
             (ErrorFeedback(), ErrorFeedback()) for _ in range(0, self._width, self._chunk)
@@ -75,51 +82,47 @@ class CompressedAllReduce:
             ranks, self._width
         )
 
-    def residuals(self, parts: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-        """This rank's residuals, of sending and of its shard of the sum; by parameter.
-
-        parts: the names and sizes that make up the vector.
-        """
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """This rank's residuals, of sending and of its shard of the sum; by parameter."""
         if any(of_sending.residual is None for of_sending, _ in self._feedback):
             return {}
         sending = torch.cat([of_sending.residual for of_sending, _ in self._feedback], dim=1)  # type: ignore[misc]
         in_sum = torch.zeros_like(sending)
         in_sum[self._channel.rank] = torch.cat([of_sum.residual for _, of_sum in self._feedback])  # type: ignore[misc]
-        return split_by_name(sending.view(-1)[: self._count], OF_SENDING, parts) | split_by_name(
-            in_sum.view(-1)[: self._count], OF_SUM, parts
-        )
+        of_sending = split_by_name(sending.view(-1), OF_SENDING, self._parts)
+        return of_sending | split_by_name(in_sum.view(-1), OF_SUM, self._parts)
 
-    def restore(self, residuals: dict[str, torch.Tensor], parts: list[tuple[str, int]]) -> None:
+    def restore(self, residuals: dict[str, torch.Tensor]) -> None:
         """Resume with residuals (see `residuals`); what is not named there is zero."""
         if not residuals or not self._codec.is_lossy:
             return
-        rows = [self._rows(joined_by_name(residuals, kind, parts)) for kind in (OF_SENDING, OF_SUM)]
-        for number, (of_sending, of_sum) in enumerate(self._feedback):
-            chunk = slice(number * self._chunk, (number + 1) * self._chunk)
-            of_sending.residual = rows[0][:, chunk].clone()
-            of_sum.residual = rows[1][self._channel.rank, chunk].clone()
-
-    def drop_residuals(self) -> None:
-        """Start from scratch, as after values that were not finite."""
-        for pair in self._feedback:
-            for feedback in pair:
-                feedback.residual = None
+        sending, in_sum = (
+            self._rows(joined_by_name(residuals, kind, self._parts)).split(self._chunk, dim=1)
+            for kind in (OF_SENDING, OF_SUM)
+        )
+        self._feedback = [
+            (ErrorFeedback(rows.clone()), ErrorFeedback(sums[self._channel.rank].clone()))
+            for rows, sums in zip(sending, in_sum, strict=True)
+        ]
 
 
 def split_by_name(
     flat: torch.Tensor, prefix: str, parts: list[tuple[str, int]]
 ) -> dict[str, torch.Tensor]:
-    """A flat vector as one vector for each (name, size) of `parts`."""
-    vectors = flat.split([size for _, size in parts])
-    return {prefix + name: vector for (name, _), vector in zip(parts, vectors, strict=True)}
+    """A flat vector as one vector for each (name, size) of `parts`; what is behind them is left."""
+    ends = accumulate(size for _, size in parts)
+    # Copies: the file format of checkpoints wants each to have memory of its own.
+    return {
+        prefix + name: flat[end - size : end].clone()
+        for (name, size), end in zip(parts, ends, strict=True)
+    }
 
 
 def joined_by_name(
     named: dict[str, torch.Tensor], prefix: str, parts: list[tuple[str, int]]
 ) -> torch.Tensor:
     """The inverse of `split_by_name`; what is missing is zero."""
-    missing = torch.zeros
-    return torch.cat([named.get(prefix + name, missing(size)) for name, size in parts])
+    return torch.cat([named.get(prefix + name, torch.zeros(size)) for name, size in parts])
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -11,10 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.sync.base import SavedSync, SyncReport, SyncState
+from p2p_llm_forge.sync.base import SavedSync, Sync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
 from p2p_llm_forge.sync.compressed_allreduce import CompressedAllReduce, is_finite
 from p2p_llm_forge.sync.resume import redistributed_residuals
@@ -34,54 +34,53 @@ def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
     cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
 
 
-class GradientAveraging:
+class GradientAveraging(Sync):
     """Gradients averaged over all ranks in every update, by DDP while backward runs."""
 
-    trains_alone = False
-    rolls_back_after = math.inf
-
-    def __init__(self, cluster: Cluster, model: Any, codec: Codec) -> None:
+    def __init__(
+        self, cluster: Cluster, model: Any, codec: Codec, *, leaves_to_nccl: bool = True
+    ) -> None:
+        """leaves_to_nccl: what it can do, where there is a GPU."""
         self._cluster, self._model, self._codec = cluster, model, codec
+        self._world_size = cluster.world_size
         self._channel = cluster.open_channel()
-        self._names = {parameter: name for name, parameter in parameters_of(model)}
-        # By bucket: its all-reduce, and the names and sizes of its parameters.
-        self._reductions: dict[int, tuple[CompressedAllReduce, list[tuple[str, int]]]] = {}
+        self._names = {
+            parameter: name.removeprefix("module.").removeprefix("lm.")  # of DDP, of the loss
+            for name, parameter in model.named_parameters()
+        }
+        self._reductions: dict[int, CompressedAllReduce] = {}  # by bucket
         self._saved_residuals: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
         self._bytes_before = self._bytes_by_nccl = 0
         self._last_began = self._last_ended = 0.0
         self.is_priming = False
-        self.has_own_state = codec.is_lossy and cluster.world_size > 1
-        if cluster.world_size > 1:
+        self.has_own_state = codec.is_lossy and self._world_size > 1
+        if self._world_size > 1:
             # Set here because the constructor's argument has two names (renamed in torch 2.13). A
             # language model's buffers are constants: sending them in every forward costs a slow
             # link a round trip.
             model.broadcast_buffers = False
-            self._register()
+            self._register(leaves_to_nccl and codec.group == 1)
 
-    def _register(self) -> None:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
+    def _register(self, leaves_to_nccl: bool) -> None:
         # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
-        if self._cluster.is_on_gloo or self._codec.name.startswith("int"):
-            self._model.register_comm_hook(None, self._hook)
+        if self._cluster.is_on_gloo or not leaves_to_nccl:
+            # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
+            self._model.register_comm_hook(None, lambda state, bucket: self._exchange(bucket))
             return
         if self._codec.name == "bf16":
             self._model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
-        size = self._codec.wire_bytes(1)
-        values = sum(p.numel() for p in self._names if p.requires_grad)
-        world = self._cluster.world_size
-        self._bytes_by_nccl = 2 * (world - 1) * size * values // world
+        values, world = sum(p.numel() for p in self._names if p.requires_grad), self._world_size
+        self._bytes_by_nccl = 2 * (world - 1) * self._codec.wire_bytes(values) // world
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """Only an update's last micro-batch exchanges gradients."""
-        return (
-            nullcontext() if is_last_micro_batch else self._cluster.accelerator.no_sync(self._model)
-        )
+        accelerator = self._cluster.accelerator
+        return nullcontext() if is_last_micro_batch else accelerator.no_sync(self._model)
 
     def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
         """DDP averages over the ranks; what is wanted is the mean over all tokens."""
-        return self._cluster.world_size / tokens_per_update
+        return self._world_size / tokens_per_update
 
     @contextlib.contextmanager
     def priming(self) -> Iterator[None]:
@@ -95,11 +94,6 @@ class GradientAveraging:
             yield
         finally:
             self.is_priming = False
-
-    @property
-    def _hook(self) -> Any:
-        # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
-        return lambda state, bucket: self._exchange(bucket)
 
     def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """DDP's communication hook: called for one bucket after the other, while backward runs."""
@@ -127,7 +121,7 @@ class GradientAveraging:
 
     def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
         """What begins to average this bucket's buffer, and what finishes it and returns it."""
-        world, buffer = self._cluster.world_size, bucket.buffer()
+        world, buffer = self._world_size, bucket.buffer()
         if self._codec.name == "none":
             return (
                 lambda: buffer.div_(world).cpu(),
@@ -135,10 +129,10 @@ class GradientAveraging:
             )
         if bucket.index() not in self._reductions:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
-            reduction = CompressedAllReduce(self._channel, self._codec, len(buffer))
-            reduction.restore(self._saved_residuals, parts)
-            self._reductions[bucket.index()] = reduction, parts
-        reduction, _ = self._reductions[bucket.index()]
+            reduction = CompressedAllReduce(self._channel, self._codec, parts)
+            reduction.restore(self._saved_residuals)
+            self._reductions[bucket.index()] = reduction
+        reduction = self._reductions[bucket.index()]
 
         def finish(begun: Any) -> torch.Tensor:
             summed = reduction.finish(begun)
@@ -154,41 +148,29 @@ class GradientAveraging:
         self._bytes_before += sent
         # The last bucket is ready when backward is over; from then on everybody waits.
         waited = max(0.0, self._last_ended - self._last_began)
-        return SyncReport(sent + self._bytes_by_nccl, waited, self._cluster.world_size)
-
-    def is_sync_point(self, done: int) -> bool:
-        """Every update is one."""
-        return True
+        return SyncReport(sent + self._bytes_by_nccl, waited)
 
     def settings(self) -> dict[str, Any]:
         """There are no rounds."""
         return {"sync": "ddp"}
 
-    def is_agreed(self) -> bool:
-        """All ranks hold the same weights after every update."""
-        return True
-
-    def agreed_weights(self) -> AbstractContextManager[None]:
-        """They are in the model."""
-        return nullcontext()
-
     def state(self) -> SyncState:
         """The residuals of compressed gradients."""
         own: dict[str, torch.Tensor] = {}
-        for reduction, parts in self._reductions.values():
-            own |= reduction.residuals(parts)
-        facts = {"ranks": self._cluster.world_size} if self.has_own_state else {}
-        return SyncState(facts, own={key: tensor.clone() for key, tensor in own.items()})
+        for reduction in self._reductions.values():
+            own |= reduction.residuals()
+        facts = {"ranks": self._world_size} if self.has_own_state else {}
+        return SyncState(facts, own=own)
 
     def load_state(self, saved: SavedSync) -> None:
         """See `state`."""
         if not self.has_own_state or not saved.is_of(self):
             return
-        rank, world = self._cluster.rank, self._cluster.world_size
-        if saved.world_size == world:
-            self._saved_residuals = saved.own_of(rank)
-        else:
-            self._saved_residuals = redistributed_residuals(saved, rank, world)
+        rank, world = self._cluster.rank, self._world_size
+        is_same = saved.world_size == world
+        self._saved_residuals = (
+            saved.own_of(rank) if is_same else redistributed_residuals(saved, rank, world)
+        )
 
 
 class PowerSGD(GradientAveraging):
@@ -198,27 +180,21 @@ class PowerSGD(GradientAveraging):
     """
 
     def __init__(self, cluster: Cluster, model: Any, rank: int) -> None:
-        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
-
         # The hook's first updates, which set it up, are not compressed; it wants two of them.
-        self._powersgd = PowerSGDState(
+        self._powersgd = powerSGD_hook.PowerSGDState(
             None, matrix_approximation_rank=rank, start_powerSGD_iter=2, min_compression_rate=1
         )
-        super().__init__(cluster, model, CODECS["none"])
-        self.has_own_state = cluster.world_size > 1
-
-    def _register(self) -> None:
-        self._model.register_comm_hook(None, self._hook)
+        super().__init__(cluster, model, CODECS["none"], leaves_to_nccl=False)
+        self.has_own_state = self._world_size > 1
 
     def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
-        from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
-
         def average(_: Any) -> torch.Tensor:
-            world, before = self._cluster.world_size, self._compressed_values()
+            world, before = self._world_size, self._powersgd.total_numel_after_compression
             # The hook chains all-reduces, and those of two buckets under way at once meet each
             # other's on gloo (torch 2.13): here one bucket is done before the next begins.
-            averaged = powerSGD_hook(self._powersgd, bucket).wait()
-            values = self._compressed_values() - before or bucket.buffer().numel()
+            averaged = powerSGD_hook.powerSGD_hook(self._powersgd, bucket).wait()
+            compressed = self._powersgd.total_numel_after_compression - before
+            values = compressed or bucket.buffer().numel()
             self._channel.count(2 * (world - 1) * 4 * values // world)
             if not is_finite(averaged):  # see GradientAveraging
                 for tensors in self._matrices().values():
@@ -227,24 +203,19 @@ class PowerSGD(GradientAveraging):
 
         return lambda: None, average
 
-    def _compressed_values(self) -> int:
-        """Values that the hook has given to all-reduces since it compresses."""
-        return int(self._powersgd.total_numel_after_compression)
-
     def state(self) -> SyncState:
         """The matrices of the last update, and the residuals of what they approximate."""
         if not self.has_own_state:
             return SyncState()
-        state = self._powersgd
         own = {
             f"{kind}.{bucket}": tensor.detach().cpu().clone()
             for kind, tensors in self._matrices().items()
             for bucket, tensor in tensors.items()
         }
         facts = {
-            "ranks": self._cluster.world_size,
-            "powersgd_updates": state.iter,
-            "powersgd_rank": state.matrix_approximation_rank,
+            "ranks": self._world_size,
+            "powersgd_updates": self._powersgd.iter,
+            "powersgd_rank": self._powersgd.matrix_approximation_rank,
         }
         return SyncState(facts, own=own)
 
@@ -257,7 +228,7 @@ class PowerSGD(GradientAveraging):
 
         Matrices of another --powersgd-rank start from scratch; their residuals still count.
         """
-        rank, world = self._cluster.rank, self._cluster.world_size
+        rank, world = self._cluster.rank, self._world_size
         if not self.has_own_state or "powersgd_updates" not in saved.facts:
             return
         self._powersgd.iter = saved.facts["powersgd_updates"]
@@ -271,20 +242,9 @@ class PowerSGD(GradientAveraging):
         if saved.world_size == world:
             return
         # Errors are added to gradients that are averaged: their sum by the number of ranks stays.
-        for bucket, error in self._powersgd.error_dict.items():
+        for error in matrices["error"].values():
             error.zero_()
-            for other in range(rank, saved.world_size, world):
-                error += (
-                    saved.own_of(other)[f"error.{bucket}"].to(device) * world / saved.world_size
-                )
-
-
-def parameters_of(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """The model's own names and parameters, seen through DDP's and the loss's wrapping."""
-    prefixes = ("module.", "lm.")
-    found = []
-    for name, parameter in model.named_parameters():
-        for prefix in prefixes:
-            name = name.removeprefix(prefix)
-        found.append((name, parameter))
-    return found
+        for other in range(rank, saved.world_size, world):
+            own = saved.own_of(other)
+            for bucket, error in matrices["error"].items():
+                error += own[f"error.{bucket}"].to(device) * world / saved.world_size

@@ -6,16 +6,17 @@ import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.sync.base import Replica, SavedSync, SyncReport, SyncState
-from p2p_llm_forge.sync.compress import CODECS
+from p2p_llm_forge.sync.base import Replica, SavedSync, Sync, SyncReport, SyncState
+from p2p_llm_forge.sync.compress import CODECS, Codec
 from p2p_llm_forge.sync.compressed_allreduce import (
     CompressedAllReduce,
     is_finite,
@@ -45,11 +46,11 @@ class Fragment:
     """A part of the model that is synchronised at one moment. Tensors: flat float32, on the CPU."""
 
     def __init__(
-        self, parameters: list[tuple[str, torch.nn.Parameter]], reduction: CompressedAllReduce
+        self, parameters: list[tuple[str, torch.nn.Parameter]], channel: Channel, codec: Codec
     ) -> None:
         self.parameters = parameters
         self.parts = [(name, parameter.numel()) for name, parameter in parameters]
-        self.reduction = reduction
+        self.reduction = CompressedAllReduce(channel, codec, self.parts)
         self.anchor = self.weights()  # what all ranks agreed on last
         self.momentum_buffer: torch.Tensor | None = None
         self.tokens = 0  # that this rank has trained on since
@@ -72,7 +73,7 @@ class Fragment:
     def take_outer_step(self) -> bool:
         """The outer step with the pseudo-gradient that has arrived; False if it is not finite.
 
-        All ranks compute it on the same bits, so its result is finite on all or on none.
+        All ranks compute it on the same bits, so it is finite on all or on none.
         """
         assert self.pseudo_gradient is not None
         gradient, self.pseudo_gradient = self.pseudo_gradient.result(), None
@@ -83,8 +84,24 @@ class Fragment:
         self.anchor, self.momentum_buffer = anchor, buffer
         return True
 
+    def resume_round(self, saved: SavedSync, own: dict[str, torch.Tensor], number: int) -> None:
+        """Put it where fragment `number` of the checkpoint was in its round."""
+        self.tokens = int(own["tokens"][number])
+        if not saved.is_agreed:
+            self.put(joined_by_name(own, WEIGHTS, self.parts))
+        self.sent_at, self.lands_at = (saved.facts[key][number] for key in ("sent_at", "lands_at"))
+        if self.lands_at:
+            self.weights_sent = joined_by_name(own, WEIGHTS_SENT, self.parts)
+            self.receive_saved(saved, number)
 
-class DiLoCo:
+    def receive_saved(self, saved: SavedSync, number: int) -> None:
+        """The pseudo-gradient that was on its way, as arrived; number: as in `resume_round`."""
+        self.outer = tuple(saved.facts["outer"][number])
+        self.pseudo_gradient = Future()
+        self.pseudo_gradient.set_result(joined_by_name(saved.shared, PSEUDO_GRADIENT, self.parts))
+
+
+class DiLoCo(Sync):
     """Rounds of `--sync-every` updates that every rank takes alone, each ended by an outer step.
 
     DiLoCo, arXiv 2311.08105 (and OpenDiLoCo, arXiv 2407.07852): the ranks' pseudo-gradients
@@ -105,7 +122,7 @@ class DiLoCo:
         self._cluster, self._config, self._optimizer = cluster, config, replica.optimizer
         self._every = config.round_length()
         self._outer_lr = outer_lr_of(config.outer_lr, cluster.world_size)
-        self._warmup_steps = config.ddp_warmup_steps
+        self.rounds_begin_after: int = config.ddp_warmup_steps
         self._total, self._done = replica.total_steps, replica.steps_done
         self._warmup = GradientAveraging(cluster, replica.model, CODECS["none"])
         self._channel = cluster.open_channel()
@@ -120,22 +137,13 @@ class DiLoCo:
         self._fragments = []
         for numbers in fragments_of(sizes, config.fragments):
             parameters = [entry for number in numbers for entry in units[number]]
-            count = sum(p.numel() for _, p in parameters)
-            reduction = CompressedAllReduce(self._channel, CODECS[config.compress], count)
-            self._fragments.append(Fragment(parameters, reduction))
+            self._fragments.append(Fragment(parameters, self._channel, CODECS[config.compress]))
         self._bytes_before = 0
         self._bad_rounds = 0  # in a row
 
-    @property
-    def rolls_back_after(self) -> float:
-        """See `Sync`: in the warm-up there is nothing to roll back to."""
-        return self._warmup_steps
-
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """No gradient is exchanged after the warm-up."""
-        if self._cluster.world_size == 1:
-            return nullcontext()
-        return self._warmup.context(is_last_micro_batch and self._done < self._warmup_steps)
+        return self._warmup.context(is_last_micro_batch and self._done < self.rounds_begin_after)
 
     def priming(self) -> AbstractContextManager[None]:
         """See `GradientAveraging.priming`."""
@@ -143,16 +151,15 @@ class DiLoCo:
 
     def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
         """The mean over the tokens of this rank alone, but for the warm-up."""
-        if self._done < self._warmup_steps:
+        if self._done < self.rounds_begin_after:
             return self._warmup.loss_scale(own_tokens, tokens_per_update)
         return 1 / own_tokens
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
-        """Apply the pseudo-gradient that lands now, send that which is due. All at once after the
-        last update."""
+        """Apply what lands now, send what is due; after the last update all at once."""
         self._done = done = step + 1
-        if done <= self._warmup_steps:
-            if done == self._warmup_steps:
+        if done <= self.rounds_begin_after:
+            if done == self.rounds_begin_after:
                 self._set_anchors()
             return self._warmup.after_update(step, own_tokens)
         for fragment in self._fragments:
@@ -170,7 +177,7 @@ class DiLoCo:
             waited += sum(self._land(f) for f in due if f.pseudo_gradient and f.lands_at == done)
         sent = self._channel.bytes_sent - self._bytes_before
         self._bytes_before += sent
-        return SyncReport(sent, waited, self._cluster.world_size)
+        return SyncReport(sent, waited)
 
     def _due(self, done: int) -> list[Fragment]:
         if done == self._total:
@@ -179,11 +186,13 @@ class DiLoCo:
         return [self._fragments[number] for number in numbers]
 
     def _all_finite(self, due: list[Fragment]) -> bool:
-        """Whether the round may be sent; else every rank rolls back. Waits for slower ranks."""
-        are_finite = all(is_finite(fragment.weights()) for fragment in due)
-        tokens = [fragment.tokens for fragment in due]
+        """Whether the round may be sent; else every rank rolls back."""
+        own = {
+            "is_finite": all(is_finite(fragment.weights()) for fragment in due),
+            "tokens": [fragment.tokens for fragment in due],
+        }
         # Over the store: it waits for as long as a slow rank that lives needs.
-        by_rank = self._cluster.gather_facts({"is_finite": are_finite, "tokens": tokens})
+        by_rank = self._cluster.gather_facts(own)
         for number, fragment in enumerate(due):
             of_all = sum(facts["tokens"][number] for facts in by_rank)
             fragment.token_weight = fragment.tokens / of_all
@@ -202,7 +211,13 @@ class DiLoCo:
     def _send(self, fragment: Fragment, lands_at: int) -> None:
         fragment.weights_sent = fragment.weights()
         fragment.sent_at, fragment.lands_at = self._done, lands_at
-        fragment.outer = self._outer_settings()
+        rounds_done = max(0, self._done - 1 - self.rounds_begin_after) // self._every
+        fragment.outer = outer_settings(
+            rounds_done,
+            self._outer_lr,
+            self._config.outer_momentum,
+            self._config.outer_warmup_rounds,
+        )
         own = (fragment.anchor - fragment.weights_sent).mul_(fragment.token_weight)
         fragment.tokens = 0
         fragment.pseudo_gradient = self._channel.in_background(
@@ -230,14 +245,9 @@ class DiLoCo:
                 fragment.take_outer_step()
             fragment.put(fragment.anchor)
             fragment.tokens = 0
-        state = self._optimizer.state
-        if not all(
-            is_finite(value)
-            for entries in state.values()
-            for value in entries.values()
-            if isinstance(value, torch.Tensor)
-        ):
-            state.clear()
+        entries = [entry for one in self._optimizer.state.values() for entry in one.values()]
+        if not all(is_finite(entry) for entry in entries if isinstance(entry, torch.Tensor)):
+            self._optimizer.state.clear()
 
     def _set_anchors(self) -> None:
         """Take the weights, which are the same on all ranks, as agreed on.
@@ -253,17 +263,9 @@ class DiLoCo:
                 STAY_FINITE,
             )
 
-    def _outer_settings(self) -> tuple[float, float]:
-        """Rate and momentum for the pseudo-gradient that is sent now."""
-        config = self._config
-        rounds_done = max(0, self._done - 1 - self._warmup_steps) // self._every
-        return outer_settings(
-            rounds_done, self._outer_lr, config.outer_momentum, config.outer_warmup_rounds
-        )
-
     def is_sync_point(self, done: int) -> bool:
         """The ranks wait for each other where something is sent."""
-        return done <= self._warmup_steps or bool(self._due(done))
+        return done <= self.rounds_begin_after or bool(self._due(done))
 
     def is_agreed(self) -> bool:
         """Whether nobody has trained alone since the last agreement."""
@@ -272,7 +274,7 @@ class DiLoCo:
     @contextlib.contextmanager
     def agreed_weights(self) -> Iterator[None]:
         """See `Sync`."""
-        if self._done <= self._warmup_steps or self.is_agreed():
+        if self._done <= self.rounds_begin_after or self.is_agreed():
             yield
             return
         own = [fragment.weights() for fragment in self._fragments]
@@ -287,38 +289,30 @@ class DiLoCo:
     def state(self) -> SyncState:
         """The momentum, and of each rank what it has done alone. Waits for what is sent."""
         fragments, is_agreed = self._fragments, self.is_agreed()
-        for fragment in fragments:
-            if fragment.pseudo_gradient:
-                fragment.pseudo_gradient.result()  # the exchange changes the residuals
         shared: dict[str, torch.Tensor] = {}
         own = {"tokens": torch.tensor([fragment.tokens for fragment in fragments])}
         for fragment in fragments:
             parts = fragment.parts
-            if fragment.momentum_buffer is not None:
-                shared |= split_by_name(fragment.momentum_buffer, MOMENTUM, parts)
-            own |= fragment.reduction.residuals(parts)
-            if not is_agreed:
-                own |= split_by_name(fragment.weights(), WEIGHTS, parts)
             if fragment.pseudo_gradient:
-                gradient = fragment.pseudo_gradient.result()
+                gradient = fragment.pseudo_gradient.result()  # the exchange changes the residuals
                 shared |= split_by_name(gradient, PSEUDO_GRADIENT, parts)
                 own |= split_by_name(fragment.weights_sent, WEIGHTS_SENT, parts)
+            if fragment.momentum_buffer is not None:
+                shared |= split_by_name(fragment.momentum_buffer, MOMENTUM, parts)
+            own |= fragment.reduction.residuals()
+            if not is_agreed:
+                own |= split_by_name(fragment.weights(), WEIGHTS, parts)
         facts = {
             "is_agreed": is_agreed,
             "ranks": self._cluster.world_size,
             "bad_rounds": self._bad_rounds,
-            "is_warming_up": self._done <= self._warmup_steps,
-            "warmup_steps": self._warmup_steps,
+            "is_warming_up": self._done <= self.rounds_begin_after,
+            "warmup_steps": self.rounds_begin_after,
             "sent_at": [fragment.sent_at for fragment in fragments],
             "lands_at": [f.lands_at if f.pseudo_gradient else 0 for f in fragments],
             "outer": [fragment.outer for fragment in fragments],
         }
-        # Parts of one flat tensor: the file format wants each to have memory of its own.
-        return SyncState(
-            facts,
-            {key: tensor.clone() for key, tensor in shared.items()},
-            {key: tensor.clone() for key, tensor in own.items()},
-        )
+        return SyncState(facts, shared, own)
 
     def settings(self) -> dict[str, Any]:
         """See `Sync`."""
@@ -340,38 +334,18 @@ class DiLoCo:
         if not saved.is_of(self):
             return
         if not saved.facts["is_warming_up"]:
-            self._warmup_steps = saved.facts["warmup_steps"]
+            self.rounds_begin_after = saved.facts["warmup_steps"]
         self._bad_rounds = saved.facts["bad_rounds"]
         rank, world_size = self._cluster.rank, self._cluster.world_size
         is_same = saved.facts["settings"] == self.settings() and saved.world_size == world_size
         own = saved.own_of(rank) if is_same else redistributed_residuals(saved, rank, world_size)
         for number, fragment in enumerate(self._fragments):
-            fragment.reduction.restore(own, fragment.parts)
+            fragment.reduction.restore(own)
             if any(key.startswith(MOMENTUM) for key in saved.shared):
                 fragment.momentum_buffer = joined_by_name(saved.shared, MOMENTUM, fragment.parts)
             if is_same:
-                self._resume_round(fragment, saved, own, number)
+                fragment.resume_round(saved, own, number)
             elif any(saved.facts["lands_at"]):  # the pseudo-gradient of the whole model
-                self._receive_saved(fragment, saved, number=0)
+                fragment.receive_saved(saved, number=0)
                 if fragment.take_outer_step():
                     fragment.put(fragment.anchor)
-
-    def _resume_round(
-        self, fragment: Fragment, saved: SavedSync, own: dict[str, torch.Tensor], number: int
-    ) -> None:
-        """Put a fragment where it was in its round; number: its own in the checkpoint."""
-        fragment.tokens = int(own["tokens"][number])
-        if not saved.is_agreed:
-            fragment.put(joined_by_name(own, WEIGHTS, fragment.parts))
-        fragment.sent_at = saved.facts["sent_at"][number]
-        fragment.lands_at = saved.facts["lands_at"][number]
-        if fragment.lands_at:
-            fragment.weights_sent = joined_by_name(own, WEIGHTS_SENT, fragment.parts)
-            self._receive_saved(fragment, saved, number)
-
-    def _receive_saved(self, fragment: Fragment, saved: SavedSync, number: int) -> None:
-        """The pseudo-gradient that was on its way, as arrived; number: as in `_resume_round`."""
-        fragment.outer = tuple(saved.facts["outer"][number])
-        fragment.pseudo_gradient = Future()
-        gradient = joined_by_name(saved.shared, PSEUDO_GRADIENT, fragment.parts)
-        fragment.pseudo_gradient.set_result(gradient)

@@ -57,21 +57,16 @@ class Strategy:
 
     sync: str = "ddp"
     compress: str = "none"
-    sync_every: int = 1
+    sync_every: int = 0  # updates of a round; 0: there are none
     fragments: int = 1
     overlap_steps: int = 0
 
     @property
     def flags(self) -> str:
-        """What to type."""
-        words = [f"--sync {self.sync} --compress {self.compress}"]
-        if self.sync == "diloco":
-            words.append(f"--sync-every {self.sync_every}")
-        if self.fragments > 1:
-            words.append(f"--fragments {self.fragments}")
-        if self.overlap_steps:
-            words.append(f"--overlap-steps {self.overlap_steps}")
-        return " ".join(words)
+        """What to type: how, and what differs from the defaults."""
+        chosen = {name: one for name, one in vars(self).items() if one != getattr(Strategy, name)}
+        chosen = {"sync": self.sync, "compress": self.compress, **chosen}
+        return " ".join(f"--{name.replace('_', '-')} {one}" for name, one in chosen.items())
 
 
 @dataclass(frozen=True)
@@ -112,14 +107,15 @@ def forecast(
     decodes and adds those it gets, encodes the sum, sends it to all and decodes all sums. So
     (w - 1) / w of the bytes go out twice, as in the ring all-reduce that plain DDP takes.
     """
-    is_outer = strategy.sync == "diloco"
+    from p2p_llm_forge.sync.compress import CODECS  # whose torch --help must not wait for
+
     values = -(-measured.parameters // strategy.fragments)
-    sent = bytes_of_exchange(strategy, measured, values)
     coding_s = coding_of_exchange(strategy, measured, values, costs)
-    wire_s = 0.0
-    if measured.peers > 1:
-        wire_s = sent / measured.bytes_per_s + 2 * (measured.peers - 1) * measured.latency_s
-    exchanges = strategy.fragments / strategy.sync_every if is_outer else 1.0
+    codec, hops = CODECS[strategy.compress], 2 * (measured.peers - 1)
+    groups_of_shard = -(-values // (measured.peers * codec.group))
+    sent = hops * codec.wire_bytes(groups_of_shard * codec.group)
+    wire_s = sent / measured.bytes_per_s + hops * measured.latency_s
+    exchanges = strategy.fragments / strategy.sync_every if strategy.sync == "diloco" else 1.0
     exposed_s = exchanges * (exposed(strategy, measured, wire_s) + coding_s)
     update_s = measured.update_s + exposed_s
     utilisation = measured.update_s / update_s
@@ -132,18 +128,6 @@ def forecast(
         times_alone=measured.peers * utilisation,
         utilisation=utilisation,
     )
-
-
-def bytes_of_exchange(strategy: Strategy, measured: Measured, values: int) -> int:
-    """Bytes that a peer sends when `values` are exchanged."""
-    others = measured.peers - 1
-    if others == 0:
-        return 0
-    from p2p_llm_forge.sync.compress import CODECS
-
-    codec = CODECS[strategy.compress]
-    groups_of_shard = -(-values // (measured.peers * codec.group))
-    return 2 * others * codec.wire_bytes(groups_of_shard * codec.group)
 
 
 def coding_of_exchange(
@@ -181,17 +165,17 @@ def choose(forecasts: Sequence[Forecast]) -> Forecast:
 def table(forecasts: Sequence[Forecast]) -> list[str]:
     """The forecasts as lines of aligned text, the chosen one marked."""
     chosen = choose(forecasts)
-    rows = [("strategy", "MB/update", "MB at once", "tokens/s", "x alone", "utilisation", "")]
-    for one in forecasts:
-        rows.append(
-            (
-                one.strategy.flags,
-                f"{one.bytes_per_update / 1e6:.2f}",
-                f"{one.peak_bytes / 1e6:.1f}",
-                f"{one.tokens_per_s:,.0f}",
-                f"{one.times_alone:.2f}",
-                f"{one.utilisation:.1%}",
-                "<- chosen" if one is chosen else "",
-            )
+    head = ("strategy", "MB/update", "MB at once", "tokens/s", "x alone", "utilisation", "")
+    rows = [
+        (
+            one.strategy.flags,
+            f"{one.bytes_per_update / 1e6:.2f}",
+            f"{one.peak_bytes / 1e6:.1f}",
+            f"{one.tokens_per_s:,.0f}",
+            f"{one.times_alone:.2f}",
+            f"{one.utilisation:.1%}",
+            "<- chosen" if one is chosen else "",
         )
-    return tables.table(rows, right=True)
+        for one in forecasts
+    ]
+    return tables.table([head, *rows], right=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -66,23 +66,21 @@ def outer_settings(
 def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
     """The model's parameters in the parts that a fragment is made of: what comes before the layers
     (embeddings), each layer, what comes after. Tied weights count where they come first."""
-    # The largest: a layer may itself hold a longer list, of experts.
-    stacks = [
-        (sum(p.numel() for p in module.parameters()), name, len(module))
+    sizes = {
+        f"{name}.": sum(p.numel() for p in module.parameters())
         for name, module in lm.named_modules()
         if isinstance(module, torch.nn.ModuleList)
-    ]
-    _, stack, layers = max(stacks, key=lambda entry: entry[0], default=(0, "", 0))
-    units: list[list[tuple[str, torch.nn.Parameter]]] = [[] for _ in range(layers + 2)]
-    is_behind = False
+    }
+    # The largest: a layer may itself hold a longer list, of experts.
+    stack, unit = max(sizes, key=lambda name: sizes[name], default="no list"), "before"
+    units: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in lm.named_parameters():
-        number = name.removeprefix(stack + ".").partition(".")[0]
-        if layers and name.startswith(stack + ".") and number.isdigit():
-            units[1 + int(number)].append((name, parameter))
-            is_behind = True
-        else:
-            units[layers + 1 if is_behind else 0].append((name, parameter))
-    return [unit for unit in units if unit]
+        if name.startswith(stack):
+            unit = name.removeprefix(stack).partition(".")[0]  # the layer's number
+        elif unit != "before":
+            unit = "behind"
+        units.setdefault(unit, []).append((name, parameter))
+    return list(units.values())
 
 
 def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
@@ -100,18 +98,14 @@ def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
     for number in range(1, count + 1):
         best = {
             end: min(
-                (
-                    max(largest, until[end] - until[cut]),
-                    squares + (until[end] - until[cut]) ** 2,
-                    [*cuts, end],
-                )
+                (max(largest, size := until[end] - until[cut]), squares + size**2, [*cuts, end])
                 for cut, (largest, squares, cuts) in best.items()
                 if cut < end
             )
             for end in range(number, len(until))
         }
     cuts = best[len(sizes_by_unit)][2]
-    return [list(range(first, end)) for first, end in zip(cuts, cuts[1:], strict=False)]
+    return [list(range(first, end)) for first, end in pairwise(cuts)]
 
 
 def fragment_due(done: int, every: int, fragments: int) -> list[int]:

@@ -21,16 +21,14 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, world_size: int, step:
     before, now = saved.facts["settings"], sync.settings()
     if before == now and saved.world_size == world_size:
         return
-    sent_at, lands_at = saved.facts["sent_at"], saved.facts["lands_at"]
-    if saved.is_of(sync) and all(lands_at) and all(sent == step for sent in sent_at):
+    if saved.is_of(sync) and all(saved.facts["lands_at"]) and {*saved.facts["sent_at"]} == {step}:
         return  # a round has ended; its pseudo-gradients are on their way
-    other = "resume from a checkpoint of the end of a round by --resume FOLDER"
     if before["fragments"] > 1:
         other = "change when the run has ended (--max-steps), as all ranks agree then"
     elif before["overlap_steps"] and not saved.is_of(sync):
-        other = (
-            "change after a round without --overlap-steps, when no pseudo-gradient is on its way"
-        )
+        other = "change after a round without --overlap-steps, when no pseudo-gradient travels"
+    else:
+        other = "resume from a checkpoint of the end of a round by --resume FOLDER"
     raise ForgeError(
         f"the checkpoint of step {step} holds a round of {saved.world_size} process(es)"
         f" ({as_flags(before)}) that has not been agreed on, and this run has"
@@ -40,13 +38,11 @@ def refuse_unfinished_round(saved: SavedSync, sync: Sync, world_size: int, step:
 
 
 def refuse_to_end_in_a_round(saved: SavedSync, step: int, total_steps: int) -> None:
-    """Raise ForgeError if the run would end with a checkpoint whose round has not been agreed on:
-    its model lacks what the ranks have done since."""
+    """Raise ForgeError if the run would end with a checkpoint in the middle of a round."""
     if step == total_steps and not saved.is_agreed:
         raise ForgeError(
-            f"the run was asked to end after {total_steps} updates, but the checkpoint of step"
-            f" {step} was saved before its round was agreed on, and its model lacks what the ranks"
-            " have done in it",
+            f"the run was asked to end after {step} updates, but the checkpoint of step {step} was"
+            " saved before its round was agreed on, and its model lacks what the ranks did in it",
             f"take at least one more update with --max-steps {step + 1}",
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.config import TrainConfig, multiples_near
-from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import fingerprint
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import Replica, Sync
@@ -19,10 +19,7 @@ from p2p_llm_forge.sync.diloco import DiLoCo
 
 
 def build_strategy(config: TrainConfig, cluster: Cluster, replica: Replica) -> Sync:
-    """The strategy that `--sync` and `--compress` ask for.
-
-    Raises ForgeError where the model is too small for it.
-    """
+    """The strategy that is asked for. Raises ForgeError where the model is too small for it."""
     if config.sync == "diloco":
         return DiLoCo(config, cluster, replica)
     if config.compress == "powersgd":
@@ -40,12 +37,11 @@ def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
             " model, so no peer could join or leave an elastic launch",
             "leave --fragments out, or launch with a fixed number of peers",
         )
-    if config.save_every % config.round_length():
-        sizes = " or ".join(map(str, multiples_near(config.save_every, config.round_length())))
+    if config.save_every % (length := config.round_length()):
         raise ForgeError(
-            f"--save-every {config.save_every} is not a multiple of --sync-every"
-            f" {config.round_length()}, and only where a round ends can peers join or leave",
-            f"use {sizes}",
+            f"--save-every {config.save_every} is not a multiple of --sync-every {length}, and only"
+            " where a round ends can peers join or leave",
+            f"use {' or '.join(map(str, multiples_near(config.save_every, length)))}",
         )
 
 
@@ -62,23 +58,24 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
             weights.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     facts = {"shapes": fingerprint(shapes), "weights": weights.hexdigest()}
     by_rank = cluster.gather_facts({**facts, "host": platform.node()})
-    first, problems = by_rank[0], []
-    if any(other["shapes"] != first["shapes"] for other in by_rank):
+    problems = Problems()
+    if any(other["shapes"] != by_rank[0]["shapes"] for other in by_rank):
         by_rank = cluster.gather_facts({"shapes": shapes, "host": platform.node()})
+    first = by_rank[0]
     for rank, other in enumerate(by_rank):
-        where = f"rank {rank} ({other['host']})"
-        if by_rank[0]["shapes"] != other["shapes"]:
-            different = _first_difference(other["shapes"], by_rank[0]["shapes"])
+        where, here, there = f"rank {rank} ({other['host']})", other["shapes"], first["shapes"]
+        if here != there:
+            name = next(n for n in sorted({*here, *there}) if here.get(n) != there.get(n))
+            found = (
+                f"has another model than rank 0: {name} is {here.get(name, 'missing')}, not"
+                f" {there.get(name, 'missing')}"
+            )
             fix = "give all ranks the same --model-name, --model-type and --config-overrides"
-            problems.append(Problem(f"has another model than rank 0: {different}", fix, where))
-        elif "weights" in other and other["weights"] != first["weights"]:
-            found = "has loaded other weights than rank 0"
-            problems.append(Problem(found, "copy the model's folder from rank 0 to it", where))
-    if problems:
-        raise ForgeError.of(problems)
-
-
-def _first_difference(here: dict[str, list[int]], there: dict[str, list[int]]) -> str:
-    """The first parameter, by name, whose shape on this rank is not that on rank 0."""
-    name = next(n for n in sorted({*here, *there}) if here.get(n) != there.get(n))
-    return f"{name} is {here.get(name, 'missing')}, not {there.get(name, 'missing')}"
+            problems.add(ForgeError(found, fix, where=where))
+        elif other.get("weights") != first.get("weights"):
+            found, fix = (
+                "has loaded other weights than rank 0",
+                "copy the model's folder from rank 0 to it",
+            )
+            problems.add(ForgeError(found, fix, where=where))
+    problems.raise_any()

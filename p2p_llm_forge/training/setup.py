@@ -57,7 +57,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     if saved := folder.checkpoint:
         cluster.together(lambda: resume(saved, state, job, learner, sync))
     window = LossWindow(
-        cluster, plan.tokens_per_update, state["step"], state["since_log"], sync.rolls_back_after
+        cluster, plan.tokens_per_update, state["step"], state["since_log"], sync.rounds_begin_after
     )
     run = Run(
         job=job,

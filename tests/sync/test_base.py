@@ -30,6 +30,6 @@ def test_weights_are_agreed_on_unless_a_strategy_denies_it():
 def test_a_meter_adds_up_and_divides_by_time_and_updates():
     meter = Meter()
     for sent, seconds in ((100, 0.5), (0, 0.0), (300, 1.5)):
-        meter.add(SyncReport(sent, seconds, peers=2))
+        meter.add(SyncReport(sent, seconds))
     figures = meter.figures(spent_s=8.0, updates=4)
     assert figures == {"communication": pytest.approx(0.25), "bytes_sent_per_update": 100}

@@ -37,7 +37,7 @@ def values_of(rank: int, round_: int) -> torch.Tensor:
 def sums(ranks: int, codec, rounds: int) -> tuple[list[list[torch.Tensor]], list, list]:
     """By rank the sums of so many rounds; the reductions, and their channels."""
     opened = channels(ranks)
-    reductions = [CompressedAllReduce(channel, codec, COUNT) for channel in opened]
+    reductions = [CompressedAllReduce(channel, codec, PARTS) for channel in opened]
     try:
         found = run_ranks(
             range(ranks),
@@ -77,7 +77,7 @@ def test_sums_and_residuals_add_up_to_all_that_was_given(codec, ranks):
     rounds = 7
     found, reductions, _ = sums(ranks, codec, rounds)
     arrived = sum(one.double() for one in found[0]).numpy()
-    residuals = [reduction.residuals(PARTS) for reduction in reductions]
+    residuals = [reduction.residuals() for reduction in reductions]
     for residual in residuals:
         for kind in (OF_SENDING, OF_SUM):
             arrived = arrived + joined_by_name(residual, kind, PARTS).double().numpy()
@@ -105,12 +105,12 @@ def test_a_rank_sends_the_encoded_vector_but_its_own_shard_twice(codec):
 def test_saved_residuals_give_the_next_sum_its_bits(codec):
     calm, _, _ = sums(3, codec, rounds=2)
     _, reductions, _ = sums(3, codec, rounds=1)
-    saved = [reduction.residuals(PARTS) for reduction in reductions]
+    saved = [reduction.residuals() for reduction in reductions]
     opened = channels(3)
 
     def second_round(rank: int) -> torch.Tensor:
-        reduction = CompressedAllReduce(opened[rank], codec, COUNT)
-        reduction.restore(saved[rank], PARTS)
+        reduction = CompressedAllReduce(opened[rank], codec, PARTS)
+        reduction.restore(saved[rank])
         return reduction.finish(reduction.begin(values_of(rank, 1)))
 
     for found in run_ranks(range(3), second_round):
@@ -119,9 +119,9 @@ def test_saved_residuals_give_the_next_sum_its_bits(codec):
 
 def test_dropped_residuals_leave_nothing():
     _, (reduction, _), _ = sums(2, CODECS["int8"], rounds=1)
-    assert reduction.residuals(PARTS)
+    assert reduction.residuals()
     reduction.drop_residuals()
-    assert reduction.residuals(PARTS) == {}
+    assert reduction.residuals() == {}
 
 
 def test_vectors_are_split_by_name_and_joined_again():

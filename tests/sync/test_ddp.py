@@ -159,7 +159,7 @@ def test_a_backward_for_priming_exchanges_nothing():
         assert torch.equal(kept, flattened(gradients_of(rank, 0))) and silent == 0
         values = sum(p.numel() for p in Model().parameters())
         assert report.bytes_sent == pytest.approx(2 * 2 / 3 * 4 * values, abs=4)
-        assert report.peers == 3 and report.seconds >= 0
+        assert report.seconds >= 0
 
 
 def test_only_the_last_micro_batch_of_an_update_exchanges():
