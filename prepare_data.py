@@ -13,47 +13,40 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2p_llm_forge import config as configuration
-from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data.ranks import Ranks
+from p2p_llm_forge.config import PrepareConfig, parse
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers import launch
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import Manifest
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare, or describe, what the command line asks for."""
-    config = configuration.parse(
-        PrepareConfig, sys.argv[1:] if argv is None else argv, "prepare_data.py"
-    )
-    if config.describe:
-        describe(Path(config.describe), config.verify)
-    else:
-        prepare(config, Ranks(*launch.rank_and_world_size()))
+    config = parse(PrepareConfig, sys.argv[1:] if argv is None else argv, "prepare_data.py")
+    if not config.describe:
+        prepare(config, *launch.rank_and_world_size())
+        return 0
+    from p2p_llm_forge.data.describe import describe, verify
+
+    folder = Path(config.describe)
+    files = verify(folder) if config.verify else 0
+    print(describe(folder))
+    if files:
+        print(f"all {files} files are as they were written")
     return 0
 
 
-def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa: B008
+def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Manifest:
     """Tokenize and pack the text into `config.output_dir`, unless it holds that dataset already.
 
     Returns the dataset's manifest. Raises ForgeError when the text, the tokenizer or the folder
     does not allow it; a dataset in the folder is then as it was.
     """
-    from p2p_llm_forge.data.prepare import prepare as prepare_dataset
+    from p2p_llm_forge.data import prepare as chapters
+    from p2p_llm_forge.data.unfinished import Ranks
 
-    return prepare_dataset(config, ranks)
-
-
-def describe(folder: Path, verify: bool) -> None:
-    """Print what a prepared dataset holds; verify: after reading every file of it."""
-    from p2p_llm_forge.data import describe as inspection
-
-    files = inspection.verify(folder) if verify else 0
-    print(inspection.describe(folder))
-    if files:
-        print(f"all {files} files are as they were written")
+    return chapters.prepare(config, Ranks(rank, world_size))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import write_json
 
-if TYPE_CHECKING:
-    import numpy as np
-
 STATE = "state.json"
 BATCH_BYTES = 4 << 20  # tokens in one record batch of an Arrow file
 BATCHES_PER_SHARD = 128
+PREPARE_AGAIN = "prepare the text again with --overwrite"
 
 
 class BlockWriter:
@@ -27,7 +28,6 @@ class BlockWriter:
     """
 
     def __init__(self, folder: Path, sequence_length: int, dtype: str) -> None:
-        import numpy as np
         from datasets import Features, List, Value
 
         self.blocks = 0
@@ -93,8 +93,6 @@ class BlockWriter:
         write_json(self._folder / "dataset_info.json", info | features, durable=False)
 
     def _write(self, tokens: np.ndarray) -> None:
-        import pyarrow as pa
-
         schema = self._features.arrow_schema
         if self._file is None:
             self._shards.append(self._folder / f"data-{len(self._shards):05d}.arrow")
@@ -120,9 +118,7 @@ class Blocks:
         try:
             dataset = datasets.load_from_disk(str(folder))
         except Exception as error:  # datasets and Arrow raise many classes for damaged files
-            raise ForgeError(
-                f"{folder} cannot be read: {error}", "prepare the text again with --overwrite"
-            ) from error
+            raise ForgeError(f"{folder} cannot be read: {error}", PREPARE_AGAIN) from error
         self._chunks = [
             chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
             for chunk in dataset.data.column("input_ids").chunks
@@ -144,8 +140,6 @@ class Blocks:
         Targets are the block's own tokens. Inputs are the token before the block (the last of the
         previous block of the split; EOS before the first) and its tokens but the last.
         """
-        import numpy as np
-
         targets = np.empty((len(indices), self._sequence_length), np.int64)
         inputs = np.empty_like(targets)
         for row, index in enumerate(indices):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.data.blocks import STATE, Blocks
+from p2p_llm_forge.data.blocks import PREPARE_AGAIN, STATE, Blocks
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint, fsync, read_json, sha256_of, write_json
@@ -18,10 +17,6 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
 TOKENIZER = "tokenizer"
 DATASET_DICT = "dataset_dict.json"
-PREPARE_AGAIN = "prepare the text again with --overwrite"
-
-
-# --- the manifest ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,46 +42,45 @@ class Manifest:
     """What a prepared dataset is and from what it was made; written last, so it proves the rest.
 
     It holds no time, machine or absolute path: the same input and arguments give the same bytes.
-    files: size and SHA-256 of every other file. skipped_rows: bad rows that were left out.
+    What follows the arguments is known at the end: files are size and SHA-256 of every other file,
+    skipped_rows the bad rows that were left out.
     """
 
     sequence_length: int
     vocab_size: int
     eos_token_id: int
     dtype: str
-    splits: dict[str, SplitFacts]
     tokenizer_fingerprint: str
-    content_fingerprint: str
     arguments: dict[str, Any]
-    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    splits: dict[str, SplitFacts] = field(default_factory=dict)
+    content_fingerprint: str = ""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped_rows: int = 0
     format_version: int = FORMAT_VERSION
 
     @property
     def fingerprint(self) -> str:
         """Identifies the blocks: equal for two datasets that hold the same (64 hex digits)."""
-        content = dataclasses.asdict(self) | {"arguments": None, "files": None}
+        content = asdict(self) | {"arguments": None, "files": None}
         # Names of files may differ where the text does not; the rest is in the fields already
         # but for how documents were divided.
         for key in ("seed", "validation_fraction", "document_separator", "encoding_errors"):
             content[key] = self.arguments.get(key)
         return fingerprint(content)
 
-    def with_files(self, folder: Path) -> Manifest:
-        """The same with the size and checksum of every file in `folder`."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        facts = {
+    def save(self, folder: Path) -> Manifest:
+        """Write the manifest into `folder`, with the files that are there; return it."""
+        files = {
             path.relative_to(folder).as_posix(): {
                 "bytes": path.stat().st_size,
                 "sha256": sha256_of(path),
             }
-            for path in files
+            for path in folder.rglob("*")
+            if path.is_file()
         }
-        return dataclasses.replace(self, files=facts)
-
-    def save(self, folder: Path) -> None:
-        """Write the manifest into `folder`."""
-        write_json(folder / MANIFEST, dataclasses.asdict(self))
+        complete = replace(self, files=files)
+        write_json(folder / MANIFEST, asdict(complete))
+        return complete
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -95,19 +89,15 @@ class Manifest:
         try:
             content = read_json(path)
             if content["format_version"] != FORMAT_VERSION:
-                raise ForgeError(
-                    f"{path} has format version {content['format_version']}, this program reads "
-                    f"{FORMAT_VERSION}",
-                    PREPARE_AGAIN,
-                )
+                versions = f"{content['format_version']}, this program reads {FORMAT_VERSION}"
+                raise ForgeError(f"{path} has format version {versions}", PREPARE_AGAIN)
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
             return cls(splits=splits, **content)
         except FileNotFoundError as error:
             raise _no_manifest(folder) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ForgeError(
-                f"{path} cannot be read as a manifest: {error}", PREPARE_AGAIN
-            ) from error
+            found = f"{path} cannot be read as a manifest: {error}"
+            raise ForgeError(found, PREPARE_AGAIN) from error
 
 
 def _no_manifest(folder: Path) -> ForgeError:
@@ -119,9 +109,6 @@ def _no_manifest(folder: Path) -> ForgeError:
         found = f"{folder} is not a prepared dataset: found no {MANIFEST}"
     command = f"python prepare_data.py --dataset-path TEXT --output-dir {folder}"
     return ForgeError(found, f"prepare it: {command}")
-
-
-# --- writing --------------------------------------------------------------------------------------
 
 
 def publish(finished: Path, folder: Path) -> None:
@@ -144,9 +131,6 @@ def publish(finished: Path, folder: Path) -> None:
     fsync(folder)
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def looks_like_prepared(path: str | Path) -> bool:
     """Whether `path` is meant as a prepared dataset, complete or not, rather than as text."""
     marks = (MANIFEST, UNFINISHED, DATASET_DICT, STATE)
@@ -155,8 +139,7 @@ def looks_like_prepared(path: str | Path) -> bool:
 
 def open_prepared(path: str | Path) -> PreparedDataset:
     """Open a prepared dataset; its blocks stay on disk. Raises ForgeError when it is not one."""
-    folder = Path(path)
-    return PreparedDataset(folder, Manifest.load(folder))
+    return PreparedDataset(Path(path), Manifest.load(Path(path)))
 
 
 @dataclass(frozen=True)
@@ -173,17 +156,14 @@ class PreparedDataset:
 
     def blocks(self, split: str) -> Blocks | None:
         """The blocks of `train` or `validation`; None when the dataset has no such split."""
-        if split not in self.manifest.splits:
+        manifest, folder = self.manifest, self.path / split
+        if split not in manifest.splits:
             return None
-        blocks = Blocks(
-            self.path / split, self.manifest.sequence_length, self.manifest.eos_token_id
-        )
-        if len(blocks) != self.manifest.splits[split].blocks:
-            raise ForgeError(
-                f"{self.path / split} holds {len(blocks)} blocks where the manifest promises "
-                f"{self.manifest.splits[split].blocks}",
-                PREPARE_AGAIN,
-            )
+        blocks = Blocks(folder, manifest.sequence_length, manifest.eos_token_id)
+        promised = manifest.splits[split].blocks
+        if len(blocks) != promised:
+            found = f"{folder} holds {len(blocks)} blocks where the manifest promises {promised}"
+            raise ForgeError(found, PREPARE_AGAIN)
         return blocks
 
     def train_blocks(self) -> Blocks:

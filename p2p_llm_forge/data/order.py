@@ -49,11 +49,8 @@ def permute(index: int, size: int, seed: int, epoch: int) -> int:
 
 def blocks_at(position: int, count: int, num_blocks: int, seed: int) -> list[int]:
     """The block numbers at `count` positions of the stream, across an epoch's end too."""
-    blocks = []
-    for place in range(position, position + count):
-        epoch, index = divmod(place, num_blocks)
-        blocks.append(permute(index, num_blocks, seed, epoch))
-    return blocks
+    places = (divmod(place, num_blocks) for place in range(position, position + count))
+    return [permute(index, num_blocks, seed, epoch) for epoch, index in places]
 
 
 def share_of_rank(blocks: list[int], shares: list[int], rank: int) -> list[int]:
@@ -64,10 +61,8 @@ def share_of_rank(blocks: list[int], shares: list[int], rank: int) -> list[int]:
 
 def micro_batches(blocks: list[int], micro_batch_size: int) -> list[list[int]]:
     """A rank's blocks cut into micro-batches; the last one takes what is left."""
-    return [
-        blocks[start : start + micro_batch_size]
-        for start in range(0, len(blocks), micro_batch_size)
-    ]
+    starts = range(0, len(blocks), micro_batch_size)
+    return [blocks[start : start + micro_batch_size] for start in starts]
 
 
 def dropout_seed(seed: int, step: int, offset: int) -> int:

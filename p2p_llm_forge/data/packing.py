@@ -4,49 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from p2p_llm_forge.data.blocks import BlockWriter
 from p2p_llm_forge.data.dataset import DATASET_DICT, TOKENIZER, Manifest, SplitFacts
+from p2p_llm_forge.data.parts import Part
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
-from p2p_llm_forge.data.sources import Found
+from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.data.splits import TRAIN, SplitCounts
 from p2p_llm_forge.data.tokenizer import bytes_of_text
-from p2p_llm_forge.data.unfinished import new_dataset_folder, require_room
+from p2p_llm_forge.data.unfinished import require_room
 from p2p_llm_forge.files import fingerprint, write_json
 
-if TYPE_CHECKING:
-    import numpy as np
 
-
-@dataclass(frozen=True)
-class Done:
-    """A piece that is tokenized, and its record."""
+class Done(NamedTuple):
+    """A piece that is tokenized."""
 
     id: PieceId
+    part: Part
     record: Record
 
     @property
     def train_tokens(self) -> int:
         """The tokens that it has to train on."""
         return self.record.splits[TRAIN].tokens
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What the dataset is to be, besides what is counted. tokenizer: whose tokens it holds."""
-
-    tokenizer: Any
-    splits: tuple[str, ...]
-    sequence_length: int
-    vocab_size: int
-    eos_token_id: int
-    dtype: str
-    tokenizer_fingerprint: str
-    arguments: dict[str, Any]
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -67,8 +54,7 @@ def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
 
     Next is always a piece of the source that has given the smallest part of its limit.
     """
-    given = [0] * len(sizes)
-    places = [0] * len(sizes)
+    given, places = [0] * len(sizes), [0] * len(sizes)
     order: list[tuple[int, int]] = []
     while True:
         open_sources = [
@@ -90,9 +76,8 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
     Weights hold for the training text; what is held out is kept whole, so pieces come even where
     they may give none.
     """
-    of_source = [
-        [piece for piece in done if piece.id.part.source == s] for s in range(len(weights))
-    ]
+    train = [piece for piece in done if not piece.part.is_validation]
+    of_source = [[piece for piece in train if piece.part.source == s] for s in range(len(weights))]
     sizes = [[piece.train_tokens for piece in pieces] for pieces in of_source]
     left = quotas([sum(size) for size in sizes], weights)
     order = blended(sizes, list(left)) if min(left) > 0 else []
@@ -101,10 +86,8 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
         size = min(piece.train_tokens, left[source])
         left[source] -= size
         yield piece, size
-    used = set(order)
-    for source, pieces in enumerate(of_source):
-        yield from ((p, 0) for place, p in enumerate(pieces) if (source, place) not in used)
-    yield from ((piece, 0) for piece in done if piece.id.part.is_validation)
+    used = {of_source[source][place].id for source, place in order}
+    yield from ((piece, 0) for piece in done if piece.id not in used)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -113,24 +96,23 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
 class _Split:
     """One split while it is written."""
 
-    def __init__(self, name: str, folder: Path, spec: DatasetSpec) -> None:
-        self.name = name
-        self.writer = BlockWriter(folder / name, spec.sequence_length, spec.dtype)
-        self._spec = spec
+    def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any) -> None:
+        self.name = folder.name
+        self.writer = BlockWriter(folder, manifest.sequence_length, manifest.dtype)
+        self._manifest = manifest
+        self._tokenizer = tokenizer
         self._documents = self._bytes = self._left_out = 0
 
     def add(self, tokens: np.ndarray, limit: int, counts: SplitCounts) -> None:
         """Add a piece's tokens, at most `limit`, to the end of a document."""
-        import numpy as np
-
         self._documents += counts.documents
         self._bytes += counts.bytes
         if limit < len(tokens):
-            ends = np.flatnonzero(tokens == self._spec.eos_token_id) + 1
+            ends = np.flatnonzero(tokens == self._manifest.eos_token_id) + 1
             kept = int(np.searchsorted(ends, limit, side="right"))
             tokens, rest = np.split(tokens, [ends[kept - 1] if kept else 0])
             self._documents -= counts.documents - kept
-            self._bytes -= bytes_of_text(self._spec.tokenizer, rest)
+            self._bytes -= bytes_of_text(self._tokenizer, rest)
             self._left_out += len(rest)
         self.writer.append(tokens)
 
@@ -139,45 +121,50 @@ class _Split:
         return SplitFacts(
             documents=self._documents,
             blocks=self.writer.blocks,
-            tokens=self.writer.blocks * self._spec.sequence_length,
-            bytes=self._bytes - bytes_of_text(self._spec.tokenizer, tail),
+            tokens=self.writer.blocks * self._manifest.sequence_length,
+            bytes=self._bytes - bytes_of_text(self._tokenizer, tail),
             dropped_tokens=len(tail),
             left_out_tokens=self._left_out,
         )
 
 
 class Packer:
-    """Writes the dataset of `found`, from scratch, while its pieces get done.
+    """Writes a dataset into the new folder `written`, from scratch, while its pieces get done.
 
     It takes the pieces in the order of the text. Those of a mixture are taken at the end, for its
-    order follows from the sizes of all. folder: in which the folder `written` is made.
+    order follows from the sizes of all. manifest: not yet counted.
     """
 
-    def __init__(self, folder: Path, found: Found, pieces: Pieces, spec: DatasetSpec) -> None:
-        self.written = new_dataset_folder(folder)
-        self._found = found
+    def __init__(
+        self, preparation: Preparation, manifest: Manifest, tokenizer: Any, pieces: Pieces
+    ) -> None:
+        # No other process writes to it, whatever becomes of the lock.
+        self.written = Path(tempfile.mkdtemp(prefix="dataset-", dir=preparation.folder))
+        self._found = preparation.found
+        self._manifest = manifest
+        self._tokenizer = tokenizer
         self._pieces = pieces
-        self._spec = spec
-        self._splits = [_Split(name, self.written, spec) for name in spec.splits]
+        self._splits = [
+            _Split(self.written / name, manifest, tokenizer) for name in preparation.splits
+        ]
         self._done: list[Done] = []
-        self._next = (0, 0)  # part and piece
+        self._next = PieceId(0, 0)
         self._is_finished = False
 
     @property
     def has_all(self) -> bool:
         """Whether every piece is done and taken."""
-        return self._next[0] == len(self._found.parts)
+        return self._next.part == len(self._found.parts)
 
     def catch_up(self) -> None:
         """Take the pieces that are done, up to the first that is not. Raises OSError."""
         while not self.has_all:
             number, place = self._next
-            piece = PieceId(number, self._found.parts[number], place)
-            record = self._pieces.record(piece)
+            record = self._pieces.record(self._next)
             if not record:
                 return
-            self._done.append(Done(piece, record))
-            self._next = (number + 1, 0) if record.is_last else (number, place + 1)
+            self._done.append(Done(self._next, self._found.parts[number], record))
+            self._next = PieceId(number + 1, 0) if record.is_last else PieceId(number, place + 1)
             if not self._found.weights:
                 self._add(self._done[-1], self._done[-1].train_tokens)
 
@@ -194,25 +181,18 @@ class Packer:
         if self._found.weights:
             for piece, limit in mixed(self._done, self._found.weights):
                 self._add(piece, limit)
-        spec = self._spec
-        manifest = Manifest(
-            sequence_length=spec.sequence_length,
-            vocab_size=spec.vocab_size,
-            eos_token_id=spec.eos_token_id,
-            dtype=spec.dtype,
+        manifest = replace(
+            self._manifest,
             splits={split.name: split.finish() for split in self._splits},
-            tokenizer_fingerprint=spec.tokenizer_fingerprint,
             # Of the text, whatever its files are called and packed in.
             content_fingerprint=fingerprint([piece.record.digest for piece in self._done]),
-            arguments=spec.arguments,
             skipped_rows=sum(piece.record.skipped for piece in self._done),
         )
         for split in self._splits:
             split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")
-        write_json(self.written / DATASET_DICT, {"splits": list(spec.splits)}, durable=False)
-        spec.tokenizer.save_pretrained(self.written / TOKENIZER)
-        manifest = manifest.with_files(self.written)
-        manifest.save(self.written)
+        write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
+        self._tokenizer.save_pretrained(self.written / TOKENIZER)
+        manifest = manifest.save(self.written)
         self._is_finished = True
         return manifest
 

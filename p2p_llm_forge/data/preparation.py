@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,16 @@ from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import digest_of
 from p2p_llm_forge.data.sources import Found
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer import tokenizer_fingerprint
-from p2p_llm_forge.data.tokenizing import in_order
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint
+
+# Arguments that decide what the dataset holds, just as they are given.
+DECIDING = (
+    *("one_document_per_file", "text_column", "dataset_config", "dataset_split", "skip_bad_rows"),
+    *("encoding_errors", "eos_token", "seed", "sequence_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Preparation:
     """A preparation that is asked for, and the text that was found for it."""
 
     config: PrepareConfig
+    read_options: ReadOptions
     found: Found
 
     @classmethod
@@ -37,14 +44,13 @@ class Preparation:
                 f"{', '.join(config.dataset_path)}: the file is empty, there is no text to prepare",
                 "give a file that holds text",
             )
-        if config.validation_path:
-            held_out = sources.find(config.validation_path, options, validation=True)
-            found = dataclasses.replace(
-                found,
-                parts=found.parts + held_out.parts,
-                unreadable=found.unreadable + held_out.unreadable,
-            )
-        return cls(config, found)
+        held_out = sources.find(config.validation_path, options, validation=True)
+        found = replace(
+            found,
+            parts=found.parts + held_out.parts,
+            unreadable=found.unreadable + held_out.unreadable,
+        )
+        return cls(config, options, found)
 
     @property
     def output_dir(self) -> Path:
@@ -55,15 +61,26 @@ class Preparation:
         """Where the dataset grows until it is finished."""
         return self.output_dir / UNFINISHED
 
-    @cached_property
-    def read_options(self) -> ReadOptions:
-        """How the files are read."""
-        return ReadOptions.of(self.config)
-
     @property
     def validation_fraction(self) -> float:
         """The part of the documents that is held out: none where other text is given for that."""
         return 0.0 if self.config.validation_path else self.config.validation_fraction
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        has_validation = self.validation_fraction or self.config.validation_path
+        return (TRAIN, VALIDATION) if has_validation else (TRAIN,)
+
+    @property
+    def tokenizer_arguments(self) -> dict[str, Any] | None:
+        """The arguments of `load_tokenizer`; None when a tokenizer is to be trained."""
+        if self.config.tokenizer is None:
+            return None
+        return {
+            "name": self.config.tokenizer,
+            "trust_remote_code": self.config.trust_remote_code,
+            "eos_token": self.config.eos_token,
+        }
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -76,18 +93,10 @@ class Preparation:
             "weights": [sources.split_weight(path)[1] for path in config.dataset_path],
             "validation_path": [Path(path).name for path in config.validation_path],
             "document_separator": config.separator(),
-            "one_document_per_file": config.one_document_per_file,
-            "text_column": config.text_column,
-            "dataset_config": config.dataset_config,
-            "dataset_split": config.dataset_split,
-            "skip_bad_rows": config.skip_bad_rows,
-            "encoding_errors": config.encoding_errors,
-            "eos_token": config.eos_token,
-            "seed": config.seed,
-            "sequence_length": config.sequence_length,
             "tokenizer": tokenizer,
             "validation_fraction": self.validation_fraction,
             "vocab_size": None if config.tokenizer else config.vocab_size,
+            **{name: getattr(config, name) for name in DECIDING},
         }
 
     def text_fingerprint(self) -> str:
@@ -97,11 +106,9 @@ class Preparation:
             pieces = readers.read_pieces(part, self.read_options)
             return [digest_of(piece.column) for piece in pieces]
 
-        of_parts = in_order(digests, self.found.parts, self.config.workers())
-        return fingerprint([digest for part in of_parts for digest in part])
-
-
-# --- is it there already? -------------------------------------------------------------------------
+        with ThreadPoolExecutor(self.config.workers()) as pool:
+            of_parts = pool.map(digests, self.found.parts)
+            return fingerprint([digest for part in of_parts for digest in part])
 
 
 def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | None:
@@ -114,10 +121,9 @@ def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | Non
     output_dir = preparation.output_dir
     if output_dir.exists() and not output_dir.is_dir():
         raise ForgeError(f"--output-dir {output_dir} is a file", "give another folder")
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return None
-    if not (output_dir / MANIFEST).exists():
-        if preparation.folder.exists():
+    names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if MANIFEST not in names:
+        if not names or UNFINISHED in names:
             return None
         raise ForgeError(
             f"--output-dir {output_dir} is not empty and holds no prepared dataset",
@@ -137,16 +143,15 @@ def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | Non
 
 def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> list[str]:
     """In what a dataset differs from the one that is asked for, in words."""
-    asked = preparation.arguments
     differences = [
-        f"{name}: {there.arguments.get(name)!r} there, {asked[name]!r} asked"
-        for name in asked
+        f"{name}: {there.arguments.get(name)!r} there, {asked!r} asked"
+        for name, asked in preparation.arguments.items()
         # What the names of files and tokenizers mean is compared below.
         if name not in ("dataset_path", "validation_path", "tokenizer")
-        and there.arguments.get(name) != asked[name]
+        and there.arguments.get(name) != asked
     ]
-    trained_there = there.arguments.get("tokenizer") is None
-    if trained_there != (tokenizer is None) or (
+    was_trained = there.arguments.get("tokenizer") is None
+    if was_trained != (tokenizer is None) or (
         tokenizer is not None and tokenizer_fingerprint(tokenizer) != there.tokenizer_fingerprint
     ):
         differences.append("another tokenizer")

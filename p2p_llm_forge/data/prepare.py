@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import tokenizer as tokenization
-from p2p_llm_forge.data.dataset import Manifest, SplitFacts, publish
+from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
-from p2p_llm_forge.data.packing import DatasetSpec, Packer
-from p2p_llm_forge.data.pieces import Pieces
+from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
-from p2p_llm_forge.data.ranks import Helpers, Ranks, alive, failure_posted, lives, mark_of
-from p2p_llm_forge.data.splits import TRAIN, VALIDATION, EncodeOptions
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
-from p2p_llm_forge.data.unfinished import PIECES, claimed, disk_full_explained, remove_leftovers
+from p2p_llm_forge.data.unfinished import (
+    PIECES,
+    Helpers,
+    OtherRank,
+    Ranks,
+    alive,
+    claimed,
+    disk_full_explained,
+)
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import Lock, Pulse
+from p2p_llm_forge.files import Lock
 from p2p_llm_forge.polling import wait_for
 
 MAIN_STARTS_WITHIN_S = 300.0
@@ -37,20 +42,21 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     it was.
     """
     config.problems().raise_any()
-    preparation = Preparation.of(config)
-    if preparation.found.unreadable and ranks.is_main:
-        print(
-            f"{preparation.found.unreadable} files cannot be read and are left out"
-            " (--skip-bad-rows)"
-        )
-    tokenizer = load_tokenizer(config)
+    preparation, is_main = Preparation.of(config), ranks.rank == 0
+    unreadable = preparation.found.unreadable
+    if unreadable and is_main:
+        print(f"{unreadable} files cannot be read and are left out (--skip-bad-rows)")
+    arguments = preparation.tokenizer_arguments
+    tokenizer = tokenization.load_tokenizer(**arguments) if arguments else None
     there = already_prepared(preparation, tokenizer)
     if there:
-        if ranks.is_main:
-            remove_leftovers(preparation.output_dir)
+        if is_main:
             print(f"{config.output_dir} is already prepared: {summary(there)}")
+            if preparation.folder.exists():  # of a run that was killed when all but that was done
+                with contextlib.suppress(ForgeError), claimed(preparation.output_dir):
+                    pass  # at its end the folder is removed
         return there
-    if not ranks.is_main:
+    if not is_main:
         return help_main(preparation, tokenizer, ranks)
     manifest = make(preparation, tokenizer, ranks)
     print(f"prepared {config.output_dir}: {summary(manifest)}")
@@ -59,7 +65,7 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
 
 def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     """The main rank's work: the dataset, made in the unfinished folder and then published."""
-    folder = preparation.folder
+    folder, backend = preparation.folder, preparation.config.tokenizer_backend
     with (
         claimed(preparation.output_dir) as lock,
         disk_full_explained(folder, preparation.found.parts),
@@ -67,7 +73,6 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     ):
         if tokenizer is None:
             tokenizer = trained_tokenizer(preparation)
-        backend = preparation.config.tokenizer_backend
         try:
             return build(preparation, tokenizer, backend, ranks, lock)
         except FastPathDiffers as difference:
@@ -78,19 +83,15 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
 
 
 def build(
-    preparation: Preparation,
-    tokenizer: Any,
-    backend: Backend,
-    ranks: Ranks,
-    lock: Lock,
+    preparation: Preparation, tokenizer: Any, backend: Backend, ranks: Ranks, lock: Lock
 ) -> Manifest:
     """Tokenize, with the other ranks, pack what is done meanwhile, and publish the dataset."""
-    spec = spec_of(preparation, tokenizer)
+    blank = blank_manifest(preparation, tokenizer)
     with encoders_of(preparation, tokenizer, backend) as encoders:
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
-        job = job_of(preparation, spec, encoders)
-        packer = Packer(preparation.folder, preparation.found, job.pieces, spec)
+        job = Job(preparation, blank, encoders)
+        packer = Packer(preparation, blank, tokenizer, job.pieces)
         helpers = Helpers(preparation.folder, ranks)
 
         def take_what_is_done() -> bool:
@@ -109,7 +110,7 @@ def build(
             manifest = packer.finish()
     lock.confirm()
     try:
-        require_blocks(preparation, manifest.splits)
+        require_blocks(preparation, manifest)
     except ForgeError:
         shutil.rmtree(preparation.folder / PIECES)  # the same text is of no use
         raise
@@ -119,33 +120,30 @@ def build(
 
 def help_main(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     """Tokenize the pieces of a rank that is not the main one; return what the main one wrote."""
-    folder = preparation.folder
-    main = Pulse(mark_of(folder, 0))
-
-    def main_lives() -> bool:
-        return lives(main)
+    main = OtherRank(preparation.folder, 0)
 
     def main_has_started() -> bool:
         # A file that never changes was left by a run that was killed.
-        return main_lives() and main.has_changed()
+        return main.lives() and main.has_changed()
 
-    wait_for(lambda: main_has_started() or is_ready(preparation), MAIN_STARTS_WITHIN_S)
+    wait_for(lambda: main_has_started() or finished(preparation), MAIN_STARTS_WITHIN_S)
     if main_has_started():
         try:
-            with alive(folder, ranks), failure_posted(folder, ranks):
-                tokenize_for_main(preparation, tokenizer, ranks, main_lives)
+            with alive(preparation.folder, ranks):
+                tokenize_for_main(preparation, tokenizer, ranks, main.lives)
         except OSError:
-            if main_lives():  # else the main rank has finished without this one
+            if main.lives():  # else the main rank has finished without this one
                 raise
-    wait_for(lambda: not main_lives())
+    wait_for(lambda: not main.lives())
     with contextlib.suppress(OSError):
-        folder.rmdir()
-    if not is_ready(preparation):
+        preparation.folder.rmdir()
+    manifest = finished(preparation)
+    if not manifest:
         raise ForgeError(
             f"the main process did not finish {preparation.output_dir}",
             "follow its message, and run the same command again",
         )
-    return Manifest.load(preparation.output_dir)
+    return manifest
 
 
 def tokenize_for_main(
@@ -158,58 +156,35 @@ def tokenize_for_main(
         if not folder.exists():
             return
         tokenizer = tokenization.load_tokenizer(str(folder))
-    spec, backend = spec_of(preparation, tokenizer), preparation.config.tokenizer_backend
-    try:
-        with encoders_of(preparation, tokenizer, backend) as encoders:
-            tokenize(job_of(preparation, spec, encoders), ranks)
-    except FastPathDiffers:
-        with encoders_of(preparation, tokenizer, "reference") as encoders:
-            tokenize(job_of(preparation, spec, encoders), ranks)
+    blank = blank_manifest(preparation, tokenizer)
+    for backend in (preparation.config.tokenizer_backend, "reference"):
+        with (
+            contextlib.suppress(FastPathDiffers),
+            encoders_of(preparation, tokenizer, backend) as encoders,
+        ):
+            return tokenize(Job(preparation, blank, encoders), ranks)
 
 
-def is_ready(preparation: Preparation) -> bool:
-    """Whether the folder holds a dataset of these arguments."""
+def finished(preparation: Preparation) -> Manifest | None:
+    """The manifest of the output folder, if it holds a dataset of these arguments."""
     try:
-        return Manifest.load(preparation.output_dir).arguments == preparation.arguments
+        manifest = Manifest.load(preparation.output_dir)
     except ForgeError:
-        return False
-
-
-# --- what the parts of the work need --------------------------------------------------------------
-
-
-def load_tokenizer(config: PrepareConfig) -> Any:
-    """The tokenizer that was asked for; None when one is to be trained."""
-    arguments = _load_arguments(config)
-    return tokenization.load_tokenizer(**arguments) if arguments else None
-
-
-def _load_arguments(config: PrepareConfig) -> dict[str, Any] | None:
-    """The arguments of `tokenization.load_tokenizer`, if one is to be loaded."""
-    if config.tokenizer is None:
         return None
-    return {
-        "name": config.tokenizer,
-        "trust_remote_code": config.trust_remote_code,
-        "eos_token": config.eos_token,
-    }
+    return manifest if manifest.arguments == preparation.arguments else None
 
 
 def encoders_of(
     preparation: Preparation, tokenizer: Any, backend: Backend
 ) -> contextlib.closing[Encoders]:
     """The encoders of the tokenizer, closed at the end."""
-    arguments = _load_arguments(preparation.config)
-    return contextlib.closing(Encoders(tokenizer, backend, arguments))
+    return contextlib.closing(Encoders(tokenizer, backend, preparation.tokenizer_arguments))
 
 
-def spec_of(preparation: Preparation, tokenizer: Any) -> DatasetSpec:
-    """What the dataset is to be, the same on every rank."""
+def blank_manifest(preparation: Preparation, tokenizer: Any) -> Manifest:
+    """What the dataset is to be, the same on every rank; nothing is counted yet."""
     vocab_size = tokenization.vocabulary_size(tokenizer)
-    has_validation = preparation.validation_fraction or preparation.config.validation_path
-    return DatasetSpec(
-        tokenizer=tokenizer,
-        splits=(TRAIN, VALIDATION) if has_validation else (TRAIN,),
+    return Manifest(
         sequence_length=preparation.config.sequence_length,
         vocab_size=vocab_size,
         eos_token_id=tokenizer.eos_token_id,
@@ -219,37 +194,9 @@ def spec_of(preparation: Preparation, tokenizer: Any) -> DatasetSpec:
     )
 
 
-def job_of(preparation: Preparation, spec: DatasetSpec, encoders: Encoders) -> Job:
-    """The work on the pieces, the same on every rank."""
-    options = EncodeOptions(
-        encode=encoders.encode,
-        eos_token_id=spec.eos_token_id,
-        dtype=spec.dtype,
-        validation_fraction=preparation.validation_fraction,
-        seed=preparation.config.seed,
-    )
-    decides = {
-        **asdict(preparation.read_options),
-        **vars(options),
-        "encode": encoders.is_fast,
-        "tokenizer": spec.tokenizer_fingerprint,
-    }
-    return Job(
-        parts=preparation.found.parts,
-        read_options=preparation.read_options,
-        encode_options=options,
-        pieces=Pieces(preparation.folder / PIECES, decides, spec.dtype),
-        workers=preparation.config.workers(),
-        give_up=encoders.close,
-    )
-
-
-# --- what came out --------------------------------------------------------------------------------
-
-
-def require_blocks(preparation: Preparation, splits: dict[str, SplitFacts]) -> None:
+def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     """Raise ForgeError when a split has not enough text for one block."""
-    config = preparation.config
+    config, length, splits = preparation.config, manifest.sequence_length, manifest.splits
     documents = sum(facts.documents for facts in splits.values())
     divided = (
         f"found {documents} documents, divided at {config.separator()!r} (--document-separator)"
@@ -258,14 +205,13 @@ def require_blocks(preparation: Preparation, splits: dict[str, SplitFacts]) -> N
     if not train.blocks:
         raise ForgeError(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
-            f"block of {config.sequence_length}; {divided}",
+            f"block of {length}; {divided}",
             "add text, or use a shorter --sequence-length",
         )
     if validation and not validation.blocks:
         raise ForgeError(
             f"the validation split is too short: {validation.documents} documents, "
-            f"{validation.dropped_tokens} tokens, fill no block of {config.sequence_length}; "
-            f"{divided}",
+            f"{validation.dropped_tokens} tokens, fill no block of {length}; {divided}",
             f"use a larger --validation-fraction (now {config.validation_fraction}), "
             "--validation-fraction 0 for no such split, or a shorter --sequence-length",
         )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from p2p_llm_forge.data.parts import values_and_offsets
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -21,21 +19,16 @@ def held_out(piece_number: int, documents: int, fraction: float, seed: int) -> n
     A document's number is its piece's number and its place there, so no worker needs to know what
     the others have counted. The hash is SplitMix64 (Steele, Lea and Flood, 2014).
     """
-    import numpy as np
-
     if fraction == 0:
         return np.zeros(documents, bool)
-    of_piece = _splitmix64(
-        _splitmix64(np.array([seed % 2**64], np.uint64)) + np.uint64(piece_number)
-    )
+    of_seed = _splitmix64(np.array([seed % 2**64], np.uint64))
+    of_piece = _splitmix64(of_seed + np.uint64(piece_number))
     numbers = _splitmix64(of_piece + np.arange(documents, dtype=np.uint64))
     return numbers < np.uint64(int(fraction * 2**64))
 
 
 def _splitmix64(numbers: np.ndarray) -> np.ndarray:
     """SplitMix64's step and finalizer on uint64, wrapping around."""
-    import numpy as np
-
     numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -70,8 +63,6 @@ def encode_piece(
     number: seeds the choice of the documents that are held out; is_validation: all are. Returns
     the tokens of the documents to train on, then those of the others, and the splits' counts.
     """
-    import numpy as np
-
     hidden = held_out(number, len(column), options.validation_fraction, options.seed)
     if is_validation:
         hidden[:] = True
@@ -93,8 +84,6 @@ def with_document_ends(
     tokens: np.ndarray, lengths: np.ndarray, eos_token_id: int, dtype: str
 ) -> np.ndarray:
     """The documents' tokens with EOS after each document, as `dtype`."""
-    import numpy as np
-
     joined = np.empty(len(tokens) + len(lengths), dtype)
     is_text = np.ones(len(joined), bool)
     ends = np.cumsum(lengths + 1) - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from p2p_llm_forge.data import readers
 from p2p_llm_forge.data.pieces import PieceId
@@ -22,9 +24,8 @@ TRAINING_BYTES = 256 << 20
 
 def trained_tokenizer(preparation: Preparation) -> Any:
     """The tokenizer of this text; kept in the unfinished folder, so that it is trained once."""
-    folder = tokenizer_folder(preparation)
+    folder, vocab_size = tokenizer_folder(preparation), preparation.config.vocab_size
     if not folder.exists():
-        vocab_size = preparation.config.vocab_size
         print(f"training a tokenizer of {vocab_size} entries")
         partial = folder.with_name("tmp-tokenizer")
         shutil.rmtree(partial, ignore_errors=True)
@@ -37,8 +38,8 @@ def tokenizer_folder(preparation: Preparation) -> Path:
     """Where a trained tokenizer is kept until the dataset is finished: named after its input."""
     config = preparation.config
     decides = [
-        *map(dataclasses.asdict, preparation.found.parts),
-        dataclasses.asdict(preparation.read_options),
+        *map(asdict, preparation.found.parts),
+        asdict(preparation.read_options),
         [config.vocab_size, config.seed, preparation.validation_fraction],
     ]
     return preparation.folder / f"{TRAINED_TOKENIZER}{fingerprint(decides)[:20]}"
@@ -49,23 +50,21 @@ def training_text(preparation: Preparation) -> Iterator[str]:
     parts, seed = preparation.found.parts, preparation.config.seed
     total = sum(part.bytes for part in parts if not part.is_validation)
     fraction = min(1.0, TRAINING_BYTES / max(1, total))
+    bytes_left = 2 * TRAINING_BYTES  # the size of compressed text is a guess
 
     def is_chosen(piece: PieceId) -> bool:
         return fraction == 1 or bool(held_out(piece.number, 1, fraction, seed + 1)[0])
 
-    bytes_left = 2 * TRAINING_BYTES  # the size of compressed text is a guess
     for number, part in enumerate(parts):
-        if part.is_validation or (part.is_one_piece and not is_chosen(PieceId(number, part, 0))):
+        if part.is_validation or (part.is_one_piece and not is_chosen(PieceId(number, 0))):
             continue
         for place, piece in enumerate(readers.read_pieces(part, preparation.read_options)):
-            piece_id = PieceId(number, part, place)
+            piece_id, documents = PieceId(number, place), piece.column
             if bytes_left < 0 or not is_chosen(piece_id):
                 continue
-            hidden = held_out(
-                piece_id.number, len(piece.column), preparation.validation_fraction, seed
-            )
-            for document, is_hidden in zip(piece.column, hidden.tolist(), strict=True):
-                if not is_hidden:
-                    text = document.as_py().decode()
-                    bytes_left -= len(text)
-                    yield text
+            fraction_hidden = preparation.validation_fraction
+            hidden = held_out(piece_id.number, len(documents), fraction_hidden, seed)
+            for document in documents.filter(pa.array(~hidden)):
+                text = document.as_py().decode()
+                bytes_left -= len(text)
+                yield text

@@ -5,32 +5,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
 
 from p2p_llm_forge.data import readers, splits
-from p2p_llm_forge.data.parts import Part, Piece, ReadOptions
+from p2p_llm_forge.data.dataset import Manifest
+from p2p_llm_forge.data.encode import Encoders
+from p2p_llm_forge.data.parts import Piece
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record, digest, digest_of
-from p2p_llm_forge.data.ranks import Ranks
+from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.data.splits import EncodeOptions
-
-if TYPE_CHECKING:
-    import numpy as np
+from p2p_llm_forge.data.unfinished import PIECES, Ranks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass
 class Job:
-    """What is needed to tokenize any piece; the same on every rank."""
+    """Tokenizes any piece of a preparation; the same on every rank. manifest: not yet counted."""
 
-    parts: list[Part]
-    read_options: ReadOptions
-    encode_options: EncodeOptions
-    pieces: Pieces
-    workers: int
-    give_up: Callable[[], None]  # makes pieces that are being encoded fail soon
+    def __init__(self, preparation: Preparation, manifest: Manifest, encoders: Encoders) -> None:
+        self.preparation = preparation
+        self.give_up = encoders.close  # makes pieces that are being encoded fail soon
+        self._options = EncodeOptions(
+            encode=encoders.encode,
+            eos_token_id=manifest.eos_token_id,
+            dtype=manifest.dtype,
+            validation_fraction=preparation.validation_fraction,
+            seed=preparation.config.seed,
+        )
+        decides = asdict(preparation.read_options) | vars(self._options)
+        decides |= {"encode": encoders.is_fast, "tokenizer": manifest.tokenizer_fingerprint}
+        folder, parts = preparation.folder / PIECES, preparation.found.parts
+        self.pieces = Pieces(folder, parts, decides, manifest.dtype)
 
     def encode(self, task: tuple[PieceId, Piece | None]) -> tuple[int, np.ndarray]:
         """Tokenize and keep a piece, read already or not.
@@ -38,10 +48,10 @@ class Job:
         Returns the bytes of its file, and its tokens.
         """
         piece_id, piece = task
-        part = piece_id.part
-        piece = piece or next(readers.read_pieces(part, self.read_options))
+        part = self.preparation.found.parts[piece_id.part]
+        piece = piece or next(readers.read_pieces(part, self.preparation.read_options))
         tokens, counts = splits.encode_piece(
-            piece_id.number, piece.column, part.is_validation, self.encode_options
+            piece_id.number, piece.column, part.is_validation, self._options
         )
         record = Record(
             splits=counts,
@@ -59,16 +69,11 @@ def tokenize(job: Job, ranks: Ranks, after_each: Callable[[], object] = lambda: 
 
     after_each: called after each, while workers are busy with the next ones.
     """
-    from tqdm import tqdm
-
-    total = sum(part.bytes for part in job.parts) // ranks.world_size
+    total = sum(part.bytes for part in job.preparation.found.parts) // ranks.world_size or None
+    todo, workers = pieces_to_do(job, ranks), job.preparation.config.workers()
     tokens = 0
-    with tqdm(
-        total=total or None, unit="B", unit_scale=True, desc="tokenizing", disable=None
-    ) as bar:
-        for source_bytes, of_piece in in_order(
-            job.encode, pieces_to_do(job, ranks), job.workers, job.give_up
-        ):
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        for source_bytes, of_piece in in_order(job.encode, todo, workers, job.give_up):
             tokens += len(of_piece)
             bar.set_postfix_str(f"{tokens / 1e6:.1f} Mtoken", refresh=False)
             bar.update(source_bytes)
@@ -81,19 +86,18 @@ def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[tuple[PieceId, Piece | None
     Parts are divided among the ranks; where there are few, every rank reads all and takes every
     `world_size`th piece.
     """
-    divide_parts = len(job.parts) >= 4 * ranks.world_size
-    for number, part in enumerate(job.parts):
-        mine = number % ranks.world_size == ranks.rank
-        if ((divide_parts or part.is_one_piece) and not mine) or job.pieces.has_all_of(
-            number, part
-        ):
+    parts, world_size = job.preparation.found.parts, ranks.world_size
+    divide_parts = len(parts) >= 4 * world_size
+    for number, part in enumerate(parts):
+        mine = number % world_size == ranks.rank
+        if ((divide_parts or part.is_one_piece) and not mine) or job.pieces.has_all_of(number):
             continue
         if part.is_one_piece:
-            yield PieceId(number, part, 0), None
+            yield PieceId(number, 0), None
             continue
-        for place, piece in enumerate(readers.read_pieces(part, job.read_options)):
-            is_mine = divide_parts or (number + place) % ranks.world_size == ranks.rank
-            piece_id = PieceId(number, part, place)
+        for place, piece in enumerate(readers.read_pieces(part, job.preparation.read_options)):
+            piece_id = PieceId(number, place)
+            is_mine = divide_parts or (number + place) % world_size == ranks.rank
             if is_mine and not job.pieces.record(piece_id):
                 yield piece_id, piece
 
@@ -102,7 +106,7 @@ def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int,
-    give_up: Callable[[], None] = lambda: None,
+    give_up: Callable[[], None],
 ) -> Iterator[Result]:
     """`work` of every item by `workers` threads; results in the items' order, few in waiting.
 

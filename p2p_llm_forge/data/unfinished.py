@@ -1,10 +1,14 @@
-"""The folder in which a dataset grows: locked while a run works there, kept when it fails.
+"""The folder in which a dataset grows: who works there, what is kept, and room for it.
 
-output-dir/unfinished/lock            who works here
-output-dir/unfinished/rank-1          that rank lives (see ranks.py)
+output-dir/unfinished/lock            which launch works here
+output-dir/unfinished/rank-0          is touched every second while that rank of it lives
+output-dir/unfinished/rank-1.failed   why that rank gave up
 output-dir/unfinished/tokenizer-…     trained on the text
 output-dir/unfinished/pieces/         tokens of every piece that is done, and a record of each
 output-dir/unfinished/dataset-…/      the finished files, just before they are published
+
+No clock is compared with another machine's: a rank is gone when its file has not changed for
+GONE_AFTER_S of watching.
 """
 
 from __future__ import annotations
@@ -12,19 +16,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from p2p_llm_forge.data.dataset import UNFINISHED
 from p2p_llm_forge.data.parts import Part
-from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import Lock, only_writer
+from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.files import Lock, Pulse, beating, only_writer, read_json, write_json
 
 LOCK, PIECES = "lock", "pieces"
 TRAINED_TOKENIZER = "tokenizer-"  # and a digest of what it was trained on
 FULL = (errno.ENOSPC, errno.EDQUOT)
+COMES_WITHIN_S = 30.0  # after the main rank has begun
+GONE_AFTER_S = 30.0
 
 
 @contextlib.contextmanager
@@ -51,30 +58,77 @@ def claimed(output_dir: Path) -> Iterator[Lock]:
                 path.rmdir()
 
 
-def new_dataset_folder(folder: Path) -> Path:
-    """A folder for a dataset that no other process writes to, whatever becomes of the lock."""
-    path = folder / f"dataset-{secrets.token_hex(4)}"
-    path.mkdir()
-    return path
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove the folder of a run that was killed just after it had published its dataset."""
-    if (output_dir / UNFINISHED).exists():
-        with contextlib.suppress(ForgeError), claimed(output_dir):
-            pass  # at its end the folder is removed
-
-
 def _clear(folder: Path, keep_work: bool) -> None:
     """Remove what lies there but the lock; keep_work: and but pieces and trained tokenizers."""
+    kept = (LOCK, PIECES, TRAINED_TOKENIZER) if keep_work else (LOCK,)
     for path in folder.iterdir():
-        is_work = path.name == PIECES or path.name.startswith(TRAINED_TOKENIZER)
-        if path.name.startswith(LOCK) or (keep_work and is_work):
+        if path.name.startswith(kept):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of the processes of one launch this is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class OtherRank(Pulse):
+    """Watches another rank by the file that it touches."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder / f"rank-{rank}")
+
+    def lives(self) -> bool:
+        """Whether it has shown a sign of life lately."""
+        return self.is_beating(GONE_AFTER_S)
+
+
+@contextlib.contextmanager
+def alive(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Show the other ranks that this one lives, while entered. Raises OSError.
+
+    The ForgeError that ends a rank but the main one is posted, for the main one alone prints.
+    """
+    mark = folder / f"rank-{ranks.rank}"
+    mark.touch()
+    try:
+        with beating(mark):
+            yield
+    except ForgeError as error:
+        if ranks.rank:
+            with contextlib.suppress(OSError):
+                problems = [asdict(problem) for problem in error.problems]
+                write_json(mark.with_suffix(".failed"), problems, durable=False)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            mark.unlink()
+
+
+class Helpers:
+    """The ranks but the main one, as the main one sees them."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder = folder
+        self._others = [OtherRank(folder, rank) for rank in range(1, ranks.world_size)]
+        self._started = time.monotonic()
+
+    def are_working(self) -> bool:
+        """Whether one lives or may still come. Raises the ForgeError that ended one."""
+        for path in sorted(self._folder.glob("rank-*.failed")):
+            raise ForgeError.of(Problem(**problem) for problem in read_json(path))
+        may_come = time.monotonic() - self._started < COMES_WITHIN_S
+        # All are looked at, for a pulse is as old as the last look at it.
+        return any([rank.lives() or (may_come and not rank.has_changed()) for rank in self._others])
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -86,7 +140,9 @@ def disk_full_explained(folder: Path, parts: list[Part]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
+        # tokenizers 0.23 raises a plain Exception for a full disk
+        texts = [f"(os error {code})" for code in FULL if type(error) is Exception]
+        if getattr(error, "errno", None) not in FULL and not any(t in str(error) for t in texts):
             raise
         # Tokens lie on the disk twice, as pieces and as blocks, and take about half of their text.
         in_pieces = sum(path.stat().st_size for path in (folder / PIECES).glob("*.tokens"))
@@ -103,11 +159,3 @@ def require_room(folder: Path, needed: int) -> None:
     """Raise OSError for a full disk unless `needed` bytes and a little more are free."""
     if shutil.disk_usage(folder).free < needed + (1 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room; tokenizers 0.23 raises a plain Exception for it."""
-    texts = [f"(os error {code})" for code in FULL]
-    return getattr(error, "errno", None) in FULL or (
-        type(error) is Exception and any(text in str(error) for text in texts)
-    )

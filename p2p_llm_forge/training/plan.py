@@ -43,28 +43,25 @@ def plan_updates(
                 f"leave --batch-size out, or use {product}",
             )
         batch_size = product
-    batch_size = batch_size or max(16, (micro or 1) * world_size)
     unit = world_size * (micro or 1)
+    batch_size = batch_size or max(16, unit)
     if batch_size < world_size or (batch_size % unit and not may_be_uneven):
+        below = batch_size // unit * unit
+        sizes = [str(size) for size in (below, below + unit) if size]
         raise ForgeError(
             f"--batch-size {batch_size} cannot be divided among {world_size} processes in"
             f" micro-batches of {micro or 1}",
-            f"use {' or '.join(map(str, sizes_that_divide(batch_size, unit)))}",
+            f"use {' or '.join(sizes)}",
         )
-    shares = equal_shares(batch_size, world_size)
+    size, left = divmod(batch_size, world_size)
+    shares = [size + (rank < left) for rank in range(world_size)]
     return Plan(
         batch_size=batch_size,
-        micro_batch_size=micro or largest_micro_batch(shares[0], limit=8),
+        micro_batch_size=micro or max(size for size in range(1, 9) if shares[0] % size == 0),
         shares=shares,
         tokens_per_update=batch_size * sequence_length,
         total_steps=config.max_steps or steps_of_epochs(config.epochs, num_blocks, batch_size),
     )
-
-
-def equal_shares(batch_size: int, world_size: int) -> list[int]:
-    """Blocks of an update for each rank, as equal as they can be; the first get one more."""
-    size, left = divmod(batch_size, world_size)
-    return [size + (rank < left) for rank in range(world_size)]
 
 
 def shares_by_speed(batch_size: int, speeds: list[float]) -> list[int]:
@@ -85,14 +82,3 @@ def shares_by_speed(batch_size: int, speeds: list[float]) -> list[int]:
 def steps_of_epochs(epochs: float, num_blocks: int, batch_size: int) -> int:
     """Updates that read every block at least `epochs` times."""
     return max(1, math.ceil(round(epochs * num_blocks, 6) / batch_size))
-
-
-def largest_micro_batch(share: int, limit: int) -> int:
-    """The largest divisor of a rank's share that is at most `limit`."""
-    return next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
-
-
-def sizes_that_divide(batch_size: int, unit: int) -> list[int]:
-    """The batch sizes next to `batch_size` that are multiples of `unit`, smaller one first."""
-    below = batch_size // unit * unit
-    return [size for size in (below, below + unit) if size > 0]

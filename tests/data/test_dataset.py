@@ -80,7 +80,8 @@ def test_the_manifest_holds_the_size_and_the_sha256_of_every_file(tmp_path):
     (tmp_path / "train").mkdir()
     for name in ("train/data.arrow", "dataset_dict.json"):
         (tmp_path / name).write_bytes(name.encode() * 9)
-    assert a_manifest().with_files(tmp_path).files == {
+    assert a_manifest().save(tmp_path) == Manifest.load(tmp_path)
+    assert Manifest.load(tmp_path).files == {
         name: {
             "bytes": 9 * len(name),
             "sha256": hashlib.sha256(name.encode() * 9).hexdigest(),

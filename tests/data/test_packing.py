@@ -76,6 +76,20 @@ def test_a_mixture_has_its_weights_by_tokens_and_is_deterministic(
     assert held_out == {"A", "B"} and not manifest.splits["validation"].left_out_tokens
 
 
+def test_a_mixture_keeps_text_given_for_validation_whole_and_once(tmp_path, tokenizer_folder):
+    for name in "abv":
+        text = "\n\n".join(f"{name} text {n} of peers" for n in range(50))
+        (tmp_path / f"{name}.txt").write_text(text)
+    paths = [f"{tmp_path}/a.txt:0.9", f"{tmp_path}/b.txt:0.1"]
+    held_out = {"validation_path": [str(tmp_path / "v.txt")]}
+    asked = with_tokenizer(paths, tmp_path / "out", tokenizer_folder, **held_out)
+    facts = prepare(asked).splits
+    assert facts["validation"].documents == 50 and not facts["validation"].left_out_tokens
+    assert facts["train"].documents < 100
+    documents = decoded_documents(tmp_path / "out", "validation")
+    assert 45 <= len(documents) <= 50 and {document[0] for document in documents} == {"v"}
+
+
 def test_a_tokenizer_does_not_tell_how_it_was_reached(tmp_path, tokenizer_folder):
     tokenizer = tokenization.load_tokenizer(str(tokenizer_folder))
     tokenizer.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from p2p_llm_forge.data.splits import TRAIN, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
 
 PART = Part("text", (Span("a.txt", 0, 100, 100, 100, 5),))
+FIRST = PieceId(0, 0)
 DECIDES = {"seed": 0, "tokenizer": "t"}
 TOKENS = np.arange(1000, 1010, dtype=np.uint16)
 
@@ -25,22 +26,21 @@ def record_of(tokens: np.ndarray, is_last: bool = True) -> Record:
 
 @pytest.fixture
 def pieces(tmp_path):
-    return Pieces(tmp_path, DECIDES, "uint16")
+    return Pieces(tmp_path, [PART], DECIDES, "uint16")
 
 
 @pytest.fixture
 def written(pieces):
     """A piece that is done."""
-    piece = PieceId(0, PART, 0)
-    pieces.write(piece, TOKENS, record_of(TOKENS))
-    return piece
+    pieces.write(FIRST, TOKENS, record_of(TOKENS))
+    return FIRST
 
 
 def test_another_process_finds_the_tokens_and_the_record_of_a_piece(written, tmp_path):
-    elsewhere = Pieces(tmp_path, dict(reversed(DECIDES.items())), "uint16")
     same = dataclasses.replace(PART)  # an equal part that was found again
-    assert elsewhere.record(PieceId(0, same, 0)) == record_of(TOKENS)
-    found = elsewhere.tokens(PieceId(0, same, 0))
+    elsewhere = Pieces(tmp_path, [same], dict(reversed(DECIDES.items())), "uint16")
+    assert elsewhere.record(FIRST) == record_of(TOKENS)
+    found = elsewhere.tokens(FIRST)
     assert found[TRAIN].tolist() == TOKENS[:7].tolist()
     assert found[VALIDATION].tolist() == TOKENS[7:].tolist()
 
@@ -48,15 +48,15 @@ def test_another_process_finds_the_tokens_and_the_record_of_a_piece(written, tmp
 def test_what_decides_the_tokens_decides_whether_a_piece_is_done(written, tmp_path):
     changed = Part("text", (Span("a.txt", 0, 100, 100, 100, mtime_ns=6),))
     others = [
-        (DECIDES, PieceId(0, changed, 0)),
-        (DECIDES, PieceId(1, PART, 0)),
-        (DECIDES, PieceId(0, PART, 1)),
-        (DECIDES | {"seed": 1}, PieceId(0, PART, 0)),
-        (DECIDES | {"tokenizer": "u"}, PieceId(0, PART, 0)),
+        ([changed], DECIDES, FIRST),
+        ([PART, PART], DECIDES, PieceId(1, 0)),
+        ([PART], DECIDES, PieceId(0, 1)),
+        ([PART], DECIDES | {"seed": 1}, FIRST),
+        ([PART], DECIDES | {"tokenizer": "u"}, FIRST),
     ]
-    assert Pieces(tmp_path, DECIDES, "uint16").record(written)
-    for decides, piece in others:
-        assert Pieces(tmp_path, decides, "uint16").record(piece) is None
+    assert Pieces(tmp_path, [PART, PART], DECIDES, "uint16").record(written)
+    for parts, decides, piece in others:
+        assert Pieces(tmp_path, parts, decides, "uint16").record(piece) is None
 
 
 def change_a_token(tokens, record):
@@ -79,11 +79,11 @@ def cut_record(tokens, record):
 def test_a_damaged_piece_is_not_done(written, tmp_path, damage):
     [tokens], [record] = tmp_path.glob("*.tokens"), tmp_path.glob("*.json")
     damage(tokens, record)
-    assert Pieces(tmp_path, DECIDES, "uint16").record(written) is None
+    assert Pieces(tmp_path, [PART], DECIDES, "uint16").record(written) is None
 
 
 def test_damage_after_the_record_was_read_is_an_error(written, tmp_path):
-    elsewhere = Pieces(tmp_path, DECIDES, "uint16")
+    elsewhere = Pieces(tmp_path, [PART], DECIDES, "uint16")
     assert elsewhere.record(written)
     [tokens] = tmp_path.glob("*.tokens")
     cut_tokens(tokens, None)
@@ -93,9 +93,9 @@ def test_damage_after_the_record_was_read_is_an_error(written, tmp_path):
 
 def test_a_part_is_done_when_its_last_piece_and_all_before_are(pieces):
     for place, is_last in ((0, False), (2, True), (1, False)):
-        assert not pieces.has_all_of(0, PART)
-        pieces.write(PieceId(0, PART, place), TOKENS, record_of(TOKENS, is_last))
-    assert pieces.has_all_of(0, PART)
+        assert not pieces.has_all_of(0)
+        pieces.write(PieceId(0, place), TOKENS, record_of(TOKENS, is_last))
+    assert pieces.has_all_of(0)
 
 
 def test_the_digest_of_documents_changes_with_their_text_and_their_borders():

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import ranks, splits
+from p2p_llm_forge.data import splits, unfinished
 from p2p_llm_forge.data.prepare import prepare
-from p2p_llm_forge.data.ranks import Helpers, Ranks, alive, failure_posted, mark_of
+from p2p_llm_forge.data.unfinished import Helpers, Ranks, alive
 from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.files import Pulse, beating
 from tests.data.preparations import config
@@ -26,9 +26,9 @@ def test_a_helper_may_come_and_works_while_its_mark_is_touched(tmp_path, monkeyp
     helpers = Helpers(tmp_path, Ranks(0, 3))
     assert helpers.are_working(), "they may still come"
     with alive(tmp_path, Ranks(2, 3)):
-        monkeypatch.setattr(ranks, "COMES_WITHIN_S", 0.0)
+        monkeypatch.setattr(unfinished, "COMES_WITHIN_S", 0.0)
         assert helpers.are_working(), "one has come"
-        mark = Pulse(mark_of(tmp_path, 2))
+        mark = Pulse(tmp_path / "rank-2")
         wait_until(lambda: mark.is_beating() and mark.has_changed())
         assert helpers.are_working()
     assert not helpers.are_working(), "it has left"
@@ -36,18 +36,18 @@ def test_a_helper_may_come_and_works_while_its_mark_is_touched(tmp_path, monkeyp
 
 def test_a_helper_that_is_silent_is_gone_even_while_others_might_come(tmp_path, monkeypatch):
     helpers = Helpers(tmp_path, Ranks(0, 2))
-    mark = mark_of(tmp_path, 1)
+    mark = tmp_path / "rank-1"
     for touched_ns in (1, 2):
         mark.touch()
         os.utime(mark, ns=(touched_ns, touched_ns))
         assert helpers.are_working()
-    monkeypatch.setattr(ranks, "GONE_AFTER_S", 0.0)
+    monkeypatch.setattr(unfinished, "GONE_AFTER_S", 0.0)
     assert not helpers.are_working()
 
 
 def test_the_error_of_a_helper_is_raised_by_the_main_rank_field_by_field(tmp_path):
     problems = [Problem("a.txt is no text", "give another"), Problem("b", "c", where="rank 1")]
-    with pytest.raises(ForgeError), failure_posted(tmp_path, Ranks(1, 2)):
+    with pytest.raises(ForgeError), alive(tmp_path, Ranks(1, 2)):
         raise ForgeError.of(problems)
     with pytest.raises(ForgeError) as raised:
         Helpers(tmp_path, Ranks(0, 2)).are_working()
@@ -94,9 +94,9 @@ def test_what_ends_a_rank_ends_the_preparation(text, ready_tokenizer, tmp_path):
 def test_the_main_rank_does_the_work_of_one_that_fell_silent(
     text, tmp_path, undisturbed, monkeypatch
 ):
-    monkeypatch.setattr(ranks, "COMES_WITHIN_S", 120.0)
-    monkeypatch.setattr(ranks, "GONE_AFTER_S", 3.0)
-    main_mark, mark = (mark_of(tmp_path / "out" / "unfinished", rank) for rank in (0, 1))
+    monkeypatch.setattr(unfinished, "COMES_WITHIN_S", 120.0)
+    monkeypatch.setattr(unfinished, "GONE_AFTER_S", 3.0)
+    main_mark, mark = (tmp_path / "out" / "unfinished" / f"rank-{rank}" for rank in (0, 1))
     with ThreadPoolExecutor(1) as pool:
         main = pool.submit(prepare, config(text, tmp_path / "out"), Ranks(0, 2))
         wait_until(main_mark.exists)

@@ -9,15 +9,16 @@ import pytest
 
 from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.parts import ReadOptions
-from p2p_llm_forge.data.ranks import Ranks
 from p2p_llm_forge.data.tokenizing import in_order, pieces_to_do
+from p2p_llm_forge.data.unfinished import Ranks
 
 
 @pytest.mark.usefixtures("small_pieces")
 def test_the_pieces_are_divided_among_the_ranks(text):
     found = sources.find([str(text)], ReadOptions(piece_bytes=3_000))
     pieces = mock.Mock(has_all_of=lambda *_: False, record=lambda *_: None)
-    job = mock.Mock(parts=found.parts, read_options=ReadOptions(piece_bytes=3_000), pieces=pieces)
+    preparation = mock.Mock(found=found, read_options=ReadOptions(piece_bytes=3_000))
+    job = mock.Mock(preparation=preparation, pieces=pieces)
     alone = [piece.number for piece, _ in pieces_to_do(job, Ranks())]
     assert len(alone) > 20
     for world in (2, 3, 50):
@@ -36,7 +37,7 @@ def test_results_come_in_the_order_of_the_items_and_few_wait():
         begun.append(number)
         return number * number
 
-    results = in_order(work, range(100), workers=3)
+    results = in_order(work, range(100), 3, lambda: None)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     assert len(begun) < 15, "the rest is not begun before it is asked for"
     assert list(results) == [number * number for number in range(3, 100)]
