@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +43,7 @@ class Encoders:
         self._tokenizer = tokenizer
         self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
-        self._guard = control_token_guard(tokenizer)
+        self._control = sorted(control_tokens(tokenizer).values())
         self._of_this_thread = threading.local()
         # For the first thread that encodes; what others get is made when they come.
         self._spare = [self._reference]
@@ -92,7 +91,7 @@ class Encoders:
                 del own.encode
         else:
             tokens, lengths = self._in_portions(own.encode, documents)
-        self._guard(tokens, lengths, documents)
+        self._refuse_control_tokens(tokens, lengths, documents)
         return tokens, lengths
 
     def _has_grown(self) -> bool:
@@ -110,13 +109,13 @@ class Encoders:
         if self.is_fast:
             # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
             return fast_path.fast_encoder(self._rules)
-        if is_slow(self._tokenizer) and self._loaded_from:
-            process = TokenizerProcess(self._loaded_from)
-            self._processes.append(process)
-            if self._is_closed:  # meanwhile
-                process.close()
-            return process.encode
-        return self._reference
+        if not (is_slow(self._tokenizer) and self._loaded_from):
+            return self._reference
+        process = TokenizerProcess(self._loaded_from)
+        self._processes.append(process)
+        if self._is_closed:  # meanwhile
+            process.close()
+        return process.encode
 
     def _in_portions(
         self, encode: Encode, documents: pa.LargeBinaryArray
@@ -130,35 +129,26 @@ class Encoders:
         tokens, lengths = zip(*found, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
 
-
-def _memory_of_process() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def control_token_guard(
-    tokenizer: Any,
-) -> Callable[[np.ndarray, np.ndarray, pa.LargeBinaryArray], None]:
-    """A check of encoded documents (tokens, lengths, documents): ForgeError for a control token.
-
-    Encoders here read the spelling of one as text, but some vocabularies list it among their
-    ordinary entries and cannot tell the two apart.
-    """
-    control = sorted(control_tokens(tokenizer).values())
-
-    def guard(tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray) -> None:
+    def _refuse_control_tokens(
+        self, tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray
+    ) -> None:
+        """Raise ForgeError for a control token: encoders here read the spelling of one as text, but
+        some vocabularies list it among their ordinary entries and cannot tell the two apart."""
         # Few are compared one by one; for many, isin makes a table and answers in one pass.
-        if len(control) <= 4 and not any((tokens == token).any() for token in control):
+        if len(self._control) <= 4 and not any((tokens == token).any() for token in self._control):
             return
-        places = np.flatnonzero(np.isin(tokens, control))
+        places = np.flatnonzero(np.isin(tokens, self._control))
         if not len(places):
             return
-        spelling = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
+        spelling = self._tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
         row = int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))
-        document = documents[row].as_py()
+        begins = documents[row].as_py()[:40].decode(errors="ignore")
         raise ForgeError(
             f"the text holds {spelling!r}, which this tokenizer cannot tell from its control token "
-            f"(in the document that begins {document[:40].decode(errors='ignore')!r})",
+            f"(in the document that begins {begins!r})",
             "take it out of the text, or use another --tokenizer",
         )
 
-    return guard
+
+def _memory_of_process() -> int:
+    return psutil.Process().memory_info().rss

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
-from p2p_llm_forge.data.tokenizer import Encode, control_tokens, without_truncation
+from p2p_llm_forge.data.tokenizer import Encode, control_tokens, rules_of
 
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
@@ -137,7 +137,7 @@ def rules_of_text(tokenizer: Any) -> str:
     gigatoken 0.10, like tokenizers, turns the spelling of a special token into that token, but has
     no setting against it: it must not know them.
     """
-    rules = without_truncation(tokenizer.backend_tokenizer).to_str()
+    rules = rules_of(tokenizer)
     # The first key of that name is the tokenizer's own. Only its value is parsed: the vocabulary
     # and its merges, which stay as they are, would take ten times as long as all the rest.
     key = '"added_tokens":'

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
-from p2p_llm_forge.data.parts import BLANK_LINES, ReadOptions, column_of, compression_of, is_utf8
+from p2p_llm_forge.data.parts import (
+    BLANK_LINES,
+    ReadOptions,
+    column_of,
+    compression_of,
+    is_utf8,
+    without_empty,
+)
 from p2p_llm_forge.errors import ForgeError
+
+EMPTY_LINES = r"\n\r?\n[\r\n]*"
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
     r"""Where a text may be cut: after this. (Beginning with a literal byte, it is found fast.)"""
-    blank_lines = rb"\n\r?\n[\r\n]*"
-    return re.compile(blank_lines if separator == BLANK_LINES else re.escape(separator.encode()))
+    pattern = EMPTY_LINES if separator == BLANK_LINES else re.escape(separator)
+    return re.compile(pattern.encode())
 
 
 def plain(file: InputFile) -> pa.LargeBinaryArray:
@@ -65,56 +73,17 @@ def text_column(raw: bytes, file: InputFile, offset: int) -> pa.LargeBinaryArray
 
 
 def _divided(raw: bytes, options: ReadOptions) -> pa.LargeBinaryArray:
-    if options.one_document_per_file:
-        return column_of([raw] if raw else [])
-    if options.separator != BLANK_LINES:
-        return column_of([part for part in raw.split(options.separator.encode()) if part])
-    return _divided_at_blank_lines(raw)
-
-
-def _divided_at_blank_lines(raw: bytes) -> pa.LargeBinaryArray:
-    r"""The documents between blank lines, in order; empty ones are left out.
+    r"""The documents of a text, in order; empty ones are left out.
 
     One or more empty lines end a document, whether lines end in LF or CRLF, and line ends at the
     borders of a document are not part of it. A line of spaces is not empty. Inside a document every
-    byte stays as it is, CRLF too. (As `re.split(rb"\n\r?\n[\r\n]*")` and strip, but faster.)
+    byte stays as it is, CRLF too. Another separator is taken literally.
     """
-    text = np.frombuffer(raw, np.uint8)
-    stops = np.concatenate([np.empty(0, np.int64), *_ends_before_blank_lines(raw, text)])
-    starts = stops + np.where(text[stops + 1] == ord("\n"), 2, 3)
-    starts, stops = np.append(0, starts), np.append(stops, len(raw))
-    some = stops > starts  # between two empty lines in a row there is nothing
-    starts, stops = _stripped(raw, text, starts[some], stops[some])
-    # What lies between documents is every other value, and is left out: no Python object is made.
-    borders = np.empty(2 * len(starts) + 2, np.int64)
-    borders[0], borders[-1] = 0, len(raw)
-    borders[1:-1:2], borders[2:-1:2] = starts, stops
-    buffers = [None, pa.py_buffer(borders), pa.py_buffer(raw)]
-    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(borders) - 1, buffers)
-    return values.take(pa.array(2 * np.flatnonzero(stops > starts) + 1))
-
-
-def _ends_before_blank_lines(raw: bytes, text: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of line ends after which an empty line comes, window by window."""
-    window = 64 << 10  # what is computed of it stays in the processor's cache
-    for start in range(0, len(raw), window):
-        part = text[start : start + window + 2]
-        is_end = part == ord("\n")
-        is_blank = is_end[:-1] & is_end[1:]
-        if raw.find(b"\r", start, start + len(part)) >= 0:
-            is_blank[:-1] |= is_end[:-2] & is_end[2:] & (part[1:-1] == ord("\r"))
-        yield start + np.flatnonzero(is_blank[:window])
-
-
-def _stripped(
-    raw: bytes, text: np.ndarray, starts: np.ndarray, stops: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The stretches of a text without the line ends at their borders (rare but in CRLF files)."""
-    is_end = np.zeros(256, bool)
-    is_end[[ord("\n"), ord("\r")]] = True
-    for place in np.flatnonzero(is_end[text[starts]] | is_end[text[stops - 1]]):
-        start, stop = int(starts[place]), int(stops[place])
-        document = raw[start:stop]
-        starts[place] = start + len(document) - len(document.lstrip(b"\r\n"))
-        stops[place] = max(int(starts[place]), start + len(document.rstrip(b"\r\n")))
-    return starts, stops
+    if options.one_document_per_file:
+        return without_empty(column_of([raw]))
+    if options.separator != BLANK_LINES:
+        return without_empty(pc.split_pattern(column_of([raw]), options.separator).flatten())
+    documents = pc.split_pattern_regex(column_of([raw]), EMPTY_LINES).flatten()
+    # Viewed, not cast, for it may be no UTF-8; pyarrow trims only strings.
+    trimmed = pc.ascii_trim(documents.view(pa.large_string()), "\r\n")
+    return without_empty(trimmed.view(pa.large_binary()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.errors import ForgeError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,9 +37,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ForgeError(
-            f"--tokenizer {name} could not be loaded: {reason}",
+            f"--tokenizer {name} could not be loaded: {first_line(error)}",
             "give a folder that holds a tokenizer (as save_pretrained writes it) or a name of the "
             "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
             "train one on the text",
@@ -99,15 +101,28 @@ def token_dtype(size: int) -> str:
     return "uint16" if size <= 2**16 else "uint32"
 
 
+def is_slow(tokenizer: Any) -> bool:
+    """Whether it is written in Python, so that threads would take turns."""
+    return getattr(tokenizer, "backend_tokenizer", None) is None
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of all that decides what the tokenizer answers, and of its end-of-text token."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        without_truncation(backend).to_str()
-        if backend is not None
-        else json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    )
+    if is_slow(tokenizer):
+        rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    else:
+        rules = rules_of(tokenizer)
     return hashlib.sha256(f"{rules}\0{tokenizer.eos_token}".encode()).hexdigest()
+
+
+def rules_of(tokenizer: Any) -> str:
+    """The tokenizer as JSON (`tokenizer.json`), not truncating or padding, so nothing is lost."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+    return backend.to_str()
 
 
 def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
@@ -118,17 +133,12 @@ def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
     """
     tokens = np.asarray(tokens, np.int64)
     tokens = tokens[~np.isin(tokens, list(control_tokens(tokenizer).values()))]
-    if _is_byte_level(tokenizer):
-        # One character of a byte-level token stands for one byte.
-        kinds, counts = np.unique(tokens, return_counts=True)
-        spellings = tokenizer.convert_ids_to_tokens(kinds.tolist())
-        return int(sum(len(text) * n for text, n in zip(spellings, counts, strict=True)))
-    return len(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False).encode())
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and type(backend.decoder).__name__ == "ByteLevel"
+    if is_slow(tokenizer) or type(tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
+        return len(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False).encode())
+    # One character of a byte-level token stands for one byte.
+    kinds, counts = np.unique(tokens, return_counts=True)
+    spellings = tokenizer.convert_ids_to_tokens(kinds.tolist())
+    return int(sum(len(text) * n for text, n in zip(spellings, counts, strict=True)))
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
@@ -141,56 +151,42 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
     return control
 
 
-def without_truncation(backend: Any) -> Any:
-    """The `tokenizers.Tokenizer` or a copy that neither truncates nor pads, so nothing is lost."""
-    from tokenizers import Tokenizer
-
-    if backend.truncation is None and backend.padding is None:
-        return backend
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
-
-
-# --- the tokenizer's own answer -------------------------------------------------------------------
-
-
-def is_slow(tokenizer: Any) -> bool:
-    """Whether it is written in Python, so that threads would take turns."""
-    return getattr(tokenizer, "backend_tokenizer", None) is None
-
-
 def reference_encoder(tokenizer: Any) -> Encode:
     """Encode by the tokenizer itself."""
-    if not is_slow(tokenizer):
-        from tokenizers import Tokenizer
-
-        backend = without_truncation(tokenizer.backend_tokenizer)
-        backend = Tokenizer.from_str(backend.to_str())  # what is set next is for this one alone
-        backend.encode_special_tokens = True  # the spelling of a special token is plain text
-
-        def encode_texts(texts: list[str]) -> list[list[int]]:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
-
-    else:
-
-        def encode_texts(texts: list[str]) -> list[list[int]]:
-            ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            try:
-                return [tokenizer(text, **ask)["input_ids"] for text in texts]
-            except Exception as error:  # anything: it may be code that came with the tokenizer
-                raise ForgeError(
-                    f"the tokenizer failed ({type(error).__name__}: {error}) on one of the "
-                    f"documents after the one that begins {texts[0][:40]!r}",
-                    "correct the tokenizer's code, or use another --tokenizer",
-                ) from error
+    encode_texts = _asking_python(tokenizer) if is_slow(tokenizer) else _asking_rust(tokenizer)
 
     def encode(documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
         ids = encode_texts([document.decode() for document in documents.to_pylist()])
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = (token for document in ids for token in document)
+        flat = itertools.chain.from_iterable(ids)
         return np.fromiter(flat, np.uint32, int(lengths.sum())), lengths
 
     return encode
+
+
+def _asking_rust(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(rules_of(tokenizer))  # what is set next is for this one alone
+    backend.encode_special_tokens = True  # the spelling of a special token is plain text
+
+    def encode_texts(texts: list[str]) -> list[list[int]]:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    return encode_texts
+
+
+def _asking_python(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    def encode_texts(texts: list[str]) -> list[list[int]]:
+        ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        try:
+            return [tokenizer(text, **ask)["input_ids"] for text in texts]
+        except Exception as error:  # anything: it may be code that came with the tokenizer
+            raise ForgeError(
+                f"the tokenizer failed ({type(error).__name__}: {error}) on one of the documents "
+                f"after the one that begins {texts[0][:40]!r}",
+                "correct the tokenizer's code, or use another --tokenizer",
+            ) from error
+
+    return encode_texts

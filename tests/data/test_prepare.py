@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import encode, fast_path, parts, sources
+from p2p_llm_forge.data import fast_path, parts, sources
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, open_prepared
 from p2p_llm_forge.data.parts import ReadOptions
@@ -238,7 +238,6 @@ def test_a_vocabulary_that_four_bytes_cannot_number_is_refused(tmp_path, tokeniz
     path = write_rows(tmp_path / "a.jsonl", ["some text"] * 20)
     with (
         mock.patch.object(tokenization, "vocabulary_size", lambda _: 2**32 + 1),
-        mock.patch.object(encode, "control_token_guard", lambda _: None),
         pytest.raises(ForgeError, match="4,294,967,297 entries, at most 4,294,967,296"),
     ):
         prepare(with_tokenizer(path, tmp_path / "out", tokenizer_folder))
