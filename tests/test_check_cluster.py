@@ -82,6 +82,7 @@ def test_a_launch_that_starts_strangers_is_a_finding(monkeypatch):
     assert report.status() == 1 and "would train alone" in report.text()
 
 
+@pytest.mark.slow
 def test_another_program_at_the_main_port_is_reported_within_the_deadline(zygote, tmp_path):
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers

@@ -10,7 +10,10 @@ import torch.distributed as dist
 from p2p_llm_forge.errors import ForgeError
 
 # What RuntimeErrors of gloo and NCCL contain when a peer is gone (torch 2.13).
-LOST_PEER = ("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL")
+LOST_PEER = (
+    *("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL"),
+    *("onnect timeout", "timeout caused pair closure", "connectFullMesh"),  # as groups are opened
+)
 SEE_THE_OTHER = "see what that process printed as it ended, then continue with --resume auto"
 
 

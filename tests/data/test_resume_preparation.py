@@ -19,6 +19,7 @@ BEFORE_PACKING = mock.patch.object(packing.Packer, "finish", interrupt)
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(zygote, text, tmp_path, undisturbed):
     words, log = [str(text), str(tmp_path / "out"), "30"], tmp_path / "log"
     pid = zygote.start(words, log, script="tests.data.killed_again_and_again")

@@ -16,6 +16,8 @@ from p2p_llm_forge.peers.rank_failure import explain
         "Connection reset by peer",
         "Timed out waiting 30000ms for recv operation to complete",
         "Connect timeout: connection refused\nand a second line",
+        "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] Connect timeout [::1]:1",
+        "[gloo/transport/tcp/pair.cc:557] Application timeout caused pair closure",
         "NCCL error in: ../torch/csrc/distributed",
     ],
 )
