@@ -117,14 +117,12 @@ def time_an_update(
     report: ClusterReport,
 ) -> None:
     """Time the real model on each rank's own hardware; add the times and what follows of them."""
-    from p2p_llm_forge.model.load import without_progress_bars
     from p2p_llm_forge.peers.machine import judge_checkpoints
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
     from p2p_llm_forge.training.job import Job, make_plan
     from p2p_llm_forge.training.new_model import new_model
 
-    without_progress_bars()
     with report.failures_as("model"):
         job = Job(config, cluster, data, make_plan(config, cluster, data))
         lm = cluster.together(lambda: new_model(config, cluster, data))

@@ -38,7 +38,7 @@ from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.order import blocks_at
 from p2p_llm_forge.data.splits import VALIDATION
-from p2p_llm_forge.model.schedule import learning_rate_factor
+from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.sync.compress import CODECS, Codec, ErrorFeedback
 from p2p_llm_forge.sync.outer import outer_lr_of, outer_settings, outer_step
 from prepare_data import prepare

@@ -15,8 +15,7 @@ from benchmarks.side_by_side import Sizes, losses, orthogonalized
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.order import blocks_at
-from p2p_llm_forge.model.optimizer import build_optimizer
-from p2p_llm_forge.model.schedule import learning_rate_factor
+from p2p_llm_forge.model.optimizer import build_optimizer, learning_rate_factor
 
 SIZES = Sizes(layers=2, heads=2, width=16, vocabulary=300, length=32)
 RUN = Run(Arm(), 0.01, seed=1, every=2, rounds=3, peers=2, batch_size=4, sizes=SIZES, text="")

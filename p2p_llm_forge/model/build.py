@@ -1,12 +1,17 @@
-"""Build a causal language model from scratch, as `--model-type` and `--config-overrides` ask."""
+"""Build the causal LM of a run: from scratch, as the flags ask, or loaded with its weights."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, nearest
@@ -16,8 +21,8 @@ from p2p_llm_forge.model.fit import (
     require_causal,
     require_memory,
     require_positions,
+    require_same_words,
 )
-from p2p_llm_forge.model.load import load_model
 
 # Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
 # vocabulary's embedding.
@@ -25,12 +30,7 @@ SMALL_GPT2 = {
     **{"n_layer": 4, "n_head": 4, "n_embd": 256},
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
-
-
-def check_names(config: TrainConfig) -> None:
-    """Raise ForgeError for a model family or size that does not exist."""
-    if config.model_type or config.config_overrides:
-        parse_overrides(config.config_overrides or "", family_defaults(config.model_type))
+LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) -> Any:
@@ -42,37 +42,48 @@ def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) ->
     """
     if config.model_name:
         return load_model(config.model_name, text, config.trust_remote_code)
-    from transformers import AutoModelForCausalLM
-
+    disable_progress_bar()
     model_config = new_model_config(config, text)
     family, length = model_config.model_type, text.sequence_length
     require_memory(model_config, processes_here)
     torch.manual_seed(config.seed)
     try:
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config).float()
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ForgeError(
             f"transformers cannot build this {family}: {error}", "change --config-overrides"
         ) from error
-    model = model.float()
     # RoBERTa and its kin keep two positions for padding.
     more = f"give it more positions: --config-overrides max_position_embeddings={length + 2}"
     require_causal(model, f"a {family} from scratch", length, more)
     return model
 
 
-def family_defaults(model_type: str | None) -> Any:
-    """transformers' own configuration of a family. Raises ForgeError if it does not exist."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> Any:
+    """The model `name` (a folder or a name of the Hub) in float32, on the CPU.
 
-    family = model_type or "gpt2"
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ForgeError(
-            f"--model-type {family}: no such family of models",
-            nearest(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    Raises ForgeError where it cannot be read, or does not fit the text.
+    """
+    disable_progress_bar()  # transformers draws one for every file, on every rank
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ForgeError(f"--model-name {name}: no such folder", "give the folder of a model")
+    try:
+        # transformers 5 keeps the file's dtype by default: training wants float32 weights.
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    return AutoConfig.for_model(family)
+    except (OSError, ValueError, KeyError) as error:
+        raise ForgeError(
+            f"--model-name {name} could not be loaded: {str(error).strip().splitlines()[0]}",
+            "check the name and the connection to the Hub; without one, download the model on"
+            " another machine and give its folder",
+        ) from error
+    what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
+    require_positions(model.config, what, text)
+    require_same_words(model, name, text, trust_remote_code)
+    require_causal(model, what, text.sequence_length, fewer)
+    return model
 
 
 def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
@@ -80,19 +91,28 @@ def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
 
     Raises ForgeError for an unknown family or size, and for sizes that contradict the text.
     """
-    from transformers import AutoConfig
-
-    defaults = family_defaults(config.model_type)
-    overrides = parse_overrides(config.config_overrides or "", defaults)
-    settings = _settings_of(text, defaults)
+    defaults, overrides = sizes_asked_for(config)
+    padding = getattr(defaults, "pad_token_id", None)
+    settings: dict[str, Any] = {
+        "vocab_size": text.vocab_size,
+        "bos_token_id": text.eos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": padding if (padding or 0) < text.vocab_size else None,
+    }
+    if hasattr(defaults, "is_decoder"):
+        settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
+    if positions_of(defaults) is not None:
+        settings["max_position_embeddings"] = text.sequence_length
     if not config.model_type:
         settings |= SMALL_GPT2
     # GPT-2 calls max_position_embeddings n_positions, and so on: compare by the family's own names.
-    own_name = getattr(defaults, "attribute_map", {})
-    settings = {own_name.get(key, key): value for key, value in settings.items()}
-    overrides = {own_name.get(key, key): value for key, value in overrides.items()}
+    own_name, items = (
+        getattr(defaults, "attribute_map", {}),
+        [*settings.items(), *overrides.items()],
+    )
+    settings = {own_name.get(key, key): value for key, value in items}
     try:
-        model_config = AutoConfig.for_model(defaults.model_type, **{**settings, **overrides})
+        model_config = AutoConfig.for_model(defaults.model_type, **settings)
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ForgeError(
@@ -109,47 +129,33 @@ def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
     return model_config
 
 
-def _settings_of(text: TextSpec, defaults: Any) -> dict[str, Any]:
-    """What the text decides of a model's configuration."""
-    settings: dict[str, Any] = {"vocab_size": text.vocab_size}
-    settings |= {f"{end}_token_id": text.eos_token_id for end in ("bos", "eos")}
-    padding = getattr(defaults, "pad_token_id", None)
-    settings["pad_token_id"] = padding if (padding or 0) < text.vocab_size else None
-    if hasattr(defaults, "is_decoder"):
-        settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
-    if positions_of(defaults) is not None:
-        settings["max_position_embeddings"] = text.sequence_length
-    return settings
+def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+    """transformers' own configuration of the family, and what `--config-overrides` changes of it.
 
-
-def parse_overrides(overrides: str, defaults: Any) -> dict[str, Any]:
-    """`hidden_size=64,tie_word_embeddings=false` as a dict, each key one that the family has."""
+    Raises ForgeError for a family or size that does not exist.
+    """
+    family = config.model_type or "gpt2"
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        fix = nearest(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ForgeError(f"--model-type {family}: no such family of models", fix)
+    defaults = AutoConfig.for_model(family)
     known = {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})}
-    parsed = {}
-    for pair in filter(None, (part.strip() for part in overrides.split(","))):
-        key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if not equals or not value:
+    overrides: dict[str, Any] = {}
+    for pair in filter(None, map(str.strip, (config.config_overrides or "").split(","))):
+        key, _, value = map(str.strip, pair.partition("="))
+        if not value:
             raise ForgeError(
                 f"--config-overrides: '{pair}' is not KEY=VALUE",
                 "write it like hidden_size=64,num_hidden_layers=2",
             )
         if key not in known:
-            raise ForgeError(
-                f"--config-overrides: a {defaults.model_type} has no '{key}'", nearest(key, known)
-            )
-        parsed[key] = _literal(value)
+            raise ForgeError(f"--config-overrides: a {family} has no '{key}'", nearest(key, known))
+        overrides[key] = value
+        with contextlib.suppress(ValueError, SyntaxError):  # else it is a word, such as gelu
+            overrides[key] = ast.literal_eval(LITERALS.get(value.lower(), value))
         default = getattr(defaults, key, None)
-        if isinstance(default, int | float) and not isinstance(parsed[key], int | float):
+        if isinstance(default, int | float) and not isinstance(overrides[key], int | float):
             raise ForgeError(
                 f"--config-overrides: {key} is '{value}'", f"give a number like {default}"
             )
-    return parsed
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in ("true", "false", "none", "null"):
-        return {"true": True, "false": False}.get(text.lower())
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return defaults, overrides

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.fit import in_evaluation
 
 DocumentMask = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -38,7 +39,6 @@ def by_scores(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor
     return {"attention_mask": mask, **by_positions(inputs, document_end)}
 
 
-@torch.no_grad()
 def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
     """What this model's forward needs besides its inputs to keep attention inside documents.
 
@@ -46,32 +46,24 @@ def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
     short documents: the logits of the second must be those that it has alone. Raises ForgeError
     for a model that cannot.
     """
-    first, second = two_documents(lm.get_input_embeddings().num_embeddings, document_end)
+    vocabulary = range(min(lm.get_input_embeddings().num_embeddings, 32))
+    tokens = [token for token in vocabulary if token != document_end]
+    first, second = tokens[:9], tokens[9:14]
+    if len(second) < 2:  # a tiny vocabulary
+        first, second = tokens[:1] * 9, tokens[:1] * 5
     end, device = [document_end], next(lm.parameters()).device
     packed = torch.tensor([end + first + end + second], device=device)
-    alone = torch.tensor([end + second], device=device)
-    was_training = lm.training
-    lm.eval()
-    try:
-        expected = lm(input_ids=alone, use_cache=False).logits
+    with in_evaluation(lm):
+        alone = lm(input_ids=packed[:, len(first) + 1 :], use_cache=False).logits
         for mask in (by_positions, by_scores):
             try:
                 logits = lm(input_ids=packed, use_cache=False, **mask(packed, document_end)).logits
             except (TypeError, ValueError, RuntimeError):
                 continue
-            if torch.allclose(logits[:, len(first) + 1 :], expected, rtol=1e-3, atol=1e-4):
+            if torch.allclose(logits[:, len(first) + 1 :], alone, rtol=1e-3, atol=1e-4):
                 return functools.partial(mask, document_end=document_end)
-    finally:
-        lm.train(was_training)
     raise ForgeError(
         f"--document-mask: a {lm.config.model_type} cannot keep attention inside documents (its"
         " logits change with the document before)",
         "leave the flag out, or train another family",
     )
-
-
-def two_documents(vocab_size: int, document_end: int) -> tuple[list[int], list[int]]:
-    """Tokens of two short documents, without their ends, however small the vocabulary is."""
-    tokens = [token for token in range(min(vocab_size, 32)) if token != document_end]
-    first, second = tokens[:9], tokens[9:14]
-    return (first, second) if len(second) > 1 else (tokens[:1] * 9, tokens[:1] * 5)

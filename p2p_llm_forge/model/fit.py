@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_llm_forge.errors import ForgeError
 
@@ -22,6 +26,18 @@ class TextSpec:
     eos_token_id: int  # ends every document
     sequence_length: int  # tokens in a block
     tokenizer_dir: Path
+
+
+@contextlib.contextmanager
+def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Try a model without dropout and gradients; afterwards it trains, if it did."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def positions_of(model_config: Any) -> int | None:
@@ -51,8 +67,6 @@ def require_same_words(model: Any, name: str, text: TextSpec, trust_remote_code:
         raise ForgeError(
             f"the data has a vocabulary of {text.vocab_size} tokens, model {name} has {size}", fix
         )
-    from transformers import AutoTokenizer
-
     try:
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
@@ -66,20 +80,17 @@ def require_same_words(model: Any, name: str, text: TextSpec, trust_remote_code:
         )
 
 
-@torch.no_grad()
 def require_causal(model: Any, what: str, length: int, fix_of_length: str) -> None:
     """Raise ForgeError unless the model takes a block, and predicts each token from those before.
 
     Tried, since families that can be either (BERT, XLNet, ...) do not all say which they are.
     length: tokens in a block; fix_of_length: what to do where the model cannot take as many.
     """
-    was_training = model.training
-    model.eval()
     tokens = torch.arange(length).remainder(model.get_input_embeddings().num_embeddings)
     changed = tokens.clone()
     changed[-1] = tokens[0]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with in_evaluation(model), torch.random.fork_rng(devices=[]):
             one, other = (
                 model(input_ids=ids.unsqueeze(0), use_cache=False).logits[:, :-1]
                 for ids in (tokens, changed)
@@ -88,7 +99,6 @@ def require_causal(model: Any, what: str, length: int, fix_of_length: str) -> No
         raise ForgeError(
             f"{what} cannot take a block of {length} tokens ({error})", fix_of_length
         ) from error
-    model.train(was_training)
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
         raise ForgeError(
             f"{what} sees the tokens that it should predict, so it is not a causal language model",
@@ -97,22 +107,14 @@ def require_causal(model: Any, what: str, length: int, fix_of_length: str) -> No
 
 
 def require_memory(model_config: Any, processes_here: int) -> None:
-    """Raise ForgeError when weights and optimizer cannot fit into this machine's memory.
-
-    processes_here: on this machine, each with a model of its own.
-    """
-    import psutil
-    from transformers import AutoModelForCausalLM
-
+    """Raise ForgeError when so many processes cannot train the model in this machine's memory."""
     if torch.accelerator.is_available():
         return  # the accelerator's own allocator reports this best
-    with torch.device("meta"):
-        try:
-            parameters = sum(
-                p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters()
-            )
-        except (ValueError, TypeError, AssertionError, RuntimeError):
-            return  # the build itself reports what cannot be built
+    try:
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(model_config).num_parameters()
+    except (ValueError, TypeError, AssertionError, RuntimeError):
+        return  # the build itself reports what cannot be built
     needed = parameters * TRAINING_BYTES_PER_PARAMETER * processes_here
     available = psutil.virtual_memory().available
     if needed > available:

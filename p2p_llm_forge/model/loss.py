@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from p2p_llm_forge.model.document_mask import document_mask_for
+from p2p_llm_forge.model.fit import in_evaluation
 
 # Logits of one chunk: about 16 million values, 64 MB in float32.
 CHUNK_VALUES = 2**24
@@ -29,15 +30,15 @@ class _ChunkedNats(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        learns = any(ctx.needs_input_grad)
+        learns, size = any(ctx.needs_input_grad), chunk_tokens(len(weight))
         matrix = weight.to(dtype)
         nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden if learns else nats)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight if learns else nats, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for chunk in torch.arange(len(targets), device="cpu").split(chunk_tokens(len(weight))):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            part, wanted = hidden[rows].to(dtype), targets[rows].unsqueeze(1)
+        wholes = (hidden, targets.unsqueeze(1), grad_hidden)
+        for chunk, wanted, grad_chunk in zip(*(whole.split(size) for whole in wholes), strict=True):
+            part = chunk.to(dtype)
             logits = (part @ matrix.T).float()
             if bias is not None:
                 logits += bias
@@ -51,7 +52,7 @@ class _ChunkedNats(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(dtype)
-            grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
+            grad_chunk.copy_(grad @ matrix)
             grad_weight += grad.T @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
@@ -111,48 +112,35 @@ class NextTokenLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(nats, correct): the summed loss, float32, and the number of tokens whose most probable
         prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens) int64."""
-        correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
         mask = self.document_mask(inputs) if self.document_mask else {}
+        correct, flat = torch.zeros((), dtype=torch.int64, device=inputs.device), targets.flatten()
         if not self.chunked:
-            logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.float()
+            logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.flatten(0, 1).float()
             if count_correct:
-                correct = (logits.argmax(-1) == targets).sum()
-            nats = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="sum"
-            )
-            return nats, correct
+                correct += (logits.argmax(-1) == flat).sum()
+            return nn.functional.cross_entropy(logits, flat, reduction="sum"), correct
         hidden = self.lm.base_model(input_ids=inputs, use_cache=False, **mask)[0].flatten(0, 1)
         head = self.lm.get_output_embeddings()
-        flat = targets.flatten()
         if count_correct:
-            parts = zip(
-                hidden.split(size := chunk_tokens(len(head.weight))), flat.split(size), strict=True
-            )
-            correct = sum(
-                ((head(part).argmax(-1) == wanted).sum() for part, wanted in parts), correct
-            )
+            size = chunk_tokens(len(head.weight))
+            for part, wanted in zip(hidden.split(size), flat.split(size), strict=True):
+                correct += (head(part).argmax(-1) == wanted).sum()
         return chunked_nats(hidden, head.weight, head.bias, flat), correct
 
 
-@torch.no_grad()
 def head_is_linear(lm: Any) -> bool:
     """Whether the model's logits are just its output embedding applied to its last hidden state.
 
     Tried on a few tokens, since only the model knows: some scale or cap their logits.
     """
-    head = lm.get_output_embeddings()
-    base = lm.base_model
+    head, base = lm.get_output_embeddings(), lm.base_model
     if not isinstance(head, nn.Linear) or base is lm:
         return False
-    was_training = lm.training
-    lm.eval()
-    try:
-        # Two tokens: every model takes that many, however short its context.
-        tokens = torch.tensor([[1, 0]], device=head.weight.device)
+    # Two tokens: every model takes that many, however short its context.
+    tokens = torch.tensor([[1, 0]], device=head.weight.device)
+    with in_evaluation(lm):
         hidden = base(input_ids=tokens, use_cache=False)[0]
         logits = lm(input_ids=tokens, use_cache=False).logits
         return hidden.shape[-1] == head.in_features and torch.allclose(
             head(hidden).float(), logits.float(), rtol=1e-4, atol=1e-5
         )
-    finally:
-        lm.train(was_training)

@@ -1,10 +1,15 @@
-"""The optimizer of a run."""
+"""The optimizer of a run, and its learning rate at every update."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from transformers import get_scheduler
 
 from p2p_llm_forge.config import TrainConfig
+
+SHORT_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -21,3 +26,19 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The fraction of the peak learning rate at an update (counted from 0): a function of it alone.
+
+    The shapes are transformers' own; because they depend on nothing but the step, no scheduler
+    state is kept, saved or stepped. Which ones do is known to `config.train.SCHEDULES`.
+    """
+    name = SHORT_NAMES.get(config.lr_scheduler, config.lr_scheduler)
+    # WSD decays over the last fifth, as its authors do for short runs (arXiv 2404.06395).
+    special = {"num_decay_steps": max(1, total_steps // 5)} if name == "warmup_stable_decay" else {}
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(
+        name, unused, config.warmup_steps, total_steps, scheduler_specific_kwargs=special
+    )
+    return schedule.lr_lambdas[0]

@@ -10,7 +10,7 @@ import torch
 
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.load import load_model, without_progress_bars
+from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.sync.base import Sync
@@ -54,7 +54,6 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
 def build_or_load(job: Job, checkpoint: Path | None) -> Any:
     """The causal LM of the run, the same on every rank, on the CPU."""
     config, cluster = job.config, job.cluster
-    without_progress_bars()
 
     def of_this_rank() -> Any:
         if checkpoint is None:

@@ -15,9 +15,9 @@ def mistakes_in(config: TrainConfig) -> Problems:
     problems = config.problems()
     try:
         if config.model_type or config.config_overrides:
-            from p2p_llm_forge.model.build import check_names
+            from p2p_llm_forge.model.build import sizes_asked_for
 
-            check_names(config)
+            sizes_asked_for(config)
     except ForgeError as error:
         problems.add(error)
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.load import load_model, without_progress_bars
+from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.forecast import table
@@ -23,7 +23,6 @@ from p2p_llm_forge.training.tracking import introduction
 def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
     data = open_data(config, cluster)
-    without_progress_bars()
     blocks = data.blocks("validation")
     if blocks is None:
         raise ForgeError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig, as_dict
-from p2p_llm_forge.model.schedule import learning_rate_factor
+from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
 from p2p_llm_forge.sync.base import Replica

@@ -1,4 +1,4 @@
-"""Models from scratch have the sizes that were asked for, fitted to the text."""
+"""Models from scratch have the sizes that were asked for; loaded ones must fit the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import build_model
+from p2p_llm_forge.model.build import build_model, load_model
 from tests.runs import TINY_MODEL
 
 
@@ -67,3 +67,67 @@ def test_what_cannot_be_built_is_refused_with_the_fix(text, settings, found, fix
         build_model(TrainConfig(**settings), text)
     (problem,) = error.value.problems
     assert found in problem.found and fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "fix"),
+    [
+        ("no-such-org/no-such-model", "could not be loaded", "connection to the Hub"),
+        ("./nowhere", "no such folder", "the folder of a model"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused(text, name, found, fix):
+    with pytest.raises(ForgeError) as error:
+        load_model(name, text)
+    (problem,) = error.value.problems
+    assert problem.found.startswith(f"--model-name {name}") and found in problem.found
+    assert fix in problem.fix
+
+
+def save(folder, tokenizer_dir=None, **sizes):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, **sizes)).save_pretrained(folder)
+    if tokenizer_dir:
+        AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+
+
+def test_a_saved_model_is_loaded_in_float32(text, tmp_path):
+    save(tmp_path, text.tokenizer_dir, vocab_size=300, n_positions=64, dtype="bfloat16")
+    lm = load_model(str(tmp_path), text)
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found", "fix"),
+    [
+        (
+            {"vocab_size": 200, "n_positions": 64},
+            "the data has a vocabulary of 300 tokens",
+            "prepare_data.py --tokenizer",
+        ),
+        (
+            {"vocab_size": 300, "n_positions": 16},
+            "takes at most 16",
+            "--sequence-length 16 or less",
+        ),
+    ],
+)
+def test_a_model_that_is_too_small_for_the_data_is_refused(text, tmp_path, sizes, found, fix):
+    save(tmp_path, **sizes)
+    with pytest.raises(ForgeError) as error:
+        load_model(str(tmp_path), text)
+    (problem,) = error.value.problems
+    assert found in problem.found and fix in problem.fix
+
+
+def test_a_model_with_another_tokenizer_is_refused(text, tmp_path):
+    from p2p_llm_forge.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["other words entirely"] * 3, 280).save_pretrained(tmp_path)
+    save(tmp_path, vocab_size=300, n_positions=64)
+    with pytest.raises(ForgeError) as error:
+        load_model(str(tmp_path), text)
+    (problem,) = error.value.problems
+    assert "another tokenizer" in problem.found
+    assert f"prepare_data.py --tokenizer {tmp_path}" in problem.fix
