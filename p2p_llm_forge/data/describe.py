@@ -7,21 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from p2p_llm_forge.data import dataset as corpus
-from p2p_llm_forge.data.dataset import PreparedDataset
+from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
 from p2p_llm_forge.data.splits import TRAIN
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
-PREPARE_AGAIN = "prepare the text again with --overwrite"
 
 
 def describe(folder: Path) -> str:
     """Documents, blocks, tokens, bytes per token, vocabulary use, and the first block as text."""
     from transformers import AutoTokenizer
 
-    data = corpus.open_prepared(folder)
+    data = open_prepared(folder)
     manifest = data.manifest
     try:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
@@ -66,16 +64,11 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
 
 
 def _block_text(data: PreparedDataset, tokenizer: Any) -> str:
-    blocks = data.blocks(TRAIN)
-    assert blocks is not None
-    tokens = blocks.inputs_and_targets([0])[1][0].tolist()
-    documents: list[list[int]] = [[]]
-    for token in tokens:
-        if token == data.manifest.eos_token_id:
-            documents.append([])
-        else:
-            documents[-1].append(token)
-    return f"{END_MARK}\n".join(tokenizer.decode(document) for document in documents)
+    end = data.manifest.eos_token_id
+    tokens = data.train_blocks().inputs_and_targets([0])[1][0]
+    documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+    texts = (tokenizer.decode(document[document != end]) for document in documents)
+    return f"{END_MARK}\n".join(texts)
 
 
 def verify(folder: Path) -> int:
@@ -83,7 +76,7 @@ def verify(folder: Path) -> int:
 
     Raises ForgeError that names all files which are missing or not as they were written.
     """
-    manifest = corpus.Manifest.load(folder)
+    manifest = Manifest.load(folder)
     wrong = []
     for name, facts in manifest.files.items():
         path = folder / name

@@ -56,12 +56,10 @@ class Encoders:
                 self._spare, self.reason = [fast], ""
             except FastPathDiffers as difference:
                 self.reason = str(difference)
+                if backend == "fast":
+                    found = f"--tokenizer-backend fast does not fit this tokenizer: {difference}"
+                    raise ForgeError(found, "use --tokenizer-backend auto") from difference
         self.is_fast = not self.reason
-        if backend == "fast" and self.reason:
-            raise ForgeError(
-                f"--tokenizer-backend fast cannot be used with this tokenizer: {self.reason}",
-                "use --tokenizer-backend auto",
-            )
         self._threads = 0
         self._memory_at_start = _memory_of_process()
 

@@ -47,9 +47,6 @@ class FastPathDiffers(Exception):
     """The fast encoder gives other tokens than the tokenizer itself, or does not support it."""
 
 
-# --- the check ------------------------------------------------------------------------------------
-
-
 def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[str, Encode]:
     """The rules for fast encoders, and one that gave the tokenizer's own answer to hard texts.
 
@@ -71,20 +68,14 @@ def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[str, Encode]:
 
 def require_same(fast: Encode, reference: Encode, texts: pa.LargeBinaryArray) -> None:
     """Raise FastPathDiffers, naming the text, unless both encoders give the same tokens."""
-    for text, ours, expected in zip(
-        texts.to_pylist(),
-        _per_document(*fast(texts)),
-        _per_document(*reference(texts)),
-        strict=True,
-    ):
+    answers = (
+        np.split(tokens, np.cumsum(lengths))[:-1]
+        for tokens, lengths in (fast(texts), reference(texts))
+    )
+    for text, ours, expected in zip(texts.to_pylist(), *answers, strict=True):
         if not np.array_equal(ours, expected):
-            raise FastPathDiffers(
-                f"gigatoken and the tokenizer differ on {text[:60].decode(errors='ignore')!r}"
-            )
-
-
-def _per_document(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(tokens, np.cumsum(lengths))[:-1]
+            begins = text[:60].decode(errors="ignore")
+            raise FastPathDiffers(f"gigatoken and the tokenizer differ on {begins!r}")
 
 
 def sample(
@@ -106,14 +97,8 @@ def sample(
     return column_of(chosen)
 
 
-# --- the fast encoder -----------------------------------------------------------------------------
-
-
 def fast_encoder(rules: str) -> Encode:
-    """Encode by gigatoken. rules: from `rules_of_text`.
-
-    Raises what gigatoken raises for a tokenizer that it does not know.
-    """
+    """Encode by gigatoken, which raises its own errors. rules: from `rules_of_text`."""
     import awkward
     import gigatoken
 

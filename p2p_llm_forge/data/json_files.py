@@ -110,15 +110,7 @@ def _text_of_row(row: Any, where: str, file: InputFile) -> list[bytes]:
 
 
 def values(file: InputFile) -> Columns:
-    """The rows of a JSON array, one value at a time; a compressed .json may hold lines instead."""
-    head = b""
-    with file.decompressed() as (stream, _):
-        head = stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
-    if not head:
-        return
-    if head != b"[":
-        yield from compressed_lines(file)
-        return
+    """The rows of a JSON array, one value at a time."""
     with file.decompressed() as (stream, raw):
         documents, size, read = [], 0, 0
         for number, row in enumerate(_values_of_array(stream, file), start=1):
@@ -135,11 +127,9 @@ def _values_of_array(stream: Any, file: InputFile) -> Iterator[Any]:
     """The values of a JSON array that `stream` holds, decoded one by one as its bytes come."""
     decode = codecs.getincrementaldecoder("utf-8-sig")(errors=file.options.encoding_errors).decode
     decode_value, rows = json.JSONDecoder().raw_decode, 0
-    waiting, place = "", 0
     try:
-        while "[" not in waiting:
-            waiting += decode(stream.read(CHUNK_BYTES))
-        place = waiting.index("[") + 1
+        waiting = decode(stream.read(CHUNK_BYTES))
+        place = waiting.find("[") + 1
         while not waiting.startswith("]", place := _after_space(waiting, place)):
             reason = "the array does not end"
             try:

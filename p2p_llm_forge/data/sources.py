@@ -145,11 +145,10 @@ def _cuts_of(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The kind of a file, and the ranges of bytes or row groups that are read by themselves."""
     kind = format_of(path) or "text"
+    if kind == "json" and not _holds_array(path, options):
+        kind = "jsonl"
     if compression_of(path):
         return kind, [(0, size)]
-    if kind == "json":
-        first = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
-        kind = "json" if first == b"[" else "jsonl"
     if kind == "parquet":
         groups = range(pq.ParquetFile(file).num_row_groups)
         return kind, [(group, group + 1) for group in groups]
@@ -157,6 +156,13 @@ def _cuts_of(
         return kind, [(0, size)]
     separator = "\n" if kind == "jsonl" else options.separator
     return kind, _ranges(file, size, separator_pattern(separator), options.piece_bytes)
+
+
+def _holds_array(path: Path, options: ReadOptions) -> bool:
+    head = b""
+    with InputFile(Span(str(path), 0, 0), options).decompressed() as (stream, _):
+        head = stream.read(4096)
+    return head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _ranges(
@@ -183,9 +189,10 @@ def _end_of_document(file: Any, place: int, size: int, pattern: re.Pattern[bytes
         text = file.read(window)
         found = pattern.search(text)
         # A separator that touches the end of the window may continue behind it.
-        if found and (found.end() < len(text) or place + len(text) >= size):
+        is_end = not text or place + len(text) >= size
+        if found and (found.end() < len(text) or is_end):
             return place + found.end()
-        if place + len(text) >= size or not text:
+        if is_end:
             return size
         window *= 4
 

@@ -26,9 +26,8 @@ Encode = Callable[[pa.LargeBinaryArray], tuple[np.ndarray, np.ndarray]]
 def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | None = None) -> Any:
     """The tokenizer in folder `name`, or of that name on the Hub, as transformers loads it.
 
-    eos_token: what ends documents, where the tokenizer has none or another is wanted; added
-    to the vocabulary if it is not in it. Raises ForgeError when the tokenizer cannot be loaded or
-    nothing is known to end a document with.
+    eos_token: what ends documents, where the tokenizer has none or another is wanted; added to the
+    vocabulary if it is not in it. Raises ForgeError, also when nothing is known to end one with.
     """
     from transformers import AutoTokenizer
 
@@ -80,9 +79,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
-    )
+    ends = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -93,11 +91,8 @@ def vocabulary_size(tokenizer: Any) -> int:
 def token_dtype(size: int) -> str:
     """The smallest type for a vocabulary of `size`. Raises ForgeError when four bytes are few."""
     if size > 2**32:
-        raise ForgeError(
-            f"the vocabulary has {size:,} entries, at most {2**32:,} fit into the four bytes of a "
-            "token",
-            "use another --tokenizer",
-        )
+        found = f"the vocabulary has {size:,} entries, at most {2**32:,} fit into four bytes"
+        raise ForgeError(found, "use another --tokenizer")
     return "uint16" if size <= 2**16 else "uint32"
 
 
@@ -169,12 +164,8 @@ def _asking_rust(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
     backend = Tokenizer.from_str(rules_of(tokenizer))  # what is set next is for this one alone
     backend.encode_special_tokens = True  # the spelling of a special token is plain text
-
-    def encode_texts(texts: list[str]) -> list[list[int]]:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    return encode_texts
+    ask = backend.encode_batch_fast
+    return lambda texts: [one.ids for one in ask(texts, add_special_tokens=False)]
 
 
 def _asking_python(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
