@@ -64,8 +64,7 @@ class InputFile:
     def _changed(self) -> ForgeError:
         return ForgeError(
             f"{self.path} changed while it was read",
-            "run the same command again when nothing writes to it; what was read of other files is"
-            " kept",
+            "run the same command again when nothing writes to it; what was read of others is kept",
         )
 
     def read(self) -> bytes:

@@ -94,26 +94,20 @@ def _kind_of_dataset(path: str) -> str | None:
 
 def _files_of(path: str) -> list[Path]:
     if Path(path).is_dir():
-        files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
-        files = [file for file in files if format_of(file)]
-        if not files:
-            raise ForgeError(
-                f"--dataset-path {path} is a folder without text: found none of "
-                f"{', '.join(sorted(FORMATS))} (.gz, .zst)",
-                f"for files of other names give a glob, as in '{path}/*.md'",
-            )
-    elif Path(path).exists():
-        files = [Path(path)]
-    elif glob.has_magic(path):
+        files = [file for file in sorted(Path(path).rglob("*")) if format_of(file)]
+        found = f" is a folder without text: found none of {', '.join(sorted(FORMATS))} (.gz, .zst)"
+        fix = f"for files of other names give a glob, as in '{path}/*.md'"
+    elif glob.has_magic(path) and not Path(path).exists():
         files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-        files = [file for file in files if file.is_file()]
-        if not files:
-            raise ForgeError(
-                f"--dataset-path {path}: no file matches this pattern",
-                "give a pattern that matches a file; ** stands for any folders",
-            )
+        found = ": no file matches this pattern"
+        fix = "give a pattern that matches a file; ** stands for any folders"
+    elif Path(path).exists():
+        return [Path(path)]
     else:
-        raise ForgeError(f"--dataset-path {path}: no such file", "give a file, a folder or a glob")
+        files, found, fix = [], ": no such file", "give a file, a folder or a glob"
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ForgeError(f"--dataset-path {path}{found}", fix)
     return files
 
 

@@ -126,11 +126,9 @@ def _refuse_csv(file: InputFile, error: Exception) -> None:
     if reason == "Empty CSV file":  # seen so late because it is compressed
         return
     if "straddling" in reason:
-        raise ForgeError(
-            f"{file.path}: a row is longer than {file.options.piece_bytes >> 20} MiB, which is not "
-            "read from CSV",
-            "write such text as .jsonl or .parquet",
-        ) from error
+        size = f"{file.options.piece_bytes >> 20} MiB"
+        found = f"{file.path}: a row is longer than {size}, which is not read from CSV"
+        raise ForgeError(found, "write such text as .jsonl or .parquet") from error
     if isinstance(error, KeyError) or "does not exist" in reason:
         raise ForgeError(
             f"{file.path} has no text column '{file.options.text_column}'",

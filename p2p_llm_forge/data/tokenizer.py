@@ -52,8 +52,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token_id is None:
         raise ForgeError(
-            f"--tokenizer {name} names no end-of-text token (eos_token), and every document must "
-            "end with one",
+            f"--tokenizer {name} names no end-of-text token (eos_token) to end documents with",
             "give --eos-token '<|endoftext|>' (it is added if the vocabulary has none), or choose "
             "a tokenizer for causal language models",
         )
@@ -63,8 +62,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer of at most `vocab_size` entries, `<|endoftext|>` included.
 
-    The documents are streamed; only the counts of their words stay in memory. The same documents
-    give the same tokenizer. A small text may have fewer pairs to merge than were asked for.
+    Only the counts of the documents' words stay in memory. The same ones give the same tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
