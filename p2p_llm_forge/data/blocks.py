@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,20 +113,17 @@ class Blocks:
     def __init__(self, folder: Path, sequence_length: int, eos_token_id: int) -> None:
         import datasets
 
-        self._arguments = (folder, sequence_length, eos_token_id)
-        self._eos_token_id = eos_token_id
-        self._sequence_length = sequence_length
+        self._arguments = folder, sequence_length, eos_token_id
         try:
             dataset = datasets.load_from_disk(str(folder))
         except Exception as error:  # datasets and Arrow raise many classes for damaged files
             raise ForgeError(f"{folder} cannot be read: {error}", PREPARE_AGAIN) from error
-        self._chunks = [
+        # All blocks, as arrays of some of them each (blocks x sequence_length), not copied.
+        self.chunks = [
             chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
             for chunk in dataset.data.column("input_ids").chunks
         ]
-        self._first_blocks = [0]
-        for chunk in self._chunks:
-            self._first_blocks.append(self._first_blocks[-1] + len(chunk))
+        self._first_blocks = list(itertools.accumulate(map(len, self.chunks), initial=0))
 
     def __len__(self) -> int:
         return self._first_blocks[-1]
@@ -140,20 +138,17 @@ class Blocks:
         Targets are the block's own tokens. Inputs are the token before the block (the last of the
         previous block of the split; EOS before the first) and its tokens but the last.
         """
-        targets = np.empty((len(indices), self._sequence_length), np.int64)
+        _, sequence_length, eos_token_id = self._arguments
+        targets = np.empty((len(indices), sequence_length), np.int64)
         inputs = np.empty_like(targets)
         for row, index in enumerate(indices):
             targets[row] = self._block(index)
-            inputs[row, 0] = self._block(index - 1)[-1] if index else self._eos_token_id
+            inputs[row, 0] = self._block(index - 1)[-1] if index else eos_token_id
         inputs[:, 1:] = targets[:, :-1]
         return inputs, targets
-
-    def chunks(self) -> list[np.ndarray]:
-        """All blocks, as arrays of some of them each (blocks x sequence_length), not copied."""
-        return self._chunks
 
     def _block(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         chunk = bisect.bisect_right(self._first_blocks, index) - 1
-        return self._chunks[chunk][index - self._first_blocks[chunk]]
+        return self.chunks[chunk][index - self._first_blocks[chunk]]

@@ -71,14 +71,15 @@ class Manifest:
     def save(self, folder: Path) -> Manifest:
         """Write the manifest into `folder`, with the files that are there; return it."""
         files = {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
+            path.relative_to(folder).as_posix(): path
             for path in folder.rglob("*")
             if path.is_file()
         }
-        complete = replace(self, files=files)
+        facts = {
+            name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for name, path in files.items()
+        }
+        complete = replace(self, files=facts)
         write_json(folder / MANIFEST, asdict(complete))
         return complete
 
@@ -101,12 +102,11 @@ class Manifest:
 
 
 def _no_manifest(folder: Path) -> ForgeError:
+    is_unfinished = (folder / UNFINISHED).exists()
+    found = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"
+    found = f"{folder} is not a prepared dataset: found {found}"
     if not folder.exists():
         found = f"{folder}: no such folder"
-    elif (folder / UNFINISHED).exists():
-        found = f"{folder} is not a prepared dataset: found a preparation that did not finish"
-    else:
-        found = f"{folder} is not a prepared dataset: found no {MANIFEST}"
     command = f"python prepare_data.py --dataset-path TEXT --output-dir {folder}"
     return ForgeError(found, f"prepare it: {command}")
 

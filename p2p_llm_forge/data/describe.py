@@ -52,7 +52,7 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
     """How many different tokens the blocks of a split hold."""
     blocks = data.blocks(split)
     counts = np.zeros(data.manifest.vocab_size, np.int64)
-    for chunk in blocks.chunks() if blocks else ():
+    for chunk in blocks.chunks if blocks else ():
         if chunk.max() >= len(counts):
             raise ForgeError(
                 f"{data.path / split} is damaged: it holds the token {chunk.max()}, the vocabulary "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +33,6 @@ class Done(NamedTuple):
 
     @property
     def train_tokens(self) -> int:
-        """The tokens that it has to train on."""
         return self.record.splits[TRAIN].tokens
 
 
@@ -45,8 +45,7 @@ def quotas(totals: list[int], weights: tuple[float, ...]) -> list[int]:
     The source that is shortest for its weight gives all that it has.
     """
     scale = min(total / weight for total, weight in zip(totals, weights, strict=True))
-    exact = (scale * weight for weight in weights)
-    return [min(total, round(quota)) for total, quota in zip(totals, exact, strict=True)]
+    return [min(size, round(scale * part)) for size, part in zip(totals, weights, strict=True)]
 
 
 def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
@@ -54,20 +53,11 @@ def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
 
     Next is always a piece of the source that has given the smallest part of its limit.
     """
-    given, places = [0] * len(sizes), [0] * len(sizes)
-    order: list[tuple[int, int]] = []
-    while True:
-        open_sources = [
-            source
-            for source, size in enumerate(sizes)
-            if places[source] < len(size) and given[source] < limits[source]
-        ]
-        if not open_sources:
-            return order
-        source = min(open_sources, key=lambda s: (given[s] / limits[s], s))
-        order.append((source, places[source]))
-        given[source] += sizes[source][places[source]]
-        places[source] += 1
+    order = []
+    for source, (of_source, limit) in enumerate(zip(sizes, limits, strict=True)):
+        given_before = itertools.accumulate(of_source[:-1], initial=0)
+        order += [(given / limit, source, place) for place, given in enumerate(given_before)]
+    return [(source, place) for given, source, place in sorted(order) if given < 1]
 
 
 def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, int]]:
@@ -140,7 +130,7 @@ class Packer:
     ) -> None:
         # No other process writes to it, whatever becomes of the lock.
         self.written = Path(tempfile.mkdtemp(prefix="dataset-", dir=preparation.folder))
-        self._found = preparation.found
+        self._preparation = preparation
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._pieces = pieces
@@ -154,7 +144,7 @@ class Packer:
     @property
     def has_all(self) -> bool:
         """Whether every piece is done and taken."""
-        return self._next.part == len(self._found.parts)
+        return self._next.part == len(self._preparation.parts)
 
     def catch_up(self) -> None:
         """Take the pieces that are done, up to the first that is not. Raises OSError."""
@@ -163,9 +153,9 @@ class Packer:
             record = self._pieces.record(self._next)
             if not record:
                 return
-            self._done.append(Done(self._next, self._found.parts[number], record))
+            self._done.append(Done(self._next, self._preparation.parts[number], record))
             self._next = PieceId(number + 1, 0) if record.is_last else PieceId(number, place + 1)
-            if not self._found.weights:
+            if not self._preparation.weights:
                 self._add(self._done[-1], self._done[-1].train_tokens)
 
     def _add(self, piece: Done, limit: int) -> None:
@@ -178,8 +168,8 @@ class Packer:
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
-        if self._found.weights:
-            for piece, limit in mixed(self._done, self._found.weights):
+        if self._preparation.weights:
+            for piece, limit in mixed(self._done, self._preparation.weights):
                 self._add(piece, limit)
         manifest = replace(
             self._manifest,

@@ -56,7 +56,7 @@ class Pieces:
     """
 
     def __init__(self, folder: Path, parts: list[Part], decides: dict[str, Any], dtype: str):
-        self._folder = folder
+        self.folder = folder
         self._dtype = dtype
         self._keys = [
             fingerprint([number, asdict(part), decides])[:20] for number, part in enumerate(parts)
@@ -117,7 +117,7 @@ class Pieces:
         return tokens if digest(tokens) == record.checksum else None
 
     def _path(self, piece: PieceId, kind: str) -> Path:
-        return self._folder / f"{self._keys[piece.part]}-{piece.place:06d}.{kind}"
+        return self.folder / f"{self._keys[piece.part]}-{piece.place:06d}.{kind}"
 
 
 def digest(*arrays: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from p2p_llm_forge.data import readers, sources
 from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import digest_of
-from p2p_llm_forge.data.sources import Found
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer import tokenizer_fingerprint
 from p2p_llm_forge.errors import ForgeError
@@ -28,11 +27,13 @@ DECIDING = (
 
 @dataclass(frozen=True)
 class Preparation:
-    """A preparation that is asked for, and the text that was found for it."""
+    """A preparation that is asked for, and the text that was found for it (see `Found`)."""
 
     config: PrepareConfig
     read_options: ReadOptions
-    found: Found
+    parts: list[Part]
+    weights: tuple[float, ...]
+    unreadable: int
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Preparation:
@@ -45,12 +46,8 @@ class Preparation:
                 "give a file that holds text",
             )
         held_out = sources.find(config.validation_path, options, validation=True)
-        found = replace(
-            found,
-            parts=found.parts + held_out.parts,
-            unreadable=found.unreadable + held_out.unreadable,
-        )
-        return cls(config, options, found)
+        parts, unreadable = found.parts + held_out.parts, found.unreadable + held_out.unreadable
+        return cls(config, options, parts, weights=found.weights, unreadable=unreadable)
 
     @property
     def output_dir(self) -> Path:
@@ -103,11 +100,11 @@ class Preparation:
         """The fingerprint of the text as it stands now; reads all of it."""
 
         def digests(part: Part) -> list[str]:
-            pieces = readers.read_pieces(part, self.read_options)
-            return [digest_of(piece.column) for piece in pieces]
+            read = readers.read_pieces(part, self.read_options)
+            return [digest_of(piece.column) for piece in read]
 
         with ThreadPoolExecutor(self.config.workers()) as pool:
-            of_parts = pool.map(digests, self.found.parts)
+            of_parts = pool.map(digests, self.parts)
             return fingerprint([digest for part in of_parts for digest in part])
 
 

@@ -17,15 +17,7 @@ from p2p_llm_forge.data.preparation import Preparation, already_prepared
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
-from p2p_llm_forge.data.unfinished import (
-    PIECES,
-    Helpers,
-    OtherRank,
-    Ranks,
-    alive,
-    claimed,
-    disk_full_explained,
-)
+from p2p_llm_forge.data.unfinished import Helpers, OtherRank, Ranks, alive, claimed, room_explained
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock
 from p2p_llm_forge.polling import wait_for
@@ -43,9 +35,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     """
     config.problems().raise_any()
     preparation, is_main = Preparation.of(config), ranks.rank == 0
-    unreadable = preparation.found.unreadable
-    if unreadable and is_main:
-        print(f"{unreadable} files cannot be read and are left out (--skip-bad-rows)")
+    if preparation.unreadable and is_main:
+        print(f"{preparation.unreadable} files cannot be read and are left out (--skip-bad-rows)")
     arguments = preparation.tokenizer_arguments
     tokenizer = tokenization.load_tokenizer(**arguments) if arguments else None
     there = already_prepared(preparation, tokenizer)
@@ -68,7 +59,7 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     folder, backend = preparation.folder, preparation.config.tokenizer_backend
     with (
         claimed(preparation.output_dir) as lock,
-        disk_full_explained(folder, preparation.found.parts),
+        room_explained(folder, preparation.parts),
         alive(folder, ranks),
     ):
         if tokenizer is None:
@@ -87,7 +78,8 @@ def build(
 ) -> Manifest:
     """Tokenize, with the other ranks, pack what is done meanwhile, and publish the dataset."""
     blank = blank_manifest(preparation, tokenizer)
-    with encoders_of(preparation, tokenizer, backend) as encoders:
+    from_where = preparation.tokenizer_arguments
+    with contextlib.closing(Encoders(tokenizer, backend, from_where)) as encoders:
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
         job = Job(preparation, blank, encoders)
@@ -112,7 +104,7 @@ def build(
     try:
         require_blocks(preparation, manifest)
     except ForgeError:
-        shutil.rmtree(preparation.folder / PIECES)  # the same text is of no use
+        shutil.rmtree(job.pieces.folder)  # the same text is of no use
         raise
     publish(packer.written, preparation.output_dir)
     return manifest
@@ -157,10 +149,12 @@ def tokenize_for_main(
             return
         tokenizer = tokenization.load_tokenizer(str(folder))
     blank = blank_manifest(preparation, tokenizer)
-    for backend in (preparation.config.tokenizer_backend, "reference"):
+    from_where = preparation.tokenizer_arguments
+    backends: tuple[Backend, Backend] = (preparation.config.tokenizer_backend, "reference")
+    for backend in backends:
         with (
             contextlib.suppress(FastPathDiffers),
-            encoders_of(preparation, tokenizer, backend) as encoders,
+            contextlib.closing(Encoders(tokenizer, backend, from_where)) as encoders,
         ):
             return tokenize(Job(preparation, blank, encoders), ranks)
 
@@ -172,13 +166,6 @@ def finished(preparation: Preparation) -> Manifest | None:
     except ForgeError:
         return None
     return manifest if manifest.arguments == preparation.arguments else None
-
-
-def encoders_of(
-    preparation: Preparation, tokenizer: Any, backend: Backend
-) -> contextlib.closing[Encoders]:
-    """The encoders of the tokenizer, closed at the end."""
-    return contextlib.closing(Encoders(tokenizer, backend, preparation.tokenizer_arguments))
 
 
 def blank_manifest(preparation: Preparation, tokenizer: Any) -> Manifest:

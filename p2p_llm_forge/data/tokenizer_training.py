@@ -38,7 +38,7 @@ def tokenizer_folder(preparation: Preparation) -> Path:
     """Where a trained tokenizer is kept until the dataset is finished: named after its input."""
     config = preparation.config
     decides = [
-        *map(asdict, preparation.found.parts),
+        *map(asdict, preparation.parts),
         asdict(preparation.read_options),
         [config.vocab_size, config.seed, preparation.validation_fraction],
     ]
@@ -47,7 +47,7 @@ def tokenizer_folder(preparation: Preparation) -> Path:
 
 def training_text(preparation: Preparation) -> Iterator[str]:
     """The documents that are not held out: of all pieces, or of some where the text is large."""
-    parts, seed = preparation.found.parts, preparation.config.seed
+    parts, seed = preparation.parts, preparation.config.seed
     total = sum(part.bytes for part in parts if not part.is_validation)
     fraction = min(1.0, TRAINING_BYTES / max(1, total))
     bytes_left = 2 * TRAINING_BYTES  # the size of compressed text is a guess

@@ -39,7 +39,7 @@ class Job:
         )
         decides = asdict(preparation.read_options) | vars(self._options)
         decides |= {"encode": encoders.is_fast, "tokenizer": manifest.tokenizer_fingerprint}
-        folder, parts = preparation.folder / PIECES, preparation.found.parts
+        folder, parts = preparation.folder / PIECES, preparation.parts
         self.pieces = Pieces(folder, parts, decides, manifest.dtype)
 
     def encode(self, task: tuple[PieceId, Piece | None]) -> tuple[int, np.ndarray]:
@@ -48,7 +48,7 @@ class Job:
         Returns the bytes of its file, and its tokens.
         """
         piece_id, piece = task
-        part = self.preparation.found.parts[piece_id.part]
+        part = self.preparation.parts[piece_id.part]
         piece = piece or next(readers.read_pieces(part, self.preparation.read_options))
         tokens, counts = splits.encode_piece(
             piece_id.number, piece.column, part.is_validation, self._options
@@ -69,7 +69,7 @@ def tokenize(job: Job, ranks: Ranks, after_each: Callable[[], object] = lambda: 
 
     after_each: called after each, while workers are busy with the next ones.
     """
-    total = sum(part.bytes for part in job.preparation.found.parts) // ranks.world_size or None
+    total = sum(part.bytes for part in job.preparation.parts) // ranks.world_size or None
     todo, workers = pieces_to_do(job, ranks), job.preparation.config.workers()
     tokens = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -86,7 +86,7 @@ def pieces_to_do(job: Job, ranks: Ranks) -> Iterator[tuple[PieceId, Piece | None
     Parts are divided among the ranks; where there are few, every rank reads all and takes every
     `world_size`th piece.
     """
-    parts, world_size = job.preparation.found.parts, ranks.world_size
+    parts, world_size = job.preparation.parts, ranks.world_size
     divide_parts = len(parts) >= 4 * world_size
     for number, part in enumerate(parts):
         mine = number % world_size == ranks.rank

@@ -135,7 +135,7 @@ class Helpers:
 
 
 @contextlib.contextmanager
-def disk_full_explained(folder: Path, parts: list[Part]) -> Iterator[None]:
+def room_explained(folder: Path, parts: list[Part]) -> Iterator[None]:
     """Raise a ForgeError that states the room needed when a write inside fails for want of it."""
     try:
         yield

@@ -17,7 +17,7 @@ from p2p_llm_forge.data.unfinished import Ranks
 def test_the_pieces_are_divided_among_the_ranks(text):
     found = sources.find([str(text)], ReadOptions(piece_bytes=3_000))
     pieces = mock.Mock(has_all_of=lambda *_: False, record=lambda *_: None)
-    preparation = mock.Mock(found=found, read_options=ReadOptions(piece_bytes=3_000))
+    preparation = mock.Mock(parts=found.parts, read_options=ReadOptions(piece_bytes=3_000))
     job = mock.Mock(preparation=preparation, pieces=pieces)
     alone = [piece.number for piece, _ in pieces_to_do(job, Ranks())]
     assert len(alone) > 20
