@@ -38,11 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Manifest:
-    """Tokenize and pack the text into `config.output_dir`, unless it holds that dataset already.
-
-    Returns the dataset's manifest. Raises ForgeError when the text, the tokenizer or the folder
-    does not allow it; a dataset in the folder is then as it was.
-    """
+    """Prepare what `config` asks for and return its manifest, as data/prepare.py says."""
     from p2p_llm_forge.data import prepare as chapters
     from p2p_llm_forge.data.unfinished import Ranks
 

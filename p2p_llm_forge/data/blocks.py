@@ -21,11 +21,10 @@ PREPARE_AGAIN = "prepare the text again with --overwrite"
 
 
 class BlockWriter:
-    """Packs a stream of tokens into blocks and writes them as Arrow files that `datasets` reads.
+    """Packs a stream of tokens into blocks, of which no more than a record batch is in memory.
 
     The files depend on the tokens alone, not on the pieces in which they came: every record batch
-    holds the same number of blocks, every file the same number of batches. No more than a batch is
-    kept in memory.
+    holds the same number of blocks, every file the same number of batches.
     """
 
     def __init__(self, folder: Path, sequence_length: int, dtype: str) -> None:
@@ -38,7 +37,6 @@ class BlockWriter:
         block_bytes = sequence_length * np.dtype(dtype).itemsize
         self._batch = np.empty(max(1, BATCH_BYTES // block_bytes) * sequence_length, dtype)
         self._filled = 0  # tokens of the batch
-        self._batches = 0
         self._shards: list[Path] = []
         self._file: BinaryIO | None = None
         self._stream: Any = None
@@ -76,7 +74,7 @@ class BlockWriter:
 
         fingerprint: names this content to the caches of `datasets`.
         """
-        names = [f"data-{n:05d}-of-{len(self._shards):05d}.arrow" for n in range(len(self._shards))]
+        names = [f"{shard.stem}-of-{len(self._shards):05d}.arrow" for shard in self._shards]
         for shard, name in zip(self._shards, names, strict=True):
             shard.rename(self._folder / name)
         state: dict[str, Any] = {
@@ -102,8 +100,7 @@ class BlockWriter:
         column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._sequence_length)
         self._stream.write_batch(pa.record_batch([column], schema=schema))
         self.blocks += len(column)
-        self._batches += 1
-        if self._batches % BATCHES_PER_SHARD == 0:
+        if self.blocks * self._sequence_length % (BATCHES_PER_SHARD * len(self._batch)) == 0:
             self.close()
 
 

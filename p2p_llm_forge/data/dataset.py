@@ -95,27 +95,22 @@ class Manifest:
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
             return cls(splits=splits, **content)
         except FileNotFoundError as error:
-            raise _no_manifest(folder) from error
+            is_unfinished = (folder / UNFINISHED).exists()
+            what = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"
+            found = f"{folder} is not a prepared dataset: found {what}"
+            raise ForgeError(
+                found if folder.exists() else f"{folder}: no such folder",
+                f"prepare it: python prepare_data.py --dataset-path TEXT --output-dir {folder}",
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = f"{path} cannot be read as a manifest: {error}"
             raise ForgeError(found, PREPARE_AGAIN) from error
 
 
-def _no_manifest(folder: Path) -> ForgeError:
-    is_unfinished = (folder / UNFINISHED).exists()
-    found = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"
-    found = f"{folder} is not a prepared dataset: found {found}"
-    if not folder.exists():
-        found = f"{folder}: no such folder"
-    command = f"python prepare_data.py --dataset-path TEXT --output-dir {folder}"
-    return ForgeError(found, f"prepare it: {command}")
-
-
 def publish(finished: Path, folder: Path) -> None:
-    """Move a finished dataset from `finished` (inside `folder`) to its place in `folder`.
+    """Move a dataset from `finished`, inside `folder`, to its place there; replace an older one.
 
     At any moment `folder` holds a manifest only if it holds the whole dataset that it describes.
-    Of what lay in `folder` only an older dataset is removed.
     """
     for path in finished.rglob("*"):
         fsync(path)
@@ -124,17 +119,17 @@ def publish(finished: Path, folder: Path) -> None:
     for name in (TRAIN, VALIDATION, TOKENIZER):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / DATASET_DICT).unlink(missing_ok=True)
-    for path in sorted(finished.iterdir(), key=lambda path: path.name == MANIFEST):
-        if path.name == MANIFEST:
-            fsync(folder)
+    *parts, manifest = sorted(finished.iterdir(), key=lambda path: path.name == MANIFEST)
+    for path in parts:
         path.rename(folder / path.name)
+    fsync(folder)
+    manifest.rename(folder / MANIFEST)
     fsync(folder)
 
 
 def looks_like_prepared(path: str | Path) -> bool:
     """Whether `path` is meant as a prepared dataset, complete or not, rather than as text."""
-    marks = (MANIFEST, UNFINISHED, DATASET_DICT, STATE)
-    return any((Path(path) / mark).exists() for mark in marks)
+    return any((Path(path, mark)).exists() for mark in (MANIFEST, UNFINISHED, DATASET_DICT, STATE))
 
 
 def open_prepared(path: str | Path) -> PreparedDataset:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from p2p_llm_forge.data.blocks import BlockWriter
-from p2p_llm_forge.data.dataset import DATASET_DICT, TOKENIZER, Manifest, SplitFacts
+from p2p_llm_forge.data.dataset import DATASET_DICT, MANIFEST, TOKENIZER, Manifest, SplitFacts
 from p2p_llm_forge.data.parts import Part
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
 from p2p_llm_forge.data.preparation import Preparation
@@ -34,9 +34,6 @@ class Done(NamedTuple):
     @property
     def train_tokens(self) -> int:
         return self.record.splits[TRAIN].tokens
-
-
-# --- mixtures -------------------------------------------------------------------------------------
 
 
 def quotas(totals: list[int], weights: tuple[float, ...]) -> list[int]:
@@ -78,9 +75,6 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
         yield piece, size
     used = {of_source[source][place].id for source, place in order}
     yield from ((piece, 0) for piece in done if piece.id not in used)
-
-
-# --- writing --------------------------------------------------------------------------------------
 
 
 class _Split:
@@ -134,12 +128,10 @@ class Packer:
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._pieces = pieces
-        self._splits = [
-            _Split(self.written / name, manifest, tokenizer) for name in preparation.splits
-        ]
+        folders = [self.written / name for name in preparation.splits]
+        self._splits = [_Split(folder, manifest, tokenizer) for folder in folders]
         self._done: list[Done] = []
         self._next = PieceId(0, 0)
-        self._is_finished = False
 
     @property
     def has_all(self) -> bool:
@@ -153,10 +145,11 @@ class Packer:
             record = self._pieces.record(self._next)
             if not record:
                 return
-            self._done.append(Done(self._next, self._preparation.parts[number], record))
+            piece = Done(self._next, self._preparation.parts[number], record)
+            self._done.append(piece)
             self._next = PieceId(number + 1, 0) if record.is_last else PieceId(number, place + 1)
             if not self._preparation.weights:
-                self._add(self._done[-1], self._done[-1].train_tokens)
+                self._add(piece, piece.train_tokens)
 
     def _add(self, piece: Done, limit: int) -> None:
         """Write a piece, of its training tokens at most `limit`."""
@@ -168,9 +161,9 @@ class Packer:
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
-        if self._preparation.weights:
-            for piece, limit in mixed(self._done, self._preparation.weights):
-                self._add(piece, limit)
+        weights = self._preparation.weights
+        for piece, limit in mixed(self._done, weights) if weights else ():
+            self._add(piece, limit)
         manifest = replace(
             self._manifest,
             splits={split.name: split.finish() for split in self._splits},
@@ -182,14 +175,12 @@ class Packer:
             split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")
         write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
         self._tokenizer.save_pretrained(self.written / TOKENIZER)
-        manifest = manifest.save(self.written)
-        self._is_finished = True
-        return manifest
+        return manifest.save(self.written)
 
     def close(self) -> None:
         """End the files that are being written; what is not finished is removed."""
         for split in self._splits:
             with contextlib.suppress(OSError):  # of a full disk, once more
                 split.writer.close()
-        if not self._is_finished:
+        if not (self.written / MANIFEST).exists():
             shutil.rmtree(self.written, ignore_errors=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import readers, sources
+from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import digest_of
+from p2p_llm_forge.data.readers import read_pieces
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer import tokenizer_fingerprint
 from p2p_llm_forge.errors import ForgeError
@@ -100,12 +101,10 @@ class Preparation:
         """The fingerprint of the text as it stands now; reads all of it."""
 
         def digests(part: Part) -> list[str]:
-            read = readers.read_pieces(part, self.read_options)
-            return [digest_of(piece.column) for piece in read]
+            return [digest_of(piece.column) for piece in read_pieces(part, self.read_options)]
 
         with ThreadPoolExecutor(self.config.workers()) as pool:
-            of_parts = pool.map(digests, self.parts)
-            return fingerprint([digest for part in of_parts for digest in part])
+            return fingerprint([digest for of in pool.map(digests, self.parts) for digest in of])
 
 
 def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | None:

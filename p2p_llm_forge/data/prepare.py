@@ -28,10 +28,9 @@ MAIN_STARTS_WITHIN_S = 300.0
 def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa: B008
     """Tokenize and pack the text into `config.output_dir`, unless it holds that dataset already.
 
-    A run that was killed is resumed. With several ranks, each tokenizes a part of the text and the
-    main one writes the dataset; all call this. Returns the dataset's manifest. Raises ForgeError
-    when the text, the tokenizer or the folder does not allow it; a dataset in the folder is then as
-    it was.
+    A run that was killed is resumed. All ranks call this; each tokenizes a part of the text and the
+    main one writes the dataset. Returns the dataset's manifest. Raises ForgeError when the text,
+    the tokenizer or the folder does not allow it; a dataset in the folder is then as it was.
     """
     config.problems().raise_any()
     preparation, is_main = Preparation.of(config), ranks.rank == 0
@@ -183,22 +182,20 @@ def blank_manifest(preparation: Preparation, tokenizer: Any) -> Manifest:
 
 def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     """Raise ForgeError when a split has not enough text for one block."""
-    config, length, splits = preparation.config, manifest.sequence_length, manifest.splits
-    documents = sum(facts.documents for facts in splits.values())
-    divided = (
-        f"found {documents} documents, divided at {config.separator()!r} (--document-separator)"
-    )
-    train, validation = splits[TRAIN], splits.get(VALIDATION)
+    config, length = preparation.config, manifest.sequence_length
+    train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
+    documents = sum(facts.documents for facts in manifest.splits.values())
+    divided = f"{documents} documents, divided at {config.separator()!r} (--document-separator)"
     if not train.blocks:
         raise ForgeError(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
-            f"block of {length}; {divided}",
+            f"block of {length}; found {divided}",
             "add text, or use a shorter --sequence-length",
         )
     if validation and not validation.blocks:
         raise ForgeError(
             f"the validation split is too short: {validation.documents} documents, "
-            f"{validation.dropped_tokens} tokens, fill no block of {length}; {divided}",
+            f"{validation.dropped_tokens} tokens, fill no block of {length}; found {divided}",
             f"use a larger --validation-fraction (now {config.validation_fraction}), "
             "--validation-fraction 0 for no such split, or a shorter --sequence-length",
         )

@@ -43,10 +43,7 @@ class Job:
         self.pieces = Pieces(folder, parts, decides, manifest.dtype)
 
     def encode(self, task: tuple[PieceId, Piece | None]) -> tuple[int, np.ndarray]:
-        """Tokenize and keep a piece, read already or not.
-
-        Returns the bytes of its file, and its tokens.
-        """
+        """Tokenize and keep a piece, read already or not: the bytes of its file, its tokens."""
         piece_id, piece = task
         part = self.preparation.parts[piece_id.part]
         piece = piece or next(readers.read_pieces(part, self.preparation.read_options))

@@ -70,9 +70,6 @@ def _clear(folder: Path, keep_work: bool) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- several ranks --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Which of the processes of one launch this is."""
@@ -129,9 +126,6 @@ class Helpers:
         may_come = time.monotonic() - self._started < COMES_WITHIN_S
         # All are looked at, for a pulse is as old as the last look at it.
         return any([rank.lives() or (may_come and not rank.has_changed()) for rank in self._others])
-
-
-# --- a full disk ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
