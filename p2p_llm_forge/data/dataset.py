@@ -70,16 +70,11 @@ class Manifest:
 
     def save(self, folder: Path) -> Manifest:
         """Write the manifest into `folder`, with the files that are there; return it."""
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        facts = {
-            name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for name, path in files.items()
-        }
-        complete = replace(self, files=facts)
+        files: dict[str, dict[str, Any]] = {}
+        for path in filter(Path.is_file, folder.rglob("*")):
+            facts = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            files[path.relative_to(folder).as_posix()] = facts
+        complete = replace(self, files=files)
         write_json(folder / MANIFEST, asdict(complete))
         return complete
 
@@ -129,7 +124,7 @@ def publish(finished: Path, folder: Path) -> None:
 
 def looks_like_prepared(path: str | Path) -> bool:
     """Whether `path` is meant as a prepared dataset, complete or not, rather than as text."""
-    return any((Path(path, mark)).exists() for mark in (MANIFEST, UNFINISHED, DATASET_DICT, STATE))
+    return any(Path(path, mark).exists() for mark in (MANIFEST, UNFINISHED, DATASET_DICT, STATE))
 
 
 def open_prepared(path: str | Path) -> PreparedDataset:

@@ -72,13 +72,9 @@ class Preparation:
     @property
     def tokenizer_arguments(self) -> dict[str, Any] | None:
         """The arguments of `load_tokenizer`; None when a tokenizer is to be trained."""
-        if self.config.tokenizer is None:
-            return None
-        return {
-            "name": self.config.tokenizer,
-            "trust_remote_code": self.config.trust_remote_code,
-            "eos_token": self.config.eos_token,
-        }
+        config = self.config
+        options = {"trust_remote_code": config.trust_remote_code, "eos_token": config.eos_token}
+        return options | {"name": config.tokenizer} if config.tokenizer is not None else None
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
