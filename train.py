@@ -14,7 +14,6 @@ from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers.launch import local_rank
-from p2p_llm_forge.training.due import due_after, is_due
 from p2p_llm_forge.training.interruptions import NOTHING, Interruptions, interruption
 from p2p_llm_forge.training.mistakes import mistakes_in
 from p2p_llm_forge.training.results import TrainResult
@@ -68,12 +67,11 @@ def loop(run: Run, interruptions: Interruptions) -> None:
         run.tracking.step()
 
         done = step + 1
-        is_last = done == total_steps
-        if is_last or is_due(done, config.log_every):
+        if run.is_due(done, config.log_every):
             run.end_line(done, float(update.grad_norm))
-        is_sync_point = is_last or run.sync.is_sync_point(done)
+        is_sync_point = done == total_steps or run.sync.is_sync_point(done)
         asked = run.agree(interruptions.asked()) if is_sync_point else NOTHING
-        due = due_after(done, total_steps, config, asked)
+        due = run.due_after(done, asked)
         if due.evaluate or due.save or (is_sync_point and run.window.has_line()):
             if not is_sync_point:
                 cluster.barrier()

@@ -30,7 +30,6 @@ LEFTOVER = re.compile(
     r"tmp-((checkpoint|pruned)-\d+-[0-9a-f]+|rank-\d+\.safetensors\.[0-9a-f]+"
     r"|.+\.\d+\.\d+|run\.lock-[0-9a-f]+)"
 )
-MAKE_ROOM = "make room on the disk"
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,14 @@ def find(output_dir: Path, resume: str | None) -> Path | None:
 
     Raises ForgeError for a damaged one that was asked for by its folder.
     """
+    if not resume:
+        return None
     if resume != "auto":
-        if resume and (wrong := damage(Path(resume))):
+        if wrong := damage(Path(resume)):
             raise ForgeError(
                 f"--resume {resume}: {wrong}", "--resume auto takes the newest good checkpoint"
             )
-        return Path(resume) if resume else None
+        return Path(resume)
     found, skipped = newest_good(output_dir)
     for line in skipped:
         print(line, file=sys.stderr, flush=True)
@@ -134,9 +135,8 @@ def commit(
 ) -> Path:
     """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
 
-    The folder becomes visible by one rename after everything in it is on disk, and no older one is
-    removed before the new one is durable. confirm: raises if this process may not write any more.
-    Raises ForgeError when the disk does not take it, with the older checkpoints untouched.
+    It becomes visible by one rename after everything in it is on disk. confirm: raises if this
+    process may not write any more. Raises ForgeError when the disk does not take it.
     """
     final = checkpoint_dir(output_dir, step)
     # A name of its own: a process that has lost the folder may still be writing.
@@ -157,11 +157,7 @@ def commit(
         partial.rename(final)
         fsync(output_dir)
     except (OSError, SafetensorError) as error:
-        raise ForgeError(
-            f"checkpoint {final} could not be written: {reason(error)}; older checkpoints are"
-            " untouched",
-            MAKE_ROOM,
-        ) from error
+        raise not_written(f"checkpoint {final} could not be written", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
     confirm()
@@ -169,9 +165,12 @@ def commit(
     return final
 
 
-def reason(error: Exception) -> str:
-    """Why a file could not be written."""
-    return getattr(error, "strerror", None) or str(error)
+def not_written(found: str, error: Exception) -> ForgeError:
+    """What a disk that does not take a file of a checkpoint comes to."""
+    reason = getattr(error, "strerror", None) or error
+    return ForgeError(
+        f"{found}: {reason}; older checkpoints are untouched", "make room on the disk"
+    )
 
 
 def prune(output_dir: Path, newest: int, keep: Keep) -> None:
@@ -181,9 +180,7 @@ def prune(output_dir: Path, newest: int, keep: Keep) -> None:
     """
     remove(output_dir, [step for step in steps_saved(output_dir) if step > newest])
     steps = steps_saved(output_dir)
-    kept = set(steps[: keep.newest])
-    if keep.best and (best := best_step(output_dir)) is not None:
-        kept.add(best)
+    kept = {*steps[: keep.newest], best_step(output_dir) if keep.best else None}
     remove(output_dir, [step for step in steps if step not in kept])
     remove_leftovers(output_dir)
 
@@ -208,10 +205,9 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def best_step(output_dir: Path) -> int | None:
     """The step of the saved checkpoint with the lowest evaluation loss; None if none has one."""
-    losses = {}
+    losses = []
     for step in steps_saved(output_dir):
         with contextlib.suppress(OSError, ValueError):
             figures = read_state(checkpoint_dir(output_dir, step))["figures"]
-            losses[step] = figures.get("eval_loss")
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(known, key=lambda step: (known[step], step)) if known else None
+            losses.append((figures.get("eval_loss"), step))
+    return min((known for known in losses if known[0] is not None), default=(None, None))[1]

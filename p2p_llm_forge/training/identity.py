@@ -12,7 +12,6 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import read_json, write_json
 from p2p_llm_forge.training.checkpoint import (
     FORMAT_VERSION,
-    reason,
     remove,
     remove_leftovers,
     steps_saved,
@@ -106,7 +105,7 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -
         write_json(output_dir / RUN, {"format_version": FORMAT_VERSION, "identity": identity})
     except OSError as error:
         raise ForgeError(
-            f"--output-dir {output_dir} cannot be written: {reason(error)}",
+            f"--output-dir {output_dir} cannot be written: {error.strerror or error}",
             "give another folder, or make this one writable",
         ) from error
 

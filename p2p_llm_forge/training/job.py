@@ -8,10 +8,9 @@ from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
-from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.training.checkpoint import steps_saved
-from p2p_llm_forge.training.identity import recorded_identity, run_identity
+from p2p_llm_forge.training.identity import recorded_identity, refuse_another_run, run_identity
 from p2p_llm_forge.training.plan import Plan, plan_updates
 
 
@@ -37,6 +36,13 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What makes its run this run and no other."""
         return run_identity(self.config, self.data, self.plan)
+
+    def refuse_another_run(self) -> None:
+        """Raise ForgeError if the folder holds another run, or this one and it does not resume."""
+        config = self.config
+        if not config.overwrite:
+            identity, resumes = self.identity(), bool(config.resume)
+            refuse_another_run(self.output_dir, identity, resumes, config.resume_changed)
 
 
 def open_job(config: TrainConfig, cluster: Cluster) -> Job:
@@ -73,17 +79,15 @@ def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
     """Raise ForgeError, naming them, if ranks have other data than rank 0 under the same name."""
     facts = cluster.gather_facts({"data": data.manifest.fingerprint, "path": str(data.path)})
     first = facts[0]
-    different = [
-        Problem(
+    problems = Problems()
+    for rank, fact in enumerate(facts):
+        problems.require(
+            fact["data"] == first["data"],
             f"rank {rank} has other data ({fact['data'][:12]} in {fact['path']}) than rank 0"
             f" ({first['data'][:12]} in {first['path']})",
             f"copy rank 0's folder to the machine of rank {rank}, or share it",
         )
-        for rank, fact in enumerate(facts)
-        if fact["data"] != first["data"]
-    ]
-    if different:
-        raise ForgeError.of(different)
+    problems.raise_any()
 
 
 def prepare_text(config: TrainConfig, folder: Path) -> None:
@@ -106,19 +110,17 @@ def prepare_text(config: TrainConfig, folder: Path) -> None:
 
 def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> Plan:
     """How the updates are made up, for as many peers as there are."""
-
-    def look() -> list[Any]:
-        identity = recorded_identity(Path(config.output_dir)) or {}
-        return [bool(steps_saved(Path(config.output_dir))), identity.get("batch_size")]
-
-    resumes, batch_size = cluster.main_only(look) if config.resume else (False, None)
-    if batch_size and config.batch_size is None:
+    recorded = None
+    if config.resume:
+        recorded = cluster.main_only(lambda: recorded_identity(Path(config.output_dir)))
+    if recorded and config.batch_size is None:
         # The batch stays what it was, with however many peers the run resumes.
+        batch_size = recorded["batch_size"]
         config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
     return plan_updates(
         config,
         data.manifest.splits["train"].blocks,
         data.manifest.sequence_length,
         cluster.world_size,
-        may_be_uneven=resumes or cluster.launch.is_elastic or config.balance == "auto",
+        may_be_uneven=bool(recorded) or cluster.launch.is_elastic or config.balance == "auto",
     )

@@ -13,7 +13,6 @@ from p2p_llm_forge.sync.forecast import table
 from p2p_llm_forge.training.checkpoint import newest_good, read_state
 from p2p_llm_forge.training.evaluation import evaluate_split
 from p2p_llm_forge.training.forecast import measure_and_forecast
-from p2p_llm_forge.training.identity import refuse_another_run
 from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.new_model import new_model, text_spec_of
 from p2p_llm_forge.training.results import TrainResult
@@ -29,15 +28,14 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
             f"{config.dataset_path} has no validation split",
             "prepare it with --validation-fraction 0.1",
         )
-    output_dir, steps = Path(config.output_dir), 0
+    output_dir = Path(config.output_dir)
     name = config.model_name or cluster.main_only(lambda: str(newest_good(output_dir)[0] or ""))
     if not name:
         raise ForgeError(
             f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was given",
             "give the --output-dir of a run, or a --model-name",
         )
-    if not config.model_name:
-        steps = read_state(Path(name))["step"]
+    steps = 0 if config.model_name else read_state(Path(name))["step"]
     text = text_spec_of(data)
     lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
     document_end = data.manifest.eos_token_id if config.document_mask else None
@@ -57,11 +55,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
 def dry_run(job: Job) -> TrainResult:
     """Print what a run would do, and how fast by which strategy; train and write nothing."""
     config, cluster = job.config, job.cluster
-    if not config.overwrite:
-        resumes, identity = bool(config.resume), job.identity()
-        cluster.main_only(
-            lambda: refuse_another_run(job.output_dir, identity, resumes, config.resume_changed)
-        )
+    cluster.main_only(job.refuse_another_run)
     lm = cluster.together(lambda: new_model(config, cluster, job.data))
     text = introduction(cluster, job.data, job.plan, lm)
     if cluster.world_size > 1:

@@ -14,8 +14,8 @@ from p2p_llm_forge.files import write_file, write_json
 from p2p_llm_forge.sync.base import Meter, Sync
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
-from p2p_llm_forge.training.due import Due
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
+from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner
 from p2p_llm_forge.training.loss_window import LossWindow
@@ -29,26 +29,31 @@ from p2p_llm_forge.training.tracking import Silent
 class Clock:
     """The seconds since `start`, without those in which it was paused."""
 
-    def __init__(self) -> None:
-        self._started = self._paused_s = 0.0
+    _started = _paused_s = 0.0
 
     def start(self) -> None:
-        """Begin to count."""
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
         return time.perf_counter() - self._started - self._paused_s
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what happens inside."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self._paused_s += time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the loop does between one update and the next."""
+
+    evaluate: bool
+    save: bool
+    stop: bool
 
 
 @dataclass
@@ -74,6 +79,20 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
+
+    def is_due(self, done: int, every: int) -> bool:
+        """Whether what is done every so many updates (0: only after the last) is done now."""
+        return done == self.job.plan.total_steps or bool(every and done % every == 0)
+
+    def due_after(self, done: int, asked: int) -> Due:
+        """What is due after `done` updates. asked: what the ranks ask for (interruptions.py)."""
+        config = self.job.config
+        stop = asked not in (NOTHING, SAVE_NOW) and done < self.job.plan.total_steps
+        return Due(
+            evaluate=self.is_due(done, config.eval_every) and not stop,
+            save=self.is_due(done, config.save_every) or asked == SAVE_NOW or stop,
+            stop=stop,
+        )
 
     def position_of(self, step: int) -> int:
         """Where update `step` begins in the stream of blocks."""
@@ -129,26 +148,20 @@ class Run:
         self.tracking.log({"step": step, **figures})
         return figures
 
-    def save(self, step: int) -> None:
-        """Save a checkpoint after `step` updates; in the background, training continues."""
-        failed = self.saving.save(
-            step,
-            {
-                "blocks_read": self.position_of(step),
-                "tokens": step * self.job.plan.tokens_per_update,
-                "train_loss": self.train_loss,
-                "figures": self.figures,
-                "since_log": self.window.since_log(),
-            },
-        )
-        if failed:
-            self.tracking.say(f"warning: {failed}; training continues")
-
     def evaluate_and_save(self, step: int, due: Due) -> None:
         """Do what is due of both. What is saved holds the figures of its own weights, if any."""
         self.figures = self.evaluate(step) if due.evaluate else {}
-        if due.save:
-            self.save(step)
+        if not due.save:
+            return
+        state = {
+            "blocks_read": self.position_of(step),
+            "tokens": step * self.job.plan.tokens_per_update,
+            "train_loss": self.train_loss,
+            "figures": self.figures,
+            "since_log": self.window.since_log(),
+        }
+        if failed := self.saving.save(step, state):
+            self.tracking.say(f"warning: {failed}; training continues")
 
     def close(self) -> None:
         """Finish what is being written."""

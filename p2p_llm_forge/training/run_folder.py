@@ -12,7 +12,7 @@ from typing import Any
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock, fsync, only_writer
 from p2p_llm_forge.training import checkpoint, snapshot
-from p2p_llm_forge.training.identity import claim, refuse_another_run
+from p2p_llm_forge.training.identity import claim
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.results import TrainResult
 
@@ -28,8 +28,10 @@ class RunFolder:
     def __init__(self, job: Job, lock: Lock | None) -> None:
         self._job, self._lock = job, lock
         self.path = job.output_dir
-        self.checkpoint = find_checkpoint(job)  # to resume from
-        self.result = finished_result(job, self.checkpoint)  # of a run that has nothing left to do
+        # The checkpoint to resume from, and the result of a run that has nothing left to do.
+        found, result = job.cluster.main_only(lambda: look_back(job))
+        self.checkpoint = Path(found) if found else None
+        self.result = TrainResult(**result) if result else None
 
     @property
     def is_lost(self) -> bool:
@@ -46,11 +48,10 @@ class RunFolder:
 
     def claim(self) -> None:
         """Make the folder this run's own. All ranks must call, when all else is known to work."""
-        identity, overwrite = self._job.identity(), self._job.config.overwrite
 
         def write() -> None:
             self.confirm()
-            claim(self.path, identity, overwrite)
+            claim(self.path, self._job.identity(), self._job.config.overwrite)
 
         self._job.cluster.main_only(write)
 
@@ -83,40 +84,23 @@ def run_folder(job: Job) -> Iterator[RunFolder]:
         yield RunFolder(job, locks[0] if locks else None)
 
 
-def find_checkpoint(job: Job) -> Path | None:
-    """The checkpoint to resume from, if any. Raises ForgeError if the folder holds another run."""
+def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
+    """The checkpoint to resume from, if any, and the run's result, if nothing is left to do.
 
-    def look() -> str | None:
-        config = job.config
-        if config.overwrite:
-            return None
-        refuse_another_run(
-            job.output_dir, job.identity(), bool(config.resume), config.resume_changed
+    Raises ForgeError if the folder holds another run, or one that has gone further than asked.
+    """
+    job.refuse_another_run()
+    newest = None if job.config.overwrite else checkpoint.find(job.output_dir, job.config.resume)
+    if newest is None:
+        return None, None
+    step, total_steps = checkpoint.read_state(newest)["step"], job.plan.total_steps
+    if step > total_steps:
+        raise ForgeError(
+            f"{newest} is after step {step}, this run was asked to end at {total_steps}",
+            "raise --max-steps or --epochs, or start from scratch with --overwrite",
         )
-        found = checkpoint.find(job.output_dir, config.resume)
-        return str(found) if found else None
-
-    found = job.cluster.main_only(look)
-    return Path(found) if found else None
-
-
-def finished_result(job: Job, newest: Path | None) -> TrainResult | None:
-    """The result of a run that `--resume` finds finished, so that it is not done twice."""
-
-    def look() -> dict[str, Any] | None:
-        if newest is None:
-            return None
-        step, total_steps = checkpoint.read_state(newest)["step"], job.plan.total_steps
-        if step > total_steps:
-            raise ForgeError(
-                f"{newest} is after step {step}, this run was asked to end at {total_steps}",
-                "raise --max-steps or --epochs, or start from scratch with --overwrite",
-            )
-        result = TrainResult.load(job.output_dir)
-        if result is None or result.steps != total_steps or step != total_steps:
-            return None
-        print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
-        return result.as_dict()
-
-    result = job.cluster.main_only(look)
-    return TrainResult(**result) if result else None
+    result = TrainResult.load(job.output_dir)
+    if result is None or result.steps != total_steps or step != total_steps:
+        return str(newest), None
+    print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
+    return str(newest), result.as_dict()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +25,29 @@ class Writer:
 
     def __init__(self, in_background: bool) -> None:
         self._in_background = in_background
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint writer")
+        self._saves: list[futures.Future[object]] = []  # the last one, until it was asked about
 
     def start(self, save: Callable[[], object]) -> None:
         """Run `save` once the one before it is done; `failure` returns what went wrong in it."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint writer")
-        self._thread.start()
+        self._saves = [self._thread.submit(save)]
         if not self._in_background:
             self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        futures.wait(self._saves)
 
     def failure(self) -> ForgeError | None:
-        """What went wrong in the saves finished since the last call; usually None.
+        """What went wrong in the last save, once; usually None.
 
         Anything but a full or broken disk is a mistake of ours and is raised.
         """
-        failed, self._failure = self._failure, None
+        failed = self._saves.pop().exception() if self._saves else None
         if failed is not None and not isinstance(failed, ForgeError):
             raise failed
         return failed
-
-    def _run(self, save: Callable[[], object]) -> None:
-        try:
-            save()
-        except BaseException as error:  # for the thread that asks, which raises it
-            self._failure = error
 
 
 class Saving:
@@ -67,12 +58,10 @@ class Saving:
     """
 
     def __init__(self, job: Job, folder: RunFolder, learner: Learner, sync: Sync) -> None:
-        config, others = job.config, range(1, job.cluster.world_size)
         self._job, self._folder, self._sync = job, folder, sync
         self._lm, self._optimizer = learner.lm, learner.bare_optimizer
-        self._keep = checkpoint.Keep(config.keep_checkpoints, config.keep_best)
-        self._writer = Writer(config.save_in_background)
-        self._ranks_with_files = others if sync.has_own_state else range(0)
+        self._writer = Writer(job.config.save_in_background)
+        self._ranks_with_files = range(1, job.cluster.world_size if sync.has_own_state else 1)
 
     def save(self, step: int, state: dict[str, Any]) -> ForgeError | None:
         """Save a checkpoint after `step` updates. state: JSON, the same on every rank.
@@ -94,9 +83,7 @@ class Saving:
         if cluster.is_main:
             failed = self._writer.failure()
             with self._sync.agreed_weights():
-                taken = snapshot.Snapshot.take(
-                    self._lm, self._optimizer, state, held.shared, held.own
-                )
+                taken = snapshot.Snapshot.take(self._lm, self._optimizer, state, held)
             self._writer.start(lambda: self._commit(step, taken))
         elif cluster.rank in self._ranks_with_files:
             own = held.own
@@ -112,8 +99,8 @@ class Saving:
         def finish() -> None:
             self._make_way()
             if failed := self._writer.failure():
-                found, fix = failed.problems[0].found, failed.problems[0].fix
-                raise ForgeError(found, f"{fix}, then continue with --resume auto")
+                problem = failed.problems[0]
+                raise ForgeError(problem.found, f"{problem.fix}, then continue with --resume auto")
 
         self._job.cluster.main_only(finish)
 
@@ -127,7 +114,8 @@ class Saving:
         self._folder.confirm()
 
     def _commit(self, step: int, taken: snapshot.Snapshot) -> None:
-        output_dir = self._folder.path
+        output_dir, config = self._folder.path, self._job.config
+        keep = checkpoint.Keep(config.keep_checkpoints, config.keep_best)
 
         def write(folder: Path) -> None:
             taken.write(folder, self._lm, self._job.data.tokenizer_dir)
@@ -137,7 +125,7 @@ class Saving:
                     raise ForgeError(*answer["failure"])
                 snapshot.collect_rank_file(output_dir, answer["file"], rank, folder)
 
-        checkpoint.commit(output_dir, step, write, self._keep, self._folder.confirm)
+        checkpoint.commit(output_dir, step, write, keep, self._folder.confirm)
 
     def _write_rank_file(self, step: int, own: dict[str, torch.Tensor]) -> None:
         rank = self._job.cluster.rank
@@ -168,7 +156,6 @@ def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync
     of_rank = cluster.rank % saved.world_size if both_alone else 0
     snapshot.load_optimizer(folder, learner.lm, learner.bare_optimizer, of_rank)
     sync.load_state(saved)
-    if cluster.accelerator.scaler is not None and state["scaler"]:
-        scaler = state["scaler"][of_rank]
-        if scaler:  # that of a scaler that is switched off is empty
-            cluster.accelerator.scaler.load_state_dict(scaler)
+    scaler, scales = cluster.accelerator.scaler, state["scaler"]
+    if scaler is not None and scales and scales[of_rank]:  # empty: of one that was switched off
+        scaler.load_state_dict(scales[of_rank])

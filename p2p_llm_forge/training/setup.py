@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
@@ -27,11 +27,10 @@ from p2p_llm_forge.training.new_model import new_model
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
-from p2p_llm_forge.training.tracking import (
-    Silent,
-    Tracking,
-    introduction,
-)
+from p2p_llm_forge.training.tracking import Silent, Tracking, introduction
+
+# The trainer's state before the first update.
+FROM_SCRATCH = dict(step=0, blocks_read=0, train_loss=None, figures={}, since_log=NO_LOSSES)
 
 
 @contextlib.contextmanager
@@ -43,7 +42,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     job = settle_strategy(job, folder.checkpoint)
     cluster, plan = job.cluster, job.plan
     learner = build_learner(job, folder.checkpoint)
-    state = read_state(folder.checkpoint) if folder.checkpoint else state_from_scratch(job.config)
+    state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
     blocks = cluster.together(job.data.train_blocks)
     replica = Replica(
         learner.model,
@@ -75,7 +74,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         train_loss=state["train_loss"],
         figures=state["figures"],
     )
-    introduce(run, state["config"])
+    introduce(run, state)
     folder.claim()
     try:
         yield run
@@ -84,8 +83,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
 
 
 def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
-    """The job with what `--sync auto` comes to: what the run has begun with, or what suits the
-    network best.
+    """The job with what `--sync auto` comes to: as the run has begun, or what suits the network.
 
     Raises ForgeError where the launch or the folder does not go with the strategy.
     """
@@ -100,25 +98,12 @@ def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
         config = with_strategy(config, choose(forecasts).strategy)
     refuse_elastic(config, cluster)
     if config.keeps_own_state() and cluster.world_size > 1:
-        hosts = hosts_of(cluster)
-        refuse_failures(judge_shared_folder(cluster, job.output_dir, True, hosts))
+        refuse_failures(judge_shared_folder(cluster, job.output_dir, True, hosts_of(cluster)))
     return replace(job, config=config)
 
 
-def state_from_scratch(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint's trainer state would hold before the first update."""
-    return {
-        "step": 0,
-        "blocks_read": 0,
-        "train_loss": None,
-        "figures": {},
-        "since_log": NO_LOSSES,
-        "config": as_dict(config),
-    }
-
-
-def introduce(run: Run, config_before: dict[str, Any]) -> None:
-    """Show what is about to happen, and what it resumes from."""
+def introduce(run: Run, state: dict[str, Any]) -> None:
+    """Show what is about to happen, and what it resumes from: the trainer's state there."""
     say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
     if config.sync == "diloco":
@@ -131,5 +116,5 @@ def introduce(run: Run, config_before: dict[str, Any]) -> None:
             say("note      --sync diloco is pointless with one process: nobody to agree with")
     if run.folder.checkpoint:
         say(f"resuming  after step {run.first_step} from {run.folder.checkpoint}")
-        for line in settings_changed(config_before, as_dict(config)):
+        for line in settings_changed(state["config"], as_dict(config)):
             say(f"changed   {line}")

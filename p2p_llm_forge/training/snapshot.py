@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fsync, write_json
 from p2p_llm_forge.polling import wait_for
-from p2p_llm_forge.training.checkpoint import FORMAT_VERSION, MAKE_ROOM, TRAINER_STATE, reason
+from p2p_llm_forge.sync.base import SyncState
+from p2p_llm_forge.training.checkpoint import FORMAT_VERSION, TRAINER_STATE, not_written
 
 OPTIMIZER = "optimizer.safetensors"
 SYNC = "sync.safetensors"  # what --sync diloco keeps beside the weights, the same for all ranks
@@ -33,19 +34,14 @@ class Snapshot:
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    state: dict[str, Any]
-    shared: dict[str, torch.Tensor]  # of the strategy by which ranks agree
-    own: dict[str, torch.Tensor]  # of the main process
+    trainer: dict[str, Any]
+    sync: SyncState  # of the main process
 
     @staticmethod
     def take(
-        lm: Any,
-        optimizer: torch.optim.Optimizer,
-        state: dict[str, Any],
-        shared: dict[str, torch.Tensor],
-        own: dict[str, torch.Tensor],
+        lm: Any, optimizer: torch.optim.Optimizer, trainer: dict[str, Any], sync: SyncState
     ) -> Snapshot:
-        """Copy now; the originals may change as soon as this returns. shared, own: not copied."""
+        """Copy now; the originals may change as soon as this returns. sync is a copy already."""
         copies: dict[int, torch.Tensor] = {}
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,18 +49,18 @@ class Snapshot:
             return copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
 
         model = {name: copy(tensor) for name, tensor in lm.state_dict().items()}
-        return Snapshot(model, optimizer_tensors(lm, optimizer), state, shared, own)
+        return Snapshot(model, optimizer_tensors(lm, optimizer), trainer=trainer, sync=sync)
 
     def write(self, folder: Path, lm: Any, tokenizer_dir: Path) -> None:
         """Write all files of a checkpoint: the model (the class and sizes of `lm`), the state."""
         lm.save_pretrained(folder, state_dict=self.model)
         shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         save_file(self.optimizer, folder / OPTIMIZER)
-        if self.shared:
-            save_file(self.shared, folder / SYNC)
-        if self.own:
-            save_file(self.own, folder / rank_file(0))
-        write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **self.state})
+        if self.sync.shared:
+            save_file(self.sync.shared, folder / SYNC)
+        if self.sync.own:
+            save_file(self.sync.own, folder / rank_file(0))
+        write_json(folder / TRAINER_STATE, {"format_version": FORMAT_VERSION, **self.trainer})
 
 
 # --- what only one rank has -----------------------------------------------------------------------
@@ -76,19 +72,13 @@ def rank_file(rank: int) -> str:
 
 
 def write_rank_file(output_dir: Path, rank: int, own: dict[str, torch.Tensor]) -> str:
-    """Write a rank's file of a checkpoint beside the checkpoints; returns its name there.
-
-    Raises ForgeError when the disk does not take it.
-    """
+    """Write a rank's file beside the checkpoints; returns its name there. Raises ForgeError."""
     path = output_dir / f"tmp-{rank_file(rank)}.{secrets.token_hex(4)}"
     try:
         save_file(own, path)
         fsync(path)
     except (OSError, SafetensorError) as error:
-        raise ForgeError(
-            f"rank {rank} could not write {path}: {reason(error)}; older checkpoints are untouched",
-            MAKE_ROOM,
-        ) from error
+        raise not_written(f"rank {rank} could not write {path}", error) from error
     return path.name
 
 
@@ -140,35 +130,21 @@ def load_optimizer(
     """Put the tensors of a verified checkpoint into the optimizer.
 
     rank: of the saved run; not 0 only where every rank has trained alone. Raises ForgeError where
-    they do not belong to this model and optimizer.
+    they do not belong to this model.
     """
-    if rank == 0:
-        tensors = load_file(checkpoint / OPTIMIZER)
-    else:
-        tensors = {
-            key.removeprefix(OF_OPTIMIZER): tensor
-            for key, tensor in read_own(checkpoint, rank).items()
-            if key.startswith(OF_OPTIMIZER)
-        }
-    fix = "resume with the --model-type, --config-overrides and --optimizer it was saved with"
-    for name, parameter in model.named_parameters():
-        entries = [key for key in tensors if key.rpartition(".")[0] == name]
-        for key in entries:
-            value, entry = tensors.pop(key), key.rpartition(".")[2]
-            # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
-            is_on_device = value.dim() or parameter.device.type == "cuda"
-            optimizer.state[parameter][entry] = value.to(
-                parameter.device if is_on_device else "cpu"
-            )
-        if not entries and parameter.requires_grad and len(tensors):
+    saved = read_own(checkpoint, rank) if rank else load_file(checkpoint / OPTIMIZER)
+    prefix = OF_OPTIMIZER if rank else ""
+    parameters = dict(model.named_parameters())
+    for key, value in saved.items():
+        if not key.startswith(prefix):
+            continue
+        name, _, entry = key.removeprefix(prefix).rpartition(".")
+        if name not in parameters:
             raise ForgeError(
-                f"{checkpoint} has no optimizer state for {name}: it is of another model or"
-                " optimizer",
-                fix,
+                f"{checkpoint} has optimizer state for unknown {name}: it is of another model",
+                "resume with the --model-type and --config-overrides it was saved with",
             )
-    if tensors:
-        raise ForgeError(
-            f"{checkpoint} has optimizer state for unknown {sorted(tensors)[0]}: it is of another"
-            " model",
-            fix,
-        )
+        # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
+        device = parameters[name].device
+        is_on_device = value.dim() or device.type == "cuda"
+        optimizer.state[parameters[name]][entry] = value.to(device if is_on_device else "cpu")

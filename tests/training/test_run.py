@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.base import SyncReport
 from p2p_llm_forge.training import run as runs
-from p2p_llm_forge.training.interruptions import SAVE_NOW
-from p2p_llm_forge.training.run import Clock, Run
+from p2p_llm_forge.training.interruptions import NOTHING, OUT_OF_TIME, SAVE_NOW
+from p2p_llm_forge.training.run import Clock, Due, Run
 
 
 @pytest.fixture
@@ -81,3 +82,30 @@ def test_all_ranks_end_when_the_main_process_has_lost_the_folder(open_small_job)
     run.balance = nobody
     with pytest.raises(ForgeError, match="taken over"):
         run.agree(0)
+
+
+@pytest.mark.parametrize(
+    ("done", "asked", "expected"),
+    [
+        (1, NOTHING, Due(evaluate=False, save=False, stop=False)),
+        (4, NOTHING, Due(evaluate=True, save=False, stop=False)),
+        (6, NOTHING, Due(evaluate=False, save=True, stop=False)),
+        (12, NOTHING, Due(evaluate=True, save=True, stop=False)),
+        (1, SAVE_NOW, Due(evaluate=False, save=True, stop=False)),
+        # Asked to stop, a run saves at once and evaluates nothing first.
+        (4, signal.SIGTERM, Due(evaluate=False, save=True, stop=True)),
+        (1, OUT_OF_TIME, Due(evaluate=False, save=True, stop=True)),
+        # The last update is evaluated and saved, and ends the run in peace.
+        (13, NOTHING, Due(evaluate=True, save=True, stop=False)),
+        (13, signal.SIGTERM, Due(evaluate=True, save=True, stop=False)),
+    ],
+)
+def test_what_is_due(open_small_job, done, asked, expected):
+    run = a_run(open_small_job(eval_every=4, save_every=6, max_steps=13))
+    assert run.due_after(done, asked) == expected
+
+
+def test_never_is_only_at_the_end(open_small_job):
+    run = a_run(open_small_job(max_steps=100))
+    assert not any(run.is_due(step, 0) for step in range(1, 100)) and run.is_due(100, 0)
+    assert [step for step in range(1, 10) if run.is_due(step, 3)] == [3, 6, 9]

@@ -7,6 +7,7 @@ import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import write_json
+from p2p_llm_forge.sync.base import SyncState
 from p2p_llm_forge.training import checkpoint, snapshot
 
 
@@ -92,6 +93,6 @@ def test_tied_weights_are_copied_once():
     one, two = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     two.weight = one.weight
     tied = torch.nn.ModuleList([one, two])
-    taken = snapshot.Snapshot.take(tied, torch.optim.SGD(tied.parameters()), {}, {}, {})
+    taken = snapshot.Snapshot.take(tied, torch.optim.SGD(tied.parameters()), {}, SyncState())
     assert taken.model["0.weight"].data_ptr() == taken.model["1.weight"].data_ptr()
     assert taken.model["0.weight"].data_ptr() != one.weight.data_ptr()
