@@ -22,7 +22,6 @@ from p2p_llm_forge.peers.launch import DEFAULT_PORT, has_launcher, local_rank, r
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import PreparedDataset
     from p2p_llm_forge.peers.cluster import Cluster
-    from p2p_llm_forge.peers.links import Links
 
 
 def check(config: CheckConfig) -> ClusterReport:
@@ -35,56 +34,45 @@ def check(config: CheckConfig) -> ClusterReport:
     config.problems().raise_any()
     files = [launch_files.read_launch_file(path) for path in config.config_file]
     report = ClusterReport(launch_files.judge_launch_files(files))
-    if len(files) > 1:  # and one machine can find no more about the others
-        report.is_of_one_machine = True
-        return report
+    report.is_of_one_machine = len(files) > 1
+    if report.is_of_one_machine:
+        return report  # one machine can find no more about the others
+    from p2p_llm_forge.peers.preflight import judge_alone
+
     file = files[0] if files else None
     if config.meet and file is not None:
         config = launch_files.by_hand(config, file)
-    if look_alone(config, file, report):
-        look_together(config, report)
-    return report
-
-
-def look_alone(
-    config: CheckConfig, file: launch_files.LaunchFile | None, report: ClusterReport
-) -> bool:
-    """Add what this machine can find by itself; returns whether there are peers to meet then."""
-    from p2p_llm_forge.peers.preflight import judge_alone
-
     with report.failures_as("launch"):
         launch = read_launch(config)
         report.rank = launch.rank
         report.findings += judge_alone(config, launch, file)
-        is_alone = launch.world_size == 1 and file is not None and file.processes > 1
-        report.is_of_one_machine = is_alone
-        return not is_alone
-    return False
+        is_alone = launch.world_size == 1
+        report.is_of_one_machine = is_alone and file is not None and file.processes > 1
+        if not report.is_of_one_machine:
+            look_together(config, report)
+    return report
 
 
 def look_together(config: CheckConfig, report: ClusterReport) -> None:
-    """Meet the peers and add what they find together; rank 0 gets the findings of all."""
+    """Meet the peers and add what they find and measure together; rank 0 gets the findings of all.
+
+    How fast the links are and an update is comes out the same on every rank.
+    """
     from p2p_llm_forge.peers.join import join
+    from p2p_llm_forge.peers.links import measure_links
     from p2p_llm_forge.peers.preflight import gather_findings, hosts_of, judge_peers
 
     with report.failures_as("peers"), join(config) as cluster:
         report.peers = hosts_of(cluster)
-        report.findings = gather_findings(cluster, report.findings)
+        report.findings = gather_findings(cluster, report.findings, report.peers)
         report.findings += judge_peers(config, cluster, report.peers)
-        measure(config, cluster, report)
-
-
-def measure(config: CheckConfig, cluster: Cluster, report: ClusterReport) -> None:
-    """Add how fast the links are and an update is; the same on every rank."""
-    from p2p_llm_forge.peers.links import measure_links
-
-    # Before the links: what cannot be trained need not be fast.
-    data = look_at_data(config, cluster, report)
-    links = measure_links(cluster)
-    if cluster.world_size > 1:
-        report.latency_s, report.bytes_per_s = links.latency_s, links.bytes_per_s
-    if data is not None:
-        time_an_update(config, cluster, data, links, report)
+        # Before the links: what cannot be trained need not be fast.
+        data = look_at_data(config, cluster, report)
+        if cluster.world_size > 1:
+            links = measure_links(cluster)
+            report.latency_s, report.bytes_per_s = links.latency_s, links.bytes_per_s
+        if data is not None:
+            time_an_update(config, cluster, data, report)
 
 
 def look_at_data(
@@ -110,13 +98,10 @@ def look_at_data(
 
 
 def time_an_update(
-    config: CheckConfig,
-    cluster: Cluster,
-    data: PreparedDataset,
-    links: Links,
-    report: ClusterReport,
+    config: CheckConfig, cluster: Cluster, data: PreparedDataset, report: ClusterReport
 ) -> None:
     """Time the real model on each rank's own hardware; add the times and what follows of them."""
+    from p2p_llm_forge.peers.links import Links
     from p2p_llm_forge.peers.machine import judge_checkpoints
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
@@ -131,8 +116,8 @@ def time_an_update(
             report.findings.append(judge_checkpoints(config, trained))
         report.update_s = update_s_by_rank(job, lm)
         if cluster.world_size > 1:
-            found = forecasts(job, lm, links, report.update_s)
-            report.forecast = table(found)
+            links = Links(report.latency_s, report.bytes_per_s)
+            report.forecast = table(forecasts(job, lm, links, report.update_s))
 
 
 def write_configs(config: CheckConfig) -> None:
@@ -142,10 +127,8 @@ def write_configs(config: CheckConfig) -> None:
     lines = launch_files.write_launch_files(
         folder, config.hosts, port, config.gpus_per_host, config.overwrite
     )
-    print("\n".join(lines))
-    print(
-        "before that, on all machines:  python check_cluster.py --meet --config-file THE_FILE ..."
-    )
+    check_first = "python check_cluster.py --meet --config-file THE_FILE ..."
+    print(*lines, f"before that, on all machines:  {check_first}", sep="\n")
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.where}: " if self.where else ""
-        return f"{where}{self.found}\n  fix: {self.fix}" if self.fix else f"{where}{self.found}"
+        return f"{where}{self.found}\n  fix: {self.fix}"
 
 
 class ForgeError(Exception):
@@ -29,7 +29,7 @@ class ForgeError(Exception):
     status = 2  # of the process that it ends
     is_of_this_rank = False  # only this rank knows it, so this rank prints it
 
-    def __init__(self, found: str, fix: str = "", *, where: str = "") -> None:
+    def __init__(self, found: str, fix: str, *, where: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(found, fix, where),)
         super().__init__(found, fix)
 
@@ -57,7 +57,7 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[Problem] = []
 
-    def require(self, holds: bool, found: str, fix: str = "") -> None:
+    def require(self, holds: bool, found: str, fix: str) -> None:
         """Note a problem unless `holds`."""
         if not holds:
             self.found.append(Problem(found, fix))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 import socket
@@ -48,36 +47,27 @@ def is_loopback(address: str) -> bool:
 def is_public(address: str) -> bool:
     """Whether the whole internet could reach an address, firewalls aside.
 
-    Private ranges, link-local ones and the shared range 100.64.0.0/10, which Tailscale uses, are
-    not public.
+    Private ranges, link-local ones and Tailscale's shared range 100.64.0.0/10 are not public.
     """
     return ipaddress.ip_address(address).is_global
 
 
 def judge_name(host: str, machines: int) -> list[Finding]:
-    """Whether the main address, as this machine understands it, can bring several machines
-    together."""
+    """Whether the main address, as this machine understands it, can bring machines together."""
     found = resolve(host)
     loopback = [address for address in found if is_loopback(address)]
     if machines == 1 or not loopback:
-        return [fine("address", f"{host}" + ("" if found == [host] else f" is {found[0]}"))]
+        return [fine("address", host if found == [host] else f"{host} is {found[0]}")]
     if is_literal(host) or host == "localhost":
-        return [
-            warning(
-                "address",
-                f"{host} is each machine's own: {machines} machines will not meet there",
-                "write the address of machine 0 as the others reach it (`ip -brief address` there);"
-                " this is right only if all of them run on this machine",
-            )
-        ]
-    return [
-        failure(
-            "address",
-            f"the name {host} means {loopback[0]} on this machine, where no other can reach it",
-            f"write the machine's IP address instead of its name, or take {host} off the line"
-            f" `{loopback[0]}` in /etc/hosts",
+        own = f"{host} is each machine's own: {machines} machines will not meet there"
+        fix = (
+            "write the address of machine 0 as the others reach it (`ip -brief address` there);"
+            " this is right only if all of them run on this machine"
         )
-    ]
+        return [warning("address", own, fix)]
+    own = f"the name {host} means {loopback[0]} on this machine, where no other can reach it"
+    fix = f"write the machine's IP address instead of its name, or take {host} off the line"
+    return [failure("address", own, f"{fix} `{loopback[0]}` in /etc/hosts")]
 
 
 def judge_public(addresses: list[str], is_allowed: bool) -> list[Finding]:
@@ -110,72 +100,54 @@ def probe(host: str, port: int, timeout_s: float = CONNECT_S) -> str:
 
 def probe_all(targets: list[tuple[str, int]]) -> list[str]:
     """`probe` of many at once."""
-    if not targets:
-        return []
-    with ThreadPoolExecutor(max_workers=min(32, len(targets))) as threads:
+    with ThreadPoolExecutor(max_workers=32) as threads:
         return list(threads.map(lambda target: probe(*target), targets))
 
 
 def opening(port: int | None, source: str) -> str:
     """The command that lets `source` through to a port, or to all of them."""
-    if port is None:
-        return (
-            f"on that machine: sudo ufw allow from {source}  (or: sudo nft insert rule inet filter"
-            f" input ip saddr {source} accept; firewalld: sudo firewall-cmd --zone=trusted"
-            f" --add-source={source})"
-        )
+    ufw = f" to any port {port} proto tcp" if port else ""
+    nft = f" tcp dport {port}" if port else ""
+    firewalld = f"--add-port={port}/tcp" if port else f"--zone=trusted --add-source={source}"
     return (
-        f"on that machine: sudo ufw allow from {source} to any port {port} proto tcp  (or: sudo nft"
-        f" insert rule inet filter input ip saddr {source} tcp dport {port} accept; firewalld: sudo"
-        f" firewall-cmd --add-port={port}/tcp)"
+        f"on that machine: sudo ufw allow from {source}{ufw}  (or: sudo nft insert rule inet filter"
+        f" input ip saddr {source}{nft} accept; firewalld: sudo firewall-cmd {firewalld})"
     )
 
 
 def judge_reach(state: str, host: str, port: int, own_address: str) -> Finding:
     """What a try to reach the main port means. The port may not be served yet."""
-    where = f"{host}:{port}"
+    where, fix = f"{host}:{port}", opening(port, own_address)
     if state == OPEN:
         return fine("port", f"{where} answers")
     if state == REFUSED:
-        return warning(
-            "port",
-            f"{where} refused the connection: its machine is there, but nobody listens yet (or a"
-            " firewall rejects)",
-            "start machine 0 first; if it runs already, let the port through: "
-            + opening(port, own_address),
-        )
+        found = f"{where} refused the connection: nobody listens there yet, or a firewall rejects"
+        fix = f"start machine 0 first; if it runs already, let the port through: {fix}"
+        return warning("port", found, fix)
     if state == FILTERED:
-        return failure(
-            "port",
-            f"{where} does not answer within {CONNECT_S:.0f} s: a firewall drops the packets, or"
-            " the address is nobody's",
-            opening(port, own_address),
-        )
+        found = f"{where} does not answer within {CONNECT_S:.0f} s: a firewall drops the packets,"
+        return failure("port", f"{found} or the address is nobody's", fix)
     # firewalld answers what it forbids by ICMP "prohibited", which Linux reports as no route.
-    return failure(
-        "port",
-        f"there is no route to {where}, or its firewall says that it is prohibited",
-        f"check the address, the cable or VPN, and `ip route get {host}`; if another machine gets"
-        f" there, open the firewall: {opening(port, own_address)}",
-    )
+    found = f"there is no route to {where}, or its firewall says that it is prohibited"
+    check = f"check the address, the cable or VPN, and `ip route get {host}`"
+    fix = f"{check}; if another machine gets there, open the firewall: {fix}"
+    return failure("port", found, fix)
 
 
 def judge_own_port(port: int) -> Finding:
     """Whether the main port can be served on this machine, which is the main one."""
-    with contextlib.closing(socket.socket()) as listener:
+    with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", port))
             listener.listen(1)
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            return failure(
-                "port",
-                f"port {port} is {'taken' if taken else f'not to be had ({error.strerror})'}",
-                (f"see who has it: ss -ltnp 'sport = :{port}'; " if taken else "")
-                + "end that program, or choose another port, the same on all machines"
-                " (main_process_port, --master-port)",
-            )
+            found = f"port {port} is not to be had ({error.strerror})"
+            fix = "choose another port, the same on all machines (main_process_port, --master-port)"
+            if error.errno == errno.EADDRINUSE:
+                found = f"port {port} is taken"
+                fix = f"see who has it: ss -ltnp 'sport = :{port}'; end that program, or {fix}"
+            return failure("port", found, fix)
     return fine("port", f"{port} is free")
 
 

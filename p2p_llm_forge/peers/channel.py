@@ -1,4 +1,4 @@
-"""Bulk data between the ranks: exchanges of all with all, and bytes from one to another."""
+"""Bulk data between the ranks: exchanges of all with all."""
 
 from __future__ import annotations
 
@@ -21,33 +21,25 @@ class Channel:
     It has two process groups and two threads of its own, so exchanges run while the main thread
     computes or talks otherwise, and one begins while the one before is being finished. Each kind of
     call belongs to one of the groups: the order of its own calls must be the same on every rank,
-    how they mix with those of the other need not. groups: None for a rank alone.
+    how they mix with those of the other need not. groups: none for a rank alone.
     """
 
     def __init__(
         self,
         rank: int,
         world_size: int,
-        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None),
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self._first_group = groups[0] if groups else None
-        self._second_group = groups[1] if groups else None
-        self._beginning, self._finishing = (
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{what} exchanges")
-            for what in ("beginning", "finishing")
-        )
-        self._bytes_sent, self._count_lock = 0, threading.Lock()
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload that has left this rank."""
-        return self._bytes_sent
+        self.bytes_sent, self._count_lock = 0, threading.Lock()  # payload that has left this rank
+        self._first_group, self._second_group = groups
+        self._beginning = ThreadPoolExecutor(1, "beginning exchanges")
+        self._finishing = ThreadPoolExecutor(1, "finishing exchanges")
 
     def count(self, sent: int) -> None:
         """Add bytes that leave this rank. May be called from any thread."""
         with self._count_lock:
-            self._bytes_sent += sent
+            self.bytes_sent += sent
 
     def all_to_all(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to send row r to rank r. Returns what waits for the rows that all ranks send here.
@@ -101,26 +93,3 @@ def _arrived(work: Any, received: torch.Tensor, sent: torch.Tensor) -> torch.Ten
     """What an exchange has brought, when it is over; `sent` has to stay in memory until then."""
     work.wait()
     return received
-
-
-class Wire:
-    """Tensors (on the CPU) from one rank to another, in a process group of their own.
-
-    What one sends, the other must receive, in the same order and size; both return at once and
-    `.wait()` returns when it is done. Raises RuntimeError there after --peer-timeout.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def send(self, tensor: torch.Tensor, to: int) -> dist.Work:
-        """Send the tensor to rank `to`; it must not change until this is done."""
-        work = dist.isend(tensor, to, group=self._group)
-        assert work is not None
-        return work
-
-    def receive(self, tensor: torch.Tensor, source: int) -> dist.Work:
-        """Fill the tensor with what rank `source` sends."""
-        work = dist.irecv(tensor, source, group=self._group)
-        assert work is not None
-        return work

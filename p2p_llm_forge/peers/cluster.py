@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from p2p_llm_forge.errors import ForgeError, Problem
-from p2p_llm_forge.peers.channel import Channel, Wire
+from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure
 from p2p_llm_forge.polling import pauses, wait_for
@@ -48,16 +48,11 @@ class Cluster:
         control: dist.ProcessGroup | None = None,
         peer_timeout_s: float = 30.0,
     ) -> None:
-        self.launch = launch
         self.accelerator: Any = None  # Accelerate's, once the precision is agreed on
-        self.rank = launch.rank
-        self.world_size = launch.world_size
-        self.is_main = launch.rank == 0
-        self.device = device
+        self.launch, self.device = launch, device
+        self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.rank == 0
         self.is_on_gloo = control is None
-        self._store = store
-        self._control = control
-        self._peer_timeout_s = peer_timeout_s
+        self._store, self._control, self._peer_timeout_s = store, control, peer_timeout_s
         self._conversations = 0
         self._channels: list[Channel] = []
         self._is_closed = threading.Event()
@@ -95,7 +90,7 @@ class Cluster:
             if "failure" in answer:
                 raise RankFailure(answer["failure"], SEE_THE_OTHER)
             if "problems" in answer:
-                raise ForgeError.of(Problem(**problem) for problem in answer["problems"])
+                raise ForgeError.of(Problem(*fields) for fields in answer["problems"])
             return answer["result"]
         try:
             result = act()
@@ -115,7 +110,7 @@ class Cluster:
         """
         if self._store is None:
             return act()
-        result, problems = None, None
+        result, problems = None, []
         try:
             result = act()
         except ForgeError as error:
@@ -124,12 +119,12 @@ class Cluster:
         by_rank = [fact["problems"] for fact in facts]
         if not any(by_rank):
             return result  # type: ignore[return-value]
-        if by_rank[0] and all(problems == by_rank[0] for problems in by_rank):
-            raise ForgeError.of(Problem(**problem) for problem in by_rank[0])
+        if all(problems == by_rank[0] for problems in by_rank):
+            raise ForgeError.of(Problem(*fields) for fields in by_rank[0])
         raise ForgeError.of(
-            Problem(**problem | {"where": _within(f"rank {rank} ({fact['host']})", problem)})
+            Problem(found, fix, f"rank {rank} ({fact['host']})" + (where and f": {where}"))
             for rank, fact in enumerate(facts)
-            for problem in fact["problems"] or ()
+            for found, fix, where in fact["problems"]
         )
 
     def post(self, key: str, value: str = "") -> None:
@@ -164,15 +159,18 @@ class Cluster:
 
     def open_channel(self) -> Channel:
         """A new channel for bulk data. All ranks must call; it is closed when the run ends."""
-        groups = (self._new_group(), self._new_group()) if self._store is not None else None
+        groups = (self._new_group(), self._new_group()) if self._store else (None, None)
         self._channels.append(Channel(self.rank, self.world_size, groups))
         return self._channels[-1]
 
     @contextlib.contextmanager
-    def wire(self) -> Iterator[Wire]:
-        """Bytes between any two ranks, for measuring the network. All ranks must call."""
+    def wire(self) -> Iterator[dist.ProcessGroup]:
+        """A group for `send` and `recv` between two ranks, to measure links. All ranks must call.
+
+        What one sends, the other must receive, in the same order and size.
+        """
         group = self._new_group()
-        yield Wire(group)
+        yield group
         dist.destroy_process_group(group)
 
     def _new_group(self) -> dist.ProcessGroup:
@@ -203,50 +201,42 @@ class Cluster:
         A peer that has died says nothing, so the main process waits for a few seconds only.
         """
         self.close()
-        if self._store is None:
+        store = self._store
+        if store is None:
             return
         with contextlib.suppress(RuntimeError):  # the main process, or the store, is gone already
             if not self.is_main:
-                self._store.set(f"forge/left/{self.rank}", "")
-                return
+                return store.set(f"forge/left/{self.rank}", "")
             others = [f"forge/left/{rank}" for rank in range(1, self.world_size)]
-            wait_for(lambda: self._has(*others), GOODBYE_S)
+            wait_for(lambda: store.check(others), GOODBYE_S)
 
     def _next_conversation(self) -> str:
         # Every rank makes the same calls in the same order, so a counter names the conversation.
         self._conversations += 1
         return f"forge/{self._conversations}"
 
-    def _has(self, *keys: str) -> bool:
-        assert self._store is not None
-        return self._store.check(list(keys))
-
     def _await(self, key: str, rank: int) -> str:
         """The value that `rank` will set, as soon as it is there."""
-        assert self._store is not None
-        alive, beat, seen_at = f"forge/alive/{rank}", b"", time.monotonic()
+        store, alive, beat, seen_at = self._store, f"forge/alive/{rank}", b"", time.monotonic()
+        assert store is not None
         try:
             for _ in pauses():
-                if self._has(key):
+                if store.check([key]):
                     break
-                if self._has(f"forge/failed/{rank}"):
+                if store.check([f"forge/failed/{rank}"]):
                     raise RankFailure(f"lost a peer: rank {rank} has failed", SEE_THE_OTHER)
-                last = self._store.get(alive) if self._has(alive) else b""
+                last = store.get(alive) if store.check([alive]) else b""
                 silent_s = time.monotonic() - seen_at
                 if last != beat:
                     beat, seen_at = last, time.monotonic()
                 elif silent_s > max(self._peer_timeout_s, 3 * HEARTBEAT_S):
-                    raise RankFailure(
-                        f"lost a peer: rank {rank} has shown no sign of life for {silent_s:.0f} s",
-                        SEE_THE_OTHER,
-                    )
-            return self._store.get(key).decode()
+                    found = f"rank {rank} has shown no sign of life for {silent_s:.0f} s"
+                    raise RankFailure(f"lost a peer: {found}", SEE_THE_OTHER)
+            return store.get(key).decode()
         except (dist.DistError, RuntimeError) as error:
-            raise RankFailure(
-                "lost the main process: its store does not answer any more"
-                f" ({str(error).splitlines()[0]})",
-                SEE_THE_OTHER,
-            ) from error
+            found = "lost the main process: its store does not answer any more"
+            found = f"{found} ({str(error).splitlines()[0]})"
+            raise RankFailure(found, SEE_THE_OTHER) from error
 
     def _beat(self) -> None:
         """Show the others, from a thread of its own, that this process lives while it works."""
@@ -258,13 +248,6 @@ class Cluster:
                     return
 
 
-def _as_json(error: ForgeError) -> list[dict[str, str]]:
+def _as_json(error: ForgeError) -> list[list[str]]:
     """An error's problems, as other ranks are given them."""
-    return [
-        {"found": problem.found, "fix": problem.fix, "where": problem.where}
-        for problem in error.problems
-    ]
-
-
-def _within(where: str, problem: dict[str, str]) -> str:
-    return f"{where}: {problem['where']}" if problem["where"] else where
+    return [[problem.found, problem.fix, problem.where] for problem in error.problems]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,17 @@ from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.tables import table
 
 FINE, WARNING, FAILURE = "fine", "warning", "failure"
+MARKS = {FINE: "ok", WARNING: "WARNING", FAILURE: "FAILED"}
 WORKS, WILL_NOT_WORK, WORKS_WITH_WARNINGS = 0, 1, 3  # exit status
+VERDICTS = {
+    WORKS: "this launch will work",
+    WORKS_WITH_WARNINGS: "this launch will work; see the warnings",
+    WILL_NOT_WORK: "this launch will not work; see what failed",
+}
+UNTIL_THEY_MEET = (
+    "as far as one machine can tell, this launch will work; to know, start this on all of them"
+    " with --meet"
+)
 
 
 @dataclass(frozen=True)
@@ -44,26 +55,25 @@ def failure(topic: str, found: str, fix: str) -> Finding:
     return Finding(found, fix, level=FAILURE, topic=topic)
 
 
+def refusal(topic: str, found: str, fix: str) -> ForgeError:
+    """A failure for a script that only wants to start."""
+    return ForgeError.of([failure(topic, found, fix)])
+
+
 def failures(topic: str, error: ForgeError) -> list[Finding]:
-    """The problems of an error as findings."""
-    if isinstance(error, Refused):
-        return list(error.findings)
-    return [Finding(p.found, p.fix, p.where, level=FAILURE, topic=topic) for p in error.problems]
-
-
-class Refused(ForgeError):
-    """Findings because of which a launch cannot continue, for a script that only wants to start."""
-
-    def __init__(self, *findings: Finding) -> None:
-        super().__init__(findings[0].found, findings[0].fix)
-        self.problems = self.findings = findings
+    """The problems of an error as findings; those that are findings stay what they are."""
+    return [
+        problem
+        if isinstance(problem, Finding)
+        else Finding(problem.found, problem.fix, problem.where, level=FAILURE, topic=topic)
+        for problem in error.problems
+    ]
 
 
 def refuse_failures(findings: list[Finding]) -> None:
-    """Raise Refused with every failure among the findings, if there is one."""
-    refused = [finding for finding in findings if finding.level == FAILURE]
-    if refused:
-        raise Refused(*refused)
+    """Raise one ForgeError with every failure among the findings, if there is one."""
+    if refused := [finding for finding in findings if finding.level == FAILURE]:
+        raise ForgeError.of(refused)
 
 
 @dataclass
@@ -105,7 +115,8 @@ class ClusterReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; what was not measured is null."""
-        return {"status": self.status(), **_without_nan(asdict(self))}
+        text = json.dumps({"status": self.status(), **asdict(self)})
+        return json.loads(text, parse_constant=lambda _: None)
 
     def text(self) -> str:
         """The report for people."""
@@ -113,66 +124,37 @@ class ClusterReport:
         for where in dict.fromkeys(finding.where for finding in self.findings):
             lines.append(where or "this launch")
             for finding in self.findings:
-                if finding.where == where:
-                    lines += _rows(finding)
+                lines += _rows(finding) if finding.where == where else []
         if self.bytes_per_s:
-            lines += ["", *_matrix("bandwidth in Mbit/s", self._megabits(), self.peers)]
-            lines += ["", *_matrix("latency in ms", self._milliseconds(), self.peers)]
+            slowest = min(rate for row in self.bytes_per_s for rate in row if not math.isnan(rate))
+
+            def megabits(rate: float) -> str:
+                return f"{rate * 8 / 1e6:.1f}" + (" <- slowest" if rate == slowest else "")
+
+            lines += self._matrix("bandwidth in Mbit/s", self.bytes_per_s, megabits)
+            lines += self._matrix("latency in ms", self.latency_s, lambda s: f"{s * 1e3:.2f}")
         if self.update_s:
             lines += ["", "computing of one update"]
-            lines += [
-                f"  rank {rank} ({self.peers[rank]}): {seconds:.3f} s"
-                for rank, seconds in enumerate(self.update_s)
-            ]
-        verdict = {
-            WORKS: "this launch will work",
-            WORKS_WITH_WARNINGS: "this launch will work; see the warnings",
-            WILL_NOT_WORK: "this launch will not work; see what failed",
-        }
-        if self.is_of_one_machine:
-            verdict[WORKS] = verdict[WORKS_WITH_WARNINGS] = (
-                "as far as one machine can tell, this launch will work; to know, start this on all"
-                " of them with --meet"
-            )
+            for rank, seconds in enumerate(self.update_s):
+                lines.append(f"  rank {rank} ({self.peers[rank]}): {seconds:.3f} s")
         if self.forecast:
             lines += ["", *self.forecast]
-        return "\n".join([*lines, "", verdict[self.status()]])
+        status = self.status()
+        is_open = self.is_of_one_machine and status != WILL_NOT_WORK
+        return "\n".join([*lines, "", UNTIL_THEY_MEET if is_open else VERDICTS[status]])
 
-    def _megabits(self) -> list[list[str]]:
-        slowest = min(rate for row in self.bytes_per_s for rate in row if not math.isnan(rate))
-        return [
-            [
-                ("-" if math.isnan(rate) else f"{rate * 8 / 1e6:.1f}")
-                + (" <- slowest" if rate == slowest else "")
-                for rate in row
-            ]
-            for row in self.bytes_per_s
-        ]
-
-    def _milliseconds(self) -> list[list[str]]:
-        return [
-            ["-" if math.isnan(seconds) else f"{seconds * 1e3:.2f}" for seconds in row]
-            for row in self.latency_s
-        ]
+    def _matrix(
+        self, title: str, values: list[list[float]], show: Callable[[float], str]
+    ) -> list[str]:
+        rows = [["from \\ to", *(f"rank {rank}" for rank in range(len(values)))]]
+        for rank, row in enumerate(values):
+            cells = ["-" if math.isnan(value) else show(value) for value in row]
+            rows.append([f"rank {rank} ({self.peers[rank]})", *cells])
+        return ["", title, *(f"  {line}" for line in table(rows))]
 
 
 def _rows(finding: Finding) -> list[str]:
-    mark = {FINE: "ok", WARNING: "WARNING", FAILURE: "FAILED"}[finding.level]
     text = finding.found + (f"\nfix: {finding.fix}" if finding.fix else "")
     first, *others = text.splitlines()
-    return [f"  {mark:<8} {finding.topic:<10} {first}", *(f"{'':<22}{line}" for line in others)]
-
-
-def _matrix(title: str, cells: list[list[str]], peers: list[str]) -> list[str]:
-    rows = [["from \\ to", *(f"rank {rank}" for rank in range(len(peers)))]]
-    for rank, (host, row) in enumerate(zip(peers, cells, strict=True)):
-        rows.append([f"rank {rank} ({host})", *row])
-    return [title, *(f"  {line}" for line in table(rows))]
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    mark = f"  {MARKS[finding.level]:<8} {finding.topic:<10} "
+    return [mark + first, *(" " * 22 + line for line in others)]

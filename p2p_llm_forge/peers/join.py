@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import patch_environment
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.findings import Finding, Refused, failure
+from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
 from p2p_llm_forge.peers.machine import has_bf16, versions
 from p2p_llm_forge.peers.rank_failure import explain
@@ -34,8 +37,6 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
     Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
     errors of libraries and of the machine that are no bugs are raised as RankFailure.
     """
-    from accelerate.utils import patch_environment
-
     launch = read_launch(config)
     interface = choose_interface(launch)
     endpoint = choose_endpoint(config, launch, interface)
@@ -67,14 +68,17 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
 def _form_cluster(
     config: TrainConfig, launch: Launch, threads: int, store: dist.Store | None
 ) -> Cluster:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
     use_cpu = config.cpu or not _has_usable_accelerator(launch)
     timeout = datetime.timedelta(seconds=config.peer_timeout)
-    state = _start_process_group(config, launch, use_cpu, store, timeout)
+    options: dict[str, Any] = {"cpu": use_cpu}
+    if store is not None:
+        options |= {"store": store, "rank": launch.rank, "world_size": launch.world_size}
+        options |= {"timeout": timeout}
+        options |= {} if config.backend == "auto" else {"backend": config.backend}
+    state = _start_process_group(config, launch, options)
+    control = None
     if use_cpu:
         torch.set_num_threads(threads)
-    control = None
     if store is not None and state.backend != "gloo":
         control = dist.new_group(backend="gloo", timeout=timeout)
     cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
@@ -94,26 +98,14 @@ def _form_cluster(
 
 
 def _start_process_group(
-    config: TrainConfig,
-    launch: Launch,
-    use_cpu: bool,
-    store: dist.Store | None,
-    timeout: datetime.timedelta,
-) -> Any:
-    """Accelerate's PartialState, with all ranks in its process group."""
-    from accelerate import PartialState
-
-    if config.backend == "nccl" and use_cpu:
-        raise ForgeError(
-            "--backend nccl needs an NVIDIA GPU and none was found", "use --backend gloo"
-        )
-    options: dict[str, Any] = {}
-    if store is not None:
-        options = {"store": store, "rank": launch.rank, "world_size": launch.world_size}
-        options["timeout"] = timeout
-        options |= {} if config.backend == "auto" else {"backend": config.backend}
+    config: TrainConfig, launch: Launch, options: dict[str, Any]
+) -> PartialState:
+    """Accelerate's state, with all ranks in its process group."""
+    if config.backend == "nccl" and options["cpu"]:
+        found = "--backend nccl needs an NVIDIA GPU and none was found"
+        raise ForgeError(found, "use --backend gloo")
     try:
-        state = PartialState(cpu=use_cpu, **options)
+        state = PartialState(**options)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise ForgeError(
             f"rank {launch.rank} could not meet the {launch.world_size} processes at"
@@ -134,13 +126,11 @@ def _has_usable_accelerator(launch: Launch) -> bool:
     """Whether to train on a GPU (or another accelerator) and not on the CPU."""
     if launch.wants_cpu or not torch.accelerator.is_available():
         return False
-    if launch.world_size == 1:
-        return True
     # Accelerate (1.15) starts strangers for several processes on Apple's GPUs, which have no
     # collectives, and gives one GPU to two processes, which NCCL refuses: then it is the CPU.
-    device = torch.accelerator.current_accelerator()
+    device, devices = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     has_collectives = device is not None and device.type != "mps"
-    return has_collectives and torch.accelerator.device_count() >= launch.local_world_size
+    return launch.world_size == 1 or (has_collectives and devices >= launch.local_world_size)
 
 
 def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | None) -> str:
@@ -151,29 +141,19 @@ def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | No
     wanted: str = config.mixed_precision
     if wanted == "auto":
         wanted = cluster.launch.precision
-    facts = cluster.gather_facts(
-        {
-            "precision": wanted,
-            "backend": backend,
-            "bf16": has_bf16(cluster.device),
-            "settings": config.shared_settings(),
-            **versions(),
-            "host": platform.node(),
-        }
-    )
-    if different := differences(facts):
-        raise Refused(*different)
+    own: dict[str, Any] = {"precision": wanted, "backend": backend}
+    own |= {"settings": config.shared_settings()}
+    own |= {"bf16": has_bf16(cluster.device), **versions(), "host": platform.node()}
+    facts = cluster.gather_facts(own)
+    refuse_failures(differences(facts))
     if wanted == "auto":
         return "bf16" if all(fact["bf16"] for fact in facts) else "no"
     if wanted not in ("no", "bf16", "fp16"):
-        raise ForgeError(
-            f"mixed precision {wanted} comes from the launcher's config",
-            "write no, bf16 or fp16 there, or add --mixed-precision",
-        )
+        found = f"mixed precision {wanted} comes from the launcher's config"
+        raise ForgeError(found, "write no, bf16 or fp16 there, or add --mixed-precision")
     if wanted == "fp16" and cluster.device.type == "cpu":
-        raise ForgeError(
-            "fp16 needs a GPU, and this run is on the CPU", "use --mixed-precision bf16 or no"
-        )
+        found = "fp16 needs a GPU, and this run is on the CPU"
+        raise ForgeError(found, "use --mixed-precision bf16 or no")
     return wanted
 
 
@@ -182,15 +162,11 @@ def differences(facts: list[dict[str, Any]]) -> list[Finding]:
     first, found = facts[0], []
     for rank, fact in enumerate(facts):
         where = f"rank {rank} ({fact['host']})"
-        found += [
-            failure(
-                "alike",
-                f"{where} has {key} {fact[key]}, rank 0 has {first[key]}",
-                SAME.get(key, f"install {key} {first[key]} there, or the same on all machines"),
-            )
-            for key in ("precision", "backend", *versions())
-            if fact[key] != first[key]
-        ]
+        for key in ("precision", "backend", *versions()):
+            if fact[key] != first[key]:
+                fix = f"install {key} {first[key]} there, or the same on all machines"
+                both = f"{where} has {key} {fact[key]}, rank 0 has {first[key]}"
+                found.append(failure("alike", both, SAME.get(key, fix)))
         settings, of_first = fact["settings"], first["settings"]
         for key in sorted({*settings, *of_first}):
             if settings.get(key) != of_first.get(key):
@@ -204,13 +180,9 @@ def differences(facts: list[dict[str, Any]]) -> list[Finding]:
 @contextlib.contextmanager
 def _own_accelerator_state() -> Iterator[None]:
     """Leave Accelerate's process-wide state as it was found."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     if PartialState._shared_state:
-        raise ForgeError(
-            "an Accelerator exists in this process already",
-            "restart the notebook's kernel, and do not make one before train()",
-        )
+        fix = "restart the notebook's kernel, and do not make one before train()"
+        raise ForgeError("an Accelerator exists in this process already", fix)
     try:
         yield
     finally:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from p2p_llm_forge.config import TrainConfig
 
 DEFAULT_PORT = 29500
+# What torch and Accelerate read, each a field of Launch.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -62,14 +64,7 @@ class Launch:
         """The launch as torch and Accelerate expect to find it; nothing for a process alone."""
         if self.world_size == 1:
             return {}
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "MASTER_ADDR": str(self.master_addr),
-            "MASTER_PORT": str(self.master_port),
-        }
+        return {name: str(getattr(self, name.lower())) for name in VARIABLES}
 
 
 def read_launch(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> Launch:
@@ -85,25 +80,32 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str] = os.environ) ->
         "--master-port": config.master_port,
     }
     processes: dict[str, Any] = {}
-    if any(value is not None for value in by_hand.values()):
-        if config.world_size != 1:
-            _refuse_wrong_flags(config, by_hand, environ)
-            processes = {
-                name.removeprefix("--").replace("-", "_"): value for name, value in by_hand.items()
-            }
+    if config.world_size == 1:
+        pass  # alone on purpose, whatever the environment says
+    elif any(value is not None for value in by_hand.values()):
+        _refuse_wrong_flags(config, by_hand, environ)
+        processes = {name[2:].replace("-", "_"): value for name, value in by_hand.items()}
     elif "RANK" in environ:
         processes = _from_launcher(environ)
     else:
-        _refuse_mpi(environ)
-        _refuse_multi_cpu(environ)
-    return Launch(**processes, **_wishes(environ))
+        _refuse_strangers(environ)
+    # Launchers export OMP_NUM_THREADS=1 for their own caution, so a 1 is taken as theirs; whoever
+    # wants one thread writes `--cpu-threads 1`.
+    threads = environ.get("OMP_NUM_THREADS", "1")
+    return Launch(
+        **processes,
+        serves_store=_serves_store(environ),
+        precision=environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
+        wants_cpu=environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"),
+        threads=int(threads) if threads.isdigit() and int(threads) > 1 else None,
+        gloo_interface=environ.get("GLOO_SOCKET_IFNAME"),
+        nccl_interface=environ.get("NCCL_SOCKET_IFNAME"),
+    )
 
 
 def choose_threads(config: TrainConfig, launch: Launch) -> int:
     """CPU threads for this process: its part of the machine's cores unless the user chose."""
-    if asked := config.cpu_threads or launch.threads:
-        return asked
-    return max(1, cores() // launch.local_world_size)
+    return config.cpu_threads or launch.threads or max(1, cores() // launch.local_world_size)
 
 
 def cores() -> int:
@@ -113,28 +115,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _wishes(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What is asked of a process, however it was started."""
-    # Launchers export OMP_NUM_THREADS=1 for their own caution, so a 1 is taken as theirs; whoever
-    # wants one thread writes `--cpu-threads 1`.
-    threads = environ.get("OMP_NUM_THREADS", "1")
-    return {
-        "serves_store": _serves_store(environ),
-        "precision": environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
-        "wants_cpu": environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"),
-        "threads": int(threads) if threads.isdigit() and int(threads) > 1 else None,
-        "gloo_interface": environ.get("GLOO_SOCKET_IFNAME"),
-        "nccl_interface": environ.get("NCCL_SOCKET_IFNAME"),
-    }
-
-
 def _serves_store(environ: Mapping[str, str]) -> bool:
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
-    is_elastic = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-    if is_elastic and _serves_store(environ):
+    read = {name.lower(): environ[name] for name in VARIABLES if environ.get(name)}
+    processes = {name: text if name == "master_addr" else int(text) for name, text in read.items()}
+    if int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return processes
+    if _serves_store(environ):
         # Seen with torch 2.13: after a restart peers read the dead ones' addresses from it.
         raise ForgeError(
             "torchrun with --max-restarts keeps one store over all restarts, in which peers would"
@@ -142,17 +132,7 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
             "start torchrun, on every machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
             " environment",
         )
-    rank, world_size = rank_and_world_size(environ)
-    return {
-        "rank": rank,
-        "world_size": world_size,
-        "local_rank": local_rank(environ),
-        "local_world_size": int(environ.get("LOCAL_WORLD_SIZE", "1")),
-        "master_addr": environ.get("MASTER_ADDR"),
-        "master_port": int(environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else None,
-        "is_elastic": is_elastic,
-        "run_id": environ.get("TORCHELASTIC_RUN_ID") if is_elastic else None,
-    }
+    return {**processes, "is_elastic": True, "run_id": environ.get("TORCHELASTIC_RUN_ID")}
 
 
 def _refuse_wrong_flags(
@@ -160,10 +140,8 @@ def _refuse_wrong_flags(
 ) -> None:
     missing = [name for name, value in by_hand.items() if value is None]
     if missing:
-        raise ForgeError(
-            f"a launch by hand needs all of {', '.join(by_hand)}; missing: {', '.join(missing)}",
-            f"add {' and '.join(missing)}",
-        )
+        found = f"a launch by hand needs all of {', '.join(by_hand)}; missing: {', '.join(missing)}"
+        raise ForgeError(found, f"add {' and '.join(missing)}")
     if "RANK" in environ and environ.get("WORLD_SIZE") != str(config.world_size):
         raise ForgeError(
             f"--world-size {config.world_size} was given, but a launcher has started"
@@ -172,27 +150,22 @@ def _refuse_wrong_flags(
         )
     assert config.rank is not None and config.world_size is not None
     if not 0 <= config.rank < config.world_size:
-        raise ForgeError(
-            f"--rank {config.rank} is not one of the {config.world_size} ranks of --world-size",
-            f"use 0 to {config.world_size - 1}",
-        )
+        found = f"--rank {config.rank} is not one of the {config.world_size} ranks of --world-size"
+        raise ForgeError(found, f"use 0 to {config.world_size - 1}")
 
 
-def _refuse_mpi(environ: Mapping[str, str]) -> None:
+def _refuse_strangers(environ: Mapping[str, str]) -> None:
+    """Refuse launches that look distributed and are not.
+
+    For `distributed_type: MULTI_CPU` without MPI, Accelerate (1.15) starts one plain process on
+    each machine, with MASTER_ADDR but no RANK.
+    """
     if any(name in environ for name in MPI_WORLD_SIZES):
         raise ForgeError(
             "this launch comes from MPI, which is not supported",
             "start it with torchrun, with `accelerate launch --multi_gpu`, or by hand with --rank,"
             " --world-size, --master-addr and --master-port",
         )
-
-
-def _refuse_multi_cpu(environ: Mapping[str, str]) -> None:
-    """Refuse the launch that looks distributed and is not.
-
-    For `distributed_type: MULTI_CPU` without MPI, Accelerate (1.15) starts one plain process on
-    each machine, with MASTER_ADDR but no RANK.
-    """
     if environ.get("MASTER_ADDR"):
         raise ForgeError(
             f"MASTER_ADDR is set ({environ['MASTER_ADDR']}) but RANK is not: every process of this"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -9,8 +10,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from p2p_llm_forge.peers.channel import Wire
 from p2p_llm_forge.peers.cluster import Cluster
 
 ECHOES = 8  # round trips that the latency is the median of, after one that warms up
@@ -37,23 +38,9 @@ class Links:
 
     def slowest(self) -> tuple[int, int, float]:
         """(from, to, bytes per second) of the link with the smallest bandwidth; needs two ranks."""
-        rates = [
-            (rate, source, target)
-            for source, row in enumerate(self.bytes_per_s)
-            for target, rate in enumerate(row)
-            if source != target
-        ]
-        rate, source, target = min(rates)
+        pairs = itertools.permutations(range(len(self.bytes_per_s)), 2)
+        rate, source, target = min((self.bytes_per_s[a][b], a, b) for a, b in pairs)
         return source, target, rate
-
-
-@dataclass(frozen=True)
-class Link:
-    """From one rank to another."""
-
-    source: int
-    target: int
-    latency_s: float
 
 
 def measure_links(cluster: Cluster) -> Links:
@@ -63,73 +50,65 @@ def measure_links(cluster: Cluster) -> Links:
     """
     world = cluster.world_size
     budget_s = max(SHORTEST_LINK_S, min(LINK_S, ALL_LINKS_S / max(1, world * (world - 1))))
-    links = Links(*([[math.nan] * world for _ in range(world)] for _ in range(2)))
+    latency_s, bytes_per_s = ([[math.nan] * world for _ in range(world)] for _ in range(2))
     if world == 1:
-        return links
+        return Links(latency_s, bytes_per_s)
+    chunk = torch.frombuffer(bytearray(os.urandom(LARGEST_BYTES)), dtype=torch.uint8)
     with cluster.wire() as wire:
-        chunk = torch.frombuffer(bytearray(os.urandom(LARGEST_BYTES)), dtype=torch.uint8)
-        for one in range(world):
-            for other in range(one + 1, world):
-                latency_s = _latency(cluster, wire, one, other)
-                links.latency_s[one][other] = links.latency_s[other][one] = latency_s
-                for source, target in ((one, other), (other, one)):
-                    link = Link(source, target, latency_s)
-                    rate = _bandwidth(cluster, wire, link, chunk, budget_s)
-                    links.bytes_per_s[source][target] = rate
-    return links
+        for one, other in itertools.combinations(range(world), 2):
+            one_way_s = _latency(cluster, wire, one, other)
+            latency_s[one][other] = latency_s[other][one] = one_way_s
+            for source, target in ((one, other), (other, one)):
+                rate = math.nan
+                if cluster.rank == source:
+                    _stream(wire, target, chunk)
+                elif cluster.rank == target:
+                    rate = _time_stream(wire, source, chunk, one_way_s, budget_s)
+                bytes_per_s[source][target] = cluster.gather_numbers([rate])[target][0]
+    return Links(latency_s, bytes_per_s)
 
 
-def _latency(cluster: Cluster, wire: Wire, one: int, other: int) -> float:
+def _latency(cluster: Cluster, wire: dist.ProcessGroup, one: int, other: int) -> float:
     """Half a round trip between two ranks in seconds, the same number on every rank."""
     note, seconds = torch.zeros(1, dtype=torch.int64), []
     for _ in range(ECHOES + 1):
         started = time.perf_counter()
         if cluster.rank == one:
-            wire.send(note, other).wait()
-            wire.receive(note, other).wait()
+            wire.send([note], other, 0).wait()
+            wire.recv([note], other, 0).wait()
         elif cluster.rank == other:
-            wire.receive(note, one).wait()
-            wire.send(note, one).wait()
+            wire.recv([note], one, 0).wait()
+            wire.send([note], one, 0).wait()
         seconds.append(time.perf_counter() - started)
     return cluster.gather_numbers([statistics.median(seconds[1:]) / 2])[one][0]
 
 
-def _bandwidth(
-    cluster: Cluster, wire: Wire, link: Link, chunk: torch.Tensor, budget_s: float
-) -> float:
-    """Bytes per second over the link, the same number on every rank."""
-    rate = math.nan
-    if cluster.rank == link.source:
-        _stream(wire, link.target, chunk)
-    elif cluster.rank == link.target:
-        rate = _time_stream(wire, link, chunk, budget_s)
-    return cluster.gather_numbers([rate])[link.target][0]
-
-
-def _stream(wire: Wire, target: int, chunk: torch.Tensor) -> None:
+def _stream(wire: dist.ProcessGroup, target: int, chunk: torch.Tensor) -> None:
     """Send chunks of the sizes that the receiver asks for, until it asks for none."""
     size = torch.zeros(1, dtype=torch.int64)
-    sent = [wire.send(chunk[:FIRST_BYTES], target) for _ in range(CHUNKS_AHEAD)]
+    sent = [wire.send([chunk[:FIRST_BYTES]], target, 0) for _ in range(CHUNKS_AHEAD)]
     while True:
-        wire.receive(size, target).wait()
+        wire.recv([size], target, 0).wait()
         if size.item() == STOP:
             break
-        sent.append(wire.send(chunk[: int(size.item())], target))
+        sent.append(wire.send([chunk[: int(size.item())]], target, 0))
     for work in sent:
         work.wait()
 
 
-def _time_stream(wire: Wire, link: Link, chunk: torch.Tensor, budget_s: float) -> float:
+def _time_stream(
+    wire: dist.ProcessGroup, source: int, chunk: torch.Tensor, latency_s: float, budget_s: float
+) -> float:
     """Ask for chunks until the budget is used; the bytes per second of the stream's second half.
 
     Its start is discarded: a shaper lets a burst through at the speed of the wire, and TCP begins
     slowly. Chunks grow until one takes several round trips, so that answers cost nothing.
     """
     buffer = torch.empty_like(chunk)
-    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * link.latency_s)
+    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * latency_s)
     budget_s = max(budget_s, 2 * CHUNKS_MEASURED * chunk_s)
     sizes = [FIRST_BYTES] * CHUNKS_AHEAD
-    works = [wire.receive(buffer[:size], link.source) for size in sizes]
+    works = [wire.recv([buffer[:size]], source, 0) for size in sizes]
     arrivals: list[tuple[float, int]] = []  # (when, bytes until then)
     started, total = time.perf_counter(), 0
     for number, work in enumerate(works):  # grows while it is read
@@ -145,10 +124,10 @@ def _time_stream(wire: Wire, link: Link, chunk: torch.Tensor, budget_s: float) -
         wanted = sizes[number] * chunk_s / max(last_s, 1e-6)
         size = STOP if is_enough else int(min(max(wanted, FIRST_BYTES), GROWTH * sizes[-1]))
         size = min(size, LARGEST_BYTES)
-        wire.send(torch.tensor([size]), link.source).wait()
+        wire.send([torch.tensor([size])], source, 0).wait()
         sizes.append(size)
         if size != STOP:
-            works.append(wire.receive(buffer[:size], link.source))
+            works.append(wire.recv([buffer[:size]], source, 0))
     return _slope(started, arrivals)
 
 

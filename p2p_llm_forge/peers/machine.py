@@ -7,6 +7,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 from p2p_llm_forge import __version__
@@ -41,13 +42,28 @@ def versions() -> dict[str, str]:
 
 def judge_machine(config: TrainConfig, launch: Launch) -> list[Finding]:
     """Free disk and memory, threads and versions of this machine."""
+    disk, where = _free_disk(config.output_dir), f"at {config.output_dir or 'this folder'}"
+    memory = psutil.virtual_memory().available
+    threads, processes = choose_threads(config, launch), launch.local_world_size
+    use = f"{processes} process(es) of {threads} thread(s) on {cores()} core(s)"
     known = {"Python": platform.python_version(), **versions()}
-    return [
-        _judge_disk(config.output_dir),
-        _judge_memory(),
-        _judge_threads(choose_threads(config, launch), launch.local_world_size, cores()),
-        fine("versions", ", ".join(f"{name} {number}" for name, number in known.items())),
-    ]
+    found = [fine("versions", ", ".join(f"{name} {number}" for name, number in known.items()))]
+    if disk > LITTLE_DISK:
+        found.append(fine("disk", f"{disk / 1e9:.0f} GB free {where}"))
+    else:
+        fix = "make room, or choose another --output-dir"
+        found.append(warning("disk", f"only {disk / 1e9:.2f} GB are free {where}", fix))
+    if memory > LITTLE_MEMORY:
+        found.append(fine("memory", f"{memory / 1e9:.1f} GB free"))
+    else:
+        little = f"only {memory / 1e9:.2f} GB of memory are free"
+        found.append(warning("memory", little, "end other programs"))
+    if threads * processes <= cores():
+        found.append(fine("threads", use))
+    else:
+        fix = f"unset OMP_NUM_THREADS, or set --cpu-threads {max(1, cores() // processes)}"
+        found.append(warning("threads", f"{use}: they will wait for each other", fix))
+    return found
 
 
 def judge_checkpoints(config: TrainConfig, parameters: int) -> Finding:
@@ -64,36 +80,8 @@ def judge_checkpoints(config: TrainConfig, parameters: int) -> Finding:
     return failure("disk", found, fix) if free < one else warning("disk", found, fix)
 
 
-def _judge_disk(output_dir: str) -> Finding:
-    free, where = _free_disk(output_dir), f"at {output_dir or 'this folder'}"
-    if free > LITTLE_DISK:
-        return fine("disk", f"{free / 1e9:.0f} GB free {where}")
-    found = f"only {free / 1e9:.2f} GB are free {where}"
-    return warning("disk", found, "make room, or choose another --output-dir")
-
-
 def _free_disk(output_dir: str) -> int:
     """Bytes that are free where the folder is, or would be."""
     folder = Path(output_dir or ".").absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     return shutil.disk_usage(existing).free
-
-
-def _judge_memory() -> Finding:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if free > LITTLE_MEMORY:
-        return fine("memory", f"{free / 1e9:.1f} GB free")
-    return warning("memory", f"only {free / 1e9:.2f} GB of memory are free", "end other programs")
-
-
-def _judge_threads(threads: int, processes: int, cores: int) -> Finding:
-    found = f"{processes} process(es) of {threads} thread(s) on {cores} core(s)"
-    if threads * processes <= cores:
-        return fine("threads", found)
-    return warning(
-        "threads",
-        f"{found}: they will wait for each other",
-        f"unset OMP_NUM_THREADS, or set --cpu-threads {max(1, cores // processes)}",
-    )

@@ -33,30 +33,23 @@ def judge_alone(config: CheckConfig, launch: Launch, file: LaunchFile | None) ->
         found.append(failure("launch", f"{started} {file.processes}", fix))
     if launch.local_rank:
         return found  # one process speaks for its machine
-    main = _main_of(launch, file)
     found += judge_machine(config, launch)
-    return found + (judge_route(main, launch, config.allow_public_address) if main else [])
-
-
-def _main_of(launch: Launch, file: LaunchFile | None) -> Main | None:
-    """Where the machines are to meet; None for a launch on one of them."""
     machines, host, port = launch.machines, launch.master_addr, launch.master_port
-    is_here = launch.rank < launch.local_world_size
+    is_main = launch.rank < launch.local_world_size
     if file is not None and launch.world_size == 1:
-        machines, host, port, is_here = file.machines, file.address, file.port, file.rank == 0
-    if machines == 1 or host is None:
-        return None
-    return Main(host, port or DEFAULT_PORT, machines, is_here, launch.world_size > 1)
+        machines, host, port, is_main = file.machines, file.address, file.port, file.rank == 0
+    if machines > 1 and host is not None:
+        main = Main(host, port or DEFAULT_PORT, machines, is_main, launch.world_size > 1)
+        found += judge_route(main, launch, config.allow_public_address)
+    return found
 
 
-def gather_findings(cluster: Cluster, own: list[Finding]) -> list[Finding]:
+def gather_findings(cluster: Cluster, own: list[Finding], hosts: list[str]) -> list[Finding]:
     """Every rank's findings, each with the name of its rank. All ranks must call."""
-    facts = cluster.gather_facts(
-        {"findings": [vars(finding) for finding in own], "host": platform.node()}
-    )
+    facts = cluster.gather_facts({"findings": [vars(finding) for finding in own]})
     return [
-        Finding(**{**finding, "where": f"rank {rank} ({fact['host']})"})
-        for rank, fact in enumerate(facts)
+        Finding(**{**finding, "where": f"rank {rank} ({host})"})
+        for rank, (fact, host) in enumerate(zip(facts, hosts, strict=True))
         for finding in fact["findings"]
     ]
 
@@ -87,35 +80,27 @@ def judge_clocks(cluster: Cluster, hosts: list[str]) -> list[Finding]:
         clocks = [clock for (clock,) in cluster.gather_numbers([time.time()])]
         offsets.append([clock - clocks[0] for clock in clocks])
     by_rank = [statistics.median(column) for column in zip(*offsets, strict=True)]
-    found = [
-        warning(
-            "clock",
-            f"the clock of rank {rank} ({hosts[rank]}) is {abs(offset):.1f} s"
-            f" {'ahead of' if offset > 0 else 'behind'} that of rank 0",
-            "on that machine: sudo timedatectl set-ntp true (times in logs and of files will not"
-            " agree)",
-        )
-        for rank, offset in enumerate(by_rank)
-        if abs(offset) > LARGEST_CLOCK_OFFSET_S
-    ]
-    largest = max(map(abs, by_rank))
-    return found or [fine("clock", f"at most {largest:.3f} s apart")]
+    found = []
+    for rank, offset in enumerate(by_rank):
+        if abs(offset) > LARGEST_CLOCK_OFFSET_S:
+            apart = f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} that of rank 0"
+            fix = "on that machine: sudo timedatectl set-ntp true (else times in logs differ)"
+            clock = f"the clock of rank {rank} ({hosts[rank]}) is {apart}"
+            found.append(warning("clock", clock, fix))
+    return found or [fine("clock", f"at most {max(map(abs, by_rank)):.3f} s apart")]
 
 
 def judge_pythons(cluster: Cluster, hosts: list[str]) -> list[Finding]:
     """Whether all ranks run the same minor version of Python; libraries are compared before."""
     own = ".".join(platform.python_version_tuple()[:2])
     pythons = [fact["python"] for fact in cluster.gather_facts({"python": own})]
-    found = [
-        warning(
-            "versions",
-            f"rank {rank} ({hosts[rank]}) has Python {version}, rank 0 has {pythons[0]}",
-            "use the same minor version everywhere: libraries may behave otherwise",
-        )
-        for rank, version in enumerate(pythons)
-        if version != pythons[0]
-    ]
-    return found or [fine("versions", f"all ranks have the same libraries and Python {pythons[0]}")]
+    first, fix = pythons[0], "use the same minor version everywhere: libraries may behave otherwise"
+    found = []
+    for rank, python in enumerate(pythons):
+        if python != first:
+            differs = f"rank {rank} ({hosts[rank]}) has Python {python}, rank 0 has {first}"
+            found.append(warning("versions", differs, fix))
+    return found or [fine("versions", f"all ranks have the same libraries and Python {first}")]
 
 
 def judge_shared_folder(
@@ -123,27 +108,27 @@ def judge_shared_folder(
 ) -> list[Finding]:
     """Whether what rank 0 writes into the folder is read by all. Leaves nothing behind."""
     note, nonce = folder / f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
+    made: list[Path] = []
 
     def write() -> list[str]:
-        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        made.extend(parent for parent in (folder, *folder.parents) if not parent.exists())
         try:
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(nonce)
         except OSError as error:
-            raise ForgeError(
-                f"--output-dir {folder} cannot be written by rank 0: {error.strerror}",
-                "choose another --output-dir, or make this one writable",
-            ) from error
-        return [note.name, nonce, *map(str, made)]
+            found = f"--output-dir {folder} cannot be written by rank 0: {error.strerror}"
+            fix = "choose another --output-dir, or make this one writable"
+            raise ForgeError(found, fix) from error
+        return [note.name, nonce]
 
     def remove() -> None:
         with contextlib.suppress(OSError):
             note.unlink()
             for parent in made:
-                Path(parent).rmdir()
+                parent.rmdir()
 
     try:
-        name, wanted, *made = cluster.main_only(write)
+        name, wanted = cluster.main_only(write)
     except ForgeError as error:
         return failures("folder", error)
     facts = cluster.gather_facts({"seen": _reads(folder / name, wanted)})
@@ -160,9 +145,8 @@ def judge_shared_folder(
 
 def _reads(file: Path, wanted: str) -> bool:
     def look() -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return file.read_text() == wanted
-        except OSError:
-            return False
+        return False
 
     return wait_for(look, FOLDER_LAG_S)

@@ -33,26 +33,19 @@ def explain(error: BaseException, rank: int) -> ForgeError | None:
         return error
     if not isinstance(error, RuntimeError | OSError | MemoryError):
         return None
-    where, text = f"rank {rank} ({platform.node()})", str(error).strip()
-    first_line = text.splitlines()[0] if text else type(error).__name__
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return RankFailure(
-            f"out of memory ({first_line})",
-            "lower --micro-batch-size (the batch stays the same), or add --gradient-checkpointing",
-            where=where,
+        found = f"out of memory ({reason})"
+        fix = "lower --micro-batch-size (the batch stays the same), or add --gradient-checkpointing"
+    elif isinstance(error, dist.DistError) or any(part in text for part in LOST_PEER):
+        found = f"lost a peer: it ended, or no exchange came about within --peer-timeout ({reason})"
+        fix = "see what the others printed as they ended, then continue with --resume auto"
+    elif isinstance(error, OSError):
+        found = f"could not read or write: {error}"
+        fix = (
+            "make it possible (disk, permissions, network share), then continue with --resume auto"
         )
-    if isinstance(error, dist.DistError) or any(part in text for part in LOST_PEER):
-        return RankFailure(
-            "lost a peer: it ended, or no exchange came about within --peer-timeout"
-            f" ({first_line})",
-            "see what the others printed as they ended, then continue with --resume auto",
-            where=where,
-        )
-    if isinstance(error, OSError):
-        return RankFailure(
-            f"could not read or write: {error}",
-            "make that possible (room on the disk, permissions, the network share), then continue"
-            " with --resume auto",
-            where=where,
-        )
-    return None
+    else:
+        return None
+    return RankFailure(found, fix, where=f"rank {rank} ({platform.node()})")

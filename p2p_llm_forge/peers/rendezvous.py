@@ -16,7 +16,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,13 @@ import torch.distributed as dist
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
-from p2p_llm_forge.peers.findings import Finding, Refused, failure, refuse_failures
+from p2p_llm_forge.peers.findings import (
+    Finding,
+    failure,
+    failures,
+    refusal,
+    refuse_failures,
+)
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.routes import address_of
 from p2p_llm_forge.peers.secret import is_proven, new_nonce, proof, read_secret
@@ -53,10 +59,6 @@ class Endpoint:
     secret: bytes | None
 
     @property
-    def name(self) -> str:
-        return f"rank {self.rank}"
-
-    @property
     def main(self) -> str:
         return f"{self.main_address}:{self.main_port}"
 
@@ -76,12 +78,8 @@ def choose_endpoint(
         name = interface.get("GLOO_SOCKET_IFNAME") or launch.gloo_interface
         own = address_of(name.split(",")[0]) if name else None
         listening = [*addresses.resolve(host), *([own] if own else [])]
-        refuse_failures(
-            [
-                *addresses.judge_name(host, launch.machines),
-                *addresses.judge_public(listening, config.allow_public_address),
-            ]
-        )
+        found = addresses.judge_name(host, launch.machines)
+        refuse_failures(found + addresses.judge_public(listening, config.allow_public_address))
     return Endpoint(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -98,39 +96,42 @@ def choose_endpoint(
 def rendezvous(endpoint: Endpoint) -> dist.Store:
     """Wait for all ranks, check that each may be here and reaches the others; returns the store.
 
-    Raises Refused, on all ranks that came, when a rank is missing, has not the secret, or cannot
+    Raises ForgeError, on all ranks that came, when a rank is missing, has not the secret, or cannot
     be reached.
     """
-    store = open_store(endpoint)
+    store, own = open_store(endpoint), endpoint.own_address
     try:
-        with _open_door(endpoint) as port:
-            hellos = _exchange_hellos(endpoint, store, port)
+        with _server(own, 0) if own else contextlib.nullcontext() as door:
+            hello = {
+                "host": platform.node(),
+                "nonce": new_nonce(),
+                "has_secret": endpoint.secret is not None,
+                "address": own,
+                "port": door.getsockname()[1] if door else None,  # where the others may try
+            }
+            hellos = _gather(endpoint, store, "hello", hello)
             _prove(endpoint, store, hellos)
             _reach(endpoint, store, hellos)
-    except Refused as refusal:
-        _publish(endpoint, store, refusal)
+    except ForgeError as error:
+        _publish(endpoint, store, error)
         raise
     except (dist.DistError, RuntimeError) as error:
-        raise Refused(
-            failure(
-                "rendezvous",
-                f"{endpoint.name} lost the main process at {endpoint.main} during the rendezvous"
-                f" ({str(error).splitlines()[0]})",
-                "see what rank 0 printed: it ended first",
-            )
-        ) from error
+        found = f"rank {endpoint.rank} lost the main process at {endpoint.main} during the"
+        found = f"{found} rendezvous ({str(error).splitlines()[0]})"
+        fix = "see what rank 0 printed: it ended first"
+        raise refusal("rendezvous", found, fix) from error
     return store
 
 
 def open_store(endpoint: Endpoint) -> dist.Store:
-    """The launch's key-value store, served by rank 0 or by its launcher. Raises Refused."""
+    """The launch's key-value store, served by rank 0 or by its launcher. Raises ForgeError."""
     host, port = endpoint.main_address, endpoint.main_port
     listener = _listen(host, port) if endpoint.serves_store else None
     # Rank 0 is a client of its own store, and comes to it by the main address too.
     timeout_s = addresses.CONNECT_S if listener else endpoint.timeout_s
     state = addresses.wait_until_open(host, port, timeout_s)
     if state != addresses.OPEN:
-        raise Refused(_lost_itself(endpoint) if listener else _unreachable_main(endpoint, state))
+        raise _no_way_to_main(endpoint, state)
     options: dict[str, Any] = {"master_listen_fd": listener.detach()} if listener else {}
     options |= {"world_size": endpoint.world_size, "is_master": listener is not None}
     options |= {"timeout": datetime.timedelta(seconds=endpoint.timeout_s)}
@@ -147,68 +148,57 @@ def open_store(endpoint: Endpoint) -> dist.Store:
     threading.Thread(target=open_it, daemon=True, name="store").start()
     try:
         return opened.result(endpoint.timeout_s)
-    except futures.TimeoutError as error:
-        silence = f"no answer for {endpoint.timeout_s:.0f} s"
-        raise Refused(_no_store(endpoint, silence)) from error
-    except (dist.DistError, RuntimeError) as error:
-        raise Refused(_no_store(endpoint, str(error))) from error
+    except (futures.TimeoutError, dist.DistError, RuntimeError) as error:
+        reason = str(error) or f"no answer for {endpoint.timeout_s:.0f} s"
+        found = f"rank {endpoint.rank}: what answers at {endpoint.main} is not rank 0 of a run"
+        raise refusal(
+            "rendezvous",
+            f"{found} ({reason.splitlines()[0]})",
+            "see on that machine which program has the port, and choose one that is free, the same"
+            " on all machines (main_process_port, --master-port)",
+        ) from error
+
+
+def _server(address: str, port: int, is_dual: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=128, dualstack_ipv6=is_dual)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at the main port: on the main address alone where it is this machine's own."""
     # A name may mean another address elsewhere, and a router may forward the port to here.
     named = [host] if addresses.is_literal(host) or host == "localhost" else []
-    for address in (*named, "::", "0.0.0.0"):
-        is_any, family = address == "::", socket.AF_INET6 if ":" in address else socket.AF_INET
-        if is_any and not socket.has_dualstack_ipv6():
-            continue
+    for address in (*named, *(["::"] if socket.has_dualstack_ipv6() else []), "0.0.0.0"):
         try:
-            return socket.create_server(
-                (address, port), family=family, backlog=128, dualstack_ipv6=is_any
-            )
+            return _server(address, port, is_dual=address == "::")
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise Refused(addresses.judge_own_port(port)) from error
-    raise Refused(addresses.judge_own_port(port))
+                break
+    raise ForgeError.of([addresses.judge_own_port(port)])
 
 
-def _lost_itself(endpoint: Endpoint) -> Finding:
-    return failure(
-        "rendezvous",
-        f"rank 0 listens at port {endpoint.main_port}, and {endpoint.main} does not lead to it",
-        "write the address of this machine that the others reach (main_process_ip, --master-addr;"
-        " `ip -brief address` shows them), or start rank 0 on the machine of that address",
-    )
-
-
-def _no_store(endpoint: Endpoint, reason: str) -> Finding:
-    first_line = reason.splitlines()[0] if reason else "no reason given"
-    return failure(
-        "rendezvous",
-        f"{endpoint.name}: what answers at {endpoint.main} is not rank 0 of a run ({first_line})",
-        "see on that machine which program has the port, and choose one that is free, the same on"
-        " all machines (main_process_port, --master-port)",
-    )
-
-
-def _unreachable_main(endpoint: Endpoint, state: str) -> Finding:
-    host, port, own = endpoint.main_address, endpoint.main_port, endpoint.own_address or "127.0.0.1"
-    failed = (
-        f"{endpoint.name} could not meet the {endpoint.world_size} processes at {endpoint.main}"
-    )
-    if state == addresses.REFUSED:
-        return failure(
+def _no_way_to_main(endpoint: Endpoint, state: str) -> ForgeError:
+    port, own = endpoint.main_port, endpoint.own_address or "127.0.0.1"
+    if endpoint.serves_store:
+        return refusal(
             "rendezvous",
-            f"{failed}: the connection was refused for {endpoint.timeout_s:.0f} s",
-            "start rank 0 on that machine, with the same address and port; if it runs there, its"
-            " firewall rejects: " + addresses.opening(port, own),
+            f"rank 0 listens at port {port}, and {endpoint.main} does not lead to it",
+            "write the address of this machine that the others reach (main_process_ip,"
+            " --master-addr; `ip -brief address` shows them), or start rank 0 on the machine of"
+            " that address",
         )
-    finding = addresses.judge_reach(state, host, port, own)
-    return failure("rendezvous", f"{failed}: {finding.found}", finding.fix)
+    reached = addresses.judge_reach(state, endpoint.main_address, port, own)
+    found, fix = reached.found, reached.fix
+    if state == addresses.REFUSED:
+        found = f"the connection was refused for {endpoint.timeout_s:.0f} s"
+        fix = "start rank 0 on that machine, with the same address and port; if it runs there, its"
+        fix = f"{fix} firewall rejects: {addresses.opening(port, own)}"
+    failed = f"rank {endpoint.rank} could not meet the {endpoint.world_size} processes at"
+    return refusal("rendezvous", f"{failed} {endpoint.main}: {found}", fix)
 
 
 def _gather(endpoint: Endpoint, store: dist.Store, subject: str, own: dict[str, Any]) -> list[dict]:
-    """Every rank's facts on a subject, by rank. Raises Refused naming those who are missing."""
+    """Every rank's facts on a subject, by rank. Raises ForgeError naming those who are missing."""
     keys = [f"forge/rendezvous/{subject}/{rank}" for rank in range(endpoint.world_size)]
     store.set(keys[endpoint.rank], json.dumps(own))
     deadline = time.monotonic() + endpoint.timeout_s
@@ -217,60 +207,31 @@ def _gather(endpoint: Endpoint, store: dist.Store, subject: str, own: dict[str, 
         if store.check(keys):
             break
         if store.check([VERDICT]):
-            raise Refused(*_findings(store.get(VERDICT)))
+            raise _verdict(store.get(VERDICT))
         if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise Refused(_missing(endpoint, missing))
+            raise _missing(endpoint, [r for r, key in enumerate(keys) if not store.check([key])])
     return [_dict(store.get(key)) for key in keys]
 
 
-def _missing(endpoint: Endpoint, ranks: list[int]) -> Finding:
-    machines = sorted({rank // endpoint.local_world_size for rank in ranks})
-    return failure(
+def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
+    world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
+    return refusal(
         "rendezvous",
         f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-        f" {endpoint.timeout_s:.0f} s; {endpoint.world_size - len(ranks)} of"
-        f" {endpoint.world_size} are here",
-        f"start machine {_listing([str(machine) for machine in machines])} too, or see what it"
-        " printed; --peer-timeout waits longer",
+        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
+        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
+        " it printed; --peer-timeout waits longer",
     )
 
 
-@contextlib.contextmanager
-def _open_door(endpoint: Endpoint) -> Iterator[int | None]:
-    """A port of this rank's own where the others can try to reach it; None on one machine."""
-    if endpoint.own_address is None:
-        yield None
-        return
-    family = socket.AF_INET6 if ":" in endpoint.own_address else socket.AF_INET
-    with socket.socket(family) as door:
-        door.bind((endpoint.own_address, 0))
-        door.listen(max(16, endpoint.world_size))
-        yield door.getsockname()[1]
-
-
-def _exchange_hellos(endpoint: Endpoint, store: dist.Store, port: int | None) -> list[dict]:
-    """Everyone's host, nonce, and address and port to try."""
-    hello = {
-        "host": platform.node(),
-        "nonce": new_nonce(),
-        "has_secret": endpoint.secret is not None,
-        "address": endpoint.own_address,
-        "port": port,
-    }
-    return _gather(endpoint, store, "hello", hello)
-
-
 def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
-    """Prove that this rank knows the secret and check that all others do. Raises Refused."""
+    """Prove that this rank knows the secret and check that all others do. Raises ForgeError."""
     without = [rank for rank, hello in enumerate(hellos) if not hello.get("has_secret")]
     if endpoint.secret is None and len(without) == endpoint.world_size:
         return
     copy = "copy the file of the others there and name it by --cluster-secret-file"
     if without:
-        raise Refused(
-            failure("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
-        )
+        raise refusal("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
     assert endpoint.secret is not None
     nonces = [str(hello.get("nonce")) for hello in hellos]
     own = proof(endpoint.secret, endpoint.rank, nonces)
@@ -280,18 +241,12 @@ def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
         if not is_proven(endpoint.secret, rank, nonces, str(answer.get("proof")))
     ]
     if strangers:
-        raise Refused(
-            failure(
-                "secret",
-                f"{_who(strangers, hellos)} could not prove to {endpoint.name} that it knows the"
-                " cluster's secret",
-                copy,
-            )
-        )
+        found = f"{_who(strangers, hellos)} could not prove to rank {endpoint.rank} that it knows"
+        raise refusal("secret", f"{found} the cluster's secret", copy)
 
 
 def _reach(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
-    """Try every other rank's door; raises Refused naming the pairs that do not reach each other."""
+    """Try every other rank's door; raises ForgeError naming the pairs that fail."""
     if all(not hello.get("address") for hello in hellos):
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
@@ -305,34 +260,28 @@ def _reach(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
         for other, state in states.items()
         if state != addresses.OPEN
     ]
-    if closed:
-        raise Refused(*closed[:LISTED])
+    refuse_failures(closed[:LISTED])
 
 
 def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
     source, target = hellos[rank].get("address"), hellos[other].get("address")
     found = f"{_who([rank], hellos)} cannot reach {_who([other], hellos)} at {target}: {state}"
     if target is None or addresses.is_loopback(str(target)):
-        return failure(
-            "reach",
-            f"{found}: that address is known on its own machine only",
-            "unset GLOO_SOCKET_IFNAME there, or set it to the interface of the common network",
-        )
+        fix = "unset GLOO_SOCKET_IFNAME there, or set it to the interface of the common network"
+        return failure("reach", f"{found}: that address is known on its own machine only", fix)
     fix = "let the peers talk freely: " + addresses.opening(None, str(source))
     if state == addresses.NO_ROUTE:
-        fix = (
-            f"check `ip route get {target}` on the first, and that both are on one network"
-            " (GLOO_SOCKET_IFNAME chooses the interface)"
-        )
+        fix = f"check `ip route get {target}` on the first, and that both are on one network"
+        fix = f"{fix} (GLOO_SOCKET_IFNAME chooses the interface)"
     found += "; gloo and NCCL open ports of their own beside the main port"
     return failure("reach", found, fix)
 
 
-def _publish(endpoint: Endpoint, store: dist.Store, refusal: Refused) -> None:
+def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(dist.DistError, RuntimeError):
         if not store.check([VERDICT]):
-            store.set(VERDICT, json.dumps([vars(finding) for finding in refusal.findings]))
+            store.set(VERDICT, json.dumps([vars(found) for found in failures("peers", error)]))
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
@@ -343,17 +292,15 @@ def _publish(endpoint: Endpoint, store: dist.Store, refusal: Refused) -> None:
             wait_for(lambda: store.check(came), FAREWELL_S)
 
 
-def _findings(text: bytes) -> list[Finding]:
-    """The findings that another rank has published; anyone who reaches the port can write there."""
+def _verdict(text: bytes) -> ForgeError:
+    """What another rank has published; anyone who reaches the port can write there."""
     try:
-        found = [
+        return ForgeError.of(
             Finding(**{key: str(value) for key, value in finding.items()})
             for finding in json.loads(text)
-        ]
-        assert found
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise ForgeError("another rank has ended the rendezvous", "see what it printed") from error
-    return found
+        )
+    except (ValueError, TypeError, AttributeError, AssertionError):
+        return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
 def _dict(text: bytes) -> dict[str, Any]:

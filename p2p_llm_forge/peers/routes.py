@@ -6,12 +6,12 @@ import platform
 import socket
 from dataclasses import dataclass
 
+import psutil
+
 from p2p_llm_forge.errors import ForgeError, nearest
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.findings import Finding, failures, fine, warning
 from p2p_llm_forge.peers.launch import Launch
-
-FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def route_to(host: str) -> Route | None:
             " network",
         ) from error
     for interface, found in _addresses_by_interface().items():
-        if own in found:
-            return None if addresses.is_loopback(own) else Route(own, interface)
+        if own in found and not addresses.is_loopback(own):
+            return Route(own, interface)
     return None
 
 
@@ -49,10 +49,10 @@ def address_of(interface: str) -> str:
     found = _addresses_by_interface()
     if found.get(interface):
         return found[interface][0]
-    usable = [name for name, own in found.items() if own]
+    alike = nearest(interface, [name for name, own in found.items() if own])
     raise ForgeError(
         f"GLOO_SOCKET_IFNAME is {interface}, and this machine has no such interface with an"
-        f" address ({nearest(interface, usable)})",
+        f" address ({alike})",
         "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken",
     )
 
@@ -64,9 +64,7 @@ def choose_interface(launch: Launch) -> dict[str, str]:
     machines is 127.0.0.1, where no peer can reach it. What the user has set is kept; empty where
     there is nothing to choose.
     """
-    if launch.machines == 1:
-        return {}
-    route = route_to(launch.master_addr or "127.0.0.1")
+    route = route_to(launch.master_addr or "127.0.0.1") if launch.machines > 1 else None
     if route is None:
         return {}
     return {
@@ -77,7 +75,7 @@ def choose_interface(launch: Launch) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Main:
-    """The main process as this machine is to reach it."""
+    """The main process as this machine, one of several, is to reach it."""
 
     host: str
     port: int
@@ -104,7 +102,7 @@ def judge_route(main: Main, launch: Launch, allow_public_address: bool) -> list[
     elif not main.is_here and not main.will_be_waited_for:
         state = addresses.probe(main.host, main.port)
         found.append(addresses.judge_reach(state, main.host, main.port, own))
-    return found + _judge_hostname(main.machines)
+    return found + _judge_hostname()
 
 
 def _judge_interface(leads_there: str, chosen: str | None) -> list[Finding]:
@@ -115,67 +113,49 @@ def _judge_interface(leads_there: str, chosen: str | None) -> list[Finding]:
         address = address_of(str(chosen).split(",")[0])
     except ForgeError as error:
         return failures("interface", error)
-    return [
-        warning(
-            "interface",
-            f"GLOO_SOCKET_IFNAME is {chosen} ({address}), the main machine is reached by"
-            f" {leads_there}",
-            "unset it, unless the peers reach each other there too",
-        )
-    ]
+    found = f"GLOO_SOCKET_IFNAME is {chosen} ({address}), the main machine is reached by"
+    fix = "unset it, unless the peers reach each other there too"
+    return [warning("interface", f"{found} {leads_there}", fix)]
 
 
 def _judge_ownership(main: Main) -> list[Finding]:
     """Whether the main address is that of machine 0 and of no other."""
     own = {address for found in _addresses_by_interface().values() for address in found}
-    is_own = bool(own.intersection(addresses.resolve(main.host)))
-    if main.machines == 1 or is_own == main.is_here:
+    if own.isdisjoint(addresses.resolve(main.host)) != main.is_here:
         return []
-    if main.is_here:
-        outward = sorted(address for address in own if not addresses.is_loopback(address))
-        return [
-            warning(
-                "address",
-                f"this is machine 0, and {main.host} is not one of its addresses"
-                f" ({', '.join(outward) or 'it has none'})",
-                "write the one that the others reach (main_process_ip, --master-addr), unless a"
-                " router forwards the port to here",
-            )
-        ]
+    if not main.is_here:
+        found = f"{main.host} is this machine's own address, and this is not machine 0"
+        fix = "write the address of machine 0, or correct machine_rank; this is right only if all"
+        return [warning("address", found, f"{fix} run on one machine")]
+    outward = sorted(address for address in own if not addresses.is_loopback(address))
+    found = f"this is machine 0, and {main.host} is not one of its addresses"
     return [
         warning(
             "address",
-            f"{main.host} is this machine's own address, and this is not machine 0",
-            "write the address of machine 0, or correct machine_rank; this is right only if all"
-            " run on one machine",
+            f"{found} ({', '.join(outward) or 'it has none'})",
+            "write the one that the others reach (main_process_ip, --master-addr), unless a router"
+            " forwards the port to here",
         )
     ]
 
 
-def _judge_hostname(machines: int) -> list[Finding]:
+def _judge_hostname() -> list[Finding]:
     """Where gloo would listen if nobody chose the interface for it."""
     name = platform.node()
     try:
-        found = addresses.resolve(name)
+        address = addresses.resolve(name)[0]
     except ForgeError:
         return []
-    if machines == 1 or not addresses.is_loopback(found[0]):
-        return []
-    return [
-        fine(
-            "hostname", f"{name} means {found[0]} here; the interface of the route is used instead"
-        )
-    ]
+    found = f"{name} means {address} here; the interface of the route is used instead"
+    return [fine("hostname", found)] if addresses.is_loopback(address) else []
 
 
 def _addresses_by_interface() -> dict[str, list[str]]:
     """This machine's IP addresses, on each interface those of IPv4 first."""
-    import psutil
-
     return {
         name: [
             entry.address.split("%")[0]
-            for family in FAMILIES
+            for family in (socket.AF_INET, socket.AF_INET6)
             for entry in entries
             if entry.family == family
         ]

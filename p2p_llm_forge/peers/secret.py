@@ -12,7 +12,6 @@ import hmac
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from p2p_llm_forge.errors import ForgeError
@@ -26,27 +25,19 @@ def read_secret(path: str | None) -> bytes | None:
     """The secret in a file, without its line end; None without a file. Raises ForgeError."""
     if path is None:
         return None
-    file = Path(path)
-    make = f"`(umask 077; openssl rand -hex 32 > {path})`"
+    name, file = f"--cluster-secret-file {path}", Path(path)
+    make = f"`(umask 077; openssl rand -hex 32 > {path})` and copy it to all machines"
     try:
-        secret = file.read_bytes().strip()
-        mode = stat.S_IMODE(file.stat().st_mode)
+        secret, mode = file.read_bytes().strip(), file.stat().st_mode & 0o777
     except OSError as error:
-        raise ForgeError(
-            f"--cluster-secret-file {path} cannot be read ({error.strerror})",
-            f"make it once with {make} and copy it to all machines",
-        ) from error
+        found = f"{name} cannot be read ({error.strerror})"
+        raise ForgeError(found, f"make it once with {make}") from error
     if len(secret) < SHORTEST_SECRET:
-        raise ForgeError(
-            f"--cluster-secret-file {path} holds {len(secret)} bytes, {SHORTEST_SECRET} is the"
-            " least",
-            f"make a new one with {make} and copy it to all machines",
-        )
+        found = f"{name} holds {len(secret)} bytes, {SHORTEST_SECRET} is the least"
+        raise ForgeError(found, f"make a new one with {make}")
     if os.name == "posix" and mode & 0o077:
-        raise ForgeError(
-            f"--cluster-secret-file {path} can be read by other users (mode {mode:o})",
-            f"make it private: chmod 600 {path}",
-        )
+        found = f"{name} can be read by other users (mode {mode:o})"
+        raise ForgeError(found, f"make it private: chmod 600 {path}")
     return secret
 
 

@@ -88,14 +88,14 @@ def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path):
 def test_findings_of_all_ranks_carry_their_names():
     def act(cluster):
         own = [warning("a", f"of {cluster.rank}", "fix: it")] if cluster.rank else [fine("a", "ok")]
-        return preflight.gather_findings(cluster, own)
+        return preflight.gather_findings(cluster, own, HOSTS[:2])
 
     with clusters(2) as ranks:
         first, second = run_ranks(ranks, act)
     assert first == second
-    assert [(f.found, f.fix, f.where[:8]) for f in first] == [
-        ("ok", "", "rank 0 ("),
-        ("of 1", "fix: it", "rank 1 ("),
+    assert [(f.found, f.fix, f.where) for f in first] == [
+        ("ok", "", "rank 0 (anna)"),
+        ("of 1", "fix: it", "rank 1 (berta)"),
     ]
 
 
