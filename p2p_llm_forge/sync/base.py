@@ -26,12 +26,23 @@ class Replica:
     steps_done: int = 0  # updates taken before, by the run that is resumed
 
 
-@dataclass(frozen=True)
+@dataclass
 class SyncReport:
-    """What one update cost in communication."""
+    """What an update has cost in communication, or what all so far have that were added."""
 
     bytes_sent: int = 0  # payload that left this rank
     seconds: float = 0.0  # in which this rank waited for it
+
+    def add(self, other: SyncReport) -> None:
+        self.bytes_sent += other.bytes_sent
+        self.seconds += other.seconds
+
+    def figures(self, spent_s: float, updates: int) -> dict[str, float]:
+        """Fraction of the time, and bytes, of so many updates."""
+        return {
+            "communication": self.seconds / spent_s,
+            "bytes_sent_per_update": self.bytes_sent / updates,
+        }
 
 
 @dataclass(frozen=True)
@@ -106,21 +117,3 @@ class Sync(Protocol):
     def state(self) -> SyncState: ...
 
     def load_state(self, saved: SavedSync) -> None: ...
-
-
-class Meter:
-    """What the updates of this process have cost in communication, added up."""
-
-    def __init__(self) -> None:
-        self.bytes_sent, self.seconds = 0, 0.0
-
-    def add(self, report: SyncReport) -> None:
-        self.bytes_sent += report.bytes_sent
-        self.seconds += report.seconds
-
-    def figures(self, spent_s: float, updates: int) -> dict[str, float]:
-        """Fraction of the time, and bytes, of the updates so far."""
-        return {
-            "communication": self.seconds / spent_s,
-            "bytes_sent_per_update": self.bytes_sent / updates,
-        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from itertools import accumulate
@@ -10,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.sync.base import SavedSync
 from p2p_llm_forge.sync.compress import Codec, ErrorFeedback
 
 CHUNK = 2**18  # values of one exchange
@@ -77,10 +77,8 @@ class CompressedAllReduce:
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         """The vector as (ranks, width), filled up with zeros."""
-        ranks = self._channel.world_size
-        return torch.nn.functional.pad(values, (0, ranks * self._width - len(values))).view(
-            ranks, self._width
-        )
+        missing = self._channel.world_size * self._width - len(values)
+        return torch.nn.functional.pad(values, (0, missing)).view(-1, self._width)
 
     def residuals(self) -> dict[str, torch.Tensor]:
         """This rank's residuals, of sending and of its shard of the sum; by parameter."""
@@ -125,7 +123,20 @@ def joined_by_name(
     return torch.cat([named.get(prefix + name, torch.zeros(size)) for name, size in parts])
 
 
+def redistributed_residuals(
+    saved: SavedSync, rank: int, world_size: int
+) -> dict[str, torch.Tensor]:
+    """The residuals of error feedback that rank `rank` of `world_size` resumes with, by parameter,
+    where the vectors are now cut into other shards. The sum over all ranks stays the same."""
+    residuals: dict[str, torch.Tensor] = {}
+    for other in range(rank, saved.world_size, world_size):
+        for key, residual in saved.own_of(other).items():
+            if key.startswith((OF_SENDING, OF_SUM)):
+                name = OF_SENDING + key.partition(".")[2]
+                residuals[name] = residuals[name] + residual if name in residuals else residual
+    return residuals
+
+
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; the extremes decide, and no mask is made."""
-    low, high = values.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
+    return bool(torch.stack(values.aminmax()).isfinite().all())

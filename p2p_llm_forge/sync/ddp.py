@@ -16,8 +16,11 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import SavedSync, Sync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
-from p2p_llm_forge.sync.compressed_allreduce import CompressedAllReduce, is_finite
-from p2p_llm_forge.sync.resume import redistributed_residuals
+from p2p_llm_forge.sync.compressed_allreduce import (
+    CompressedAllReduce,
+    is_finite,
+    redistributed_residuals,
+)
 
 # Megabytes of gradients that DDP exchanges at once: its own, and where they are compressed, when an
 # exchange begins while the one before is being finished. There smaller ones leave earlier while
@@ -54,24 +57,22 @@ class GradientAveraging(Sync):
         self._last_began = self._last_ended = 0.0
         self.is_priming = False
         self.has_own_state = codec.is_lossy and self._world_size > 1
-        if self._world_size > 1:
-            # Set here because the constructor's argument has two names (renamed in torch 2.13). A
-            # language model's buffers are constants: sending them in every forward costs a slow
-            # link a round trip.
-            model.broadcast_buffers = False
-            self._register(leaves_to_nccl and codec.group == 1)
-
-    def _register(self, leaves_to_nccl: bool) -> None:
-        # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
-        if self._cluster.is_on_gloo or not leaves_to_nccl:
-            # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
-            self._model.register_comm_hook(None, lambda state, bucket: self._exchange(bucket))
+        if self._world_size == 1:
             return
-        if self._codec.name == "bf16":
-            self._model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        # Set here because the constructor's argument has two names (renamed in torch 2.13). A
+        # language model's buffers are constants: sending them in every forward costs a slow link a
+        # round trip.
+        model.broadcast_buffers = False
+        # On gloo by the ranks' own code, also on a GPU: its peers may be without one.
+        if cluster.is_on_gloo or codec.group > 1 or not leaves_to_nccl:
+            # Without annotations: DDP (torch 2.13) compares them, and here they are strings.
+            model.register_comm_hook(None, lambda state, bucket: self._exchange(bucket))
+            return
+        if codec.name == "bf16":
+            model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         # NCCL's all-reduces are not ours to count: their size is known, their waiting is not.
         values, world = sum(p.numel() for p in self._names if p.requires_grad), self._world_size
-        self._bytes_by_nccl = 2 * (world - 1) * self._codec.wire_bytes(values) // world
+        self._bytes_by_nccl = 2 * (world - 1) * codec.wire_bytes(values) // world
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """Only an update's last micro-batch exchanges gradients."""
@@ -151,7 +152,6 @@ class GradientAveraging(Sync):
         return SyncReport(sent + self._bytes_by_nccl, waited)
 
     def settings(self) -> dict[str, Any]:
-        """There are no rounds."""
         return {"sync": "ddp"}
 
     def state(self) -> SyncState:
@@ -163,7 +163,6 @@ class GradientAveraging(Sync):
         return SyncState(facts, own=own)
 
     def load_state(self, saved: SavedSync) -> None:
-        """See `state`."""
         if not self.has_own_state or not saved.is_of(self):
             return
         rank, world = self._cluster.rank, self._world_size

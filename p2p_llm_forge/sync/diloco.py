@@ -15,24 +15,17 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.sync import outer
 from p2p_llm_forge.sync.base import Replica, SavedSync, Sync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
 from p2p_llm_forge.sync.compressed_allreduce import (
     CompressedAllReduce,
     is_finite,
     joined_by_name,
+    redistributed_residuals,
     split_by_name,
 )
 from p2p_llm_forge.sync.ddp import GradientAveraging
-from p2p_llm_forge.sync.outer import (
-    fragment_due,
-    fragments_of,
-    outer_lr_of,
-    outer_settings,
-    outer_step,
-    units_of,
-)
-from p2p_llm_forge.sync.resume import redistributed_residuals
 
 BAD_ROUNDS_IN_A_ROW = 3  # until the run ends
 STAY_FINITE = (
@@ -77,7 +70,7 @@ class Fragment:
         """
         assert self.pseudo_gradient is not None
         gradient, self.pseudo_gradient = self.pseudo_gradient.result(), None
-        anchor, buffer = outer_step(self.anchor, gradient, self.momentum_buffer, *self.outer)
+        anchor, buffer = outer.outer_step(self.anchor, gradient, self.momentum_buffer, *self.outer)
         if not is_finite(anchor):
             self.reduction.drop_residuals()
             return False
@@ -121,21 +114,15 @@ class DiLoCo(Sync):
         """Raises ForgeError where the model has fewer parts than `--fragments`."""
         self._cluster, self._config, self._optimizer = cluster, config, replica.optimizer
         self._every = config.round_length()
-        self._outer_lr = outer_lr_of(config.outer_lr, cluster.world_size)
+        self._outer_lr = outer.outer_lr_of(config.outer_lr, cluster.world_size)
         self.rounds_begin_after: int = config.ddp_warmup_steps
         self._total, self._done = replica.total_steps, replica.steps_done
         self._warmup = GradientAveraging(cluster, replica.model, CODECS["none"])
         self._channel = cluster.open_channel()
-        units = units_of(replica.lm)
-        if config.fragments > len(units):
-            raise ForgeError(
-                f"--fragments {config.fragments} was asked, but this model has {len(units)} parts"
-                " (its layers, and what lies before and behind)",
-                f"use {len(units)} or fewer",
-            )
+        units = outer.units_of(replica.lm)
         sizes = [sum(p.numel() for _, p in unit) for unit in units]
         self._fragments = []
-        for numbers in fragments_of(sizes, config.fragments):
+        for numbers in outer.fragments_of(sizes, config.fragments):
             parameters = [entry for number in numbers for entry in units[number]]
             self._fragments.append(Fragment(parameters, self._channel, CODECS[config.compress]))
         self._bytes_before = 0
@@ -146,7 +133,6 @@ class DiLoCo(Sync):
         return self._warmup.context(is_last_micro_batch and self._done < self.rounds_begin_after)
 
     def priming(self) -> AbstractContextManager[None]:
-        """See `GradientAveraging.priming`."""
         return self._warmup.priming()
 
     def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
@@ -182,7 +168,7 @@ class DiLoCo(Sync):
     def _due(self, done: int) -> list[Fragment]:
         if done == self._total:
             return self._fragments
-        numbers = fragment_due(done, self._every, len(self._fragments))
+        numbers = outer.fragment_due(done, self._every, len(self._fragments))
         return [self._fragments[number] for number in numbers]
 
     def _all_finite(self, due: list[Fragment]) -> bool:
@@ -209,14 +195,12 @@ class DiLoCo(Sync):
         return not bad
 
     def _send(self, fragment: Fragment, lands_at: int) -> None:
+        config = self._config
         fragment.weights_sent = fragment.weights()
         fragment.sent_at, fragment.lands_at = self._done, lands_at
         rounds_done = max(0, self._done - 1 - self.rounds_begin_after) // self._every
-        fragment.outer = outer_settings(
-            rounds_done,
-            self._outer_lr,
-            self._config.outer_momentum,
-            self._config.outer_warmup_rounds,
+        fragment.outer = outer.outer_settings(
+            rounds_done, self._outer_lr, config.outer_momentum, config.outer_warmup_rounds
         )
         own = (fragment.anchor - fragment.weights_sent).mul_(fragment.token_weight)
         fragment.tokens = 0
@@ -264,7 +248,6 @@ class DiLoCo(Sync):
             )
 
     def is_sync_point(self, done: int) -> bool:
-        """The ranks wait for each other where something is sent."""
         return done <= self.rounds_begin_after or bool(self._due(done))
 
     def is_agreed(self) -> bool:
@@ -273,17 +256,13 @@ class DiLoCo(Sync):
 
     @contextlib.contextmanager
     def agreed_weights(self) -> Iterator[None]:
-        """See `Sync`."""
-        if self._done <= self.rounds_begin_after or self.is_agreed():
-            yield
-            return
-        own = [fragment.weights() for fragment in self._fragments]
-        for fragment in self._fragments:
+        own = [] if self.is_agreed() else [(one, one.weights()) for one in self._fragments]
+        for fragment, _ in own:
             fragment.put(fragment.anchor)
         try:
             yield
         finally:
-            for fragment, weights in zip(self._fragments, own, strict=True):
+            for fragment, weights in own:
                 fragment.put(weights)
 
     def state(self) -> SyncState:
@@ -315,7 +294,6 @@ class DiLoCo(Sync):
         return SyncState(facts, shared, own)
 
     def settings(self) -> dict[str, Any]:
-        """See `Sync`."""
         return {
             "sync": "diloco",
             "sync_every": self._every,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p2p_llm_forge.errors import ForgeError
+
 
 def outer_step(
     anchor: Tensor,
@@ -37,8 +39,7 @@ def outer_step(
 
 
 def outer_lr_of(asked: float | None, ranks: int) -> float:
-    """The outer rate asked for, or, if none is, the usual one of so many ranks: 0.5 of two, 0.7 of
-    four, 1 of eight or more.
+    """The outer rate asked for; if none is, that of so many ranks: 0.5 of two, 0.7 of four, 1 of 8.
 
     It grows with the root of their number. Where noise rules, AdamW divides a gradient by the noise
     of its batch: ranks that read a part each take steps of the same size, but that much less of
@@ -87,11 +88,16 @@ def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
     """Divide units into `count` fragments of neighbours, the largest as small as possible.
 
     sizes_by_unit: parameters of the embedding, of each layer, of the head, in order. Returns the
-    units' numbers, fragment by fragment; of equally good divisions an even one. Raises ValueError
+    units' numbers, fragment by fragment; of equally good divisions an even one. Raises ForgeError
     where there are fewer units than fragments. Source: Streaming DiLoCo, arXiv 2501.18512.
     """
-    if not 1 <= count <= len(sizes_by_unit):
-        raise ValueError(f"{len(sizes_by_unit)} units cannot make {count} fragments")
+    units = len(sizes_by_unit)
+    if not 1 <= count <= units:
+        raise ForgeError(
+            f"--fragments {count} was asked, but this model has {units} parts (its layers, and"
+            " what lies before and behind)",
+            f"use {units} or fewer",
+        )
     until = [0, *accumulate(sizes_by_unit)]
     # The best division of the units before each end: its largest, its evenness, where it cuts.
     best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
@@ -104,8 +110,7 @@ def fragments_of(sizes_by_unit: list[int], count: int) -> list[list[int]]:
             )
             for end in range(number, len(until))
         }
-    cuts = best[len(sizes_by_unit)][2]
-    return [list(range(first, end)) for first, end in pairwise(cuts)]
+    return [list(range(first, end)) for first, end in pairwise(best[units][2])]
 
 
 def fragment_due(done: int, every: int, fragments: int) -> list[int]:

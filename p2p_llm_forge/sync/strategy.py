@@ -1,4 +1,4 @@
-"""Builds the strategy that a run asks for, and refuses launches and models it cannot work with."""
+"""Builds the strategy that a run asks for; refuses launches, models and checkpoints without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from p2p_llm_forge.config import TrainConfig, multiples_near
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import fingerprint
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.sync.base import Replica, Sync
+from p2p_llm_forge.sync.base import Replica, SavedSync, Sync
 from p2p_llm_forge.sync.compress import CODECS
 from p2p_llm_forge.sync.ddp import GradientAveraging, PowerSGD
 from p2p_llm_forge.sync.diloco import DiLoCo
@@ -43,6 +43,47 @@ def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
             " where a round ends can peers join or leave",
             f"use {' or '.join(map(str, multiples_near(config.save_every, length)))}",
         )
+
+
+def refuse_unfinished_round(saved: SavedSync, sync: Sync, world_size: int, step: int) -> None:
+    """Raise ForgeError if this run cannot resume the round in whose middle the other was saved.
+
+    world_size: ranks of this run; step: updates done in the checkpoint.
+    """
+    if saved.is_agreed:
+        return
+    before, now = saved.facts["settings"], sync.settings()
+    if before == now and saved.world_size == world_size:
+        return
+    if saved.is_of(sync) and all(saved.facts["lands_at"]) and {*saved.facts["sent_at"]} == {step}:
+        return  # a round has ended; its pseudo-gradients are on their way
+    if before["fragments"] > 1:
+        other = "change when the run has ended (--max-steps), as all ranks agree then"
+    elif before["overlap_steps"] and not saved.is_of(sync):
+        other = "change after a round without --overlap-steps, when no pseudo-gradient travels"
+    else:
+        other = "resume from a checkpoint of the end of a round by --resume FOLDER"
+    raise ForgeError(
+        f"the checkpoint of step {step} holds a round of {saved.world_size} process(es)"
+        f" ({as_flags(before)}) that has not been agreed on, and this run has"
+        f" {world_size} ({as_flags(now)})",
+        f"resume with {saved.world_size} process(es) and {as_flags(before)}, or {other}",
+    )
+
+
+def refuse_to_end_in_a_round(saved: SavedSync, step: int, total_steps: int) -> None:
+    """Raise ForgeError if the run would end with a checkpoint in the middle of a round."""
+    if step == total_steps and not saved.is_agreed:
+        raise ForgeError(
+            f"the run was asked to end after {step} updates, but the checkpoint of step {step} was"
+            " saved before its round was agreed on, and its model lacks what the ranks did in it",
+            f"take at least one more update with --max-steps {step + 1}",
+        )
+
+
+def as_flags(settings: dict[str, Any]) -> str:
+    """A strategy's settings as one types them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.files import write_file, write_json
-from p2p_llm_forge.sync.base import Meter, Sync
+from p2p_llm_forge.sync.base import Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
@@ -76,7 +76,7 @@ class Run:
     train_loss: float | None  # of the last line in metrics.jsonl
     figures: dict[str, Any]  # of the evaluation after the last update, if there was one
 
-    meter: Meter = field(default_factory=Meter)
+    meter: SyncReport = field(default_factory=SyncReport)  # of all updates
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
 

@@ -13,7 +13,7 @@ import torch
 from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.base import SavedSync, Sync
-from p2p_llm_forge.sync.resume import refuse_to_end_in_a_round, refuse_unfinished_round
+from p2p_llm_forge.sync.strategy import refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.training import checkpoint, snapshot
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner

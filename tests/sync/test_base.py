@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from p2p_llm_forge.sync.base import Meter, SavedSync, SyncReport
+from p2p_llm_forge.sync.base import SavedSync, SyncReport
 
 
 def saved(**facts) -> SavedSync:
@@ -27,8 +27,8 @@ def test_weights_are_agreed_on_unless_a_strategy_denies_it():
     assert saved(is_agreed=True).is_agreed and not saved(is_agreed=False).is_agreed
 
 
-def test_a_meter_adds_up_and_divides_by_time_and_updates():
-    meter = Meter()
+def test_reports_add_up_and_divide_by_time_and_updates():
+    meter = SyncReport()
     for sent, seconds in ((100, 0.5), (0, 0.0), (300, 1.5)):
         meter.add(SyncReport(sent, seconds))
     figures = meter.figures(spent_s=8.0, updates=4)

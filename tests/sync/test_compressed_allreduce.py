@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from p2p_llm_forge.sync import compressed_allreduce
+from p2p_llm_forge.sync.base import SavedSync
 from p2p_llm_forge.sync.compress import CODECS
 from p2p_llm_forge.sync.compressed_allreduce import (
     OF_SENDING,
@@ -14,6 +15,7 @@ from p2p_llm_forge.sync.compressed_allreduce import (
     CompressedAllReduce,
     is_finite,
     joined_by_name,
+    redistributed_residuals,
     split_by_name,
 )
 from tests.memory_channel import channels, run_ranks
@@ -142,3 +144,19 @@ def test_one_value_that_is_not_finite_is_seen(bad):
     assert is_finite(values)
     values[7777] = bad
     assert not is_finite(values)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 2), (2, 3), (3, 2), (5, 2), (1, 4)])
+def test_residuals_keep_their_sum_whatever_the_number_of_ranks(before, now):
+    numbers = torch.Generator().manual_seed(0)
+    kinds = ["residual_of_sending.a", "residual_of_sum.a", "residual_of_sending.layers.0.b"]
+    own = [{kind: torch.randn(5, generator=numbers) for kind in kinds} for _ in range(before)]
+    others = {"tokens": torch.ones(1), "weights.a": torch.ones(5)}
+    checkpoint = SavedSync({}, {}, lambda rank: own[rank] | others)
+    checkpoint.facts["ranks"] = before
+    after = [redistributed_residuals(checkpoint, rank, now) for rank in range(now)]
+    assert {key for one in after for key in one} == {kinds[0], kinds[2]}
+    for name in ("a", "layers.0.b"):
+        was = sum(one[key].double() for one in own for key in one if key.endswith(f".{name}"))
+        now_is = sum(one[key].double() for one in after for key in one if key.endswith(f".{name}"))
+        torch.testing.assert_close(now_is, was, rtol=0, atol=1e-6)

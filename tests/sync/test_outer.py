@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.outer import (
     fragment_due,
     fragments_of,
@@ -148,7 +149,7 @@ def test_fragments_of_a_small_gpt2():
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_fragments_that_would_be_empty_are_refused(count):
-    with pytest.raises(ValueError, match="2 units"):
+    with pytest.raises(ForgeError, match="this model has 2 parts"):
         fragments_of([1, 2], count)
 
 
