@@ -106,10 +106,6 @@ class Sync(Protocol):
     def settings(self) -> dict[str, Any]:
         """The flags, as JSON, that must be the same where a round is resumed in its middle."""
 
-    def is_agreed(self) -> bool:
-        """Whether all ranks hold the same weights now."""
-        return True
-
     def agreed_weights(self) -> AbstractContextManager[None]:
         """Put the weights that all ranks agree on into the model, for as long as it is entered."""
         return nullcontext()

@@ -10,7 +10,7 @@ than 0.5 % more error than float32 scales of the same group.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ class Codec(ABC):
 
     The result depends on the values along the last dimension only, and is the same bytes on every
     call; decoding the same bytes gives the same values on every machine. What is not finite before
-    encoding is not finite after decoding (with the others of its group), so a peer that
-    looks at what it decoded misses nothing.
+    encoding is not finite after decoding (with the others of its group), so no peer misses it.
     """
 
     name: str
@@ -40,10 +39,9 @@ class Codec(ABC):
         return count // self.group * self.group_bytes
 
     def encode(self, values: Tensor) -> Tensor:
-        """Write values as bytes, in memory of their own.
+        """Float32 (..., count) on any device as new uint8 (..., wire_bytes(count)) there.
 
-        values: float32 (..., count), count a multiple of `group`, on any device. Returns uint8
-        (..., wire_bytes(count)) on that device. Raises ValueError for other dtypes and counts.
+        Raises ValueError for other dtypes and for counts that are no multiple of `group`.
         """
         *leading, count = values.shape
         if values.dtype != torch.float32 or count % self.group:
@@ -56,10 +54,9 @@ class Codec(ABC):
         return wire
 
     def decode(self, wire: Tensor) -> Tensor:
-        """Read what `encode` wrote, into memory of its own.
+        """What `encode` wrote, uint8 (..., wire_bytes(count)), as new float32 (..., count).
 
-        wire: uint8 (..., wire_bytes(count)). Returns float32 (..., count). Raises ValueError for
-        other dtypes and for lengths that `encode` never makes.
+        Raises ValueError for other dtypes and for lengths that `encode` never makes.
         """
         *leading, size = wire.shape
         if wire.dtype != torch.uint8 or size % self.group_bytes:
@@ -116,16 +113,19 @@ class Integers(Codec):
         numbers, scales = wire.tensor_split([-2 * groups], dim=1)
         return numbers.view(torch.int8).unflatten(1, (groups, -1)), scales
 
+    def _tiles(self, *parts: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """Cut parts (rows, groups, ...) alike into about TILE values each; not at all on a GPU."""
+        rows, groups = parts[0].shape[:2]
+        wide = max(1, TILE // (rows * self.group)) if parts[0].device.type == "cpu" else groups
+        return zip(*(part.split(wide, dim=1) for part in parts), strict=True)
+
     def _write(self, values: Tensor, wire: Tensor) -> None:
-        values = values.unflatten(1, (-1, self.group))
         numbers, scale_bytes = self._parts(wire)
-        scales = scale_bytes.view(torch.bfloat16)
-        scratch = torch.empty(0, device=values.device)
-        for rows, groups in tiles(values):
-            tile = values[rows, groups]
+        scales, scratch = scale_bytes.view(torch.bfloat16), torch.empty(0, device=values.device)
+        grouped = values.unflatten(1, (-1, self.group))
+        for tile, whole, scale in self._tiles(grouped, numbers, scales):
             largest = torch.maximum(tile.amax(-1), tile.amin(-1).neg_())  # NaN where there is one
-            scale = largest.div_(self._steps).clamp_min_(LEAST_SCALE).to(torch.bfloat16)
-            scales[rows, groups] = scale
+            scale.copy_(largest.div_(self._steps).clamp_min_(LEAST_SCALE))
             if scratch.shape != tile.shape:
                 scratch = torch.empty_like(tile, memory_format=torch.contiguous_format)
             torch.mul(tile, scale.float().reciprocal_().unsqueeze_(-1), out=scratch).round_()
@@ -133,23 +133,22 @@ class Integers(Codec):
                 # Each number of a group's first half, plus 8, and 16 times its fellow of the second
                 # half: between -111 and 127, with them in the low and the high bits of an int8.
                 first, second = scratch.chunk(2, dim=-1)
-                numbers[rows, groups] = first.add_(second, alpha=16).add_(8)
+                whole.copy_(first.add_(second, alpha=16).add_(8))
             else:
-                numbers[rows, groups] = scratch
+                whole.copy_(scratch)
 
     def _read(self, wire: Tensor, values: Tensor) -> None:
-        values = values.unflatten(1, (-1, self.group))
         numbers, scale_bytes = self._parts(wire)
         scales = as_dtype(scale_bytes, torch.bfloat16).float().unsqueeze_(-1)
-        for rows, groups in tiles(values):
-            tile, wholes, scale = values[rows, groups], numbers[rows, groups], scales[rows, groups]
+        grouped = values.unflatten(1, (-1, self.group))
+        for tile, whole, scale in self._tiles(grouped, numbers, scales):
             if self._is_packed:
                 first, second = tile.chunk(2, dim=-1)
-                first.copy_(wholes & 15).sub_(8)
-                second.copy_(wholes >> 4)
+                first.copy_(whole & 15).sub_(8)
+                second.copy_(whole >> 4)
                 tile.mul_(scale)
             else:
-                torch.mul(wholes, scale, out=tile)
+                torch.mul(whole, scale, out=tile)
 
 
 CODECS: dict[str, Codec] = {
@@ -166,20 +165,18 @@ CODECS: dict[str, Codec] = {
 class ErrorFeedback:
     """Error feedback: what encoding drops is added to what is sent next, so nothing is lost.
 
-    `residual` is float32, shaped like the values, or None: what has still to be sent. It
-    belongs into checkpoints: read it, and set it again. `encode` puts a new tensor there and never
-    changes the old one, so a round that fails is undone by setting the residual of before it.
-    Sources: arXiv 1809.07599 (algorithm 1), arXiv 1901.09847.
+    `residual` is float32, shaped like the values, or None: what has still to be sent. It belongs
+    into checkpoints. `encode` puts a new tensor there and never changes the old one, so setting
+    that again undoes a round. Sources: arXiv 1809.07599 (algorithm 1), arXiv 1901.09847.
     """
 
     def __init__(self, residual: Tensor | None = None) -> None:
         self.residual = residual
 
     def encode(self, codec: Codec, values: Tensor) -> Tensor:
-        """Encode values plus the residual; what that drops is the new residual.
+        """Encode values (see Codec) plus the residual; what that drops is the new residual.
 
-        values: as for Codec.encode; they stay as they are. Exact but for the rounding of one
-        float32 addition. Raises ValueError where the residual has another shape.
+        Exact but for the rounding of one float32 addition. Raises ValueError where shapes differ.
         """
         if self.residual is not None:
             if self.residual.shape != values.shape:
@@ -201,14 +198,3 @@ def as_dtype(wire: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_aligned or wire.stride(1) != 1:
         wire = wire.clone(memory_format=torch.contiguous_format)
     return wire.view(dtype)
-
-
-def tiles(values: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (rows, groups, group) so that a tile holds about TILE values; no cuts on a GPU."""
-    rows, groups, group = values.shape
-    limit = (TILE if values.device.type == "cpu" else values.numel()) // group
-    wide = min(groups, limit)
-    high = limit // wide
-    for row in range(0, rows, high):
-        for first in range(0, groups, wide):
-            yield slice(row, row + high), slice(first, first + wide)

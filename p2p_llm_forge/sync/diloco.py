@@ -180,14 +180,13 @@ class DiLoCo(Sync):
         # Over the store: it waits for as long as a slow rank that lives needs.
         by_rank = self._cluster.gather_facts(own)
         for number, fragment in enumerate(due):
-            of_all = sum(facts["tokens"][number] for facts in by_rank)
-            fragment.token_weight = fragment.tokens / of_all
+            fragment.token_weight = fragment.tokens / sum(one["tokens"][number] for one in by_rank)
         bad = [rank for rank, facts in enumerate(by_rank) if not facts["is_finite"]]
         self._bad_rounds = self._bad_rounds + 1 if bad else 0
         if self._bad_rounds == BAD_ROUNDS_IN_A_ROW:
             raise ForgeError(
-                f"weights became NaN or infinite in {BAD_ROUNDS_IN_A_ROW} rounds in a row (now on"
-                f" rank {bad[0]}); earlier checkpoints are untouched",
+                f"weights became NaN or infinite in {self._bad_rounds} rounds in a row (now on rank"
+                f" {bad[0]}); earlier checkpoints are untouched",
                 STAY_FINITE,
             )
         if bad:

@@ -65,8 +65,12 @@ class Strategy:
     def flags(self) -> str:
         """What to type: how, and what differs from the defaults."""
         chosen = {name: one for name, one in vars(self).items() if one != getattr(Strategy, name)}
-        chosen = {"sync": self.sync, "compress": self.compress, **chosen}
-        return " ".join(f"--{name.replace('_', '-')} {one}" for name, one in chosen.items())
+        return as_flags({"sync": self.sync, "compress": self.compress, **chosen})
+
+
+def as_flags(settings: Mapping[str, object]) -> str:
+    """A strategy's settings as one types them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from p2p_llm_forge.sync.base import Replica, SavedSync, Sync
 from p2p_llm_forge.sync.compress import CODECS
 from p2p_llm_forge.sync.ddp import GradientAveraging, PowerSGD
 from p2p_llm_forge.sync.diloco import DiLoCo
+from p2p_llm_forge.sync.forecast import as_flags
 
 
 def build_strategy(config: TrainConfig, cluster: Cluster, replica: Replica) -> Sync:
@@ -81,11 +82,6 @@ def refuse_to_end_in_a_round(saved: SavedSync, step: int, total_steps: int) -> N
         )
 
 
-def as_flags(settings: dict[str, Any]) -> str:
-    """A strategy's settings as one types them."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-
-
 def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
     """Raise ForgeError, naming the ranks, if their models are not the same as rank 0's.
 
@@ -107,16 +103,11 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
         where, here, there = f"rank {rank} ({other['host']})", other["shapes"], first["shapes"]
         if here != there:
             name = next(n for n in sorted({*here, *there}) if here.get(n) != there.get(n))
-            found = (
-                f"has another model than rank 0: {name} is {here.get(name, 'missing')}, not"
-                f" {there.get(name, 'missing')}"
-            )
+            shape, expected = (one.get(name, "missing") for one in (here, there))
+            found = f"has another model than rank 0: {name} is {shape}, not {expected}"
             fix = "give all ranks the same --model-name, --model-type and --config-overrides"
             problems.add(ForgeError(found, fix, where=where))
         elif other.get("weights") != first.get("weights"):
-            found, fix = (
-                "has loaded other weights than rank 0",
-                "copy the model's folder from rank 0 to it",
-            )
-            problems.add(ForgeError(found, fix, where=where))
+            fix = "copy the model's folder from rank 0 to it"
+            problems.add(ForgeError("has loaded other weights than rank 0", fix, where=where))
     problems.raise_any()
