@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.sync.base import SavedSync
@@ -14,7 +15,8 @@ from p2p_llm_forge.sync.compress import Codec, ErrorFeedback
 
 CHUNK = 2**18  # values of one exchange
 AHEAD = 3  # sums that stay on their way while the next is made
-Waiting = Callable[[], torch.Tensor]  # gives what arrives, once it has
+Waiting = Callable[[], Tensor]  # gives what arrives, once it has
+Parts = list[tuple[str, int]]  # names and sizes of the parameters that make up a vector
 OF_SENDING, OF_SUM = "residual_of_sending.", "residual_of_sum."  # and the parameter's name
 
 
@@ -28,8 +30,7 @@ class CompressedAllReduce:
     (error feedback, arXiv 1901.09847). All ranks get the same bits.
     """
 
-    def __init__(self, channel: Channel, codec: Codec, parts: list[tuple[str, int]]) -> None:
-        """parts: the names and sizes of the parameters that make up the vector."""
+    def __init__(self, channel: Channel, codec: Codec, parts: Parts) -> None:
         self._channel, self._codec, self._parts = channel, codec, parts
         self._count = sum(size for _, size in parts)
         unit = channel.world_size * codec.group
@@ -44,7 +45,7 @@ class CompressedAllReduce:
             (ErrorFeedback(), ErrorFeedback()) for _ in range(0, self._width, self._chunk)
         ]
 
-    def begin(self, values: torch.Tensor) -> deque[Waiting]:
+    def begin(self, values: Tensor) -> deque[Waiting]:
         """Begin to send `values` to the owners of their shards; `finish` takes what is returned.
 
         values: (count) float32 on the CPU, finite. All chunks are sent at once: a link that waits
@@ -59,7 +60,7 @@ class CompressedAllReduce:
             for chunk, (of_sending, _) in zip(chunks, self._feedback, strict=True)
         )
 
-    def finish(self, begun: deque[Waiting]) -> torch.Tensor:
+    def finish(self, begun: deque[Waiting]) -> Tensor:
         """The sum over all ranks of what they have begun to send. (count) float32."""
         codec, channel = self._codec, self._channel
         if channel.world_size == 1:
@@ -75,12 +76,12 @@ class CompressedAllReduce:
             chunk.copy_(codec.decode(rows()))
         return summed.view(-1)[: self._count]
 
-    def _rows(self, values: torch.Tensor) -> torch.Tensor:
+    def _rows(self, values: Tensor) -> Tensor:
         """The vector as (ranks, width), filled up with zeros."""
         missing = self._channel.world_size * self._width - len(values)
         return torch.nn.functional.pad(values, (0, missing)).view(-1, self._width)
 
-    def residuals(self) -> dict[str, torch.Tensor]:
+    def residuals(self) -> dict[str, Tensor]:
         """This rank's residuals, of sending and of its shard of the sum; by parameter."""
         if any(of_sending.residual is None for of_sending, _ in self._feedback):
             return {}
@@ -90,7 +91,7 @@ class CompressedAllReduce:
         of_sending = split_by_name(sending.view(-1), OF_SENDING, self._parts)
         return of_sending | split_by_name(in_sum.view(-1), OF_SUM, self._parts)
 
-    def restore(self, residuals: dict[str, torch.Tensor]) -> None:
+    def restore(self, residuals: dict[str, Tensor]) -> None:
         """Resume with residuals (see `residuals`); what is not named there is zero."""
         if not residuals or not self._codec.is_lossy:
             return
@@ -104,9 +105,7 @@ class CompressedAllReduce:
         ]
 
 
-def split_by_name(
-    flat: torch.Tensor, prefix: str, parts: list[tuple[str, int]]
-) -> dict[str, torch.Tensor]:
+def split_by_name(flat: Tensor, prefix: str, parts: Parts) -> dict[str, Tensor]:
     """A flat vector as one vector for each (name, size) of `parts`; what is behind them is left."""
     ends = accumulate(size for _, size in parts)
     # Copies: the file format of checkpoints wants each to have memory of its own.
@@ -116,19 +115,15 @@ def split_by_name(
     }
 
 
-def joined_by_name(
-    named: dict[str, torch.Tensor], prefix: str, parts: list[tuple[str, int]]
-) -> torch.Tensor:
+def joined_by_name(named: dict[str, Tensor], prefix: str, parts: Parts) -> Tensor:
     """The inverse of `split_by_name`; what is missing is zero."""
     return torch.cat([named.get(prefix + name, torch.zeros(size)) for name, size in parts])
 
 
-def redistributed_residuals(
-    saved: SavedSync, rank: int, world_size: int
-) -> dict[str, torch.Tensor]:
+def redistributed_residuals(saved: SavedSync, rank: int, world_size: int) -> dict[str, Tensor]:
     """The residuals of error feedback that rank `rank` of `world_size` resumes with, by parameter,
     where the vectors are now cut into other shards. The sum over all ranks stays the same."""
-    residuals: dict[str, torch.Tensor] = {}
+    residuals: dict[str, Tensor] = {}
     for other in range(rank, saved.world_size, world_size):
         for key, residual in saved.own_of(other).items():
             if key.startswith((OF_SENDING, OF_SUM)):
@@ -137,6 +132,6 @@ def redistributed_residuals(
     return residuals
 
 
-def is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; the extremes decide, and no mask is made."""
     return bool(torch.stack(values.aminmax()).isfinite().all())

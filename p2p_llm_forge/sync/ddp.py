@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from p2p_llm_forge.config import TrainConfig
@@ -52,7 +53,7 @@ class GradientAveraging(Sync):
             for name, parameter in model.named_parameters()
         }
         self._reductions: dict[int, CompressedAllReduce] = {}  # by bucket
-        self._saved_residuals: dict[str, torch.Tensor] = {}  # of the checkpoint, by parameter
+        self._saved_residuals: dict[str, Tensor] = {}  # of the checkpoint, by parameter
         self._bytes_before = self._bytes_by_nccl = 0
         self._last_began = self._last_ended = 0.0
         self.is_priming = False
@@ -96,18 +97,18 @@ class GradientAveraging(Sync):
         finally:
             self.is_priming = False
 
-    def _exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """DDP's communication hook: called for one bucket after the other, while backward runs."""
         buffer = bucket.buffer()
         devices = None if buffer.device.type == "cpu" else [buffer.device]
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         if self.is_priming:
             future.set_result(buffer)
             return future
         self._last_began = time.perf_counter()
         begin, finish = self._exchange_of(bucket)
 
-        def pass_on(exchanged: Future[torch.Tensor]) -> None:
+        def pass_on(exchanged: Future[Tensor]) -> None:
             self._last_ended = time.perf_counter()
             # Raised where DDP waits. Cancelled is what had not begun when the run ended.
             if error := CancelledError() if exchanged.cancelled() else exchanged.exception():
@@ -120,14 +121,12 @@ class GradientAveraging(Sync):
         exchange.add_done_callback(pass_on)
         return future
 
-    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
+    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
         """What begins to average this bucket's buffer, and what finishes it and returns it."""
         world, buffer = self._world_size, bucket.buffer()
         if self._codec.name == "none":
-            return (
-                lambda: buffer.div_(world).cpu(),
-                lambda own: buffer.copy_(self._channel.all_reduce_(own)),
-            )
+            all_reduce_ = self._channel.all_reduce_
+            return lambda: buffer.div_(world).cpu(), lambda own: buffer.copy_(all_reduce_(own))
         if bucket.index() not in self._reductions:
             parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
             reduction = CompressedAllReduce(self._channel, self._codec, parts)
@@ -135,7 +134,7 @@ class GradientAveraging(Sync):
             self._reductions[bucket.index()] = reduction
         reduction = self._reductions[bucket.index()]
 
-        def finish(begun: Any) -> torch.Tensor:
+        def finish(begun: Any) -> Tensor:
             summed = reduction.finish(begun)
             if not is_finite(summed):
                 reduction.drop_residuals()  # loss scaling skips this update; NaN must not stay
@@ -156,7 +155,7 @@ class GradientAveraging(Sync):
 
     def state(self) -> SyncState:
         """The residuals of compressed gradients."""
-        own: dict[str, torch.Tensor] = {}
+        own: dict[str, Tensor] = {}
         for reduction in self._reductions.values():
             own |= reduction.residuals()
         facts = {"ranks": self._world_size} if self.has_own_state else {}
@@ -186,8 +185,8 @@ class PowerSGD(GradientAveraging):
         super().__init__(cluster, model, CODECS["none"], leaves_to_nccl=False)
         self.has_own_state = self._world_size > 1
 
-    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]:
-        def average(_: Any) -> torch.Tensor:
+    def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+        def average(_: Any) -> Tensor:
             world, before = self._world_size, self._powersgd.total_numel_after_compression
             # The hook chains all-reduces, and those of two buckets under way at once meet each
             # other's on gloo (torch 2.13): here one bucket is done before the next begins.
@@ -218,7 +217,7 @@ class PowerSGD(GradientAveraging):
         }
         return SyncState(facts, own=own)
 
-    def _matrices(self) -> dict[str, dict[int, torch.Tensor]]:
+    def _matrices(self) -> dict[str, dict[int, Tensor]]:
         state = self._powersgd
         return {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
 

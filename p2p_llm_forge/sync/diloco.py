@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
@@ -38,26 +39,24 @@ WEIGHTS, WEIGHTS_SENT = "weights.", "weights_sent."
 class Fragment:
     """A part of the model that is synchronised at one moment. Tensors: flat float32, on the CPU."""
 
-    def __init__(
-        self, parameters: list[tuple[str, torch.nn.Parameter]], channel: Channel, codec: Codec
-    ) -> None:
+    def __init__(self, parameters: outer.Unit, channel: Channel, codec: Codec) -> None:
         self.parameters = parameters
         self.parts = [(name, parameter.numel()) for name, parameter in parameters]
         self.reduction = CompressedAllReduce(channel, codec, self.parts)
         self.anchor = self.weights()  # what all ranks agreed on last
-        self.momentum_buffer: torch.Tensor | None = None
+        self.momentum_buffer: Tensor | None = None
         self.tokens = 0  # that this rank has trained on since
         self.token_weight = 1.0  # of this rank, of all ranks' tokens
-        self.pseudo_gradient: Future[torch.Tensor] | None = None  # of all ranks, on its way
+        self.pseudo_gradient: Future[Tensor] | None = None  # of all ranks, on its way
         self.weights_sent = self.anchor  # this rank's weights when it was sent
         self.sent_at = self.lands_at = 0  # updates done when it was sent, and when it is applied
         self.outer = (1.0, 0.0)  # rate and momentum of the step that it is for
 
-    def weights(self) -> torch.Tensor:
+    def weights(self) -> Tensor:
         """A copy of this rank's weights."""
         return torch.cat([p.detach().flatten().float().cpu() for _, p in self.parameters])
 
-    def put(self, weights: torch.Tensor) -> None:
+    def put(self, weights: Tensor) -> None:
         """Write weights into the model."""
         parts = weights.split([size for _, size in self.parts])
         for (_, parameter), part in zip(self.parameters, parts, strict=True):
@@ -77,7 +76,7 @@ class Fragment:
         self.anchor, self.momentum_buffer = anchor, buffer
         return True
 
-    def resume_round(self, saved: SavedSync, own: dict[str, torch.Tensor], number: int) -> None:
+    def resume_round(self, saved: SavedSync, own: dict[str, Tensor], number: int) -> None:
         """Put it where fragment `number` of the checkpoint was in its round."""
         self.tokens = int(own["tokens"][number])
         if not saved.is_agreed:
@@ -166,10 +165,9 @@ class DiLoCo(Sync):
         return SyncReport(sent, waited)
 
     def _due(self, done: int) -> list[Fragment]:
-        if done == self._total:
-            return self._fragments
-        numbers = outer.fragment_due(done, self._every, len(self._fragments))
-        return [self._fragments[number] for number in numbers]
+        fragments = self._fragments
+        numbers = outer.fragment_due(done, self._every, len(fragments))
+        return fragments if done == self._total else [fragments[number] for number in numbers]
 
     def _all_finite(self, due: list[Fragment]) -> bool:
         """Whether the round may be sent; else every rank rolls back."""
@@ -229,7 +227,7 @@ class DiLoCo(Sync):
             fragment.put(fragment.anchor)
             fragment.tokens = 0
         entries = [entry for one in self._optimizer.state.values() for entry in one.values()]
-        if not all(is_finite(entry) for entry in entries if isinstance(entry, torch.Tensor)):
+        if not all(is_finite(entry) for entry in entries if isinstance(entry, Tensor)):
             self._optimizer.state.clear()
 
     def _set_anchors(self) -> None:
@@ -267,7 +265,7 @@ class DiLoCo(Sync):
     def state(self) -> SyncState:
         """The momentum, and of each rank what it has done alone. Waits for what is sent."""
         fragments, is_agreed = self._fragments, self.is_agreed()
-        shared: dict[str, torch.Tensor] = {}
+        shared: dict[str, Tensor] = {}
         own = {"tokens": torch.tensor([fragment.tokens for fragment in fragments])}
         for fragment in fragments:
             parts = fragment.parts

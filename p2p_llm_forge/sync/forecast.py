@@ -113,14 +113,19 @@ def forecast(
     """
     from p2p_llm_forge.sync.compress import CODECS  # whose torch --help must not wait for
 
+    is_outer, coding_ns = strategy.sync == "diloco", 0.0
     values = -(-measured.parameters // strategy.fragments)
-    coding_s = coding_of_exchange(strategy, measured, values, costs)
     codec, hops = CODECS[strategy.compress], 2 * (measured.peers - 1)
+    if hops and (is_outer or strategy.compress != "none"):
+        cost = costs[strategy.compress]
+        # All values and then the sum of one shard are encoded; all are decoded in both phases.
+        coding_ns = (1 + 1 / measured.peers) * cost.encode + 2 * cost.decode
+        coding_ns += costs["outer step"].encode if is_outer else 0.0
     groups_of_shard = -(-values // (measured.peers * codec.group))
     sent = hops * codec.wire_bytes(groups_of_shard * codec.group)
     wire_s = sent / measured.bytes_per_s + hops * measured.latency_s
-    exchanges = strategy.fragments / strategy.sync_every if strategy.sync == "diloco" else 1.0
-    exposed_s = exchanges * (exposed(strategy, measured, wire_s) + coding_s)
+    exchanges = strategy.fragments / strategy.sync_every if is_outer else 1.0
+    exposed_s = exchanges * (exposed(strategy, measured, wire_s) + 1e-9 * values * coding_ns)
     update_s = measured.update_s + exposed_s
     utilisation = measured.update_s / update_s
     return Forecast(
@@ -132,20 +137,6 @@ def forecast(
         times_alone=measured.peers * utilisation,
         utilisation=utilisation,
     )
-
-
-def coding_of_exchange(
-    strategy: Strategy, measured: Measured, values: int, costs: Mapping[str, Cost]
-) -> float:
-    """Seconds that a peer encodes and decodes when `values` are exchanged."""
-    if measured.peers == 1 or (strategy.sync == "ddp" and strategy.compress == "none"):
-        return 0.0
-    cost = costs[strategy.compress]
-    # All values and then the sum of one shard are encoded; all are decoded in both phases.
-    coding_ns = (1 + 1 / measured.peers) * cost.encode + 2 * cost.decode
-    if strategy.sync == "diloco":
-        coding_ns += costs["outer step"].encode
-    return 1e-9 * values * coding_ns
 
 
 def exposed(strategy: Strategy, measured: Measured, wire_s: float) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from p2p_llm_forge.errors import ForgeError
 
+Unit = list[tuple[str, torch.nn.Parameter]]  # neighbours that are synchronised together
+
 
 def outer_step(
     anchor: Tensor,
@@ -64,7 +66,7 @@ def outer_settings(
     return 1 + (lr - 1) * progress, momentum * progress
 
 
-def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
+def units_of(lm: Any) -> list[Unit]:
     """The model's parameters in the parts that a fragment is made of: what comes before the layers
     (embeddings), each layer, what comes after. Tied weights count where they come first."""
     sizes = {
@@ -74,7 +76,7 @@ def units_of(lm: Any) -> list[list[tuple[str, torch.nn.Parameter]]]:
     }
     # The largest: a layer may itself hold a longer list, of experts.
     stack, unit = max(sizes, key=lambda name: sizes[name], default="no list"), "before"
-    units: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
+    units: dict[str, Unit] = {}
     for name, parameter in lm.named_parameters():
         if name.startswith(stack):
             unit = name.removeprefix(stack).partition(".")[0]  # the layer's number
