@@ -13,12 +13,12 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fsync, read_json, sha256_of, write_json
 
@@ -30,14 +30,6 @@ LEFTOVER = re.compile(
     r"tmp-((checkpoint|pruned)-\d+-[0-9a-f]+|rank-\d+\.safetensors\.[0-9a-f]+"
     r"|.+\.\d+\.\d+|run\.lock-[0-9a-f]+)"
 )
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay when a new one has been saved."""
-
-    newest: int = 2
-    best: bool = False  # the one with the lowest evaluation loss as well
 
 
 def checkpoint_dir(output_dir: Path, step: int) -> Path:
@@ -130,7 +122,7 @@ def commit(
     output_dir: Path,
     step: int,
     write: Callable[[Path], None],
-    keep: Keep,
+    config: TrainConfig,
     confirm: Callable[[], None] = lambda: None,
 ) -> Path:
     """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
@@ -161,7 +153,7 @@ def commit(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
     confirm()
-    prune(output_dir, step, keep)
+    prune(output_dir, step, config)
     return final
 
 
@@ -173,20 +165,20 @@ def not_written(found: str, error: Exception) -> ForgeError:
     )
 
 
-def prune(output_dir: Path, newest: int, keep: Keep) -> None:
+def prune(output_dir: Path, newest: int, config: TrainConfig) -> None:
     """Remove the checkpoints that are not to be kept, and what unfinished saves have left.
 
     newest: the step just saved; later ones are of a branch that `--resume FOLDER` has left.
     """
     remove(output_dir, [step for step in steps_saved(output_dir) if step > newest])
     steps = steps_saved(output_dir)
-    kept = {*steps[: keep.newest], best_step(output_dir) if keep.best else None}
+    best = best_step(output_dir) if config.keep_best else None
+    kept = {*steps[: config.keep_checkpoints], best}
     remove(output_dir, [step for step in steps if step not in kept])
     remove_leftovers(output_dir)
 
 
 def remove(output_dir: Path, steps: list[int]) -> None:
-    """Remove the checkpoints of these steps."""
     for step in steps:
         # Renamed first, so that a half-removed checkpoint is not found as a damaged one.
         doomed = output_dir / f"tmp-pruned-{step}-{secrets.token_hex(4)}"

@@ -25,7 +25,6 @@ class Job:
 
     @property
     def output_dir(self) -> Path:
-        """The run's folder."""
         return Path(self.config.output_dir)
 
     @property

@@ -164,7 +164,6 @@ class Run:
             self.tracking.say(f"warning: {failed}; training continues")
 
     def close(self) -> None:
-        """Finish what is being written."""
         self.saving.wait()
         self.tracking.finish()
 

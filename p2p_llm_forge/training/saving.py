@@ -114,8 +114,7 @@ class Saving:
         self._folder.confirm()
 
     def _commit(self, step: int, taken: snapshot.Snapshot) -> None:
-        output_dir, config = self._folder.path, self._job.config
-        keep = checkpoint.Keep(config.keep_checkpoints, config.keep_best)
+        output_dir = self._folder.path
 
         def write(folder: Path) -> None:
             taken.write(folder, self._lm, self._job.data.tokenizer_dir)
@@ -125,7 +124,7 @@ class Saving:
                     raise ForgeError(*answer["failure"])
                 snapshot.collect_rank_file(output_dir, answer["file"], rank, folder)
 
-        checkpoint.commit(output_dir, step, write, keep, self._folder.confirm)
+        checkpoint.commit(output_dir, step, write, self._job.config, self._folder.confirm)
 
     def _write_rank_file(self, step: int, own: dict[str, torch.Tensor]) -> None:
         rank = self._job.cluster.rank
@@ -146,8 +145,9 @@ def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync
     state: of its trainer. Raises ForgeError where this run cannot continue from there.
     """
     cluster, step = job.cluster, state["step"]
+    shared = snapshot.tensors_in(folder / snapshot.SYNC)
     saved = SavedSync(
-        state["sync"], snapshot.read_shared(folder), lambda rank: snapshot.read_own(folder, rank)
+        state["sync"], shared, lambda rank: snapshot.tensors_in(folder / snapshot.rank_file(rank))
     )
     refuse_unfinished_round(saved, sync, cluster.world_size, step)
     refuse_to_end_in_a_round(saved, step, job.plan.total_steps)

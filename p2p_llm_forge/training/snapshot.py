@@ -98,15 +98,9 @@ def collect_rank_file(output_dir: Path, name: str, rank: int, checkpoint: Path) 
     (output_dir / name).rename(checkpoint / rank_file(rank))
 
 
-def read_own(checkpoint: Path, rank: int) -> dict[str, torch.Tensor]:
-    """What a rank of the saved run kept as its own, in a verified checkpoint; it may be nothing."""
-    path = checkpoint / rank_file(rank)
-    return load_file(path) if path.exists() else {}
-
-
-def read_shared(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What the strategy kept for all ranks, in a verified checkpoint; it may be nothing."""
-    return load_file(checkpoint / SYNC) if (checkpoint / SYNC).exists() else {}
+def tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a file of a verified checkpoint; none where it holds no such file."""
+    return load_file(file) if file.exists() else {}
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -132,10 +126,9 @@ def load_optimizer(
     rank: of the saved run; not 0 only where every rank has trained alone. Raises ForgeError where
     they do not belong to this model.
     """
-    saved = read_own(checkpoint, rank) if rank else load_file(checkpoint / OPTIMIZER)
-    prefix = OF_OPTIMIZER if rank else ""
+    file, prefix = (rank_file(rank), OF_OPTIMIZER) if rank else (OPTIMIZER, "")
     parameters = dict(model.named_parameters())
-    for key, value in saved.items():
+    for key, value in tensors_in(checkpoint / file).items():
         if not key.startswith(prefix):
             continue
         name, _, entry = key.removeprefix(prefix).rpartition(".")

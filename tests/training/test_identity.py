@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.checkpoint import Keep
 from p2p_llm_forge.training.identity import RUN, claim, refuse_another_run, settings_changed
 
 
@@ -24,7 +24,7 @@ def test_an_output_directory_belongs_to_one_run(tmp_path):
     folder = tmp_path / "run"
     refuse(folder, identity)
     claim(folder, identity)
-    checkpoint.commit(folder, 10, write_a_file, Keep(1))
+    checkpoint.commit(folder, 10, write_a_file, TrainConfig(keep_checkpoints=1))
     with pytest.raises(ForgeError, match="--resume auto"):
         refuse(folder, identity)
     refuse(folder, identity, resume=True)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.checkpoint import Keep
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import run_folder
 from train import train
@@ -38,7 +38,7 @@ def test_the_folder_is_held_while_entered(open_small_job):
 
 def test_a_folder_that_was_taken_over_is_neither_claimed_nor_published_to(open_small_job):
     with run_folder(open_small_job()) as folder:
-        saved = checkpoint.commit(folder.path, 6, write_checkpoint, Keep())
+        saved = checkpoint.commit(folder.path, 6, write_checkpoint, TrainConfig())
         taken_over(folder.path / "run.lock")
         for write in (folder.confirm, folder.claim, lambda: folder.publish(saved)):
             with pytest.raises(ForgeError, match="taken over by process 17 on elsewhere"):
@@ -50,7 +50,7 @@ def test_a_folder_that_was_taken_over_is_neither_claimed_nor_published_to(open_s
 
 def test_the_published_model_is_without_the_state_of_training(open_small_job):
     with run_folder(open_small_job()) as folder:
-        saved = checkpoint.commit(folder.path, 6, write_checkpoint, Keep())
+        saved = checkpoint.commit(folder.path, 6, write_checkpoint, TrainConfig())
         folder.publish(saved)
         files = sorted(path.name for path in folder.path.iterdir() if path.is_file())
         assert files == ["config.json", "model.safetensors"]

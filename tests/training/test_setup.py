@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from p2p_llm_forge.config import as_dict
+from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import write_json
 from p2p_llm_forge.peers.join import join
@@ -28,7 +28,7 @@ def test_auto_resumes_with_the_strategy_of_the_checkpoint(open_small_job, tmp_pa
     def write(folder):
         write_json(folder / checkpoint.TRAINER_STATE, {"config": as_dict(begun.config)})
 
-    saved = checkpoint.commit(tmp_path, 3, write, checkpoint.Keep())
+    saved = checkpoint.commit(tmp_path, 3, write, TrainConfig())
     settled = settle_strategy(open_small_job(sync="auto", max_steps=9), saved).config
     assert (settled.sync, settled.sync_every, settled.outer_lr) == ("diloco", 3, 0.8)
     assert settled.max_steps == 9
