@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from p2p_llm_forge.config import OF_DILOCO, TrainConfig
 from p2p_llm_forge.errors import ForgeError
@@ -18,17 +15,16 @@ from p2p_llm_forge.peers.links import Links, measure_links
 from p2p_llm_forge.sync.forecast import CANDIDATES, Forecast, Measured, Strategy, forecast
 from p2p_llm_forge.sync.outer import units_of
 from p2p_llm_forge.sync.strategy import refuse_elastic
+from p2p_llm_forge.training.balance import device_clock
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import first_micro_batch
 
 FEWEST_MICRO_BATCHES, COMPUTING_S = 3, 2.0  # that an update is timed by: either ends it
-STRATEGY_FIELDS = ("sync", "compress", "sync_every", "fragments", "overlap_steps")
 
 
 def measure_and_forecast(job: Job, lm: Any) -> list[Forecast]:
     """Measure links and computing, and forecast. All ranks must call. lm: as for `computing_s`."""
-    links = measure_links(job.cluster)
-    return forecasts(job, lm, links, update_s_by_rank(job, lm))
+    return forecasts(job, lm, measure_links(job.cluster), update_s_by_rank(job, lm))
 
 
 def update_s_by_rank(job: Job, lm: Any) -> list[float]:
@@ -69,11 +65,9 @@ def computing_s(job: Job, lm: Any) -> float:
 
 def seconds(act: Callable[[], object]) -> float:
     """How long `act` takes, with all that it leaves to a device."""
-    started = time.perf_counter()
+    began = device_clock()
     act()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    return device_clock() - began
 
 
 def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Forecast]:
@@ -83,12 +77,11 @@ def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Fo
     same answer.
     """
     cluster, plan = job.cluster, job.plan
-    trained = [p for p in lm.parameters() if p.requires_grad]
     latencies = [one for row in links.latency_s for one in row if not math.isnan(one)]
     # Peers of both kinds may train together, and all must come to the same answer.
-    on_cpu = cluster.gather_numbers([float(cluster.device.type == "cpu")])
+    on_cpu = cluster.gather_numbers([cluster.device.type == "cpu"])
     measured = Measured(
-        parameters=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in lm.parameters() if p.requires_grad),
         update_s=max(update_s),
         tokens_per_update=plan.tokens_per_update,
         peers=cluster.world_size,
@@ -97,8 +90,7 @@ def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Fo
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
         is_on_cpu=any(is_on_cpu for (is_on_cpu,) in on_cpu),
     )
-    possible = [strategy for strategy in CANDIDATES if is_possible(job, lm, strategy)]
-    return [forecast(strategy, measured) for strategy in possible]
+    return [forecast(one, measured) for one in CANDIDATES if is_possible(job, lm, one)]
 
 
 def is_possible(job: Job, lm: Any, strategy: Strategy) -> bool:
@@ -114,18 +106,14 @@ def is_possible(job: Job, lm: Any, strategy: Strategy) -> bool:
 
 def with_strategy(config: TrainConfig, strategy: Strategy) -> TrainConfig:
     """The same run, its peers kept in step by that strategy."""
-    chosen = {name: getattr(strategy, name) for name in STRATEGY_FIELDS}
+    chosen: dict[str, Any] = asdict(strategy)
     if strategy.sync == "ddp":
         chosen["sync_every"] = None
     return replace(config, **chosen)
 
 
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
-    """The same run, its peers kept in step as they were so far.
-
-    begun: the configuration in a checkpoint.
-    """
-    names = ["sync", "compress", "powersgd_rank"]
-    if begun["sync"] == "diloco":
-        names += OF_DILOCO
+    """The same run, its peers kept in step as by `begun`, the configuration in a checkpoint."""
+    of_rounds = OF_DILOCO if begun["sync"] == "diloco" else ()
+    names = ("sync", "compress", "powersgd_rank", *of_rounds)
     return replace(config, **{name: begun[name] for name in names})

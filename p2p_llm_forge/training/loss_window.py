@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -19,27 +20,23 @@ class LossWindow:
     They are summed without rounding errors, so the line is the same whether or not the run was
     saved and resumed in between. They leave the device, and this rank, only when asked for.
 
-    first_step: updates taken so far. since_log: what `since_log` returned then. rolls_back_after:
-    after so many updates a loss that is not finite does not end the run, which undoes such rounds.
+    step: updates taken so far. since_log: what `since_log` returned then. rolls_back_after: after
+    so many updates a loss that is not finite does not end the run, which undoes such rounds.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         tokens_per_update: int,
-        first_step: int,
+        step: int,
         since_log: dict[str, Any],
         rolls_back_after: float = math.inf,
     ) -> None:
-        self._cluster = cluster
-        self._tokens_per_update = tokens_per_update
-        self._nats = list(since_log["nats"])  # of all ranks
-        self._updates = since_log["updates"]
-        self._is_spoiled = since_log["is_spoiled"]
+        self._cluster, self._tokens_per_update = cluster, tokens_per_update
+        self._step, self._rolls_back_after = step, rolls_back_after
+        self._since_log = copy.deepcopy(since_log)  # of all ranks
         self._pending: list[torch.Tensor] = []  # of this rank
         self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
-        self._next_step = first_step + 1
-        self._rolls_back_after = rolls_back_after
 
     def add(self, nats: torch.Tensor) -> None:
         """This rank's summed loss of one more update: a scalar on the device."""
@@ -66,9 +63,10 @@ class LossWindow:
         ended, start = [], 0
         for end, line in self._lines:
             self._take(updates[start:end])
-            loss = math.fsum(self._nats) / (self._updates * self._tokens_per_update)
-            ended.append({**line, "loss": None if self._is_spoiled else loss})
-            self._nats, self._updates, self._is_spoiled, start = [], 0, False, end
+            taken, start = self._since_log, end
+            loss = math.fsum(taken["nats"]) / (taken["updates"] * self._tokens_per_update)
+            ended.append({**line, "loss": None if taken["is_spoiled"] else loss})
+            self._since_log = copy.deepcopy(NO_LOSSES)
         self._take(updates[start:])
         self._pending.clear()
         self._lines.clear()
@@ -76,24 +74,22 @@ class LossWindow:
 
     def _take(self, updates: list[tuple[float, ...]]) -> None:
         for losses in updates:
+            self._step += 1
+            self._since_log["updates"] += 1
             bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-            if bad and self._next_step <= self._rolls_back_after:
+            if not bad:
+                self._since_log["nats"] += losses
+            elif self._step > self._rolls_back_after:
+                self._since_log["is_spoiled"] = True
+            else:
                 raise ForgeError(
-                    f"the loss became NaN or infinite at step {self._next_step} (first on rank"
+                    f"the loss became NaN or infinite at step {self._step} (first on rank"
                     f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched",
                     "lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then"
                     " resume with --resume auto",
                 )
-            self._is_spoiled = self._is_spoiled or bool(bad)
-            self._nats += [] if bad else losses
-            self._next_step += 1
-            self._updates += 1
 
     def since_log(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values; after `settle`."""
         # A copy: the background writer reads it while the list grows.
-        return {
-            "nats": list(self._nats),
-            "updates": self._updates,
-            "is_spoiled": self._is_spoiled,
-        }
+        return copy.deepcopy(self._since_log)

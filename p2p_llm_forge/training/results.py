@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from p2p_llm_forge.files import read_json
@@ -34,10 +34,6 @@ class TrainResult:
         file = output_dir / RESULTS
         return TrainResult(**read_json(file)) if file.exists() else None
 
-    def as_dict(self) -> dict:
-        """The result as plain JSON values."""
-        return asdict(self)
-
     def summary(self) -> str:
         """The result for a person, in a few lines."""
         tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
@@ -68,7 +64,7 @@ class TrainResult:
         """A README.md for the model's folder, as the Hub shows it."""
         figures = "\n".join(
             f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
-            for key, value in self.as_dict().items()
+            for key, value in vars(self).items()
             if isinstance(value, int | float)
         )
         origin = f"base_model: {base_model}\n" if base_model else ""

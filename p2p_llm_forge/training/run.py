@@ -193,8 +193,8 @@ def conclude(run: Run) -> TrainResult:
         )
         folder.confirm()
         write_file(folder.path / "README.md", result.model_card(job.config.model_name))
-        write_json(folder.path / RESULTS, result.as_dict())
+        write_json(folder.path / RESULTS, vars(result))
         run.tracking.say(result.summary())
-        return result.as_dict()
+        return vars(result)
 
     return TrainResult(**job.cluster.main_only(publish))

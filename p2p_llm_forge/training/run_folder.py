@@ -103,4 +103,4 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
     if result is None or result.steps != total_steps or step != total_steps:
         return str(newest), None
     print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
-    return str(newest), result.as_dict()
+    return str(newest), vars(result)

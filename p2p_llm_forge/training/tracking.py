@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from tqdm import tqdm
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
@@ -23,13 +27,9 @@ class Silent:
     """What the other ranks have instead of a `Tracking`."""
 
     def start(self, first_step: int, total_steps: int) -> None: ...
-
     def step(self) -> None: ...
-
     def log(self, metrics: dict[str, Any]) -> None: ...
-
     def say(self, text: str) -> None: ...
-
     def finish(self) -> None: ...
 
 
@@ -37,32 +37,27 @@ class Tracking(Silent):
     """What the main process shows: a bar on a terminal, lines elsewhere, and metrics.jsonl."""
 
     def __init__(self, config: TrainConfig, cluster: Cluster) -> None:
-        self._output_dir = Path(config.output_dir)
-        self._accelerator = cluster.accelerator
-        self._settings = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in as_dict(config).items()
-        }
+        self._config, self._accelerator = config, cluster.accelerator
         self._tracker_names = tracker_names(config.report_to)
-        self._bar: Any = None
-        self._metrics: Any = None
+        self._opened = contextlib.ExitStack()
         self._last_line = 0.0
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Open the bar, metrics.jsonl (without lines of steps to be repeated) and the trackers."""
-        from tqdm import tqdm
-
-        path = self._output_dir / METRICS
+        path = Path(self._config.output_dir) / METRICS
         keep_metrics_until(path, first_step)
-        self._metrics = path.open("a", encoding="utf-8")
+        self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
         if self._tracker_names:
-            from accelerate.tracking import filter_trackers
-
-            self._accelerator.log_with = filter_trackers(self._tracker_names, str(self._output_dir))
-            self._accelerator.init_trackers("runs", config=self._settings)
-        self._bar = tqdm(
-            initial=first_step, total=total_steps, unit="step", disable=not sys.stderr.isatty()
-        )
+            folder, settings = self._config.output_dir, as_dict(self._config).items()
+            self._accelerator.log_with = filter_trackers(self._tracker_names, folder)
+            plain = {
+                key: one if isinstance(one, int | float) else str(one) for key, one in settings
+            }
+            self._accelerator.init_trackers("runs", config=plain)
+            self._opened.callback(self._accelerator.end_training)
+        is_shown, done = sys.stderr.isatty(), first_step
+        bar = tqdm(initial=done, total=total_steps, unit="step", disable=not is_shown)
+        self._bar = self._opened.enter_context(bar)
 
     def step(self) -> None:
         """One more update is done."""
@@ -73,9 +68,7 @@ class Tracking(Silent):
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
         if self._tracker_names:
-            numbers = {
-                key: value for key, value in metrics.items() if isinstance(value, int | float)
-            }
+            numbers = {key: one for key, one in metrics.items() if isinstance(one, int | float)}
             self._accelerator.log(numbers, step=metrics["step"])
         text = line_of(metrics)
         if not self._bar.disable:
@@ -86,19 +79,12 @@ class Tracking(Silent):
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        if self._bar is None or self._bar.disable:
+        with tqdm.external_write_mode():
             print(text, flush=True)
-        else:
-            self._bar.write(text)
 
     def finish(self) -> None:
         """Close everything that `start` opened."""
-        if self._bar is not None:
-            self._bar.close()
-            self._metrics.close()
-            if self._tracker_names:
-                self._accelerator.end_training()
-            self._bar = None
+        self._opened.close()
 
 
 def line_of(metrics: dict[str, Any]) -> str:
@@ -119,43 +105,35 @@ def line_of(metrics: dict[str, Any]) -> str:
 def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:
     """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in lm.parameters())
-    world, manifest = cluster.world_size, data.manifest
+    manifest, precision = data.manifest, cluster.accelerator.mixed_precision
     blocks, length = manifest.splits["train"].blocks, manifest.sequence_length
-    accelerator = cluster.accelerator
+    shares = f"{' + '.join(map(str, plan.shares))} on {cluster.world_size} processes"
+    if len(set(plan.shares)) == 1:
+        shares = f"{plan.shares[0]} on each of {cluster.world_size} process(es)"
     return f"""\
 model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters
 data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
-peers     {world} process(es) on {cluster.device.type}, precision {accelerator.mixed_precision}
-updates   {plan.total_steps:,} of {plan.batch_size} blocks, {_in_words(plan.shares)}, \
+peers     {cluster.world_size} process(es) on {cluster.device.type}, precision {precision}
+updates   {plan.total_steps:,} of {plan.batch_size} blocks, {shares}, \
 micro-batches of {plan.micro_batch_size}"""
-
-
-def _in_words(shares: list[int]) -> str:
-    """How many blocks of an update each process takes."""
-    if len(set(shares)) == 1:
-        return f"{shares[0]} on each of {len(shares)} process(es)"
-    return f"{' + '.join(map(str, shares))} on {len(shares)} processes"
 
 
 def tracker_names(report_to: str) -> list[str]:
     """The trackers that `--report-to` asks for. Raises ForgeError for unknown or missing ones."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    installed = {str(name) for name in get_available_trackers()}
-    known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    known, installed = (
+        [*LOGGER_TYPE_TO_CLASS, "none"],
+        [str(one) for one in get_available_trackers()],
+    )
     problems = Problems()
     for name in names:
-        if name not in known:
-            problems.require(
-                False, f"--report-to {name}: no such tracker", nearest(name, known | {"none"})
-            )
-        elif name not in installed:
-            problems.require(
-                False,
-                f"--report-to {name}: it is not installed",
-                f"pip install {name}, or leave it out",
-            )
+        asked, is_known = f"--report-to {name}", name in known
+        problems.require(is_known, f"{asked}: no such tracker", nearest(name, known))
+        problems.require(
+            not is_known or name in installed,
+            f"{asked}: it is not installed",
+            f"pip install {name}, or leave it out",
+        )
     problems.raise_any()
     return names
 
@@ -166,9 +144,7 @@ def keep_metrics_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
-            continue
     write_file(path, "".join(kept))

@@ -30,7 +30,7 @@ BARE = TrainResult("artifacts/mara", 0, 0, None, None, 1)
 @pytest.mark.parametrize("result", [FULL, BARE])
 def test_a_result_that_was_written_is_found_again(tmp_path, result):
     assert TrainResult.load(tmp_path) is None
-    write_json(tmp_path / RESULTS, result.as_dict())
+    write_json(tmp_path / RESULTS, vars(result))
     assert TrainResult.load(tmp_path) == result
 
 

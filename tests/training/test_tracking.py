@@ -9,6 +9,7 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import tracking as tracking_module
 from p2p_llm_forge.training.tracking import (
     METRICS,
     Silent,
@@ -127,7 +128,7 @@ def test_the_introduction_says_who_takes_how_much(shares, words):
 
 
 def test_unknown_and_missing_trackers_are_refused_all_at_once(monkeypatch):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(tracking_module, "get_available_trackers", lambda: ["tensorboard"])
     assert tracker_names("none") == []
     assert tracker_names("tensorboard, none") == ["tensorboard"]
     with pytest.raises(ForgeError) as error:
