@@ -106,11 +106,11 @@ def time_an_update(
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
     from p2p_llm_forge.training.job import Job, make_plan
-    from p2p_llm_forge.training.new_model import new_model
+    from p2p_llm_forge.training.learner import new_model
 
     with report.failures_as("model"):
         job = Job(config, cluster, data, make_plan(config, cluster, data))
-        lm = cluster.together(lambda: new_model(config, cluster, data))
+        lm = cluster.together(lambda: new_model(job))
         trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         if cluster.is_main:
             report.findings.append(judge_checkpoints(config, trained))

@@ -227,7 +227,7 @@ def parameters_of_model(data: Path) -> int:
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.data.dataset import open_prepared
     from p2p_llm_forge.model.build import build_model
-    from p2p_llm_forge.training.new_model import text_spec_of
+    from p2p_llm_forge.training.learner import text_spec_of
 
     config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
     lm = build_model(config, text_spec_of(open_prepared(data)))

@@ -112,7 +112,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config):
     from p2p_llm_forge.data import order as data_order
     from p2p_llm_forge.data.dataset import open_prepared
     from p2p_llm_forge.model.build import build_model
-    from p2p_llm_forge.training.new_model import text_spec_of
+    from p2p_llm_forge.training.learner import text_spec_of
 
     config = replace(
         config,

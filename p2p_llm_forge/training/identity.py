@@ -66,10 +66,9 @@ def refuse_another_run(
     """Raise ForgeError if `output_dir` holds another run, or this one without `resume`."""
     recorded = recorded_identity(output_dir)
     if recorded is None:
-        present = [name for name in PUBLISHED if (output_dir / name).exists()]
-        if present:
+        if present := next((name for name in PUBLISHED if (output_dir / name).exists()), None):
             raise ForgeError(
-                f"{output_dir} holds {present[0]}, but no run of this program",
+                f"{output_dir} holds {present}, but no run of this program",
                 "choose another --output-dir, or replace what is there with --overwrite",
             )
         return
@@ -94,27 +93,22 @@ def refuse_another_run(
 def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -> None:
     """Record in run.json that the folder is this run's; `overwrite` first removes the one in it.
 
-    To be called when all else is known to work. Raises ForgeError when the folder cannot be
-    written.
+    To be called when all else is known to work. Raises ForgeError for a folder not writable.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
         if overwrite:
-            _remove_run(output_dir)
+            remove(output_dir, steps_saved(output_dir))
+            for name in (RUN, "metrics.jsonl", *PUBLISHED):
+                (output_dir / name).unlink(missing_ok=True)
+            shutil.rmtree(output_dir / "runs", ignore_errors=True)
         write_json(output_dir / RUN, {"format_version": FORMAT_VERSION, "identity": identity})
     except OSError as error:
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}",
             "give another folder, or make this one writable",
         ) from error
-
-
-def _remove_run(output_dir: Path) -> None:
-    remove(output_dir, steps_saved(output_dir))
-    for name in (RUN, "metrics.jsonl", *PUBLISHED):
-        (output_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / "runs", ignore_errors=True)
 
 
 def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -125,6 +119,5 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         *("sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
         *("outer_warmup_rounds", "fragments", "overlap_steps", "ddp_warmup_steps"),
     )
-    return [
-        f"{key}: {before.get(key)} -> {now[key]}" for key in computed if before.get(key) != now[key]
-    ]
+    changed = [key for key in computed if before.get(key) != now[key]]
+    return [f"{key}: {before.get(key)} -> {now[key]}" for key in changed]

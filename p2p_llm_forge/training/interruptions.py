@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from types import FrameType
 
 from p2p_llm_forge.errors import ForgeError
 
@@ -45,7 +44,8 @@ class Interruptions:
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             for number in (*STOP_SIGNALS, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, _leave_to_the_thread)
+                # Only a handler of Python's makes the signal reach the wake-up socket.
+                self._previous[number] = signal.signal(number, lambda *_: None)
             self._previous_fd = signal.set_wakeup_fd(self._writer.fileno())
             threading.Thread(target=self._watch, daemon=True, name="interruptions").start()
         return self
@@ -80,10 +80,6 @@ class Interruptions:
                 elif number in STOP_SIGNALS and time.monotonic() - first_at > REPEAT_S:
                     os._exit(128 + number)
         self._reader.close()
-
-
-def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Only a handler of Python's makes the signal reach the wake-up socket."""
 
 
 def interruption(asked: int, step: int, is_elastic: bool) -> Interrupted:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import load_model
+from p2p_llm_forge.model.build import build_model, load_model
+from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.sync.base import Sync
 from p2p_llm_forge.sync.ddp import set_bucket_size
 from p2p_llm_forge.sync.strategy import refuse_different_models
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.new_model import new_model, text_spec_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
 
     def of_this_rank() -> Any:
         if checkpoint is None:
-            return new_model(config, cluster, job.data)
+            return new_model(job)
         if not checkpoint.is_dir():
             raise ForgeError(
                 f"{checkpoint} is not seen from here; to resume, every machine must see the"
@@ -71,6 +72,22 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
     if config.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
     return lm
+
+
+def new_model(job: Job) -> Any:
+    """The causal LM that a run from scratch begins with, in float32, on the CPU."""
+    processes_here = job.cluster.launch.local_world_size
+    return build_model(job.config, text_spec_of(job.data), processes_here)
+
+
+def text_spec_of(data: PreparedDataset) -> TextSpec:
+    """What a model must know of the text in `data`."""
+    return TextSpec(
+        vocab_size=data.manifest.vocab_size,
+        eos_token_id=data.manifest.eos_token_id,
+        sequence_length=data.manifest.sequence_length,
+        tokenizer_dir=data.tokenizer_dir,
+    )
 
 
 def first_micro_batch(job: Job, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from p2p_llm_forge.training.checkpoint import newest_good, read_state
 from p2p_llm_forge.training.evaluation import evaluate_split
 from p2p_llm_forge.training.forecast import measure_and_forecast
 from p2p_llm_forge.training.job import Job, open_data
-from p2p_llm_forge.training.new_model import new_model, text_spec_of
+from p2p_llm_forge.training.learner import new_model, text_spec_of
 from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.tracking import introduction
 
@@ -56,7 +56,7 @@ def dry_run(job: Job) -> TrainResult:
     """Print what a run would do, and how fast by which strategy; train and write nothing."""
     config, cluster = job.config, job.cluster
     cluster.main_only(job.refuse_another_run)
-    lm = cluster.together(lambda: new_model(config, cluster, job.data))
+    lm = cluster.together(lambda: new_model(job))
     text = introduction(cluster, job.data, job.plan, lm)
     if cluster.world_size > 1:
         text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])

@@ -41,15 +41,11 @@ class TrainResult:
         if self.train_loss is not None:
             lines.append(f"training  loss {self.train_loss:.4f} nats per token")
         if self.tokens_per_second is not None:
-            lines.append(
-                f"speed     {self.tokens_per_second:,.0f} tokens/s over {self.processes}"
-                " process(es)"
-            )
+            speed = f"{self.tokens_per_second:,.0f} tokens/s"
+            lines.append(f"speed     {speed} over {self.processes} process(es)")
         if self.bytes_sent_per_update:
-            lines.append(
-                f"network   communication {self.communication:.1%},"
-                f" {self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
-            )
+            sent = f"{self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
+            lines.append(f"network   communication {self.communication:.1%}, {sent}")
         if self.eval_loss is not None:
             bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
             lines.append(

@@ -17,9 +17,8 @@ from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import Learner
+from p2p_llm_forge.training.learner import Learner, text_spec_of
 from p2p_llm_forge.training.loss_window import LossWindow
-from p2p_llm_forge.training.new_model import text_spec_of
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving

@@ -21,9 +21,8 @@ from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
 from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import build_learner, prime
+from p2p_llm_forge.training.learner import build_learner, new_model, prime
 from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
-from p2p_llm_forge.training.new_model import new_model
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
@@ -91,7 +90,7 @@ def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
     if config.sync == "auto" and checkpoint is not None:
         config = as_begun(config, cluster.main_only(lambda: read_state(checkpoint)["config"]))
     elif config.sync == "auto":
-        lm = cluster.together(lambda: new_model(config, cluster, job.data))
+        lm = cluster.together(lambda: new_model(job))
         forecasts = measure_and_forecast(job, lm)
         if cluster.is_main:
             print("\n".join(table(forecasts)), flush=True)

@@ -14,7 +14,7 @@ from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
-from p2p_llm_forge.training.new_model import text_spec_of
+from p2p_llm_forge.training.learner import text_spec_of
 from tests.runs import TINY_MODEL
 
 

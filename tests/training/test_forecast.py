@@ -11,7 +11,7 @@ from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.peers.links import Links
 from p2p_llm_forge.sync.forecast import Strategy
 from p2p_llm_forge.training import forecast
-from p2p_llm_forge.training.new_model import new_model
+from p2p_llm_forge.training.learner import new_model
 
 
 def test_auto_takes_of_a_run_by_ddp_no_settings_of_rounds():
@@ -54,7 +54,7 @@ def timed(open_small_job, alone, monkeypatch):
 def test_an_update_is_timed_by_its_micro_batches(timed, monkeypatch):
     """With every measurement taken for a second: four micro-batches and the optimizer's step."""
     monkeypatch.setattr(forecast, "seconds", lambda act: (act(), 1.0)[1])
-    lm = new_model(timed.config, timed.cluster, timed.data)
+    lm = new_model(timed)
     before = [p.detach().clone() for p in lm.parameters()]
     assert forecast.update_s_by_rank(timed, lm) == [5.0]
     after = list(lm.parameters())
@@ -63,7 +63,7 @@ def test_an_update_is_timed_by_its_micro_batches(timed, monkeypatch):
 
 def test_strategies_that_do_not_go_with_the_run_are_left_out(timed):
     nobody = Links([[math.nan]], [[math.nan]])
-    lm = new_model(timed.config, timed.cluster, timed.data)
+    lm = new_model(timed)
     found = forecast.forecasts(timed, lm, nobody, [1.0])
     fragments = {one.strategy.fragments for one in found}
     assert found and max(fragments) <= 4

@@ -9,13 +9,28 @@ import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.training.learner import build_or_load, first_micro_batch, prime
+from p2p_llm_forge.training.learner import (
+    build_or_load,
+    first_micro_batch,
+    new_model,
+    prime,
+    text_spec_of,
+)
 
 
 def test_a_checkpoint_that_this_machine_does_not_see_is_named(open_small_job, tmp_path):
     with pytest.raises(ForgeError, match="checkpoint-9 is not seen from here") as error:
         build_or_load(open_small_job(), tmp_path / "checkpoint-9")
     assert error.value.problems[0].fix == "share the folder, or copy it to this machine"
+
+
+def test_a_run_begins_with_a_model_that_fits_its_data(open_small_job, prepared):
+    job = open_small_job()
+    lm, manifest = new_model(job), job.data.manifest
+    assert lm.config.vocab_size == manifest.vocab_size
+    assert lm.config.n_positions == manifest.sequence_length
+    assert lm.config.eos_token_id == manifest.eos_token_id
+    assert text_spec_of(job.data).tokenizer_dir == prepared / "tokenizer"
 
 
 def test_the_first_micro_batch_is_that_of_the_split(open_small_job):
