@@ -39,9 +39,7 @@ def checkpoint_dir(output_dir: Path, step: int) -> Path:
 
 def steps_saved(output_dir: Path) -> list[int]:
     """The steps of all folders that look like checkpoints, newest first, verified or not."""
-    names = (
-        re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")
-    )
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("*"))
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 

@@ -171,6 +171,7 @@ def conclude(run: Run) -> TrainResult:
     """Evaluate, publish the final model into the output directory, write and print results."""
     job, folder, steps = run.job, run.folder, run.job.plan.total_steps
     training_s, updates = run.clock.seconds, steps - run.first_step
+    speed = updates * job.plan.tokens_per_update / training_s if updates else None
     run.saving.finish()
     figures = run.figures or run.evaluate(steps)  # a run killed after its last save has none
 
@@ -182,9 +183,7 @@ def conclude(run: Run) -> TrainResult:
             steps=steps,
             tokens=steps * job.plan.tokens_per_update,
             train_loss=run.train_loss,
-            tokens_per_second=(
-                updates * job.plan.tokens_per_update / training_s if updates else None
-            ),
+            tokens_per_second=speed,
             processes=job.cluster.world_size,
             **(run.meter.figures(training_s, updates) if updates else {}),
             sample=sample_text(run.learner.lm, text, job.config.sample_prompt, job.config.seed),

@@ -16,10 +16,7 @@ from p2p_llm_forge.training.identity import claim
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.results import TrainResult
 
-NOT_PUBLISHED = (
-    *(checkpoint.MANIFEST, checkpoint.TRAINER_STATE),
-    *(snapshot.OPTIMIZER, snapshot.SYNC),
-)
+NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
 
 
 class RunFolder:
@@ -39,10 +36,7 @@ class RunFolder:
         return self._lock is not None and self._lock.is_lost
 
     def confirm(self) -> None:
-        """Raise ForgeError if another process has taken the folder over.
-
-        The main process calls it before it writes what two must not write.
-        """
+        """Raise ForgeError if another process has taken it over; call it before writing there."""
         if self._lock is not None:
             self._lock.confirm()
 
