@@ -23,10 +23,9 @@ def resolve(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ForgeError(
-            f"the main address {host} means nothing on this machine ({error})",
-            "write its IP address, or add the name to /etc/hosts",
-        ) from error
+        meaning = f"the main address {host} means nothing on this machine ({error})"
+        fix = "write its IP address, or add the name to /etc/hosts"
+        raise ForgeError(meaning, fix) from error
     return list(dict.fromkeys(str(entry[4][0]).split("%")[0] for entry in found))
 
 
@@ -45,10 +44,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether the whole internet could reach an address, firewalls aside.
-
-    Private ranges, link-local ones and Tailscale's shared range 100.64.0.0/10 are not public.
-    """
+    """Whether the internet could reach an address. Tailscale's 100.64.0.0/10 is private too."""
     return ipaddress.ip_address(address).is_global
 
 
@@ -60,11 +56,8 @@ def judge_name(host: str, machines: int) -> list[Finding]:
         return [fine("address", host if found == [host] else f"{host} is {found[0]}")]
     if is_literal(host) or host == "localhost":
         own = f"{host} is each machine's own: {machines} machines will not meet there"
-        fix = (
-            "write the address of machine 0 as the others reach it (`ip -brief address` there);"
-            " this is right only if all of them run on this machine"
-        )
-        return [warning("address", own, fix)]
+        fix = "write the address of machine 0 as the others reach it (`ip -brief address` there);"
+        return [warning("address", own, f"{fix} this is right only if all run on this machine")]
     own = f"the name {host} means {loopback[0]} on this machine, where no other can reach it"
     fix = f"write the machine's IP address instead of its name, or take {host} off the line"
     return [failure("address", own, f"{fix} `{loopback[0]}` in /etc/hosts")]

@@ -36,8 +36,7 @@ HEARTBEAT_S = 1.0
 class Cluster:
     """All processes of a run, seen from one of them.
 
-    store: None for a process alone. control: gloo's group where gradients travel by another one, as
-    NCCL.
+    store: None for a process alone. control: gloo's group where gradients travel by NCCL.
     """
 
     def __init__(
@@ -133,10 +132,7 @@ class Cluster:
             self._store.set(f"forge/posted/{key}/{self.rank}", value)
 
     def wait_for(self, key: str, rank: int) -> str:
-        """What `rank` posts under `key`, as soon as it does. May be called from any thread.
-
-        Raises RankFailure when the rank shows no sign of life meanwhile.
-        """
+        """What `rank` posts under `key`, for any thread. Raises RankFailure if it is gone."""
         return self._await(f"forge/posted/{key}/{rank}", rank)
 
     # --- numbers and tensors ----------------------------------------------------------------------
@@ -159,7 +155,7 @@ class Cluster:
 
     def open_channel(self) -> Channel:
         """A new channel for bulk data. All ranks must call; it is closed when the run ends."""
-        groups = (self._new_group(), self._new_group()) if self._store else (None, None)
+        groups = (self._new_group(), self._new_group()) if self.world_size > 1 else (None, None)
         self._channels.append(Channel(self.rank, self.world_size, groups))
         return self._channels[-1]
 
@@ -196,10 +192,7 @@ class Cluster:
             self._heart.join(timeout=GOODBYE_S)
 
     def leave(self) -> None:
-        """Say goodbye: the main process, which may serve the store, goes last.
-
-        A peer that has died says nothing, so the main process waits for a few seconds only.
-        """
+        """Say goodbye: the main process, which may serve the store, waits a few seconds for all."""
         self.close()
         store = self._store
         if store is None:

@@ -63,10 +63,8 @@ def refusal(topic: str, found: str, fix: str) -> ForgeError:
 def failures(topic: str, error: ForgeError) -> list[Finding]:
     """The problems of an error as findings; those that are findings stay what they are."""
     return [
-        problem
-        if isinstance(problem, Finding)
-        else Finding(problem.found, problem.fix, problem.where, level=FAILURE, topic=topic)
-        for problem in error.problems
+        p if isinstance(p, Finding) else Finding(**vars(p), level=FAILURE, topic=topic)
+        for p in error.problems
     ]
 
 

@@ -69,13 +69,16 @@ def _form_cluster(
     config: TrainConfig, launch: Launch, threads: int, store: dist.Store | None
 ) -> Cluster:
     use_cpu = config.cpu or not _has_usable_accelerator(launch)
+    if config.backend == "nccl" and use_cpu:
+        found = "--backend nccl needs an NVIDIA GPU and none was found"
+        raise ForgeError(found, "use --backend gloo")
     timeout = datetime.timedelta(seconds=config.peer_timeout)
     options: dict[str, Any] = {"cpu": use_cpu}
     if store is not None:
         options |= {"store": store, "rank": launch.rank, "world_size": launch.world_size}
         options |= {"timeout": timeout}
         options |= {} if config.backend == "auto" else {"backend": config.backend}
-    state = _start_process_group(config, launch, options)
+    state = _start_process_group(launch, options)
     control = None
     if use_cpu:
         torch.set_num_threads(threads)
@@ -97,13 +100,8 @@ def _form_cluster(
     return cluster
 
 
-def _start_process_group(
-    config: TrainConfig, launch: Launch, options: dict[str, Any]
-) -> PartialState:
+def _start_process_group(launch: Launch, options: dict[str, Any]) -> PartialState:
     """Accelerate's state, with all ranks in its process group."""
-    if config.backend == "nccl" and options["cpu"]:
-        found = "--backend nccl needs an NVIDIA GPU and none was found"
-        raise ForgeError(found, "use --backend gloo")
     try:
         state = PartialState(**options)
     except (dist.DistError, RuntimeError, ValueError) as error:

@@ -120,10 +120,7 @@ def judge_together(files: Sequence[LaunchFile]) -> list[Finding]:
 
 
 def judge_launch_file(file: LaunchFile, gpus: int) -> list[Finding]:
-    """Whether `accelerate launch` with this file starts the processes that it promises.
-
-    gpus: how many this machine has.
-    """
+    """Whether the file starts what it promises on this machine, which has so many GPUs."""
     judged = chain(
         _judge_keys(file),
         _judge_type(file),

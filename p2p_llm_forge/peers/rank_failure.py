@@ -25,10 +25,7 @@ class RankFailure(ForgeError):
 
 
 def explain(error: BaseException, rank: int) -> ForgeError | None:
-    """An error of a library or of the machine as a message of this rank; None if it is a bug.
-
-    A ForgeError is its own message.
-    """
+    """What a library or the machine raised as a message of this rank; None if it is a bug."""
     if isinstance(error, ForgeError):
         return error
     if not isinstance(error, RuntimeError | OSError | MemoryError):

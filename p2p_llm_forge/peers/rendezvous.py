@@ -26,13 +26,7 @@ import torch.distributed as dist
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
-from p2p_llm_forge.peers.findings import (
-    Finding,
-    failure,
-    failures,
-    refusal,
-    refuse_failures,
-)
+from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.routes import address_of
 from p2p_llm_forge.peers.secret import is_proven, new_nonce, proof, read_secret
@@ -96,8 +90,7 @@ def choose_endpoint(
 def rendezvous(endpoint: Endpoint) -> dist.Store:
     """Wait for all ranks, check that each may be here and reaches the others; returns the store.
 
-    Raises ForgeError, on all ranks that came, when a rank is missing, has not the secret, or cannot
-    be reached.
+    Raises ForgeError, on all that came, when a rank is missing, without the secret or unreachable.
     """
     store, own = open_store(endpoint), endpoint.own_address
     try:

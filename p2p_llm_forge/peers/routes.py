@@ -23,23 +23,18 @@ class Route:
 
 
 def route_to(host: str) -> Route | None:
-    """The interface that packets to `host` leave by; None when the host is this machine's loopback.
-
-    Raises ForgeError when the name does not resolve or no route leads there.
-    """
+    """The route to `host`; None for this machine's loopback. Raises ForgeError if there is none."""
     try:
         family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # UDP: chooses the route, sends nothing
             own = probe.getsockname()[0]
     except OSError as error:
-        raise ForgeError(
-            f"no route to the main process at {host} ({error})",
-            "check the address (main_process_ip, --master-addr) and that this machine is on its"
-            " network",
-        ) from error
-    for interface, found in _addresses_by_interface().items():
-        if own in found and not addresses.is_loopback(own):
+        found = f"no route to the main process at {host} ({error})"
+        fix = "check the address (main_process_ip, --master-addr) and this machine's network"
+        raise ForgeError(found, fix) from error
+    for interface, its_own in _addresses_by_interface().items():
+        if own in its_own and not addresses.is_loopback(own):
             return Route(own, interface)
     return None
 
@@ -50,19 +45,16 @@ def address_of(interface: str) -> str:
     if found.get(interface):
         return found[interface][0]
     alike = nearest(interface, [name for name, own in found.items() if own])
-    raise ForgeError(
-        f"GLOO_SOCKET_IFNAME is {interface}, and this machine has no such interface with an"
-        f" address ({alike})",
-        "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken",
-    )
+    missing = f"GLOO_SOCKET_IFNAME is {interface}: no such interface with an address here ({alike})"
+    fix = "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken"
+    raise ForgeError(missing, fix)
 
 
 def choose_interface(launch: Launch) -> dict[str, str]:
     """GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for the route to the main process.
 
     Gloo (torch 2.13) otherwise binds the address that the hostname resolves to, which on many
-    machines is 127.0.0.1, where no peer can reach it. What the user has set is kept; empty where
-    there is nothing to choose.
+    machines is 127.0.0.1, where no peer can reach it. What the user has set is kept.
     """
     route = route_to(launch.master_addr or "127.0.0.1") if launch.machines > 1 else None
     if route is None:
@@ -129,14 +121,9 @@ def _judge_ownership(main: Main) -> list[Finding]:
         return [warning("address", found, f"{fix} run on one machine")]
     outward = sorted(address for address in own if not addresses.is_loopback(address))
     found = f"this is machine 0, and {main.host} is not one of its addresses"
-    return [
-        warning(
-            "address",
-            f"{found} ({', '.join(outward) or 'it has none'})",
-            "write the one that the others reach (main_process_ip, --master-addr), unless a router"
-            " forwards the port to here",
-        )
-    ]
+    found = f"{found} ({', '.join(outward) or 'it has none'})"
+    fix = "write the one that the others reach (main_process_ip, --master-addr)"
+    return [warning("address", found, f"{fix}, unless a router forwards the port to here")]
 
 
 def _judge_hostname() -> list[Finding]:
