@@ -42,11 +42,9 @@ def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
 
 def positions_of(model_config: Any) -> int | None:
     """The longest sequence that a model can take; None where its family sets no limit."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        limit = getattr(model_config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limits = (getattr(model_config, name, None) for name in names)
+    return next((one for one in limits if isinstance(one, int) and one > 0), None)
 
 
 def require_positions(model_config: Any, what: str, text: TextSpec) -> None:

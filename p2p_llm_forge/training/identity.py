@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import read_json, write_json
 from p2p_llm_forge.training.checkpoint import (
@@ -16,7 +14,6 @@ from p2p_llm_forge.training.checkpoint import (
     remove_leftovers,
     steps_saved,
 )
-from p2p_llm_forge.training.plan import Plan
 
 RUN = "run.json"
 
@@ -31,24 +28,8 @@ PUBLISHED = (
 MAY_CHANGE = ("dataset", "seed", "batch_size")
 
 
-def run_identity(config: TrainConfig, data: PreparedDataset, plan: Plan) -> dict[str, Any]:
-    """What makes a run this run and no other."""
-    return {
-        "dataset": data.manifest.fingerprint,
-        "tokenizer": data.manifest.tokenizer_fingerprint,
-        "sequence_length": data.manifest.sequence_length,
-        "model_name": config.model_name,
-        "model_type": config.model_type,
-        "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
-        "document_mask": config.document_mask,
-        "optimizer": config.optimizer,
-        "seed": config.seed,
-        "batch_size": plan.batch_size,
-    }
-
-
 def recorded_identity(output_dir: Path) -> dict[str, Any] | None:
-    """That of the run in the folder; None if there is none. Raises ForgeError if it is broken."""
+    """What `Job.identity` was for the run in the folder; None without one. Raises ForgeError."""
     try:
         return read_json(output_dir / RUN)["identity"]
     except (FileNotFoundError, NotADirectoryError):

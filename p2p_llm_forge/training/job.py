@@ -10,7 +10,7 @@ from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.training.identity import recorded_identity, refuse_another_run, run_identity
+from p2p_llm_forge.training.identity import recorded_identity, refuse_another_run
 from p2p_llm_forge.training.plan import Plan, plan_updates
 
 
@@ -34,7 +34,19 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What makes its run this run and no other."""
-        return run_identity(self.config, self.data, self.plan)
+        config, manifest = self.config, self.data.manifest
+        return {
+            "dataset": manifest.fingerprint,
+            "tokenizer": manifest.tokenizer_fingerprint,
+            "sequence_length": manifest.sequence_length,
+            "model_name": config.model_name,
+            "model_type": config.model_type,
+            "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
+            "document_mask": config.document_mask,
+            "optimizer": config.optimizer,
+            "seed": config.seed,
+            "batch_size": self.plan.batch_size,
+        }
 
     def refuse_another_run(self) -> None:
         """Raise ForgeError if the folder holds another run, or this one and it does not resume."""

@@ -48,15 +48,13 @@ class Tracking(Silent):
         keep_metrics_until(path, first_step)
         self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
         if self._tracker_names:
-            folder, settings = self._config.output_dir, as_dict(self._config).items()
+            folder, settings = self._config.output_dir, as_dict(self._config)
+            settings |= {k: str(v) for k, v in settings.items() if not isinstance(v, int | float)}
             self._accelerator.log_with = filter_trackers(self._tracker_names, folder)
-            plain = {
-                key: one if isinstance(one, int | float) else str(one) for key, one in settings
-            }
-            self._accelerator.init_trackers("runs", config=plain)
+            self._accelerator.init_trackers("runs", config=settings)
             self._opened.callback(self._accelerator.end_training)
-        is_shown, done = sys.stderr.isatty(), first_step
-        bar = tqdm(initial=done, total=total_steps, unit="step", disable=not is_shown)
+        is_hidden = not sys.stderr.isatty()
+        bar = tqdm(initial=first_step, total=total_steps, unit="step", disable=is_hidden)
         self._bar = self._opened.enter_context(bar)
 
     def step(self) -> None:
@@ -95,10 +93,8 @@ def line_of(metrics: dict[str, Any]) -> str:
         if (value := metrics.get(key)) is not None
     ]
     if metrics.get("bytes_sent_per_update"):
-        shown.append(
-            f"communication {metrics['communication']:.1%},"
-            f" {metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
-        )
+        sent = f"{metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
+        shown.append(f"communication {metrics['communication']:.1%}, {sent}")
     return "  ".join(shown)
 
 
@@ -121,19 +117,13 @@ micro-batches of {plan.micro_batch_size}"""
 def tracker_names(report_to: str) -> list[str]:
     """The trackers that `--report-to` asks for. Raises ForgeError for unknown or missing ones."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    known, installed = (
-        [*LOGGER_TYPE_TO_CLASS, "none"],
-        [str(one) for one in get_available_trackers()],
-    )
-    problems = Problems()
+    known, problems = [*LOGGER_TYPE_TO_CLASS, "none"], Problems()
+    installed = {str(name) for name in get_available_trackers()}
     for name in names:
         asked, is_known = f"--report-to {name}", name in known
         problems.require(is_known, f"{asked}: no such tracker", nearest(name, known))
-        problems.require(
-            not is_known or name in installed,
-            f"{asked}: it is not installed",
-            f"pip install {name}, or leave it out",
-        )
+        is_missing, fix = is_known and name not in installed, f"pip install {name}, or leave it out"
+        problems.require(not is_missing, f"{asked}: it is not installed", fix)
     problems.raise_any()
     return names
 
