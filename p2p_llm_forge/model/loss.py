@@ -61,13 +61,9 @@ class _ChunkedNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            grad_bias * scale if grad_bias is not None else None,
-            None,
-            None,
-        )
+        of_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        of_bias = None if grad_bias is None else grad_bias * scale
+        return of_hidden, (grad_weight * scale).to(ctx.weight_dtype), of_bias, None, None
 
 
 def chunk_tokens(vocab_size: int) -> int:
