@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 from p2p_llm_forge.config.fields import Options, flag, require_at_least
 from p2p_llm_forge.config.train import TrainConfig
@@ -16,14 +15,14 @@ class CheckOptions(Options):
     """Which launch is looked at, and how the report is printed."""
 
     heading = "the check"
-    PER_RANK: ClassVar[tuple[str, ...]] = (
+    PER_RANK = [
         "config_file",
         "meet",
         "json",
         "write_configs",
         "hosts",
         "gpus_per_host",
-    )
+    ]
 
     config_file: list[str] = flag(
         [], "this machine's file for `accelerate launch`, or the files of several", metavar="FILE"
@@ -60,7 +59,7 @@ class CheckOptions(Options):
 class CheckConfig(CheckOptions, TrainConfig):
     """One look at a launch before it is made: takes the flags of train.py beside its own."""
 
-    GROUPS: ClassVar[tuple[type[Options], ...]] = (*TrainConfig.GROUPS, CheckOptions)
+    GROUPS = [*TrainConfig.GROUPS, CheckOptions]
 
     def problems(self) -> Problems:
         """As of a training, which may still lack its data and its folder."""

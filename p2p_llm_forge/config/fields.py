@@ -41,8 +41,8 @@ class Options:
     """
 
     heading: ClassVar[str] = ""  # in `--help`
-    GROUPS: ClassVar[tuple[type[Options], ...]] = ()
-    PER_RANK: ClassVar[tuple[str, ...]] = ()  # may differ between the ranks of one run
+    GROUPS: ClassVar[list[type[Options]]] = []
+    PER_RANK: ClassVar[list[str]] = []  # may differ between the ranks of one run
 
     def __post_init__(self) -> None:
         # From a notebook, paths may be Paths, one path a plain string, and sizes a dict.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from p2p_llm_forge.config.fields import Options, flag, require_at_least
 from p2p_llm_forge.errors import Problems
@@ -149,7 +149,7 @@ class BlockOptions(Options):
 class PrepareConfig(BlockOptions, TokenizerOptions, TextOptions):
     """One preparation: which text, which tokenizer, which blocks."""
 
-    GROUPS: ClassVar[tuple[type[Options], ...]] = (TextOptions, TokenizerOptions, BlockOptions)
+    GROUPS = [TextOptions, TokenizerOptions, BlockOptions]
 
     def check_together(self, problems: Problems) -> None:
         problems.require(

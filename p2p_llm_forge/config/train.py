@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from p2p_llm_forge.config.fields import (
     Options,
@@ -35,7 +35,7 @@ class DataOptions(Options):
     """What a run learns from, and the folder that it writes."""
 
     heading = "data and output"
-    PER_RANK: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir", "tokenizer")
+    PER_RANK = ["dataset_path", "output_dir", "tokenizer"]
 
     dataset_path: str = flag(
         "",
@@ -70,7 +70,7 @@ class ModelOptions(Options):
     """Which model is trained."""
 
     heading = "model"
-    PER_RANK: ClassVar[tuple[str, ...]] = ("model_name", "gradient_checkpointing", "compile")
+    PER_RANK = ["model_name", "gradient_checkpointing", "compile"]
 
     model_name: str | None = flag(
         None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
@@ -106,7 +106,7 @@ class UpdateOptions(Options):
     """What an update is, and how many are taken."""
 
     heading = "updates"
-    PER_RANK: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
+    PER_RANK = ["micro_batch_size"]
 
     epochs: float = flag(1.0, "passes over the blocks", "--num_train_epochs")
     max_steps: int | None = flag(
@@ -168,7 +168,7 @@ class SavingOptions(Options):
     """What is evaluated, logged and saved, when, and what a run resumes from."""
 
     heading = "evaluating, logging and saving"
-    PER_RANK: ClassVar[tuple[str, ...]] = ("resume", "report_to")
+    PER_RANK = ["resume", "report_to"]
 
     eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
     eval_only: bool = flag(False, "evaluate the model of --output-dir (or --model-name) and stop")
@@ -340,10 +340,10 @@ class LaunchOptions(Options):
     """Where a run computes, and how its processes find each other."""
 
     heading = "launch"
-    PER_RANK: ClassVar[tuple[str, ...]] = (
+    PER_RANK = [
         *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
         *("cluster_secret_file", "allow_public_address"),
-    )
+    ]
 
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
@@ -385,10 +385,7 @@ class TrainConfig(
 ):
     """One training run: what it learns from, what it builds, how long."""
 
-    GROUPS: ClassVar[tuple[type[Options], ...]] = (
-        *(DataOptions, ModelOptions, UpdateOptions),
-        *(SavingOptions, SyncOptions, LaunchOptions),
-    )
+    GROUPS = [DataOptions, ModelOptions, UpdateOptions, SavingOptions, SyncOptions, LaunchOptions]
 
     def check_together(self, problems: Problems) -> None:
         problems.require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 
@@ -15,7 +15,6 @@ from p2p_llm_forge.errors import Problems
 class Group(Options):
     """A group with a field of each kind."""
 
-    GROUPS: ClassVar[tuple[type[Options], ...]] = ()
     size: int = flag(3, "a size", "--the_size")
     rate: float | None = flag(None, "a rate")
     kind: Literal["a", "b"] = flag("a", "a kind")
@@ -54,7 +53,7 @@ def test_a_group_checks_only_values_of_the_right_type():
         def check(self, problems: Problems) -> None:
             problems.require(self.size > 5, f"{self.size} is small", "use 6")
 
-    Strict.GROUPS = (Strict,)
+    Strict.GROUPS = [Strict]
     assert [one.fix for one in Strict(size="x").problems().found] == [
         "give a whole number",
         "use 6",
