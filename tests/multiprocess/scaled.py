@@ -14,6 +14,7 @@ def main() -> int:
     import torch
 
     import train
+    from p2p_llm_forge.peers import join
 
     class Scaling(accelerate.Accelerator):
         def __init__(self, **settings: Any) -> None:
@@ -21,5 +22,5 @@ def main() -> int:
             first = float(os.environ["FIRST_SCALE"]) * (1 + self.process_index)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=first, growth_interval=3)
 
-    accelerate.Accelerator = Scaling  # the process is the test's own
+    join.Accelerator = Scaling  # the process is the test's own
     return train.main()
