@@ -227,10 +227,14 @@ class Lock:
                     "make sure that nothing runs there, and remove it",
                 )
         except OSError as error:
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "make it writable"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                fix = "make room there"
+            elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+                fix = f"remove the file that is in the way of {self._path}"
             raise ForgeError(
                 f"{self._what} cannot be written: {error.strerror or error}",
-                f"{'make room there' if is_full else 'make it writable'}, or give another folder",
+                f"{fix}, or give another folder",
             ) from error
 
     def release(self) -> None:

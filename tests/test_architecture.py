@@ -23,6 +23,8 @@ def imports_by_module() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name.removesuffix(".__init__"): set() for name in names}
     for name, path in zip(found, paths, strict=True):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {one.name for one in node.names} & found.keys()
             if isinstance(node, ast.ImportFrom):
                 inner = {f"{node.module}.{one.name}" for one in node.names}
                 found[name] |= (inner & found.keys()) or ({node.module} & found.keys())

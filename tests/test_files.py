@@ -186,6 +186,12 @@ def test_an_empty_lock_belongs_to_nobody_and_a_foreign_file_in_it_is_named(tmp_p
     assert holders(path) == ["notes.txt"]
 
 
+def test_a_file_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / "run.lock").touch()
+    with pytest.raises(ForgeError, match="remove the file that is in the way of .*run.lock"):
+        only_writer(tmp_path / "run.lock", "the folder").__enter__()
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ForgeError, match="the folder cannot be written: "):

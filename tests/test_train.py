@@ -259,7 +259,7 @@ def test_other_families_and_settings_train(config, family, settings):
         ({"model_name": "gpt2", "model_type": "gpt2"}, "give one or the other"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"backend": "nccl"}, "--backend nccl needs an NVIDIA GPU"),
-        ({"resume": "nowhere"}, "--resume nowhere: it has no manifest.json"),
+        ({"resume": "nowhere"}, "--resume nowhere: there is no such folder"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_written(config, tmp_path, settings, found):

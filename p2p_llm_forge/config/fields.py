@@ -115,7 +115,7 @@ def require_above_0(options: Options, problems: Problems, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         holds = value is None or 0 < value < math.inf
-        problems.require(holds, f"{option(name)} is {value}", "use a number above 0")
+        problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
 
 
 def require_at_least(least: int, options: Options, problems: Problems, *names: str) -> None:
@@ -131,7 +131,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def multiples_near(value: int, unit: int) -> list[int]:
-    """The multiples of `unit` next to `value`, but for 0."""
+def multiples_near(value: int, unit: int) -> str:
+    """The multiples of `unit` next to `value`, but for 0, as a choice: "90 or 120"."""
     below = value // unit * unit
-    return [number for number in (below, below + unit) if number]
+    return " or ".join(str(number) for number in (below, below + unit) if number)

@@ -188,12 +188,15 @@ def _recipe_as_flags(path: Path, parser: Any, problems: Problems) -> list[str]:
     """The recipe's keys and values as command-line words, so that both are read alike."""
     words: list[str] = []
     known = _names(parser) - {"config"}
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
     for key, value in _read_recipe(path).items():
         name = str(key).replace("-", "_")
         if name not in known:
             problems.require(False, f"{path}: unknown key '{key}'", nearest(name, known))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name in lists:
             words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list):
+            problems.require(False, f"{path}: {key} holds a list", "give one value")
         elif isinstance(value, dict):
             # `config_overrides: {hidden_size: 64}` reads better in YAML than one long string.
             words += [f"--{name}={','.join(f'{k}={v}' for k, v in value.items())}"]

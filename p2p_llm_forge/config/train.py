@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -214,13 +215,14 @@ class SavingOptions(Options):
         problems.require(
             not (self.keep_best and not self.eval_every),
             "--keep-best needs evaluations to choose by",
-            "add --eval-every",
+            "add --eval-every N",
         )
+        every = self.eval_every
         problems.require(
-            not (self.keep_best and self.eval_every and self.save_every % self.eval_every),
+            not (self.keep_best and every > 0 and self.save_every % every),
             f"--keep-best judges every checkpoint by its evaluation, but --save-every"
-            f" {self.save_every} is not a multiple of --eval-every {self.eval_every}",
-            "make it one",
+            f" {self.save_every} is not a multiple of --eval-every {every}",
+            f"use --save-every {multiples_near(self.save_every, every or 1)}",
         )
 
 
@@ -374,8 +376,21 @@ class LaunchOptions(Options):
 
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "peer_timeout")
-        require_at_least(0, self, problems, "cpu_threads")
+        require_at_least(0, self, problems, "cpu_threads", "rank", "master_port")
         require_at_least(1, self, problems, "world_size")
+        by_hand = ("rank", "world_size", "master_addr", "master_port")
+        missing = [option(name) for name in by_hand if getattr(self, name) is None]
+        problems.require(
+            len(missing) in (0, len(by_hand)) or self.world_size == 1,
+            f"a launch by hand needs all of {', '.join(map(option, by_hand))}",
+            f"add {' and '.join(missing)}",
+        )
+        ranks = self.world_size if self.world_size is not None else math.inf
+        problems.require(
+            self.rank is None or self.rank < max(1, ranks),
+            f"--rank {self.rank} is not one of the {ranks} ranks of --world-size",
+            f"use 0 to {ranks - 1}",
+        )
 
 
 # A dataclass takes the fields of its last base first: so the data come first, as in GROUPS.
@@ -404,7 +419,7 @@ class TrainConfig(
                 self.eval_every % every == 0,
                 f"--eval-every {self.eval_every} is not a multiple of --sync-every {every}, and"
                 " only there all ranks hold the same weights",
-                f"use {' or '.join(map(str, multiples_near(self.eval_every, every)))}",
+                f"use {multiples_near(self.eval_every, every)}",
             )
 
 

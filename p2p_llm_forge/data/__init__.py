@@ -1,0 +1,1 @@
+"""Text to verified blocks and back: sources, tokenizer, packing, pieces, order."""

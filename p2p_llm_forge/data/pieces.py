@@ -64,7 +64,7 @@ class Pieces:
         self._records: dict[PieceId, Record] = {}
         # Tokens that were written just now and are still in somebody's hands.
         self._fresh: WeakValueDictionary[PieceId, np.ndarray] = WeakValueDictionary()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not its parents: the main rank may have cleared up
 
     def record(self, piece: PieceId) -> Record | None:
         """The record of a piece, if it is done and its tokens are as they were written."""

@@ -146,7 +146,12 @@ def tokenize_for_main(
         wait_for(lambda: folder.exists() or not main_lives())
         if not folder.exists():
             return
-        tokenizer = tokenization.load_tokenizer(str(folder))
+        try:
+            tokenizer = tokenization.load_tokenizer(str(folder))
+        except ForgeError:
+            if main_lives():
+                raise
+            return  # the main rank has finished, and cleared up, meanwhile
     blank = blank_manifest(preparation, tokenizer)
     from_where = preparation.tokenizer_arguments
     backends: tuple[Backend, Backend] = (preparation.config.tokenizer_backend, "reference")

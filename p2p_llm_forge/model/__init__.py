@@ -1,0 +1,1 @@
+"""The causal language model: build, load, loss, document mask, optimizer, schedule."""

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, nearest
+from p2p_llm_forge.errors import ForgeError, Problems, nearest
 from p2p_llm_forge.model.fit import (
     TextSpec,
     positions_of,
@@ -141,21 +141,21 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
     defaults = AutoConfig.for_model(family)
     known = {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})}
     overrides: dict[str, Any] = {}
+    problems = Problems()
     for pair in filter(None, map(str.strip, (config.config_overrides or "").split(","))):
         key, _, value = map(str.strip, pair.partition("="))
         if not value:
-            raise ForgeError(
-                f"--config-overrides: '{pair}' is not KEY=VALUE",
-                "write it like hidden_size=64,num_hidden_layers=2",
-            )
-        if key not in known:
-            raise ForgeError(f"--config-overrides: a {family} has no '{key}'", nearest(key, known))
+            found = f"--config-overrides: '{pair}' is not KEY=VALUE"
+            problems.require(False, found, "write it like hidden_size=64,num_hidden_layers=2")
+            continue
+        found = f"--config-overrides: a {family} has no '{key}'"
+        problems.require(key in known, found, nearest(key, known))
         overrides[key] = value
         with contextlib.suppress(ValueError, SyntaxError):  # else it is a word, such as gelu
             overrides[key] = ast.literal_eval(LITERALS.get(value.lower(), value))
         default = getattr(defaults, key, None)
-        if isinstance(default, int | float) and not isinstance(overrides[key], int | float):
-            raise ForgeError(
-                f"--config-overrides: {key} is '{value}'", f"give a number like {default}"
-            )
+        is_number = isinstance(overrides[key], int | float) or not isinstance(default, int | float)
+        found = f"--config-overrides: {key} is '{value}'"
+        problems.require(is_number, found, f"give a number like {default}")
+    problems.raise_any()
     return defaults, overrides

@@ -20,7 +20,8 @@ MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The number of this process on its machine; 0 without a launcher."""
-    return int(environ.get("LOCAL_RANK", "0"))
+    text = environ.get("LOCAL_RANK", "0")
+    return int(text) if text.isdecimal() else 0  # what is no number is refused by `read_launch`
 
 
 def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -28,7 +29,7 @@ def rank_and_world_size(environ: Mapping[str, str] = os.environ) -> tuple[int, i
 
     For work that is divided without any exchange; whatever talks to peers uses `read_launch`.
     """
-    return int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    return _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
 
 
 def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
@@ -115,14 +116,27 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ForgeError(
+            f"{name} is '{text}' in the environment, which is no number",
+            f"unset {name}, or start the script with torchrun or `accelerate launch`",
+        )
+    return int(text)
+
+
 def _serves_store(environ: Mapping[str, str]) -> bool:
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
     read = {name.lower(): environ[name] for name in VARIABLES if environ.get(name)}
-    processes = {name: text if name == "master_addr" else int(text) for name, text in read.items()}
-    if int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+    processes = {
+        name: text if name == "master_addr" else _number(environ, name.upper(), 0)
+        for name, text in read.items()
+    }
+    if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return processes
     if _serves_store(environ):
         # Seen with torch 2.13: after a restart peers read the dead ones' addresses from it.
@@ -138,20 +152,12 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
 def _refuse_wrong_flags(
     config: TrainConfig, by_hand: dict[str, Any], environ: Mapping[str, str]
 ) -> None:
-    missing = [name for name, value in by_hand.items() if value is None]
-    if missing:
-        found = f"a launch by hand needs all of {', '.join(by_hand)}; missing: {', '.join(missing)}"
-        raise ForgeError(found, f"add {' and '.join(missing)}")
     if "RANK" in environ and environ.get("WORLD_SIZE") != str(config.world_size):
         raise ForgeError(
             f"--world-size {config.world_size} was given, but a launcher has started"
             f" {environ.get('WORLD_SIZE')} processes",
             f"leave out {', '.join(by_hand)}, or start the script without the launcher",
         )
-    assert config.rank is not None and config.world_size is not None
-    if not 0 <= config.rank < config.world_size:
-        found = f"--rank {config.rank} is not one of the {config.world_size} ranks of --world-size"
-        raise ForgeError(found, f"use 0 to {config.world_size - 1}")
 
 
 def _refuse_strangers(environ: Mapping[str, str]) -> None:
@@ -165,6 +171,11 @@ def _refuse_strangers(environ: Mapping[str, str]) -> None:
             "this launch comes from MPI, which is not supported",
             "start it with torchrun, with `accelerate launch --multi_gpu`, or by hand with --rank,"
             " --world-size, --master-addr and --master-port",
+        )
+    if environ.get("WORLD_SIZE", "1") != "1" and not environ.get("MASTER_ADDR"):
+        raise ForgeError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']} in the environment, but RANK is not set",
+            "unset WORLD_SIZE, or start the script with a launcher",
         )
     if environ.get("MASTER_ADDR"):
         raise ForgeError(

@@ -1,0 +1,1 @@
+"""How peers agree on weights: DDP, DiLoCo, compression, forecasts."""

@@ -42,7 +42,7 @@ def refuse_elastic(config: TrainConfig, cluster: Cluster) -> None:
         raise ForgeError(
             f"--save-every {config.save_every} is not a multiple of --sync-every {length}, and only"
             " where a round ends can peers join or leave",
-            f"use {' or '.join(map(str, multiples_near(config.save_every, length)))}",
+            f"use {multiples_near(config.save_every, length)}",
         )
 
 

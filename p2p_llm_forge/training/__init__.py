@@ -1,0 +1,1 @@
+"""One run, from opening to model card: job, folder, set-up, saving, results."""

@@ -92,6 +92,8 @@ def damage(path: Path) -> str | None:
         version, step = int(manifest["format_version"]), int(manifest["step"])
         files = dict(manifest["files"])
     except FileNotFoundError:
+        if not path.is_dir():
+            return "there is no such folder"
         return f"it has no {MANIFEST}, so its writing was not finished"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"

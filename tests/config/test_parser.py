@@ -69,6 +69,7 @@ def test_the_recipe_gives_defaults_and_the_command_line_wins(tmp_path):
         ("batch_sise: 3\nlerning_rate: 1", "unknown key 'lerning_rate'", "mean learning_rate"),
         ("batch_size: [", "is not YAML", "`key: value` line"),
         ("- batch_size", "holds a list", "`key: value` lines"),
+        ("max_steps: [5, 6]", "run.yaml: max_steps holds a list", "give one value"),
         ("batch_size: many", "--batch-size is 'many'", "give a whole number"),
     ],
 )

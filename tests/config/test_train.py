@@ -28,7 +28,7 @@ def test_all_problems_of_a_configuration_are_reported_at_once():
         "no data given\n  fix: add --dataset-path",
         "no place for the run\n  fix: add --output-dir",
         "--batch-size is 0\n  fix: use 1 or more",
-        "--learning-rate is -1.0\n  fix: use a number above 0",
+        "--learning-rate is -1.0\n  fix: use a finite number above 0",
         "unknown optimizer 'adamx'\n  fix: did you mean adamw",
         "--sequence-length is 1\n  fix: use 2 or more",
     ):
@@ -53,8 +53,12 @@ def test_settings_that_ranks_must_share_leave_out_places_and_addresses():
     ("asked", "found", "fix"),
     [
         ({"resume": "auto", "overwrite": True}, "would throw away", "give one of them"),
-        ({"keep_best": True}, "needs evaluations", "add --eval-every"),
-        ({"keep_best": True, "eval_every": 3, "save_every": 10}, "is not a multiple", "make it"),
+        ({"keep_best": True}, "needs evaluations", "add --eval-every N"),
+        (
+            {"keep_best": True, "eval_every": 3, "save_every": 10},
+            "is not a multiple",
+            "use --save-every 9 or 12",
+        ),
         ({"overwrite": True, "model_name": "run"}, "--model-name run", "choose another"),
         ({"model_name": "m", "model_type": "llama"}, "its own sizes", "one or the other"),
         (
@@ -67,6 +71,23 @@ def test_settings_that_ranks_must_share_leave_out_places_and_addresses():
 def test_options_that_do_not_go_together_are_refused_with_a_fix(asked, found, fix):
     (problem,) = TrainConfig(**GIVEN, **asked).problems().found
     assert found in problem.found and fix in problem.fix
+
+
+BY_HAND = {"rank": 1, "world_size": 2, "master_addr": "10.0.0.1", "master_port": 29500}
+
+
+@pytest.mark.parametrize("left_out", BY_HAND)
+def test_a_launch_by_hand_needs_all_four_flags(left_out):
+    flags = {name: value for name, value in BY_HAND.items() if name != left_out}
+    (problem,) = TrainConfig(**GIVEN, **flags).problems().found
+    assert problem.fix == f"add --{left_out.replace('_', '-')}"
+    assert not problems_of(TrainConfig(**GIVEN, **BY_HAND))
+
+
+def test_a_rank_is_one_of_the_world():
+    (problem,) = TrainConfig(**GIVEN, **{**BY_HAND, "rank": 2}).problems().found
+    assert "--rank 2 is not one of the 2 ranks" in problem.found and "0 to 1" in problem.fix
+    assert not problems_of(TrainConfig(**GIVEN, world_size=1))
 
 
 def test_streaming_runs_may_be_evaluated_at_any_update():
@@ -149,7 +170,7 @@ def test_schedules_that_cannot_be_used_are_refused(name, fix):
         ),
         ({"sync": "diloco", "sync_every": 0}, "--sync-every is 0", "use 1 or more"),
         ({"sync": "diloco", "outer_momentum": 1.0}, "--outer-momentum is 1.0", "0 to below 1"),
-        ({"sync": "diloco", "outer_lr": 0.0}, "--outer-lr is 0.0", "use a number above 0"),
+        ({"sync": "diloco", "outer_lr": 0.0}, "--outer-lr is 0.0", "use a finite number above 0"),
         ({"sync": "auto", "compress": "int8"}, "--compress int8 was given", "leave out"),
         ({"compress": "int8", "powersgd_rank": 2}, "belongs to --compress powersgd", "leave the"),
         ({"compress": "fp16"}, "--compress is 'fp16'", "did you mean bf16?"),

@@ -7,7 +7,7 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import build_model, load_model
+from p2p_llm_forge.model.build import build_model, load_model, sizes_asked_for
 from tests.runs import TINY_MODEL
 
 
@@ -131,3 +131,12 @@ def test_a_model_with_another_tokenizer_is_refused(text, tmp_path):
     (problem,) = error.value.problems
     assert "another tokenizer" in problem.found
     assert f"prepare_data.py --tokenizer {tmp_path}" in problem.fix
+
+
+def test_all_wrong_sizes_are_reported_at_once():
+    config = TrainConfig(config_overrides="n_layr=2,foo,n_head=many,n_embd=32")
+    with pytest.raises(ForgeError) as error:
+        sizes_asked_for(config)
+    found = [problem.found for problem in error.value.problems]
+    parts = ("has no 'n_layr'", "'foo' is not KEY=VALUE", "n_head is 'many'")
+    assert [part in one for part, one in zip(parts, found, strict=True)] == [True] * 3

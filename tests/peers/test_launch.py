@@ -74,20 +74,26 @@ def test_a_launch_of_multi_cpu_that_would_start_strangers_is_refused_with_the_fi
     assert read_launch(TrainConfig(world_size=1), environ) == Launch()
 
 
-@pytest.mark.parametrize("left_out", BY_HAND)
-def test_a_launch_by_hand_needs_all_four_flags(left_out):
-    flags = {name: value for name, value in BY_HAND.items() if name != left_out}
-    with pytest.raises(ForgeError, match=f"missing: --{left_out.replace('_', '-')}"):
-        read_launch(TrainConfig(**flags), {})
-
-
 def test_contradictions_are_refused():
-    with pytest.raises(ForgeError, match="--rank 2 is not one of the 2 ranks"):
-        read_launch(TrainConfig(**{**BY_HAND, "rank": 2}), {})
     with pytest.raises(ForgeError, match="a launcher has started 4 processes"):
         read_launch(TrainConfig(**BY_HAND), TORCHRUN)
     with pytest.raises(ForgeError, match="MPI"):
         read_launch(TrainConfig(), {"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "x"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "found", "fix"),
+    [
+        ({**TORCHRUN, "RANK": "a"}, "RANK is 'a' in the environment", "unset RANK"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE is '-1'", "unset LOCAL_WORLD"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment", "unset WORLD_SIZE"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_refused(environ, found, fix):
+    with pytest.raises(ForgeError) as error:
+        read_launch(TrainConfig(), environ)
+    (problem,) = error.value.problems
+    assert found in problem.found and fix in problem.fix
 
 
 def test_threads_are_the_machines_part_unless_the_user_chose(monkeypatch):
