@@ -74,7 +74,7 @@ class Encoders:
 
         Any thread may call this. On the fast path a few texts of every call are encoded by the
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
-        cannot be told from a control token.
+        cannot be distinguished from a control token.
         """
         own = self._of_this_thread
         if not hasattr(own, "bytes"):

@@ -127,17 +127,20 @@ def load_optimizer(
     they do not belong to this model.
     """
     file, prefix = (rank_file(rank), OF_OPTIMIZER) if rank else (OPTIMIZER, "")
-    parameters = dict(model.named_parameters())
-    for key, value in tensors_in(checkpoint / file).items():
-        if not key.startswith(prefix):
-            continue
-        name, _, entry = key.removeprefix(prefix).rpartition(".")
-        if name not in parameters:
-            raise ForgeError(
-                f"{checkpoint} has optimizer state for unknown {name}: it is of another model",
-                "resume with the --model-type and --config-overrides it was saved with",
-            )
-        # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
-        device = parameters[name].device
-        is_on_device = value.dim() or device.type == "cuda"
-        optimizer.state[parameters[name]][entry] = value.to(device if is_on_device else "cpu")
+    saved = tensors_in(checkpoint / file)
+    left = {key.removeprefix(prefix): saved[key] for key in saved if key.startswith(prefix)}
+    fix = "resume with the model and the --optimizer that it was saved with"
+    for name, parameter in model.named_parameters():
+        entries = [key for key in left if key.rpartition(".")[0] == name]
+        for key in entries:
+            value, entry = left.pop(key), key.rpartition(".")[2]
+            # Optimizers keep their step counter on the CPU unless it is fused on a GPU.
+            is_on_device = value.dim() or parameter.device.type == "cuda"
+            device = parameter.device if is_on_device else "cpu"
+            optimizer.state[parameter][entry] = value.to(device)
+        if not entries and parameter.requires_grad and left:
+            found = f"{checkpoint} has no optimizer state for {name}: it is of another model"
+            raise ForgeError(f"{found} or optimizer", fix)
+    if left:
+        found = f"{checkpoint} has optimizer state for unknown {min(left)}: it is of another model"
+        raise ForgeError(found, fix)

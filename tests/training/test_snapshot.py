@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import write_json
@@ -62,6 +63,21 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
     other = torch.nn.Sequential(torch.nn.Linear(3, 3))
     with pytest.raises(ForgeError, match="another model"):
         snapshot.load_optimizer(tmp_path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_optimizer_state_that_lacks_a_parameter_is_refused(tmp_path):
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    save(tmp_path, model, optimizer, {"step": 1})
+    file = tmp_path / snapshot.OPTIMIZER
+    kept = {key: one for key, one in load_file(file).items() if not key.startswith("weight.")}
+    assert kept
+    save_file(kept, file)
+    with pytest.raises(ForgeError, match="no optimizer state for weight") as error:
+        snapshot.load_optimizer(tmp_path, model, torch.optim.AdamW(model.parameters()))
+    assert "--optimizer" in error.value.problems[0].fix
 
 
 def test_a_rank_file_is_collected_into_the_checkpoint(tmp_path):
