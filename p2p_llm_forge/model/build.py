@@ -18,6 +18,7 @@ from p2p_llm_forge.errors import ForgeError, Problems, nearest
 from p2p_llm_forge.model.fit import (
     TextSpec,
     positions_of,
+    require_all_weights,
     require_causal,
     require_memory,
     require_positions,
@@ -70,15 +71,24 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
         raise ForgeError(f"--model-name {name}: no such folder", "give the folder of a model")
     try:
         # transformers 5 keeps the file's dtype by default: training wants float32 weights.
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ForgeError(
-            f"--model-name {name} could not be loaded: {str(error).strip().splitlines()[0]}",
+        fix = (
             "check the name and the connection to the Hub; without one, download the model on"
-            " another machine and give its folder",
+            " another machine and give its folder"
+        )
+        if Path(name).is_dir():
+            fix = "copy or download the whole model again: config.json and every file of weights"
+        raise ForgeError(
+            f"--model-name {name} could not be loaded: {str(error).strip().splitlines()[0]}", fix
         ) from error
+    model, loading = loaded
+    require_all_weights(model, name, loading["missing_keys"])
     what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
     require_positions(model.config, what, text)
     require_same_words(model, name, text, trust_remote_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,22 @@ def require_positions(model_config: Any, what: str, text: TextSpec) -> None:
             f"the data has blocks of {text.sequence_length} tokens, {what} takes at most {limit}",
             f"prepare the data with --sequence-length {limit} or less",
         )
+
+
+def require_all_weights(model: Any, name: str, missing: Collection[str]) -> None:
+    """Raise ForgeError if any weights were missing: transformers draws them at random.
+
+    missing: of the loading info, in which what is tied, or made by the model itself, is not.
+    """
+    if not missing:
+        return
+    few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+    raise ForgeError(
+        f"--model-name {name} lacks {len(missing)} of the weights of a {type(model).__name__}"
+        f" ({few}), which would be drawn at random",
+        "give a folder that holds them all, as AutoModelForCausalLM's save_pretrained writes it: a"
+        " base model without its head, or one for another task, is none",
+    )
 
 
 def require_same_words(model: Any, name: str, text: TextSpec, trust_remote_code: bool) -> None:

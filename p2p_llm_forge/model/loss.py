@@ -32,14 +32,15 @@ class _ChunkedNats(torch.autograd.Function):
     ) -> torch.Tensor:
         learns, size = any(ctx.needs_input_grad), chunk_tokens(len(weight))
         matrix = weight.to(dtype)
-        nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        nats = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight if learns else nats, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight if learns else nats, dtype=exact)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         wholes = (hidden, targets.unsqueeze(1), grad_hidden)
         for chunk, wanted, grad_chunk in zip(*(whole.split(size) for whole in wholes), strict=True):
             part = chunk.to(dtype)
-            logits = (part @ matrix.T).float()
+            logits = (part @ matrix.T).to(exact)
             if bias is not None:
                 logits += bias
             log_total = logits.logsumexp(1, keepdim=True)
@@ -74,11 +75,11 @@ def chunk_tokens(vocab_size: int) -> int:
 def chunked_nats(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over tokens of -log p(target), float32 scalar, differentiable.
+    """Sum over tokens of -log p(target), scalar in at least float32, differentiable.
 
     hidden: (tokens, width), any float dtype; weight: (vocabulary, width); bias: (vocabulary,) or
     None; targets: (tokens,) int64. Matrix products run in the autocast dtype where autocast is on,
-    everything else in float32.
+    everything else in float32 (float64 where the weights are).
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -106,12 +107,14 @@ class NextTokenLoss(nn.Module):
     def forward(
         self, inputs: torch.Tensor, targets: torch.Tensor, count_correct: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(nats, correct): the summed loss, float32, and the number of tokens whose most probable
-        prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens) int64."""
+        """(nats, correct): the summed loss, at least float32, and the number of tokens whose most
+        probable prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens)
+        int64."""
         mask = self.document_mask(inputs) if self.document_mask else {}
         correct, flat = torch.zeros((), dtype=torch.int64, device=inputs.device), targets.flatten()
         if not self.chunked:
-            logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.flatten(0, 1).float()
+            logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.flatten(0, 1)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if count_correct:
                 correct += (logits.argmax(-1) == flat).sum()
             return nn.functional.cross_entropy(logits, flat, reduction="sum"), correct
@@ -127,16 +130,52 @@ class NextTokenLoss(nn.Module):
 def head_is_linear(lm: Any) -> bool:
     """Whether the model's logits are just its output embedding applied to its last hidden state.
 
-    Tried on a few tokens, since only the model knows: some scale or cap their logits.
+    Tried, since only the model knows, and with large values in place of hidden states and logits:
+    those of a new model are so small that a soft cap or one more norm changes nothing.
     """
     head, base = lm.get_output_embeddings(), lm.base_model
-    if not isinstance(head, nn.Linear) or base is lm:
+    if base is lm or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return False
     # Two tokens: every model takes that many, however short its context.
     tokens = torch.tensor([[1, 0]], device=head.weight.device)
+    own, sent, received, shown = [], [], [], []
+
+    def replace_hidden(_: Any, __: Any, output: Any) -> Any:
+        own.append(output[0])
+        sent.append(loud(output[0]))
+        if isinstance(output, tuple):
+            return (sent[-1], *output[1:])
+        output[next(iter(output))] = sent[-1]
+        return output
+
+    def replace_logits(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        received.append(inputs[0])
+        shown.append(loud(output))
+        return shown[-1]
+
     with in_evaluation(lm):
-        hidden = base(input_ids=tokens, use_cache=False)[0]
-        logits = lm(input_ids=tokens, use_cache=False).logits
-        return hidden.shape[-1] == head.in_features and torch.allclose(
-            head(hidden).float(), logits.float(), rtol=1e-4, atol=1e-5
-        )
+        alone = base(input_ids=tokens, use_cache=False)[0]
+        hooks = [base.register_forward_hook(replace_hidden)]
+        hooks += [head.register_forward_hook(replace_logits)]
+        try:
+            logits = lm(input_ids=tokens, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+    pairs = ((own, [alone]), (sent, received), (shown, [logits]))
+    return all(
+        len(ours) == len(theirs) == 1 and is_close(ours[0], theirs[0]) for ours, theirs in pairs
+    )
+
+
+def loud(like: torch.Tensor) -> torch.Tensor:
+    """Values of thousands in the shape of `like`, the same at every call."""
+    draw = torch.Generator().manual_seed(0)
+    return (1e4 * torch.randn(like.shape, generator=draw)).to(like)
+
+
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same but for rounding in float32."""
+    return one.shape == other.shape and torch.allclose(
+        one.float(), other.float(), rtol=1e-4, atol=1e-5
+    )

@@ -21,3 +21,15 @@ FAMILIES = {
     "gemma2": ({**LLAMA, "head_dim": 16, "final_logit_softcapping": 2.0}, False),  # capped logits
     "cohere": ({**LLAMA, "logit_scale": 0.1}, False),  # scaled logits
 }
+# With the caps and scales that they have by default, which new weights do not show.
+CAPPED_OR_SCALED = {
+    "gemma2": {**LLAMA, "head_dim": 16},
+    "gemma3n_text": {
+        **{**LLAMA, "head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "laurel_rank": 4},
+    },
+    "cohere": LLAMA,
+    "granite": {**LLAMA, "logits_scaling": 8.0},
+    "minicpm3": {**LLAMA, "q_lora_rank": 16, "kv_lora_rank": 16, "dim_model_base": 8},
+    "nanochat": LLAMA,
+}

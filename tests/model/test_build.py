@@ -121,6 +121,62 @@ def test_a_model_that_is_too_small_for_the_data_is_refused(text, tmp_path, sizes
     assert found in problem.found and fix in problem.fix
 
 
+def a_llama(**sizes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**small, intermediate_size=48, vocab_size=300, **sizes))
+
+
+def drop(folder, *names):
+    """Take tensors out of the file of weights, as a stranger's tool might."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({key: tensors[key] for key in tensors if key not in names}, file, {"format": "pt"})
+    assert len(load_file(file)) == len(tensors) - len(names)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dropped", [(UP,), ("model.norm.weight",), ("lm_head.weight", UP)])
+def test_a_folder_whose_weights_lack_a_layer_is_refused_by_its_name(text, tmp_path, dropped):
+    a_llama().save_pretrained(tmp_path)
+    load_model(str(tmp_path), text)
+    drop(tmp_path, *dropped)
+    with pytest.raises(ForgeError) as error:
+        load_model(str(tmp_path), text)
+    (problem,) = error.value.problems
+    assert f"lacks {len(dropped)} of the weights of a LlamaForCausalLM" in problem.found
+    assert all(name in problem.found for name in dropped)
+    assert "AutoModelForCausalLM's save_pretrained" in problem.fix
+    a_llama().save_pretrained(tmp_path)  # the fix
+    load_model(str(tmp_path), text)
+
+
+def test_a_missing_shard_is_refused_by_its_name(text, tmp_path):
+    a_llama().save_pretrained(tmp_path, max_shard_size="50KB")
+    load_model(str(tmp_path), text)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ForgeError) as error:
+        load_model(str(tmp_path), text)
+    (problem,) = error.value.problems
+    assert shard.name in problem.found and "every file of weights" in problem.fix
+
+
+def test_a_base_model_is_enough_where_its_embeddings_are_the_head(text, tmp_path):
+    tied, untied = a_llama(tie_word_embeddings=True), a_llama()
+    tied.model.save_pretrained(tmp_path / "tied")
+    lm = load_model(str(tmp_path / "tied"), text)
+    assert torch.equal(lm.lm_head.weight, tied.model.embed_tokens.weight)
+    untied.model.save_pretrained(tmp_path / "untied")
+    with pytest.raises(ForgeError, match="lacks 1 of the weights .* \\(lm_head.weight\\)"):
+        load_model(str(tmp_path / "untied"), text)
+
+
 def test_a_model_with_another_tokenizer_is_refused(text, tmp_path):
     from p2p_llm_forge.data.tokenizer import train_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p2p_llm_forge.model import loss as losses
-from tests.model.families import FAMILIES, model_of
+from tests.model.families import CAPPED_OR_SCALED, FAMILIES, LLAMA, model_of
 
 
 def plain_nats(hidden, weight, bias, targets):
@@ -68,6 +68,55 @@ def test_every_family_gets_the_loss_and_gradient_of_its_own_logits(small_chunks,
     assert got
     for name, parameter in lm.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def own_nats(lm, inputs, targets):
+    """The oracle: what transformers' own forward comes to."""
+    logits = lm(input_ids=inputs, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", *CAPPED_OR_SCALED])
+def test_a_head_that_a_new_model_does_not_show_has_its_own_loss_in_float64(small_chunks, family):
+    """A cap of 30 leaves the logits of new weights as they are; those of a trained model not."""
+    lm = model_of(family, **CAPPED_OR_SCALED.get(family, LLAMA)).double().eval()
+    module = losses.NextTokenLoss(lm)  # decides on new weights
+    assert module.chunked is (family == "llama")
+    with torch.no_grad():
+        lm.get_output_embeddings().weight *= 100
+    inputs, targets = torch.randint(64, (3, 16)), torch.randint(64, (3, 16))
+    expected = own_nats(lm, inputs, targets)
+    expected.backward()
+    want = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad()
+    nats, _ = module(inputs, targets)
+    nats.backward()
+    assert nats.dtype == torch.float64
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert want
+    for name, gradient in want.items():
+        torch.testing.assert_close(lm.get_parameter(name).grad, gradient, rtol=1e-8, atol=1e-8)
+
+
+def test_trying_the_head_leaves_the_model_as_it_was():
+    lm = model_of("gemma2", **CAPPED_OR_SCALED["gemma2"])
+    inputs = torch.randint(64, (1, 8))
+    before, generator = lm(input_ids=inputs, use_cache=False).logits, torch.get_rng_state()
+    losses.head_is_linear(lm)
+    assert lm.training and torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(lm(input_ids=inputs, use_cache=False).logits, before)
+
+
+def test_a_head_that_is_made_of_zeros_is_tried_all_the_same():
+    """As some begin; their logits say nothing of a cap."""
+    lm = model_of("nanochat", **LLAMA)
+    torch.nn.init.zeros_(lm.lm_head.weight)
+    assert not losses.head_is_linear(lm)
+    llama = model_of("llama", **LLAMA)
+    torch.nn.init.zeros_(llama.lm_head.weight)
+    assert losses.head_is_linear(llama)
 
 
 def test_a_loss_that_learns_nothing_keeps_no_gradient():

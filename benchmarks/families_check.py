@@ -1,0 +1,108 @@
+"""Load the model that a run has saved with transformers alone, and hold it against the run.
+
+    python -m benchmarks.families_check --dataset data/prepared/x --folder artifacts/x
+
+Exits with status 1 and a line for each difference: layers that the folder lacks, another evaluation
+loss than the run's, and, in float64, another loss or gradient than that of the model's own forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+SAME_LOSS, SAME_IN_FLOAT64 = 1e-4, 1e-9
+LOUDER = 50.0  # times the head's weights, so that a cap of the logits would show
+
+
+def main() -> int:
+    """Print what differs; the exit status says whether anything does."""
+    import torch
+
+    from p2p_llm_forge.data.dataset import open_prepared
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    blocks = open_prepared(args.dataset).blocks("validation")
+    inputs, targets = map(torch.from_numpy, blocks.inputs_and_targets(range(len(blocks))))
+    expected = json.loads((args.folder / "all_results.json").read_text())["eval_loss"]
+    differences = compare(args.folder, inputs, targets, expected)
+    for line in differences:
+        print(f"differs: {line}", flush=True)
+    return int(bool(differences))
+
+
+def compare(folder: Path, inputs, targets, expected: float) -> list[str]:
+    """A line for each difference. expected: the evaluation loss that the run has reported."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from p2p_llm_forge.model.loss import NextTokenLoss
+
+    lm, loading = AutoModelForCausalLM.from_pretrained(
+        # The grouped products of experts are not there in float64 (torch 2.13).
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        experts_implementation="eager",
+    )
+    lines = [
+        f"{kind}: {sorted(loading[kind])[:3]}"
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
+        if loading[kind]
+    ]
+    lm = lm.eval()
+    with torch.no_grad():
+        loss = (
+            sum(
+                own_nats(lm, i, t).item()
+                for i, t in zip(inputs.split(8), targets.split(8), strict=True)
+            )
+            / targets.numel()
+        )
+    if abs(loss - expected) > SAME_LOSS * abs(expected):
+        lines.append(f"the run's loss {expected}, the saved model's {loss}")
+    lm = lm.double()
+    with torch.no_grad():
+        lm.get_output_embeddings().weight *= LOUDER
+    few = slice(0, 2)
+    own, own_gradients = nats_and_gradients(lm, lambda: own_nats(lm, inputs[few], targets[few]))
+    module = NextTokenLoss(lm)
+    ours, gradients = nats_and_gradients(lm, lambda: module(inputs[few], targets[few])[0])
+    if abs(own - ours) > SAME_IN_FLOAT64 * abs(own):
+        lines.append(f"loss {ours} instead of {own}, in float64, chunked={module.chunked}")
+    for name, gradient in own_gradients.items():
+        distance = (gradients[name] - gradient).abs().max()
+        if distance > 1e-6 * gradient.abs().max():
+            lines.append(f"gradient of {name} is {distance} off")
+    return lines[:6]
+
+
+def own_nats(lm, inputs, targets):
+    """The summed loss of the model's own forward."""
+    import torch
+
+    logits = lm(input_ids=inputs, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+
+
+def nats_and_gradients(lm, nats_of):
+    """A loss, and the gradient of every parameter that it reaches."""
+    import torch
+
+    lm.zero_grad()
+    torch.manual_seed(0)
+    nats = nats_of()
+    nats.backward()
+    return nats.item(), {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
