@@ -16,7 +16,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
+from p2p_llm_forge.peers.claims import Claim, check_rank
 from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.routes import address_of
@@ -67,6 +68,7 @@ def choose_endpoint(
     """
     if launch.world_size == 1:
         return None
+    check_rank(launch.rank, launch.world_size)
     host, own = launch.master_addr or "127.0.0.1", None
     if launch.machines > 1:
         name = interface.get("GLOO_SOCKET_IFNAME") or launch.gloo_interface
@@ -92,28 +94,40 @@ def rendezvous(endpoint: Endpoint) -> dist.Store:
 
     Raises ForgeError, on all that came, when a rank is missing, without the secret or unreachable.
     """
-    store, own = open_store(endpoint), endpoint.own_address
+    store = open_store(endpoint)
     try:
-        with _server(own, 0) if own else contextlib.nullcontext() as door:
-            hello = {
-                "host": platform.node(),
-                "nonce": new_nonce(),
-                "has_secret": endpoint.secret is not None,
-                "address": own,
-                "port": door.getsockname()[1] if door else None,  # where the others may try
-            }
-            hellos = _gather(endpoint, store, "hello", hello)
-            _prove(endpoint, store, hellos)
-            _reach(endpoint, store, hellos)
-    except ForgeError as error:
-        _publish(endpoint, store, error)
-        raise
+        claim = Claim(store, endpoint.rank, endpoint.world_size, endpoint.main)
+        claim.take()  # whoever is refused here leaves the others alone
+        try:
+            _meet(endpoint, store, claim)
+        except ForgeError as error:
+            _publish(endpoint, store, error)
+            raise
     except (dist.DistError, RuntimeError) as error:
         found = f"rank {endpoint.rank} lost the main process at {endpoint.main} during the"
         found = f"{found} rendezvous ({str(error).splitlines()[0]})"
         fix = "see what rank 0 printed: it ended first"
         raise refusal("rendezvous", found, fix) from error
     return store
+
+
+def _meet(endpoint: Endpoint, store: dist.Store, claim: Claim) -> None:
+    own = endpoint.own_address
+    with _server(own, 0) if own else contextlib.nullcontext() as door:
+        hello = {
+            "host": platform.node(),
+            "nonce": new_nonce(),
+            "has_secret": endpoint.secret is not None,
+            "address": own,
+            "port": door.getsockname()[1] if door else None,  # where the others may try
+        }
+        try:
+            hellos = _gather(endpoint, store, "hello", hello, claim.beat)
+        except ForgeError as error:
+            raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
+        claim.all_came()
+        _prove(endpoint, store, hellos)
+        _reach(endpoint, store, hellos)
 
 
 def open_store(endpoint: Endpoint) -> dist.Store:
@@ -190,7 +204,13 @@ def _no_way_to_main(endpoint: Endpoint, state: str) -> ForgeError:
     return refusal("rendezvous", f"{failed} {endpoint.main}: {found}", fix)
 
 
-def _gather(endpoint: Endpoint, store: dist.Store, subject: str, own: dict[str, Any]) -> list[dict]:
+def _gather(
+    endpoint: Endpoint,
+    store: dist.Store,
+    subject: str,
+    own: dict[str, Any],
+    meanwhile: Callable[[], None] | None = None,
+) -> list[dict]:
     """Every rank's facts on a subject, by rank. Raises ForgeError naming those who are missing."""
     keys = [f"forge/rendezvous/{subject}/{rank}" for rank in range(endpoint.world_size)]
     store.set(keys[endpoint.rank], json.dumps(own))
@@ -199,6 +219,8 @@ def _gather(endpoint: Endpoint, store: dist.Store, subject: str, own: dict[str, 
     for _ in pauses(longest_s=LONGEST_PAUSE_S):
         if store.check(keys):
             break
+        if meanwhile:
+            meanwhile()
         if store.check([VERDICT]):
             raise _verdict(store.get(VERDICT))
         if time.monotonic() > deadline:

@@ -19,8 +19,6 @@ from tests.waiting import wait_until
 
 PYTHON = sys.executable
 
-PYTHON = sys.executable
-
 
 @functools.cache
 def why_not() -> str | None:
@@ -93,6 +91,11 @@ class Host:
         printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         (line,) = [line for line in printed.splitlines() if line.strip().startswith("eth0:")]
         return [int(number) for number in line.split(":")[1].split()]
+
+    def connections(self, port: int) -> int:
+        """How many connections others have made to a port of the host."""
+        found = self.run("ss", "-tnH", "state", "established", f"sport = :{port}")
+        return len(found.splitlines())
 
     def run(self, *words: str) -> str:
         """What a command of the system, such as `tc` or `nft`, prints on the host."""

@@ -44,8 +44,12 @@ class Peers:
         self.files = [tmp_path / "files" / f"node{number}.yaml" for number in range(count)]
         self.pids = {}
 
-    def start(self, number, *flags, environ=None, hosts_file=None, script="check_cluster"):
-        self.pids[number] = self.zygote.start(
+    def start(self, number, *flags, **how):
+        self.pids[number] = self.start_another(number, *flags, **how)
+
+    def start_another(self, number, *flags, environ=None, hosts_file=None, script="check_cluster"):
+        """Start a process on a host that is not one of the launch; returns its pid."""
+        return self.zygote.start(
             list(map(str, flags)),
             self.logs[number],
             environ,
@@ -245,6 +249,95 @@ def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path)
             " fix: start machine 1 and 2 too",
             on_one_line(printed[number]),
         ), printed
+
+
+def test_two_machines_with_one_number_are_named_and_one_may_be_corrected(
+    zygote, machines, tmp_path
+):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    waits = ("--meet", "--peer-timeout=120")
+    for number in (0, 1):
+        peers.start(number, "--config-file", peers.files[number], *waits)
+    wait_until(lambda: machines[0].connections(peers.port) >= 2, log=peers.logs[1])
+    second = peers.start_another(2, "--config-file", peers.files[1], *waits)
+    assert zygote.wait(second) == WILL_NOT_WORK
+    main = re.escape(f"{machines[0].address}:{peers.port}")
+    twice = (
+        rf"FAILED rendezvous rank 1 came to {main} twice: \S+-1 has it, and \S+-2 was started with"
+        r" the same number fix: give every machine a number of its own \(machine_rank"
+    )
+    assert re.search(twice, on_one_line(peers.logs[2].read_text()))
+    peers.start(2, "--config-file", peers.files[2], *waits)  # the others still wait
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WORKS}, printed
+
+
+def test_those_who_wait_in_vain_hear_of_the_number_that_came_twice(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    for number, file in enumerate((0, 1, 1)):
+        peers.start(number, "--config-file", peers.files[file], "--meet", "--peer-timeout=12")
+    statuses, printed = peers.end()
+    assert set(statuses.values()) == {WILL_NOT_WORK}, printed
+    expected = (
+        r"FAILED rendezvous rank 2 did not come .* FAILED rendezvous rank 1 came to \S+ twice"
+    )
+    assert re.search(expected, on_one_line(printed[0])), printed[0]
+
+
+def test_a_number_that_is_too_high_is_named(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    two = Peers(zygote, machines, tmp_path / "two", 2)
+    text = two.files[1].read_text().replace("machine_rank: 1", "machine_rank: 2")
+    two.files[1].write_text(text)
+    peers.start(1, "--config-file", two.files[1], "--meet", "--peer-timeout=5")
+    statuses, printed = peers.end()
+    assert statuses[1] == WILL_NOT_WORK, printed
+    assert "machine_rank is 2, and num_machines is 2" in on_one_line(printed[1]), printed[1]
+    assert "rank 2 of a launch of 2 processes: they are numbered 0 to 1" in on_one_line(printed[1])
+    # A file of three machines among two.
+    text = peers.files[2].read_text().replace(f": {peers.port}", f": {two.port}")
+    peers.files[2].write_text(text)
+    peers.start(0, "--config-file", two.files[0], "--meet", "--peer-timeout=12")
+    wait_until(lambda: machines[0].connections(two.port), log=peers.logs[0])
+    peers.start(2, "--config-file", peers.files[2], "--meet")
+    statuses, printed = peers.end()
+    assert statuses == {0: WILL_NOT_WORK, 2: WILL_NOT_WORK}, printed
+    for number in (0, 2):
+        assert re.search(
+            r"FAILED rendezvous rank 2 \(\S+-2\) was started as one of 3 processes, the first that"
+            r" came to \S+ as one of 2 fix: write the same number for all machines",
+            on_one_line(printed[number]),
+        ), printed[number]
+
+
+def test_a_run_that_is_on_is_not_disturbed_by_a_late_rank(zygote, machines, tmp_path, prepared):
+    peers = Peers(zygote, machines, tmp_path, 3)
+    folder = training(prepared, tmp_path / "run")
+    flags = (*folder, f"--master-addr={machines[0].address}", f"--master-port={peers.port}")
+    run = ("--world-size=2", "--batch-size=4", "--report-to=none", "--max-steps=2000")
+    for number in (0, 1):
+        peers.start(number, *flags, *run, f"--rank={number}", "--log-every=1", script="train")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    steps = lambda: metrics.read_text().count("\n") if metrics.exists() else 0  # noqa: E731
+    wait_until(lambda: steps() > 2, log=peers.logs[0])
+    main = re.escape(f"{machines[0].address}:{peers.port}")
+    late = {"rank 1": ("--world-size=2", "--rank=1"), "rank 2": ("--world-size=3", "--rank=2")}
+    for rank, own in late.items():
+        for script, refused in (("train", 2), ("check_cluster", WILL_NOT_WORK)):
+            log = peers.logs[2]
+            log.unlink(missing_ok=True)
+            pid = peers.start_another(2, *flags, *own, script=script)
+            assert zygote.wait(pid) == refused
+            said = on_one_line(log.read_text())
+            assert re.search(f"a run is on already at {main}.*: {rank} .*comes too late", said), (
+                said
+            )
+    before = steps()
+    wait_until(lambda: steps() > before + 5, log=peers.logs[0])
+    for number in (0, 1):
+        os.kill(peers.pids[number], signal.SIGTERM)
+    statuses, printed = peers.end()
+    assert "saved" in printed[0] and "lost a peer" not in printed[0] + printed[1], printed
 
 
 def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared):
