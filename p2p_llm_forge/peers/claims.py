@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.findings import Finding, refusal
+from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.peers.findings import Finding, findings_of_peer, refusal
 from p2p_llm_forge.polling import wait_for
 
 BEAT_S = 0.3

@@ -46,6 +46,7 @@ LONGEST_PAUSE_S = 0.05  # between looks at the store
 FAREWELL_S = 3.0
 LISTED = 8  # ranks or pairs that a message names
 VERDICT = "forge/rendezvous/verdict"
+MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,22 +232,26 @@ def _gather(
             break
         if meanwhile:
             meanwhile()
-        if store.check([VERDICT]):
-            raise _verdict(store.get(VERDICT))
-        if time.monotonic() > deadline:
-            raise _missing(endpoint, [r for r, key in enumerate(keys) if not store.check([key])])
+        verdict = store.get(VERDICT) if store.check([VERDICT]) else None
+        if verdict not in (None, MISSING.encode()):
+            raise _verdict(verdict)
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if absent and (verdict or time.monotonic() > deadline):
+            raise _missing(endpoint, absent)
     return [_dict(store.get(key)) for key in keys]
+
+
+class Missing(ForgeError):
+    """Ranks did not come."""
 
 
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
     world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
-    return refusal(
-        "rendezvous",
-        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
-        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
-        " it printed; --peer-timeout waits longer",
-    )
+    found = f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
+    found += f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here"
+    fix = f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see"
+    fix += " what it printed; --peer-timeout waits longer"
+    return Missing.of([failure("rendezvous", found, fix)])
 
 
 def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
@@ -314,7 +319,8 @@ def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(dist.DistError, RuntimeError):
         if not store.check([VERDICT]):
-            store.set(VERDICT, json.dumps([vars(found) for found in failures("peers", error)]))
+            texts = json.dumps([vars(found) for found in failures("peers", error)])
+            store.set(VERDICT, MISSING if isinstance(error, Missing) else texts)
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
@@ -325,10 +331,10 @@ def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
             wait_for(lambda: store.check(came), FAREWELL_S)
 
 
-def _verdict(text: bytes) -> ForgeError:
+def _verdict(text: bytes | None) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
-        return ForgeError.of(findings_of_peer("another rank", parse_json(text)))
+        return ForgeError.of(findings_of_peer("another rank", parse_json(text or b"")))
     except ValueError:
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
