@@ -19,6 +19,8 @@ import torch.distributed as dist
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.peers.sealing import Sealing
+from p2p_llm_forge.peers.secret import Session
 
 Rank = TypeVar("Rank")
 Result = TypeVar("Result")
@@ -54,10 +56,10 @@ class Exchanges:
 class MemoryChannel(Channel):
     """A Channel between threads. As with gloo, calls of one kind pair up in their order."""
 
-    def __init__(self, rank: int, exchanges: Exchanges) -> None:
-        super().__init__(rank, exchanges.world_size)
+    def __init__(self, rank: int, exchanges: Exchanges, sealing: Sealing | None = None) -> None:
+        super().__init__(rank, exchanges.world_size, sealing=sealing)
         self._exchanges = exchanges
-        self._calls = {"all_to_all": 0, "all_gather": 0, "all_reduce_": 0}
+        self._calls = {"swap": 0, "collect": 0, "spread": 0}
 
     def _begin(self, kind: str, tensor: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
         number = self._calls[kind]
@@ -65,54 +67,53 @@ class MemoryChannel(Channel):
         self._exchanges.send(kind, number, self.rank, tensor.clone())
         return lambda: self._exchanges.receive(kind, number)
 
-    def all_to_all(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _swap(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
         assert rows.is_contiguous() and len(rows) == self.world_size
-        if self.world_size == 1:
-            return super().all_to_all(rows)
-        self.count((self.world_size - 1) * rows[0].nbytes)
-        arrived = self._begin("all_to_all", rows)
+        arrived = self._begin("swap", rows)
         return lambda: torch.stack([sent[self.rank] for sent in arrived()])
 
-    def all_gather(self, row: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _collect(self, row: torch.Tensor, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
         assert row.is_contiguous()
-        if self.world_size == 1:
-            return super().all_gather(row)
-        self.count((self.world_size - 1) * row.nbytes)
-        arrived = self._begin("all_gather", row)
-        return lambda: torch.stack(arrived())
+        arrived = self._begin("collect", row)
+        return lambda: rows.copy_(torch.stack(arrived()))
 
-    def all_reduce_(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
-            return super().all_reduce_(values)
-        self.count(2 * (self.world_size - 1) * values.nbytes // self.world_size)
-        return values.copy_(torch.stack(self._begin("all_reduce_", values)()).sum(0))
+    def _spread_(self, values: torch.Tensor) -> torch.Tensor:
+        return values.copy_(self._begin("spread", values)()[0])
 
 
 class MemoryCluster(Cluster):
     """A Cluster of threads: its store, numbers and channels are in memory."""
 
     def __init__(
-        self, launch: Launch, store: dist.Store, worlds: Callable[[str, int], Exchanges]
+        self, launch: Launch, store: dist.Store, worlds: Callable[[int], Exchanges]
     ) -> None:
+        self._worlds = worlds
         super().__init__(
             launch, torch.device("cpu"), store if launch.world_size > 1 else None, None, DEADLINE_S
         )
-        self._worlds = worlds
-        self._numbers = MemoryChannel(launch.rank, worlds("numbers", 0))
 
-    def gather_numbers(self, values: list[float]) -> list[list[float]]:
-        return self._numbers.all_gather(torch.tensor(values, dtype=torch.float64))().tolist()
+    def _new_group(self) -> None:
+        return None
 
-    def open_channel(self) -> Channel:
+    def _channel(self, groups: Any) -> Channel:
         number = len(self._channels)
-        self._channels.append(MemoryChannel(self.rank, self._worlds("channel", number)))
+        self._channels.append(MemoryChannel(self.rank, self._worlds(number)))
         return self._channels[-1]
 
 
-def channels(world_size: int) -> list[MemoryChannel]:
-    """A channel for each rank of a world."""
-    exchanges = Exchanges(world_size)
-    return [MemoryChannel(rank, exchanges) for rank in range(world_size)]
+def channels(
+    world_size: int,
+    secret: bytes | None = None,
+    exchanges: Exchanges | None = None,
+    nonce: int = 0,
+) -> list[MemoryChannel]:
+    """A channel for each rank of a world; exchanges: what carries them, if not the usual."""
+    exchanges = exchanges or Exchanges(world_size)
+    session = Session(secret, [{"nonce": nonce}]) if secret else None
+    return [
+        MemoryChannel(rank, exchanges, Sealing(session, rank, 0) if session else None)
+        for rank in range(world_size)
+    ]
 
 
 @contextlib.contextmanager
@@ -120,9 +121,9 @@ def clusters(world_size: int, **launch: Any) -> Iterator[list[MemoryCluster]]:
     """A cluster for each rank of a world. launch: further fields of peers.launch.Launch."""
     store, opened, lock = dist.HashStore(), {}, threading.Lock()
 
-    def world_of(kind: str, number: int) -> Exchanges:
+    def world_of(number: int) -> Exchanges:
         with lock:
-            return opened.setdefault((kind, number), Exchanges(world_size))
+            return opened.setdefault(number, Exchanges(world_size))
 
     made = [
         MemoryCluster(Launch(rank=rank, world_size=world_size, **launch), store, world_of)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -10,9 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from p2p_llm_forge.peers.sealing import TAG_BYTES, Exchange, Sealing
 
 Begun = TypeVar("Begun")
 Result = TypeVar("Result")
+Waiting = Callable[[], Tensor]  # gives what arrives, once it has
 
 
 class Channel:
@@ -22,6 +28,10 @@ class Channel:
     computes or talks otherwise, and one begins while the one before is being finished. Each kind of
     call belongs to one of the groups: the order of its own calls must be the same on every rank,
     how they mix with those of the other need not. groups: none for a rank alone.
+
+    sealing: encrypts what leaves this rank, where there is a secret. Labels name what is sent; they
+    are signed along with it and must be the same on all ranks. Waiting for what does not open with
+    the secret raises RankFailure naming its sender.
     """
 
     def __init__(
@@ -29,10 +39,13 @@ class Channel:
         rank: int,
         world_size: int,
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None),
+        sealing: Sealing | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self.bytes_sent, self._count_lock = 0, threading.Lock()  # payload that has left this rank
         self._first_group, self._second_group = groups
+        self._sealing = sealing
+        self._numbers: dict[str, itertools.count[int]] = defaultdict(itertools.count)
         self._beginning = ThreadPoolExecutor(1, "beginning exchanges")
         self._finishing = ThreadPoolExecutor(1, "finishing exchanges")
 
@@ -41,35 +54,74 @@ class Channel:
         with self._count_lock:
             self.bytes_sent += sent
 
-    def all_to_all(self, rows: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def all_to_all(self, rows: Tensor, label: str = "") -> Waiting:
         """Begin to send row r to rank r. Returns what waits for the rows that all ranks send here.
 
         rows: (ranks, n), any dtype, contiguous, on the CPU; the same shape comes back, by rank.
         """
-        if self._first_group is None:
+        if self.world_size == 1:
             return lambda: rows
-        received = torch.empty_like(rows)
-        work = dist.all_to_all_single(received, rows, group=self._first_group, async_op=True)
-        self.count((self.world_size - 1) * rows[0].nbytes)
-        return partial(_arrived, work, received, rows)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self.count(len(others) * rows[0].nbytes)
+        sealing, exchange = self._sealing, self._exchange("all_to_all", label)
+        if sealing is None:
+            return self._swap(rows)
+        wire = _wire_of(rows)
+        for other in others:
+            sealing.seal(rows[other], wire[other], exchange, receiver=other)
+        swapped = self._swap(wire)
 
-    def all_gather(self, row: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def opened() -> Tensor:
+            received, arrived = torch.empty_like(rows), swapped()
+            received[self.rank].copy_(rows[self.rank])
+            for other in others:
+                sealing.open(arrived[other], received[other], exchange, other, self.rank)
+            return received
+
+        return opened
+
+    def all_gather(self, row: Tensor, label: str = "", into: Tensor | None = None) -> Waiting:
         """Begin to send `row` to all. Returns what waits for the rows of all ranks, (ranks, n).
 
-        row: (n), any dtype, contiguous, on the CPU.
+        row: (n), any dtype, contiguous, on the CPU. into: memory for what comes back, of which
+        `row` may be this rank's part.
         """
-        if self._second_group is None:
+        if self.world_size == 1:
             return lambda: row.unsqueeze(0)
-        rows = row.new_empty((self.world_size, *row.shape))
-        work = dist.all_gather(list(rows), row, group=self._second_group, async_op=True)
-        self.count((self.world_size - 1) * row.nbytes)
-        return partial(_arrived, work, rows, row)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self.count(len(others) * row.nbytes)
+        rows = row.new_empty((self.world_size, *row.shape)) if into is None else into
+        sealing, exchange = self._sealing, self._exchange("all_gather", label)
+        if sealing is None:
+            return self._collect(row, rows)
+        wire = _wire_of(row)
+        sealing.seal(row, wire, exchange)
+        collected = self._collect(wire, wire.new_empty((self.world_size, len(wire))))
 
-    def all_reduce_(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place (a ring: 2 (ranks - 1) / ranks of its size are sent)."""
-        if self._second_group is not None:
-            dist.all_reduce(values, group=self._second_group)
-            self.count(2 * (self.world_size - 1) * values.nbytes // self.world_size)
+        def opened() -> Tensor:
+            arrived = collected()
+            rows[self.rank].copy_(row)
+            for other in others:
+                sealing.open(arrived[other], rows[other], exchange, other)
+            return rows
+
+        return opened
+
+    def send_from_main_(self, values: Tensor, label: str = "") -> Tensor:
+        """Give `values` of rank 0 to all, in place. (n), any dtype, contiguous, on the CPU."""
+        if self.world_size == 1:
+            return values
+        is_main = self.rank == 0
+        self.count((self.world_size - 1) * values.nbytes if is_main else 0)
+        sealing, exchange = self._sealing, self._exchange("from_main", label)
+        if sealing is None:
+            return self._spread_(values)
+        wire = _wire_of(values)
+        if is_main:
+            sealing.seal(values, wire, exchange)
+        self._spread_(wire)
+        if not is_main:
+            sealing.open(wire, values, exchange, sender=0)
         return values
 
     def in_background(
@@ -77,8 +129,7 @@ class Channel:
     ) -> Future[Result]:
         """Run `begin` in the first thread and then `finish`, on what it returned, in the second.
 
-        Each after those that were given before. `begin` may call all_to_all, `finish` all_gather
-        and all_reduce_.
+        Each after those that were given before. `begin` may call all_to_all, `finish` the others.
         """
         begun = self._beginning.submit(begin)
         return self._finishing.submit(lambda: finish(begun.result()))
@@ -88,8 +139,36 @@ class Channel:
         for thread in (self._beginning, self._finishing):
             thread.shutdown(wait=True, cancel_futures=True)
 
+    def _exchange(self, kind: str, label: str) -> Exchange:
+        """The next exchange of its kind."""
+        return Exchange(kind, next(self._numbers[kind]), label)
 
-def _arrived(work: Any, received: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+    # --- what goes over the wire ------------------------------------------------------------------
+
+    def _swap(self, rows: Tensor) -> Waiting:
+        """Send row r to rank r."""
+        received = torch.empty_like(rows)
+        work = dist.all_to_all_single(received, rows, group=self._first_group, async_op=True)
+        return partial(_arrived, work, received, rows)
+
+    def _collect(self, row: Tensor, rows: Tensor) -> Waiting:
+        """Send `row` to all; those of all arrive in `rows`."""
+        work = dist.all_gather(list(rows), row, group=self._second_group, async_op=True)
+        return partial(_arrived, work, rows, row)
+
+    def _spread_(self, values: Tensor) -> Tensor:
+        """Send `values` of rank 0 to all, in place."""
+        dist.broadcast(values, src=0, group=self._second_group)
+        return values
+
+
+def _wire_of(rows: Tensor) -> Tensor:
+    """Memory for rows (..., n) on the wire: uint8 (..., bytes of a row and its signature)."""
+    *leading, count = rows.shape
+    return torch.empty((*leading, count * rows.itemsize + TAG_BYTES), dtype=torch.uint8)
+
+
+def _arrived(work: Any, received: Tensor, sent: Tensor) -> Tensor:
     """What an exchange has brought, when it is over; `sent` has to stay in memory until then."""
     work.wait()
     return received

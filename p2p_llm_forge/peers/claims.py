@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from p2p_llm_forge.errors import ForgeError, in_one_line
-from p2p_llm_forge.files import parse_json
-from p2p_llm_forge.peers.findings import Finding, findings_of_peer, refusal
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.findings import Finding, refusal
 from p2p_llm_forge.polling import wait_for
 
 BEAT_S = 0.3
@@ -78,8 +77,9 @@ class Claim:
         if not self.store.check([REFUSED]):
             return []
         try:
-            return findings_of_peer("another process", [parse_json(self.store.get(REFUSED))])
-        except ValueError:
+            finding = json.loads(self.store.get(REFUSED))
+            return [Finding(**{key: str(value) for key, value in finding.items()})]
+        except (ValueError, TypeError, AttributeError, AssertionError):
             return []  # anyone who reaches the port can write there
 
     def _key(self, subject: str) -> str:
@@ -159,6 +159,6 @@ def _token_of_this_process() -> str:
 
 def _host_of(claim: str) -> str:
     try:
-        return in_one_line(parse_json(claim)["host"])
+        return str(json.loads(claim)["host"])
     except (ValueError, TypeError, KeyError):
         return "another process"

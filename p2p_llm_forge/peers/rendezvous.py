@@ -13,7 +13,6 @@ import datetime
 import errno
 import json
 import platform
-import re
 import socket
 import threading
 import time
@@ -25,28 +24,19 @@ from typing import Any
 import torch.distributed as dist
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, in_one_line
-from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.claims import Claim, check_rank
-from p2p_llm_forge.peers.findings import (
-    Finding,
-    failure,
-    failures,
-    findings_of_peer,
-    refusal,
-    refuse_failures,
-)
+from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.routes import address_of
-from p2p_llm_forge.peers.secret import is_proven, new_nonce, proof, read_secret
+from p2p_llm_forge.peers.secret import Session, new_nonce, read_secret
 from p2p_llm_forge.polling import pauses, wait_for
 
 LONGEST_PAUSE_S = 0.05  # between looks at the store
 FAREWELL_S = 3.0
 LISTED = 8  # ranks or pairs that a message names
 VERDICT = "forge/rendezvous/verdict"
-MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +122,11 @@ def _meet(endpoint: Endpoint, store: dist.Store, claim: Claim) -> None:
             "port": door.getsockname()[1] if door else None,  # where the others may try
         }
         try:
-            sent = _gather(endpoint, store, "hello", hello, claim.beat)
+            hellos = _gather(endpoint, store, "hello", hello, claim.beat)
         except ForgeError as error:
-            raise type(error).of([*failures("rendezvous", error), *claim.refused()]) from error
+            raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
         claim.all_came()
-        hellos = [_hello_of(one) for one in sent]
+        hellos[endpoint.rank] = hello  # as it was said, whatever the store holds by now
         _prove(endpoint, store, hellos)
         _reach(endpoint, store, hellos)
 
@@ -232,26 +222,22 @@ def _gather(
             break
         if meanwhile:
             meanwhile()
-        verdict = store.get(VERDICT) if store.check([VERDICT]) else None
-        if verdict not in (None, MISSING.encode()):
-            raise _verdict(verdict)
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if absent and (verdict or time.monotonic() > deadline):
-            raise _missing(endpoint, absent)
+        if store.check([VERDICT]):
+            raise _verdict(store.get(VERDICT))
+        if time.monotonic() > deadline:
+            raise _missing(endpoint, [r for r, key in enumerate(keys) if not store.check([key])])
     return [_dict(store.get(key)) for key in keys]
-
-
-class Missing(ForgeError):
-    """Ranks did not come."""
 
 
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
     world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
-    found = f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-    found += f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here"
-    fix = f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see"
-    fix += " what it printed; --peer-timeout waits longer"
-    return Missing.of([failure("rendezvous", found, fix)])
+    return refusal(
+        "rendezvous",
+        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
+        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
+        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
+        " it printed; --peer-timeout waits longer",
+    )
 
 
 def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
@@ -263,12 +249,12 @@ def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
     if without:
         raise refusal("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
     assert endpoint.secret is not None
-    nonces = [str(hello.get("nonce")) for hello in hellos]
-    own = proof(endpoint.secret, endpoint.rank, nonces)
+    session = Session(endpoint.secret, hellos)
+    answers = _gather(endpoint, store, "proof", {"proof": session.proof(endpoint.rank)})
     strangers = [
         rank
-        for rank, answer in enumerate(_gather(endpoint, store, "proof", {"proof": own}))
-        if not is_proven(endpoint.secret, rank, nonces, str(answer.get("proof")))
+        for rank, answer in enumerate(answers)
+        if rank != endpoint.rank and not session.is_proven(rank, str(answer.get("proof")))
     ]
     if strangers:
         found = f"{_who(strangers, hellos)} could not prove to rank {endpoint.rank} that it knows"
@@ -281,24 +267,16 @@ def _reach(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
     states = addresses.probe_all(
-        [(str(hellos[rank].get("address")), hellos[rank]["port"]) for rank in others]
+        [(str(hellos[rank].get("address")), int(hellos[rank].get("port") or 0)) for rank in others]
     )
     own = dict(zip(map(str, others), states, strict=True))
     closed = [
         _closed_route(hellos, rank, int(other), state)
         for rank, states in enumerate(_gather(endpoint, store, "reach", own))
         for other, state in states.items()
-        if state in addresses.CLOSED and other in map(str, range(endpoint.world_size))
+        if state != addresses.OPEN
     ]
     refuse_failures(closed[:LISTED])
-
-
-def _hello_of(sent: dict[str, Any]) -> dict[str, Any]:
-    """A hello whose address, which becomes part of a command to copy, is one, and port a port."""
-    address, port = str(sent.get("address")), sent.get("port")
-    is_port = type(port) is int and 0 < port < 65536
-    is_address = addresses.is_literal(address) and re.fullmatch(r"[\da-fA-F.:]+(%\w+)?", address)
-    return {**sent, "address": address if is_address else None, "port": port if is_port else 0}
 
 
 def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
@@ -319,8 +297,7 @@ def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(dist.DistError, RuntimeError):
         if not store.check([VERDICT]):
-            texts = json.dumps([vars(found) for found in failures("peers", error)])
-            store.set(VERDICT, MISSING if isinstance(error, Missing) else texts)
+            store.set(VERDICT, json.dumps([vars(found) for found in failures("peers", error)]))
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
@@ -331,26 +308,24 @@ def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
             wait_for(lambda: store.check(came), FAREWELL_S)
 
 
-def _verdict(text: bytes | None) -> ForgeError:
+def _verdict(text: bytes) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
-        return ForgeError.of(findings_of_peer("another rank", parse_json(text or b"")))
-    except ValueError:
+        return ForgeError.of(
+            Finding(**{key: str(value) for key, value in finding.items()})
+            for finding in json.loads(text)
+        )
+    except (ValueError, TypeError, AttributeError, AssertionError):
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
 def _dict(text: bytes) -> dict[str, Any]:
-    """What a rank has put into the store; anyone who reaches the port can write there.
-
-    Fields that are no texts and no numbers are left out; each text is on one line.
-    """
+    """What a rank has put into the store; anyone who reaches the port can write there."""
     try:
-        value = parse_json(text)
+        value = json.loads(text)
     except ValueError:
         return {}
-    fields = value.items() if isinstance(value, dict) else ()
-    texts = {key: in_one_line(one, 200) for key, one in fields if isinstance(one, str)}
-    return texts | {key: one for key, one in fields if isinstance(one, int)}
+    return value if isinstance(value, dict) else {}
 
 
 def _who(ranks: list[int], hellos: list[dict]) -> str:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from p2p_llm_forge.peers.secret import Session
+
 Result = TypeVar("Result")
 
 
@@ -32,6 +34,7 @@ class Store:
 
     def __init__(self, client: dist.Store, rank: int, timeout_s: float) -> None:
         self._client, self._rank, self._timeout_s = client, rank, timeout_s
+        self.session: Session | None = None  # once the ranks have proven that they know a secret
         self._lost: str | None = None
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="store").start()
@@ -41,7 +44,10 @@ class Store:
         self._call(lambda: self._client.set(key, self._written(key, value)))
 
     def get(self, key: str, writer: int) -> str:
-        """The value that rank `writer` has set; it must be there."""
+        """The value that rank `writer` has set; it must be there.
+
+        Raises RankFailure where there is a session and that rank has not signed it.
+        """
         return self._read(key, writer, self._call(lambda: self._client.get(key)))
 
     def get_all(self, keys: Sequence[str], writers: Sequence[int]) -> list[str]:
@@ -64,11 +70,13 @@ class Store:
 
     def _written(self, key: str, value: str) -> str:
         """A value as it lies in the store."""
-        return value
+        return self.session.sign(key, self._rank, value) if self.session else value
 
     def _read(self, key: str, writer: int, raw: bytes) -> str:
         """What `_written` was given; anyone who reaches the port can write there."""
-        return raw.decode(errors="replace")
+        if self.session is None:
+            return raw.decode(errors="replace")
+        return self.session.verified(key, writer, raw)
 
     def _call(self, act: Callable[[], Result]) -> Result:
         if self._lost is not None:

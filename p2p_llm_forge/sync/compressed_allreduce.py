@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.files import fingerprint
+from p2p_llm_forge.peers.channel import Channel, Waiting
 from p2p_llm_forge.sync.base import SavedSync
 from p2p_llm_forge.sync.compress import Codec, ErrorFeedback
 
 CHUNK = 2**18  # values of one exchange
 AHEAD = 3  # sums that stay on their way while the next is made
-Waiting = Callable[[], Tensor]  # gives what arrives, once it has
 Parts = list[tuple[str, int]]  # names and sizes of the parameters that make up a vector
 OF_SENDING, OF_SUM = "residual_of_sending.", "residual_of_sum."  # and the parameter's name
 
@@ -32,7 +31,7 @@ class CompressedAllReduce:
 
     def __init__(self, channel: Channel, codec: Codec, parts: Parts) -> None:
         self._channel, self._codec, self._parts = channel, codec, parts
-        self._count = sum(size for _, size in parts)
+        self._count, self.label = sum(size for _, size in parts), fingerprint(parts)
         unit = channel.world_size * codec.group
         self._width = -(-self._count // unit) * codec.group
         self._chunk = max(1, CHUNK // unit) * codec.group
@@ -56,7 +55,7 @@ class CompressedAllReduce:
             return deque([lambda: values])
         chunks = self._rows(values).split(self._chunk, dim=1)
         return deque(
-            self._channel.all_to_all(of_sending.encode(self._codec, chunk.contiguous()))
+            self._channel.all_to_all(of_sending.encode(self._codec, chunk.contiguous()), self.label)
             for chunk, (of_sending, _) in zip(chunks, self._feedback, strict=True)
         )
 
@@ -69,7 +68,7 @@ class CompressedAllReduce:
         chunks, on_their_way = deque(summed.split(self._chunk, dim=1)), deque[Waiting]()
         for _, of_sum in self._feedback:
             shard = codec.decode(begun.popleft()()).sum(0)
-            on_their_way.append(channel.all_gather(of_sum.encode(codec, shard)))
+            on_their_way.append(channel.all_gather(of_sum.encode(codec, shard), self.label))
             if len(on_their_way) > AHEAD:
                 chunks.popleft().copy_(codec.decode(on_their_way.popleft()()))
         for chunk, rows in zip(chunks, on_their_way, strict=True):

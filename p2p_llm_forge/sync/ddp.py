@@ -6,15 +6,19 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.files import fingerprint
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.rank_failure import RankFailure
+from p2p_llm_forge.sync.allreduce import AllReduce
 from p2p_llm_forge.sync.base import SavedSync, Sync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
 from p2p_llm_forge.sync.compressed_allreduce import (
@@ -31,15 +35,39 @@ from p2p_llm_forge.sync.compressed_allreduce import (
 BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
 
 
-def set_bucket_size(config: TrainConfig, cluster: Cluster) -> None:
-    """Set, before Accelerate wraps a model in DDP, how much DDP exchanges at once."""
+def settle_ddp(config: TrainConfig, cluster: Cluster) -> None:
+    """Set, before Accelerate wraps a model in DDP, what DDP exchanges itself: on gloo nothing.
+
+    It would send weights, shapes and the order of its buckets, and never encrypts. Its group is
+    this rank alone; weights go by `share_first_weights`, gradients by GradientAveraging's hook.
+    """
     by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
     bucket_mb = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
-    cluster.accelerator.ddp_handler.bucket_cap_mb = bucket_mb
+    accelerator = cluster.accelerator
+    accelerator.ddp_handler.bucket_cap_mb = bucket_mb
+    if cluster.is_on_gloo and cluster.world_size > 1:
+        arguments = {**accelerator.ddp_handler.to_kwargs(), "process_group": cluster.own_group()}
+
+        class OfThisRank(DistributedDataParallelKwargs):
+            """Accelerate's handler has no field for the group."""
+
+            def to_kwargs(self) -> dict[str, Any]:
+                return arguments
+
+        accelerator.ddp_handler = OfThisRank()
+
+
+def share_first_weights(cluster: Cluster, model: torch.nn.Module) -> None:
+    """Give rank 0's parameters and buffers to all, where DDP does not. All ranks must call."""
+    if cluster.is_on_gloo and cluster.world_size > 1:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        cluster.send_from_main_(named)
 
 
 class GradientAveraging(Sync):
     """Gradients averaged over all ranks in every update, by DDP while backward runs."""
+
+    _failure: BaseException | None = None  # of the first exchange that failed
 
     def __init__(
         self, cluster: Cluster, model: Any, codec: Codec, *, leaves_to_nccl: bool = True
@@ -52,7 +80,7 @@ class GradientAveraging(Sync):
             parameter: name.removeprefix("module.").removeprefix("lm.")  # of DDP, of the loss
             for name, parameter in model.named_parameters()
         }
-        self._reductions: dict[int, CompressedAllReduce] = {}  # by bucket
+        self._reductions: dict[int, AllReduce | CompressedAllReduce] = {}  # by bucket
         self._saved_residuals: dict[str, Tensor] = {}  # of the checkpoint, by parameter
         self._bytes_before = self._bytes_by_nccl = 0
         self._last_began = self._last_ended = 0.0
@@ -78,7 +106,17 @@ class GradientAveraging(Sync):
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """Only an update's last micro-batch exchanges gradients."""
         accelerator = self._cluster.accelerator
-        return nullcontext() if is_last_micro_batch else accelerator.no_sync(self._model)
+        return self._exchanging() if is_last_micro_batch else accelerator.no_sync(self._model)
+
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Raise what an exchange has raised: of that, DDP (torch 2.13) leaves a text."""
+        try:
+            yield
+        except Exception as error:
+            if self._failure is not None:
+                raise self._failure from error
+            raise
 
     def loss_scale(self, own_tokens: int, tokens_per_update: int) -> float:
         """DDP averages over the ranks; what is wanted is the mean over all tokens."""
@@ -112,6 +150,7 @@ class GradientAveraging(Sync):
             self._last_ended = time.perf_counter()
             # Raised where DDP waits. Cancelled is what had not begun when the run ended.
             if error := CancelledError() if exchanged.cancelled() else exchanged.exception():
+                self._failure = self._failure or error
                 future.set_exception(error)  # type: ignore[arg-type]
             else:
                 future.set_result(exchanged.result())
@@ -123,24 +162,43 @@ class GradientAveraging(Sync):
 
     def _exchange_of(self, bucket: Any) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
         """What begins to average this bucket's buffer, and what finishes it and returns it."""
-        world, buffer = self._world_size, bucket.buffer()
-        if self._codec.name == "none":
-            all_reduce_ = self._channel.all_reduce_
-            return lambda: buffer.div_(world).cpu(), lambda own: buffer.copy_(all_reduce_(own))
-        if bucket.index() not in self._reductions:
-            parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
-            reduction = CompressedAllReduce(self._channel, self._codec, parts)
-            reduction.restore(self._saved_residuals)
-            self._reductions[bucket.index()] = reduction
-        reduction = self._reductions[bucket.index()]
+        world, buffer, index = self._world_size, bucket.buffer(), bucket.index()
+        is_new = index not in self._reductions
+        if is_new:
+            self._reductions[index] = self._reduction_of(bucket)
+        reduction = self._reductions[index]
+
+        def begin() -> Any:
+            if is_new:
+                self._refuse_other_buckets(reduction.label, index)
+            own = buffer.div_(world).cpu()
+            return reduction.begin(own if isinstance(reduction, AllReduce) else own.float())
 
         def finish(begun: Any) -> Tensor:
             summed = reduction.finish(begun)
-            if not is_finite(summed):
+            if isinstance(reduction, CompressedAllReduce) and not is_finite(summed):
                 reduction.drop_residuals()  # loss scaling skips this update; NaN must not stay
             return buffer.copy_(summed)
 
-        return lambda: reduction.begin(buffer.div_(world).float().cpu()), finish
+        return begin, finish
+
+    def _reduction_of(self, bucket: Any) -> AllReduce | CompressedAllReduce:
+        parts = [(self._names[p], p.numel()) for p in bucket.parameters()]
+        if self._codec.name == "none":
+            return AllReduce(self._channel, fingerprint(parts))
+        reduction = CompressedAllReduce(self._channel, self._codec, parts)
+        reduction.restore(self._saved_residuals)
+        return reduction
+
+    def _refuse_other_buckets(self, label: str, index: int) -> None:
+        """Raise RankFailure if a rank's bucket holds other gradients: each rank orders its own."""
+        own = torch.frombuffer(bytearray(label.encode()), dtype=torch.uint8)
+        by_rank = self._channel.all_to_all(own.repeat(self._world_size, 1))()
+        others = [rank for rank, one in enumerate(by_rank) if not torch.equal(one, own)]
+        if others:
+            found = f"the gradients of rank {others[0]} come in another order than those of rank"
+            found = f"{found} {self._cluster.rank} (bucket {index})"
+            raise RankFailure(found, "give all ranks the same kind of device, and --backend gloo")
 
     def after_update(self, step: int, own_tokens: int) -> SyncReport:
         """Nothing is left to do: DDP exchanged the gradients during backward."""
@@ -157,7 +215,8 @@ class GradientAveraging(Sync):
         """The residuals of compressed gradients."""
         own: dict[str, Tensor] = {}
         for reduction in self._reductions.values():
-            own |= reduction.residuals()
+            if isinstance(reduction, CompressedAllReduce):
+                own |= reduction.residuals()
         facts = {"ranks": self._world_size} if self.has_own_state else {}
         return SyncState(facts, own=own)
 

@@ -16,7 +16,7 @@ from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.sync.base import Sync
-from p2p_llm_forge.sync.ddp import set_bucket_size
+from p2p_llm_forge.sync.ddp import settle_ddp, share_first_weights
 from p2p_llm_forge.sync.strategy import refuse_different_models
 from p2p_llm_forge.training.job import Job
 
@@ -47,7 +47,8 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     if config.compile:
         lm.base_model.compile()
     bare_optimizer = build_optimizer(config, lm)
-    set_bucket_size(config, cluster)
+    settle_ddp(config, cluster)
+    share_first_weights(cluster, bare_model)
     model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)
     return Learner(model, bare_model, optimizer=optimizer, bare_optimizer=bare_optimizer)
 

@@ -11,9 +11,9 @@ from p2p_llm_forge.peers.channel import Channel
 from tests.memory_channel import channels, run_ranks
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[(1, None), (3, None), (3, b"correct horse battery staple")])
 def ranks(request):
-    made = channels(request.param)
+    made = channels(*request.param)
     yield made
     for channel in made:
         channel.close()
@@ -35,20 +35,29 @@ def test_row_r_goes_to_rank_r(ranks):
         assert ranks[rank].bytes_sent == (world_size - 1) * 2 * 4
 
 
-def test_a_row_goes_to_all_and_sums_are_of_all(ranks):
+def test_a_row_goes_to_all(ranks):
     world_size = len(ranks)
 
     def act(channel):
         row = torch.tensor([channel.rank, 1], dtype=torch.int16)
-        gathered = channel.all_gather(row)
-        return gathered(), channel.all_reduce_(torch.full((6,), channel.rank + 1.0))
+        into = torch.zeros(world_size, 2, dtype=torch.int16)
+        into[channel.rank] = row
+        channel.all_gather(into[channel.rank], into=into)()
+        return channel.all_gather(row)(), into if world_size > 1 else row.unsqueeze(0)
 
-    for rank, (rows, summed) in enumerate(run_ranks(ranks, act)):
-        assert rows.tolist() == [[source, 1] for source in range(world_size)]
-        assert summed.tolist() == [world_size * (world_size + 1) / 2] * 6
-        assert ranks[rank].bytes_sent == (world_size - 1) * 4 + 2 * (world_size - 1) * 24 // (
-            world_size
-        )
+    for rank, (rows, into) in enumerate(run_ranks(ranks, act)):
+        assert rows.tolist() == into.tolist() == [[source, 1] for source in range(world_size)]
+        assert ranks[rank].bytes_sent == 2 * (world_size - 1) * 4
+
+
+def test_what_the_main_process_sends_is_in_place_on_all(ranks):
+    def act(channel):
+        values = torch.full((3,), channel.rank + 0.5, dtype=torch.bfloat16)
+        channel.send_from_main_(values)
+        return values.tolist()
+
+    assert run_ranks(ranks, act) == [[0.5] * 3] * len(ranks)
+    assert [one.bytes_sent for one in ranks] == [(len(ranks) - 1) * 6] + [0] * (len(ranks) - 1)
 
 
 def test_the_next_exchange_begins_while_one_is_being_finished():

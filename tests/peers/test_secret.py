@@ -1,4 +1,4 @@
-"""Only who knows the secret can prove it, for one rank at one rendezvous."""
+"""Only who knows the secret can prove it, sign a value or read one, at one rendezvous."""
 
 from __future__ import annotations
 
@@ -9,32 +9,85 @@ import json
 import pytest
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.secret import is_proven, new_nonce, proof, read_secret
+from p2p_llm_forge.peers.rank_failure import RankFailure
+from p2p_llm_forge.peers.secret import Session, new_nonce, read_secret
 
 SECRET = b"correct horse battery staple"
 
 
-def test_a_proof_is_hmac_sha256_over_rank_and_nonces():
-    nonces = [new_nonce() for _ in range(3)]
-    message = json.dumps(["p2p-llm-forge rendezvous 1", 2, nonces]).encode()
-    expected = hmac.new(SECRET, message, hashlib.sha256).hexdigest()
-    assert proof(SECRET, 2, nonces) == expected
-    assert is_proven(SECRET, 2, nonces, expected)
+def hellos(ranks=3):
+    return [
+        {"host": f"host-{rank}", "nonce": new_nonce(), "address": f"10.0.0.{rank}", "port": 4000}
+        for rank in range(ranks)
+    ]
+
+
+def expand(key, info):
+    """The first block of HKDF-Expand, by RFC 5869 section 2.3."""
+    return hmac.new(key, info + b"\x01", hashlib.sha256).digest()
+
+
+def compact(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def test_keys_proofs_and_signatures_are_those_of_rfc_5869_and_2104():
+    """By hand, from the standard library alone."""
+    said = hellos()
+    salt = hashlib.sha256(compact(said)).digest()
+    key = expand(hmac.new(salt, SECRET, hashlib.sha256).digest(), b"p2p-llm-forge session 1")
+    session = Session(SECRET, said)
+    assert session.key("rows", 7) == expand(key, b'["rows",7]')
+    of_proofs, of_store = expand(key, b'["proof"]'), expand(key, b'["store"]')
+    assert session.proof(2) == hmac.new(of_proofs, b"[2]", hashlib.sha256).hexdigest()
+    mac = hmac.new(of_store, b'["forge/7/1",1,"{}"]', hashlib.sha256).hexdigest()
+    assert session.sign("forge/7/1", 1, "{}") == mac + "{}"
 
 
 def test_a_proof_is_good_for_one_secret_one_rank_and_one_rendezvous():
-    nonces = [new_nonce() for _ in range(3)]
-    answer = proof(SECRET, 1, nonces)
-    assert not is_proven(b"another secret of that length", 1, nonces, answer)
-    assert not is_proven(SECRET, 0, nonces, answer), (
-        "a rank's own proof cannot be handed back to it"
-    )
-    for rank in range(3):  # heard in another rendezvous, where one's own nonce was another
-        others = [new_nonce() if rank == other else nonce for other, nonce in enumerate(nonces)]
-        assert not is_proven(SECRET, 1, others, answer)
-    assert not is_proven(SECRET, 1, ["a", "b"], proof(SECRET, 1, ['a", "b']))
-    for nonsense in ("", "None", "ü", answer[:-1]):
-        assert not is_proven(SECRET, 1, nonces, nonsense)
+    said = hellos()
+    session = Session(SECRET, said)
+    answer = session.proof(1)
+    assert Session(SECRET, said).is_proven(1, answer)
+    assert not Session(b"another secret of that length", said).is_proven(1, answer)
+    assert not session.is_proven(0, answer), "a rank's own proof cannot be handed back to it"
+    for rank in range(3):
+        for changed in ("nonce", "address", "host"):
+            others = [
+                {**hello, changed: "x"} if r == rank else hello for r, hello in enumerate(said)
+            ]
+            assert not Session(SECRET, others).is_proven(1, answer), (rank, changed)
+        others = [{**hello, "port": 4001} if r == rank else hello for r, hello in enumerate(said)]
+        assert not Session(SECRET, others).is_proven(1, answer)
+    for nonsense in ("", "None", "ü", "\ud800", answer[:-1]):
+        assert not session.is_proven(1, nonsense)
+
+
+def test_a_value_is_good_for_one_key_one_rank_and_one_rendezvous():
+    said = hellos()
+    session = Session(SECRET, said)
+    for value in ("", "{}", "ü\n", "�", "\ud800".encode("utf-8", "replace").decode()):
+        signed = session.sign("forge/7/1", 1, value).encode()
+        assert session.verified("forge/7/1", 1, signed) == value
+        for key, rank, other in (
+            ("forge/8/1", 1, session),
+            ("forge/7/1", 0, session),
+            ("forge/7/1", 1, Session(SECRET, hellos())),
+        ):
+            with pytest.raises(RankFailure, match=f"rank {rank} under {key} is not signed"):
+                other.verified(key, rank, signed)
+        for position in range(len(signed)):
+            flipped = bytearray(signed)
+            flipped[position] ^= 1
+            assert session.opened("forge/7/1", 1, bytes(flipped)) is None, position
+    for nonsense in (b"", b"{}", b"\xff" * 64, b"0" * 64 + b"{}", b"0" * 63):
+        assert session.opened("forge/7/1", 1, nonsense) is None
+
+
+def test_a_value_of_bytes_that_are_no_text_is_not_signed():
+    session = Session(SECRET, hellos())
+    signed = session.sign("k", 0, "�").encode()
+    assert session.opened("k", 0, signed[:64] + b"\xff") is None
 
 
 def test_nonces_do_not_repeat():
