@@ -41,18 +41,29 @@ NAMES_OF_SIZES = {
     " router_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"
     " num_encoder_layers num_decoder_layers num_experts_per_tok num_experts_per_token moe_topk"
-    " num_key_value_heads n_mamba_heads",
+    " moe_k",
     4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"
     " decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads num_experts"
     " num_local_experts n_routed_experts moe_num_experts",
     128: "intermediate_size moe_intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner"
     " dff dim_ff feed_forward_size ffn_hidden_size expert_ffn_hidden_size intermediate_size_mlp"
     " shared_expert_intermediate_size shared_intermediate_size",
+    # Of the parts that scan, each with a head size of 16.
+    8: "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads",
+    16: "mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"
+    " mamba_d_state ssm_state_size",
+    32: "chunk_size mamba_chunk_size",
+    # Of choices among experts by groups, and of layers that reuse what others have kept.
+    1: "n_group topk_group num_expert_group",
+    0: "num_kv_shared_layers",
 }
 SIZES = {name: size for size, names in NAMES_OF_SIZES.items() for name in names.split()}
+# What else a user has to give.
+MORE: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": "[[[global,local],1]]"},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+}
 UPDATES = 3
-# Relative; the loss of a run is in float32, of all blocks in batches of eight.
-SAME_LOSS, SAME_IN_FLOAT64 = 1e-4, 1e-9
 
 
 def main() -> None:
@@ -87,12 +98,16 @@ def families() -> list[str]:
 
 def sizes_of(family: str) -> str:
     """The flag --config-overrides of a small model: those of SIZES that the family has."""
-    from transformers import AutoConfig
+    from p2p_llm_forge.model.sizes import text_part
 
-    config = AutoConfig.for_model(family)
-    known = config.get_text_config(decoder=True).to_dict()
-    sizes = {name: size for name, size in SIZES.items() if isinstance(known.get(name), int)}
-    return ",".join(f"{name}={size}" for name, size in sizes.items())
+    _, config = text_part(family)
+    known = config.to_dict()
+    sizes = {
+        name: size
+        for name, size in SIZES.items()
+        if name in known and isinstance(known[name], int | None)
+    }
+    return ",".join(f"{name}={size}" for name, size in {**sizes, **MORE.get(family, {})}.items())
 
 
 class Bench:
@@ -120,7 +135,7 @@ class Bench:
         except Exception:  # transformers' own default does not work: train.py has to say so
             sizes = None
         settings = {"model_type": family, "config_overrides": sizes, "max_steps": UPDATES}
-        words = flags(self.data, output, **settings, sample_prompt="Mara", learning_rate=1e-3)
+        words = flags(self.data, output, **settings, mixed_precision="no")
         began = time.monotonic()
         ended = self.wait(start_ranks(self.zygote, words, self.processes, log))
         said = log.read_text()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, Problems, nearest
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.fit import (
+    BlockTooLong,
     TextSpec,
     positions_of,
     require_all_weights,
@@ -24,6 +21,13 @@ from p2p_llm_forge.model.fit import (
     require_positions,
     require_same_words,
 )
+from p2p_llm_forge.model.sizes import (
+    completed,
+    one_line,
+    size_of,
+    sizes_asked_for,
+    sizes_in,
+)
 
 # Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
 # vocabulary's embedding.
@@ -31,7 +35,6 @@ SMALL_GPT2 = {
     **{"n_layer": 4, "n_head": 4, "n_embd": 256},
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
-LITERALS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) -> Any:
@@ -44,19 +47,29 @@ def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) ->
     if config.model_name:
         return load_model(config.model_name, text, config.trust_remote_code)
     disable_progress_bar()
-    model_config = new_model_config(config, text)
-    family, length = model_config.model_type, text.sequence_length
+    try:
+        return model_from_scratch(config, text, processes_here)
+    except BlockTooLong:
+        # RoBERTa and its kin keep two positions for padding.
+        return model_from_scratch(config, text, processes_here, spare_positions=2)
+
+
+def model_from_scratch(
+    config: TrainConfig, text: TextSpec, processes_here: int, spare_positions: int = 0
+) -> Any:
+    """A new model. Raises ForgeError, BlockTooLong if it only lacks positions."""
+    model_config = new_model_config(config, text, spare_positions)
+    family = model_config.model_type
     require_memory(model_config, processes_here)
     torch.manual_seed(config.seed)
+    other_sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
     try:
         model = AutoModelForCausalLM.from_config(model_config).float()
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ForgeError(
-            f"transformers cannot build this {family}: {error}", "change --config-overrides"
-        ) from error
-    # RoBERTa and its kin keep two positions for padding.
-    more = f"give it more positions: --config-overrides max_position_embeddings={length + 2}"
-    require_causal(model, f"a {family} from scratch", length, more)
+    except Exception as error:  # whatever a family raises for sizes that do not go together
+        found = f"transformers cannot build this {family}: {one_line(error)}"
+        raise ForgeError(found, other_sizes) from error
+    fewer = "prepare the data with a smaller --sequence-length"
+    require_causal(model, f"a {family} from scratch", text.sequence_length, fewer, other_sizes)
     return model
 
 
@@ -92,17 +105,21 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
     what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
     require_positions(model.config, what, text)
     require_same_words(model, name, text, trust_remote_code)
-    require_causal(model, what, text.sequence_length, fewer)
+    require_causal(
+        *(model, what, text.sequence_length, fewer),
+        "see that transformers alone runs it, or take another version of transformers",
+    )
     return model
 
 
-def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
+def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int = 0) -> Any:
     """The transformers configuration of a model from scratch, fitted to the text.
 
-    Raises ForgeError for an unknown family or size, and for sizes that contradict the text.
+    spare_positions: more than a block has. Raises ForgeError for an unknown family or size, and for
+    sizes that contradict the text.
     """
     defaults, overrides = sizes_asked_for(config)
-    padding = getattr(defaults, "pad_token_id", None)
+    padding = size_of(defaults, "pad_token_id")
     settings: dict[str, Any] = {
         "vocab_size": text.vocab_size,
         "bos_token_id": text.eos_token_id,
@@ -112,21 +129,17 @@ def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
     if hasattr(defaults, "is_decoder"):
         settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
     if positions_of(defaults) is not None:
-        settings["max_position_embeddings"] = text.sequence_length
+        settings["max_position_embeddings"] = text.sequence_length + spare_positions
     if not config.model_type:
         settings |= SMALL_GPT2
-    # GPT-2 calls max_position_embeddings n_positions, and so on: compare by the family's own names.
-    own_name, items = (
-        getattr(defaults, "attribute_map", {}),
-        [*settings.items(), *overrides.items()],
-    )
-    settings = {own_name.get(key, key): value for key, value in items}
+    # GPT-2 calls max_position_embeddings n_positions, and so on: compared by the family's names.
+    settings = completed(defaults, settings) | completed(defaults, overrides)
     try:
-        model_config = AutoConfig.for_model(defaults.model_type, **settings)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        model_config = type(defaults)(**settings)
+    except Exception as error:  # whatever a family's own checks raise
         raise ForgeError(
-            f"--config-overrides {config.config_overrides}: {reason}", "change these values"
+            f"--config-overrides {config.config_overrides}: {one_line(error)}",
+            "change these values",
         ) from error
     model_config.use_cache = False
     if model_config.vocab_size < text.vocab_size:
@@ -137,35 +150,3 @@ def new_model_config(config: TrainConfig, text: TextSpec) -> Any:
         )
     require_positions(model_config, "the model that --config-overrides asks for", text)
     return model_config
-
-
-def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
-    """transformers' own configuration of the family, and what `--config-overrides` changes of it.
-
-    Raises ForgeError for a family or size that does not exist.
-    """
-    family = config.model_type or "gpt2"
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        fix = nearest(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ForgeError(f"--model-type {family}: no such family of models", fix)
-    defaults = AutoConfig.for_model(family)
-    known = {*defaults.to_dict(), *getattr(defaults, "attribute_map", {})}
-    overrides: dict[str, Any] = {}
-    problems = Problems()
-    for pair in filter(None, map(str.strip, (config.config_overrides or "").split(","))):
-        key, _, value = map(str.strip, pair.partition("="))
-        if not value:
-            found = f"--config-overrides: '{pair}' is not KEY=VALUE"
-            problems.require(False, found, "write it like hidden_size=64,num_hidden_layers=2")
-            continue
-        found = f"--config-overrides: a {family} has no '{key}'"
-        problems.require(key in known, found, nearest(key, known))
-        overrides[key] = value
-        with contextlib.suppress(ValueError, SyntaxError):  # else it is a word, such as gelu
-            overrides[key] = ast.literal_eval(LITERALS.get(value.lower(), value))
-        default = getattr(defaults, key, None)
-        is_number = isinstance(overrides[key], int | float) or not isinstance(default, int | float)
-        found = f"--config-overrides: {key} is '{value}'"
-        problems.require(is_number, found, f"give a number like {default}")
-    problems.raise_any()
-    return defaults, overrides

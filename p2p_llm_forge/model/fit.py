@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.sizes import one_line, size_of
 
 # Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -26,6 +27,10 @@ class TextSpec:
     eos_token_id: int  # ends every document
     sequence_length: int  # tokens in a block
     tokenizer_dir: Path
+
+
+class BlockTooLong(ForgeError):
+    """A model takes short texts, and no block."""
 
 
 @contextlib.contextmanager
@@ -43,7 +48,7 @@ def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
 def positions_of(model_config: Any) -> int | None:
     """The longest sequence that a model can take; None where its family sets no limit."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = (getattr(model_config, name, None) for name in names)
+    limits = (size_of(model_config.get_text_config(decoder=True), name) for name in names)
     return next((one for one in limits if isinstance(one, int) and one > 0), None)
 
 
@@ -94,30 +99,44 @@ def require_same_words(model: Any, name: str, text: TextSpec, trust_remote_code:
         )
 
 
-def require_causal(model: Any, what: str, length: int, fix_of_length: str) -> None:
+def require_causal(
+    model: Any, what: str, length: int, fix_of_length: str, fix_of_failure: str
+) -> None:
     """Raise ForgeError unless the model takes a block, and predicts each token from those before.
 
     Tried, since families that can be either (BERT, XLNet, ...) do not all say which they are.
-    length: tokens in a block; fix_of_length: what to do where the model cannot take as many.
+    length: tokens in a block; fix_of_length: what to do where the model takes fewer, and
+    fix_of_failure where it takes none.
     """
     tokens = torch.arange(length).remainder(model.get_input_embeddings().num_embeddings)
     changed = tokens.clone()
     changed[-1] = tokens[0]
     try:
-        with in_evaluation(model), torch.random.fork_rng(devices=[]):
-            one, other = (
-                model(input_ids=ids.unsqueeze(0), use_cache=False).logits[:, :-1]
-                for ids in (tokens, changed)
-            )
-    except (IndexError, RuntimeError) as error:
-        raise ForgeError(
-            f"{what} cannot take a block of {length} tokens ({error})", fix_of_length
-        ) from error
+        one, other = (logits_of(model, ids)[:-1] for ids in (tokens, changed))
+    except Exception as error:  # whatever a family raises
+        reason = one_line(error)
+        try:
+            logits_of(model, tokens[:2])
+        except Exception:
+            found = f"{what} fails in transformers ({type(error).__name__}: {reason})"
+            raise ForgeError(found, fix_of_failure) from error
+        found = f"{what} cannot take a block of {length} tokens ({reason})"
+        raise BlockTooLong(found, fix_of_length) from error
+    if one.isnan().any():
+        raise ForgeError(f"{what} predicts nothing: its logits are no numbers", fix_of_failure)
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
         raise ForgeError(
             f"{what} sees the tokens that it should predict, so it is not a causal language model",
             "choose another family, such as gpt2, llama or qwen3",
         )
+
+
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The model's logits for one text, (tokens, vocabulary); what it draws is always the same."""
+    with in_evaluation(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits: torch.Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
+        return logits[0]
 
 
 def require_memory(model_config: Any, processes_here: int) -> None:
@@ -127,7 +146,7 @@ def require_memory(model_config: Any, processes_here: int) -> None:
     try:
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(model_config).num_parameters()
-    except (ValueError, TypeError, AssertionError, RuntimeError):
+    except Exception:  # whatever a family raises
         return  # the build itself reports what cannot be built
     needed = parameters * TRAINING_BYTES_PER_PARAMETER * processes_here
     available = psutil.virtual_memory().available

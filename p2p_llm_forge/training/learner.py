@@ -15,6 +15,7 @@ from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
+from p2p_llm_forge.model.unreached import freeze_unreached
 from p2p_llm_forge.sync.base import Sync
 from p2p_llm_forge.sync.ddp import settle_ddp, share_first_weights
 from p2p_llm_forge.sync.strategy import refuse_different_models
@@ -44,6 +45,7 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     config, cluster = job.config, job.cluster
     lm = build_or_load(job, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
+    freeze_unreached(bare_model, job.data.manifest.sequence_length)
     if config.compile:
         lm.base_model.compile()
     bare_optimizer = build_optimizer(config, lm)

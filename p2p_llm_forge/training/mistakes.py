@@ -15,7 +15,7 @@ def mistakes_in(config: TrainConfig) -> Problems:
     problems = config.problems()
     try:
         if config.model_type or config.config_overrides:
-            from p2p_llm_forge.model.build import sizes_asked_for
+            from p2p_llm_forge.model.sizes import sizes_asked_for
 
             sizes_asked_for(config)
     except ForgeError as error:

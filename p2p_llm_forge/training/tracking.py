@@ -101,13 +101,15 @@ def line_of(metrics: dict[str, Any]) -> str:
 def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:
     """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in lm.parameters())
+    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+    note = f", of which no text reaches {frozen / 1e6:.2f} M" if frozen else ""
     manifest, precision = data.manifest, cluster.accelerator.mixed_precision
     blocks, length = manifest.splits["train"].blocks, manifest.sequence_length
     shares = f"{' + '.join(map(str, plan.shares))} on {cluster.world_size} processes"
     if len(set(plan.shares)) == 1:
         shares = f"{plan.shares[0]} on each of {cluster.world_size} process(es)"
     return f"""\
-model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters
+model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters{note}
 data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
 peers     {cluster.world_size} process(es) on {cluster.device.type}, precision {precision}
 updates   {plan.total_steps:,} of {plan.batch_size} blocks, {shares}, \

@@ -7,7 +7,8 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import build_model, load_model, sizes_asked_for
+from p2p_llm_forge.model.build import build_model, load_model
+from p2p_llm_forge.model.sizes import sizes_asked_for
 from tests.runs import TINY_MODEL
 
 

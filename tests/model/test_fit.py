@@ -37,16 +37,30 @@ def test_a_model_that_looks_ahead_is_refused(text):
     assert "such as gpt2" in problem.fix
 
 
-def test_a_family_that_keeps_positions_for_itself_needs_more_of_them_and_then_fits(text):
+def test_a_family_that_keeps_positions_for_itself_gets_more_of_them(text):
     """RoBERTa counts its positions from 2."""
     config = TrainConfig(model_type="roberta", config_overrides=ENCODER)
+    assert build_model(config, text).config.max_position_embeddings == 34
+    too_few = replace(config, config_overrides=f"{ENCODER},max_position_embeddings=32")
     with pytest.raises(ForgeError) as error:
-        build_model(config, text)
+        build_model(too_few, text)
     (problem,) = error.value.problems
     assert "cannot take a block of 32 tokens" in problem.found
-    more = problem.fix.partition("--config-overrides ")[2]
-    assert more == "max_position_embeddings=34"
-    assert build_model(replace(config, config_overrides=f"{ENCODER},{more}"), text)
+    assert problem.fix == "prepare the data with a smaller --sequence-length"
+    assert build_model(too_few, replace(text, sequence_length=30))
+
+
+def test_sizes_that_do_not_go_together_are_no_matter_of_length(text):
+    """The head size is 8, and positions are turned in 64 of its values."""
+    small = "n_embd=32,n_layer=2,n_head=4"
+    with pytest.raises(ForgeError) as error:
+        build_model(TrainConfig(model_type="codegen", config_overrides=small), text)
+    (problem,) = error.value.problems
+    assert problem.found.startswith("a codegen from scratch fails in transformers (RuntimeError: ")
+    assert "position" not in problem.fix and "length" not in problem.fix
+    assert "n_head=4" in problem.fix and "rotary_dim=64" in problem.fix
+    fixed = TrainConfig(model_type="codegen", config_overrides=f"{small},rotary_dim=8")
+    assert build_model(fixed, text)
 
 
 def test_the_memory_is_that_of_all_processes_on_the_machine(text, monkeypatch):

@@ -1,0 +1,119 @@
+"""What --config-overrides asks for: nested, in lists, of the text part, with what follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.build import build_model, new_model_config
+from p2p_llm_forge.model.sizes import pairs_in, sizes_asked_for, value_of
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def asked(family, **sizes):
+    pairs = ",".join(f"{name}={size}" for name, size in sizes.items())
+    return TrainConfig(model_type=family, config_overrides=pairs)
+
+
+def test_commas_in_brackets_do_not_part():
+    text = "a=1, b=[[x,y],2],c={p: 1,q: [2,3]},,d=(1,2)"
+    assert pairs_in(text) == ["a=1", "b=[[x,y],2]", "c={p: 1,q: [2,3]}", "d=(1,2)"]
+    assert pairs_in("a=],b=1") == ["a=]", "b=1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("64", 64),
+        ("1e-5", 1e-5),
+        ("-1", -1),
+        ("true", True),
+        ("None", None),
+        ("gelu", "gelu"),
+        ("[full_attention,linear-attention]", ["full_attention", "linear-attention"]),
+        ("[[[global,local],12]]", [[["global", "local"], 12]]),
+        ("['a', null, false]", ["a", None, False]),
+        ("{rope_type: default, rope_theta: 1e4}", {"rope_type": "default", "rope_theta": 1e4}),
+        ("[1,2", "[1,2"),
+    ],
+)
+def test_values_are_numbers_lists_dictionaries_or_words(text, value):
+    assert value_of(text) == value
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5"])
+def test_of_a_family_that_sees_too_the_text_part_is_built_by_either_name(text, family):
+    sizes = {**SMALL, "intermediate_size": 48, "head_dim": 16}
+    if family == "qwen3_5":
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        sizes |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    if family == "llama4":
+        sizes |= {"intermediate_size_mlp": 48, "num_local_experts": 2}
+    bare = build_model(asked(family, **sizes), text)
+    nested = {f"text_config.{name}": size for name, size in sizes.items()}
+    assert bare.config.model_type == f"{family}_text"
+    assert (bare.config.hidden_size, bare.config.num_hidden_layers) == (32, 2)
+    same = build_model(asked(family, **nested), text)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(bare.parameters(), same.parameters(), strict=True)
+    )
+
+
+def test_what_is_deeper_inside_changes_alone(text):
+    nested = asked("llama", **SMALL, **{"rope_parameters.rope_theta": 500})
+    rope = new_model_config(nested, text).rope_parameters
+    assert rope == {"rope_theta": 500, "rope_type": "default"}
+    as_value = asked("llama", **SMALL, rope_parameters="{rope_theta: 500}")
+    assert new_model_config(as_value, text).rope_parameters == rope
+
+
+def test_a_part_that_is_a_configuration_takes_sizes_of_its_own(text):
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 2, "attn_config.clip_qkv": 6.5}
+    config = new_model_config(asked("mpt", **sizes), text)
+    assert config.attn_config.clip_qkv == 6.5 and config.d_model == 32
+
+
+def test_a_list_has_an_item_for_every_layer(text):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    sizes["attention_types"] = "[[[global,local],1]]"
+    lm = build_model(asked("gpt_neo", **sizes), text)
+    assert lm.config.attention_layers == ["global", "local"]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (12, 6), (6, 6), (16, 8), (1, 1)])
+def test_keys_are_shared_among_as_many_heads_as_there_are(text, heads, groups):
+    """mistral has 32 heads of 8 groups by default."""
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads}
+    config = new_model_config(asked("mistral", **sizes), text)
+    assert config.num_key_value_heads == groups
+    given = asked("mistral", **sizes, num_key_value_heads=1)
+    assert new_model_config(given, text).num_key_value_heads == 1
+
+
+def test_layers_that_differ_are_no_number(text):
+    """gemma4 and others have sizes that cannot be read of the whole (transformers 5)."""
+    lm = build_model(asked("gemma4", **SMALL, intermediate_size=48, head_dim=16), text)
+    assert lm.config.model_type == "gemma4_text"
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "found", "fix"),
+    [
+        ("gemma3", "text_config.hiden_size=3", "a gemma3 has no 'text_config.hiden", "hidden_size"),
+        ("gemma3", "vision_config.hidden_size=3", "has no 'vision_config.hidden_size'", ""),
+        ("gemma3", "text_config.hidden_size=many", "is 'many'", "a number like 2304"),
+        ("llama", "hidden_size.more=3", "a llama has no 'hidden_size.more'", ""),
+        ("llama", "nothing.more=3", "a llama has no 'nothing.more'", ""),
+        ("mllama", None, "transformers saves its text part as a mllama_text_model", "gpt2"),
+        ("gemma4_assistant", None, "transformers has no configuration of its own", "gpt2"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_fix(family, overrides, found, fix):
+    with pytest.raises(ForgeError) as error:
+        sizes_asked_for(TrainConfig(model_type=family, config_overrides=overrides))
+    (problem,) = error.value.problems
+    assert found in problem.found and fix in problem.fix
