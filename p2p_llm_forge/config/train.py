@@ -354,7 +354,7 @@ class LaunchOptions(Options):
         30.0, "seconds that an exchange waits for a peer before the run ends"
     )
     cluster_secret_file: str | None = flag(
-        None, "file with a secret that every peer must prove to know before anything is exchanged"
+        None, "file with a secret that every peer must prove to know; encrypts what travels on gloo"
     )
     allow_public_address: bool = flag(
         False, "listen on an address that the internet can reach, because a firewall guards it"
@@ -412,6 +412,12 @@ class TrainConfig(
             not (self.overwrite and self.model_name and _is_same(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}",
             "choose another --output-dir",
+        )
+        problems.require(
+            not (self.compress == "powersgd" and self.cluster_secret_file),
+            "--compress powersgd sends by connections of PyTorch's own, which the secret of"
+            " --cluster-secret-file does not cover",
+            "use --compress int8 or int4",
         )
         every = self.round_length()
         if self.sync == "diloco" and not self.is_streaming() and every > 0:

@@ -24,6 +24,7 @@ class Replica:
     optimizer: Any
     total_steps: int  # updates of the whole run
     steps_done: int = 0  # updates taken before, by the run that is resumed
+    tokens_per_update: float = math.inf  # of all ranks together
 
 
 @dataclass

@@ -16,6 +16,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.plausible import entry, require_numbers
 from p2p_llm_forge.sync import outer
 from p2p_llm_forge.sync.base import Replica, SavedSync, Sync, SyncReport, SyncState
 from p2p_llm_forge.sync.compress import CODECS, Codec
@@ -116,6 +117,7 @@ class DiLoCo(Sync):
         self._outer_lr = outer.outer_lr_of(config.outer_lr, cluster.world_size)
         self.rounds_begin_after: int = config.ddp_warmup_steps
         self._total, self._done = replica.total_steps, replica.steps_done
+        self._most_tokens = self._every * replica.tokens_per_update  # of a rank in a round
         self._warmup = GradientAveraging(cluster, replica.model, CODECS["none"])
         self._channel = cluster.open_channel()
         units = outer.units_of(replica.lm)
@@ -178,8 +180,12 @@ class DiLoCo(Sync):
         # Over the store: it waits for as long as a slow rank that lives needs.
         by_rank = self._cluster.gather_facts(own)
         for number, fragment in enumerate(due):
-            fragment.token_weight = fragment.tokens / sum(one["tokens"][number] for one in by_rank)
-        bad = [rank for rank, facts in enumerate(by_rank) if not facts["is_finite"]]
+            # What a rank says here decides how much its weights count.
+            tokens = [entry(facts.get("tokens"), number) for facts in by_rank]
+            what = "the tokens that it trained on are"
+            require_numbers(what, tokens, 1, self._most_tokens, are_whole=True)
+            fragment.token_weight = fragment.tokens / sum(tokens)
+        bad = [rank for rank, facts in enumerate(by_rank) if facts.get("is_finite") is not True]
         self._bad_rounds = self._bad_rounds + 1 if bad else 0
         if self._bad_rounds == BAD_ROUNDS_IN_A_ROW:
             raise ForgeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.model.fit import TextSpec, in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.plausible import require_numbers
 
 
 def evaluate_split(
@@ -38,15 +40,21 @@ def evaluate_split(
             tokens += targets.numel()
             correct += int(batch_correct.item())
     cluster.barrier()  # waits for as long as a slow rank needs, which a sum does not
-    total_nats, *counts = cluster.sum_across([nats, float(tokens), float(correct)])
+    by_rank = cluster.gather_numbers([nats, float(tokens), float(correct)])
+    nats_by_rank, *counted = zip(*by_rank, strict=True)
+    for counts in counted:
+        require_numbers("the tokens that it has counted are", counts, are_whole=True)
 
     def figures() -> dict[str, Any]:
         # evaluate takes seconds to import: only when, and where, figures are made.
         from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
 
-        tokens, correct = map(int, counts)
+        tokens, correct = (int(sum(counts)) for counts in counted)
         return LanguageModelingMetric().compute(
-            nats=[total_nats], tokens=[tokens], correct=[correct], bytes_of_text=bytes_of_text
+            nats=[math.fsum(nats_by_rank)],
+            tokens=[tokens],
+            correct=[correct],
+            bytes_of_text=bytes_of_text,
         )
 
     return cluster.main_only(figures)

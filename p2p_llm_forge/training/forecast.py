@@ -12,6 +12,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.peers.links import Links, measure_links
+from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.sync.forecast import CANDIDATES, Forecast, Measured, Strategy, forecast
 from p2p_llm_forge.sync.outer import units_of
 from p2p_llm_forge.sync.strategy import refuse_elastic
@@ -30,7 +31,9 @@ def measure_and_forecast(job: Job, lm: Any) -> list[Forecast]:
 def update_s_by_rank(job: Job, lm: Any) -> list[float]:
     """What every rank computes for an update, in seconds; all ranks must call. lm: see below."""
     own_s = job.cluster.together(lambda: computing_s(job, lm))
-    return [seconds for (seconds,) in job.cluster.gather_numbers([own_s])]
+    by_rank = [seconds for (seconds,) in job.cluster.gather_numbers([own_s])]
+    require_numbers("an update takes it, in seconds,", by_rank)
+    return by_rank
 
 
 def computing_s(job: Job, lm: Any) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.files import write_file, write_json
+from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.sync.base import Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
@@ -105,6 +106,8 @@ class Run:
         """
         facts = self.job.cluster.gather_numbers([asked, self.forward_s, self.folder.is_lost])
         self.forward_s = 0.0
+        require_numbers("it asks for", [one for one, _, _ in facts], are_whole=True, most=64)
+        require_numbers("its seconds are", [seconds for _, seconds, _ in facts])
         self.balance.measured([forward_s for _, forward_s, _ in facts])
         if any(is_lost for _, _, is_lost in facts):
             self.job.cluster.main_only(self.folder.confirm)

@@ -49,6 +49,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         learner.optimizer,
         total_steps=plan.total_steps,
         steps_done=state["step"],
+        tokens_per_update=plan.tokens_per_update,
     )
     sync = build_strategy(job.config, cluster, replica)
     prime(job, learner, sync, blocks)

@@ -162,6 +162,11 @@ def test_schedules_that_cannot_be_used_are_refused(name, fix):
         ),
         ({"fragments": 2, "outer_lr": 0.6}, "--outer-lr, --fragments belong to", "leave them out"),
         ({"sync": "diloco", "compress": "powersgd"}, "goes with --sync ddp", "int8 or int4"),
+        (
+            {"compress": "powersgd", "cluster_secret_file": "secret"},
+            "does not cover",
+            "use --compress int8 or int4",
+        ),
         ({"sync": "diloco", "sync_every": 4, "overlap_steps": 4}, "not below", "use 3 or fewer"),
         (
             {"sync": "diloco", "sync_every": 4, "fragments": 5},

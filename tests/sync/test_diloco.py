@@ -9,9 +9,10 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.rank_failure import RankFailure
 from p2p_llm_forge.sync.base import Replica
 from p2p_llm_forge.sync.diloco import DiLoCo
-from tests.memory_channel import clusters
+from tests.memory_channel import clusters, run_ranks
 from tests.sync.ranks import LikeDDP, Model, Rounds, resumed, rounds_in_memory
 from tests.sync.simulation import HALVES, WHOLE, simulated
 
@@ -176,3 +177,27 @@ def test_ranks_wait_for_each_other_in_the_warm_up_and_where_something_is_sent():
     with clusters(1) as (cluster,):
         sync = DiLoCo(config, cluster, replica)
     assert [n for n in range(1, 20) if sync.is_sync_point(n)] == [1, 2, 3, 4, 6, 12, 18, 19]
+
+
+@pytest.mark.parametrize(
+    "tokens", [[0], [-5], [2.5], [float("nan")], [10**6], [], None, "7", [True]]
+)
+def test_a_rank_whose_tokens_cannot_be_is_refused_by_name(tokens):
+    """They decide how much its weights count."""
+
+    def act(cluster):
+        lm = Model()
+        optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+        replica = Replica(LikeDDP(lm), lm, optimizer, 4, tokens_per_update=100)
+        sync = DiLoCo(TrainConfig("data", "run", sync="diloco", sync_every=2), cluster, replica)
+        if cluster.rank == 1:
+            gather = cluster.gather_facts
+            cluster.gather_facts = lambda facts: gather({**facts, "tokens": tokens})
+        before = [p.clone() for p in lm.parameters()]
+        sync.after_update(0, 50)
+        with pytest.raises(RankFailure, match="rank 1 says that the tokens that it trained on are"):
+            sync.after_update(1, 50)
+        return all(torch.equal(*pair) for pair in zip(before, lm.parameters(), strict=True))
+
+    with clusters(2) as ranks:
+        assert run_ranks(ranks, act) == [True, True]
