@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import run_script
-from p2p_llm_forge.peers.launch import local_rank
+from p2p_llm_forge.peers.launch import launcher_pid, local_rank
+from p2p_llm_forge.peers.parent import end_with_parent
 from p2p_llm_forge.training.interruptions import NOTHING, Interruptions, interruption
 from p2p_llm_forge.training.mistakes import mistakes_in
 from p2p_llm_forge.training.results import TrainResult
@@ -141,6 +142,7 @@ def main() -> int:
 
 def cli() -> None:
     """Entry point of the command `p2p-llm-forge`."""
+    end_with_parent(launcher_pid())
     run_script(main, local_rank())
 
 

@@ -37,6 +37,16 @@ def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ
 
 
+def launcher_pid(environ: Mapping[str, str] = os.environ) -> int | None:
+    """The process that started this one as a worker and is to outlive it; None without a launcher.
+
+    0: there is one, which does not say its number (`accelerate launch`, torchrun).
+    """
+    if "P2P_LLM_FORGE_LAUNCHER" in environ:
+        return _number(environ, "P2P_LLM_FORGE_LAUNCHER", 0)
+    return 0 if has_launcher(environ) or "ACCELERATE_MIXED_PRECISION" in environ else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One process in the launch: what its launcher, or the user by hand, has promised and asked."""
@@ -50,6 +60,7 @@ class Launch:
     is_elastic: bool = False  # torchrun starts it again, perhaps with other peers, when it fails
     run_id: str | None = None  # the same for all starts of one elastic launch, on all machines
     serves_store: bool = False  # the launcher, and not rank 0, at the main port
+    by_torchrun: bool = False  # is elastic by torchrun, which runs what strangers send
     precision: str = "auto"  # `mixed_precision` of Accelerate's config
     wants_cpu: bool = False  # `use_cpu` of Accelerate's config
     threads: int | None = None  # that the user asked for by OMP_NUM_THREADS
@@ -146,7 +157,9 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
             "start torchrun, on every machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
             " environment",
         )
-    return {**processes, "is_elastic": True, "run_id": environ.get("TORCHELASTIC_RUN_ID")}
+    by_torchrun = "P2P_LLM_FORGE_LAUNCHER" not in environ
+    elastic = {"is_elastic": True, "run_id": environ.get("TORCHELASTIC_RUN_ID")}
+    return {**processes, **elastic, "by_torchrun": by_torchrun}
 
 
 def _refuse_wrong_flags(

@@ -112,7 +112,7 @@ def _judge_interface(leads_there: str, chosen: str | None) -> list[Finding]:
 
 def _judge_ownership(main: Main) -> list[Finding]:
     """Whether the main address is that of machine 0 and of no other."""
-    own = {address for found in _addresses_by_interface().values() for address in found}
+    own = own_addresses()
     if own.isdisjoint(addresses.resolve(main.host)) != main.is_here:
         return []
     if not main.is_here:
@@ -135,6 +135,11 @@ def _judge_hostname() -> list[Finding]:
         return []
     found = f"{name} means {address} here; the interface of the route is used instead"
     return [fine("hostname", found)] if addresses.is_loopback(address) else []
+
+
+def own_addresses() -> set[str]:
+    """All IP addresses of this machine."""
+    return {address for found in _addresses_by_interface().values() for address in found}
 
 
 def _addresses_by_interface() -> dict[str, list[str]]:
