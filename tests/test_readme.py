@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 import shlex
 import subprocess
 
@@ -150,6 +151,10 @@ def test_a_command_is_accepted(line):
 
 def through_launcher(words: list[str]) -> tuple[str, list[str]]:
     """The script and its flags, after the launcher's own parser has read the launcher's part."""
+    if words[:2] == ["python", "launch/elastic.py"]:
+        parser = runpy.run_path(str(ROOT / words[1]))["make_parser"]()
+        script, *flags = parser.parse_args(words[2:]).script
+        return script, flags
     if words[0] == "python":
         return words[1], words[2:]
     if words[:2] == ["accelerate", "launch"]:

@@ -344,7 +344,7 @@ class LaunchOptions(Options):
     heading = "launch"
     PER_RANK = [
         *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
-        *("cluster_secret_file", "allow_public_address"),
+        *("cluster_secret_file", "allow_public_address", "allow_unauthenticated"),
     ]
 
     backend: Literal["auto", "gloo", "nccl"] = flag(
@@ -358,6 +358,9 @@ class LaunchOptions(Options):
     )
     allow_public_address: bool = flag(
         False, "listen on an address that the internet can reach, because a firewall guards it"
+    )
+    allow_unauthenticated: bool = flag(
+        False, "run under torchrun's elastic launch, which runs what anyone sends to its port"
     )
     cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
     cpu_threads: int = flag(

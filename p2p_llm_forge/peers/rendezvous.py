@@ -74,6 +74,8 @@ def choose_endpoint(
         name = interface.get("GLOO_SOCKET_IFNAME") or launch.gloo_interface
         own = address_of(name.split(",")[0]) if name else None
         listening = [*addresses.resolve(host), *([own] if own else [])]
+        if launch.by_torchrun and not config.allow_unauthenticated:
+            _refuse_open_launcher(listening)
         found = addresses.judge_name(host, launch.machines)
         refuse_failures(found + addresses.judge_public(listening, config.allow_public_address))
     return Endpoint(
@@ -87,6 +89,23 @@ def choose_endpoint(
         timeout_s=config.peer_timeout,
         secret=read_secret(config.cluster_secret_file),
     )
+
+
+def _refuse_open_launcher(listening: list[str]) -> None:
+    """Refuse torchrun's elastic rendezvous where others could reach it.
+
+    Its agents unpickle, each second, what anyone may write into their open store (torch 2.13): no
+    secret of ours can keep a stranger from running code on all machines.
+    """
+    outward = [address for address in listening if not addresses.is_loopback(address)]
+    if outward:
+        raise ForgeError(
+            f"torchrun's elastic launch on {outward[0]}: whoever reaches its port can run programs"
+            " as you on all machines",
+            "start it by `python launch/elastic.py --main ADDRESS --secret-file cluster.secret"
+            " train.py ...`, the same line on every machine; or add --allow-unauthenticated where"
+            " only you reach the network",
+        )
 
 
 def rendezvous(endpoint: Endpoint) -> dist.Store:

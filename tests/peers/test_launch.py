@@ -36,10 +36,19 @@ def test_without_a_launcher_a_process_is_the_only_one():
     assert not launch.has_launcher({}) and launch.has_launcher({"TORCHELASTIC_RUN_ID": "none"})
 
 
+def test_a_worker_knows_whom_to_end_with():
+    assert launch.launcher_pid({}) is None
+    assert launch.launcher_pid({"TORCHELASTIC_RUN_ID": "none"}) == 0
+    assert launch.launcher_pid({"ACCELERATE_MIXED_PRECISION": "no"}) == 0
+    ours = {"TORCHELASTIC_RUN_ID": "of our own", "P2P_LLM_FORGE_LAUNCHER": "123"}
+    assert launch.launcher_pid(ours) == 123
+
+
 def test_an_elastic_launch_must_not_share_its_store_over_restarts():
     elastic = {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RUN_ID": "home"}
     read = read_launch(TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "False"})
     assert read.is_elastic and read.run_id == "home" and not read.serves_store
+    assert read.by_torchrun
     with pytest.raises(ForgeError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         read_launch(TrainConfig(), {**elastic, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     once = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}

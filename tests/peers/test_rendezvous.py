@@ -154,3 +154,16 @@ def test_a_public_main_address_is_refused_unless_it_is_allowed():
         TrainConfig(allow_public_address=True), launch, {"GLOO_SOCKET_IFNAME": "lo"}
     )
     assert chosen.own_address == "127.0.0.1"
+
+
+def test_torchruns_elastic_launch_is_refused_where_others_reach_it():
+    facts = {"world_size": 2, "is_elastic": True}
+    outward = Launch(**facts, by_torchrun=True, master_addr="10.0.0.1", gloo_interface="lo")
+    with pytest.raises(ForgeError, match="can run programs as you") as raised:
+        choose_endpoint(TrainConfig(), outward, {})
+    assert "launch/elastic.py --main ADDRESS" in raised.value.problems[0].fix
+    assert choose_endpoint(TrainConfig(allow_unauthenticated=True), outward, {})
+    here = Launch(**facts, by_torchrun=True, master_addr="127.0.0.1")
+    assert choose_endpoint(TrainConfig(), here, {})
+    ours = Launch(**facts, master_addr="10.0.0.1", gloo_interface="lo")
+    assert choose_endpoint(TrainConfig(), ours, {})
