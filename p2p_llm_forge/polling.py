@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 Seen = TypeVar("Seen")
+Result = TypeVar("Result")
 
 
 def pauses(shortest_s: float = 0.001, longest_s: float = 0.2) -> Iterator[None]:
@@ -27,3 +30,17 @@ def wait_for(look: Callable[[], Seen], timeout_s: float = math.inf) -> Seen:
         if seen or time.monotonic() >= deadline:
             return seen
     raise AssertionError("pauses() never ends")
+
+
+def in_thread(act: Callable[[], Result]) -> Future[Result]:
+    """Run `act` in a thread that may be abandoned: nothing waits for it but who asks the future."""
+    answer: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(act())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="abandonable").start()
+    return answer

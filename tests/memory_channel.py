@@ -19,8 +19,10 @@ import torch.distributed as dist
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.peers.liveness import Liveness
 from p2p_llm_forge.peers.sealing import Sealing
 from p2p_llm_forge.peers.secret import Session
+from p2p_llm_forge.peers.store import Store
 
 Rank = TypeVar("Rank")
 Result = TypeVar("Result")
@@ -87,10 +89,11 @@ class MemoryCluster(Cluster):
     def __init__(
         self, launch: Launch, store: dist.Store, worlds: Callable[[int], Exchanges]
     ) -> None:
-        self._worlds = worlds
-        super().__init__(
-            launch, torch.device("cpu"), store if launch.world_size > 1 else None, None, DEADLINE_S
-        )
+        self._worlds, peers = worlds, None
+        if launch.world_size > 1:
+            shared = Store(store, launch.rank, DEADLINE_S)
+            peers = Liveness(shared, launch.rank, launch.world_size, DEADLINE_S).start()
+        super().__init__(launch, torch.device("cpu"), peers)
 
     def _new_group(self) -> None:
         return None

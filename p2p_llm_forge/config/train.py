@@ -351,7 +351,10 @@ class LaunchOptions(Options):
         "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
     )
     peer_timeout: float = flag(
-        30.0, "seconds that an exchange waits for a peer before the run ends"
+        10.0, "seconds without a sign of life after which a peer is lost; a slow one is waited for"
+    )
+    rendezvous_timeout: float | None = flag(
+        None, "seconds to wait until all processes have come; default: 3 times --peer-timeout"
     )
     cluster_secret_file: str | None = flag(
         None, "file with a secret that every peer must prove to know; encrypts what travels on gloo"
@@ -378,7 +381,7 @@ class LaunchOptions(Options):
     )
 
     def check(self, problems: Problems) -> None:
-        require_above_0(self, problems, "peer_timeout")
+        require_above_0(self, problems, "peer_timeout", "rendezvous_timeout")
         require_at_least(0, self, problems, "cpu_threads", "rank", "master_port")
         require_at_least(1, self, problems, "world_size")
         by_hand = ("rank", "world_size", "master_addr", "master_port")

@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,7 +32,8 @@ class Channel:
 
     sealing: encrypts what leaves this rank, where there is a secret. Labels name what is sent; they
     are signed along with it and must be the same on all ranks. Waiting for what does not open with
-    the secret raises RankFailure naming its sender.
+    the secret raises RankFailure naming its sender. guard: what every call of gloo is inside of,
+    to say what its failure means.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Channel:
         world_size: int,
         groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None),
         sealing: Sealing | None = None,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self.bytes_sent, self._count_lock = 0, threading.Lock()  # payload that has left this rank
         self._first_group, self._second_group = groups
-        self._sealing = sealing
+        self._sealing, self._guard = sealing, guard
         self._numbers: dict[str, itertools.count[int]] = defaultdict(itertools.count)
         self._beginning = ThreadPoolExecutor(1, "beginning exchanges")
         self._finishing = ThreadPoolExecutor(1, "finishing exchanges")
@@ -148,27 +151,30 @@ class Channel:
     def _swap(self, rows: Tensor) -> Waiting:
         """Send row r to rank r."""
         received = torch.empty_like(rows)
-        work = dist.all_to_all_single(received, rows, group=self._first_group, async_op=True)
-        return partial(_arrived, work, received, rows)
+        with self._guard():
+            work = dist.all_to_all_single(received, rows, group=self._first_group, async_op=True)
+        return partial(self._arrived, work, received, rows)
 
     def _collect(self, row: Tensor, rows: Tensor) -> Waiting:
         """Send `row` to all; those of all arrive in `rows`."""
-        work = dist.all_gather(list(rows), row, group=self._second_group, async_op=True)
-        return partial(_arrived, work, rows, row)
+        with self._guard():
+            work = dist.all_gather(list(rows), row, group=self._second_group, async_op=True)
+        return partial(self._arrived, work, rows, row)
 
     def _spread_(self, values: Tensor) -> Tensor:
         """Send `values` of rank 0 to all, in place."""
-        dist.broadcast(values, src=0, group=self._second_group)
+        with self._guard():
+            dist.broadcast(values, src=0, group=self._second_group)
         return values
+
+    def _arrived(self, work: Any, received: Tensor, sent: Tensor) -> Tensor:
+        """What an exchange has brought, when it is over; `sent` must stay in memory until then."""
+        with self._guard():
+            work.wait()
+        return received
 
 
 def _wire_of(rows: Tensor) -> Tensor:
     """Memory for rows (..., n) on the wire: uint8 (..., bytes of a row and its signature)."""
     *leading, count = rows.shape
     return torch.empty((*leading, count * rows.itemsize + TAG_BYTES), dtype=torch.uint8)
-
-
-def _arrived(work: Any, received: Tensor, sent: Tensor) -> Tensor:
-    """What an exchange has brought, when it is over; `sent` has to stay in memory until then."""
-    work.wait()
-    return received

@@ -14,10 +14,9 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
-
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.findings import Finding, refusal
+from p2p_llm_forge.peers.store import Store
 from p2p_llm_forge.polling import wait_for
 
 BEAT_S = 0.3
@@ -31,7 +30,7 @@ REFUSED = "forge/rendezvous/refused"
 class Claim:
     """This process's claim to a rank of the launch that meets at `main` (address and port)."""
 
-    store: dist.Store
+    store: Store
     rank: int
     world_size: int
     main: str
@@ -74,10 +73,10 @@ class Claim:
 
     def refused(self) -> list[Finding]:
         """Why somebody was refused at last, for those who wait in vain for a rank."""
-        if not self.store.check([REFUSED]):
+        if not self.store.check(REFUSED):
             return []
         try:
-            finding = json.loads(self.store.get(REFUSED))
+            finding = json.loads(self.store.get(REFUSED, self.rank))
             return [Finding(**{key: str(value) for key, value in finding.items()})]
         except (ValueError, TypeError, AttributeError, AssertionError):
             return []  # anyone who reaches the port can write there
@@ -90,14 +89,14 @@ class Claim:
 
     def _read(self, subject: str) -> str:
         key = self._key(subject)
-        return self.store.get(key).decode() if self.store.check([key]) else ""
+        return self.store.get(key, self.rank) if self.store.check(key) else ""
 
     def _set_once(self, key: str, value: str, instead_of: str = "") -> str:
         """What stands at the key afterwards: `value`, unless another was there before."""
-        return self.store.compare_set(key, instead_of, value).decode()
+        return self.store.set_once(key, value, instead_of)
 
     def _is_on(self) -> bool:
-        return self.store.check([ALL_CAME])
+        return self.store.check(ALL_CAME)
 
     def _refused(self, error: ForgeError) -> ForgeError:
         if not self._is_on():

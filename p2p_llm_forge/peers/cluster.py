@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import math
 import platform
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,47 +22,44 @@ import torch.distributed as dist
 from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.peers.liveness import FAILED, LEFT, Liveness
 from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure
 from p2p_llm_forge.peers.sealing import Sealing
-from p2p_llm_forge.peers.store import Store
-from p2p_llm_forge.polling import pauses, wait_for
+from p2p_llm_forge.peers.store import StoreLost
+from p2p_llm_forge.polling import pauses
 
 Result = TypeVar("Result")
 
 Group = dist.ProcessGroup | None
 
-GOODBYE_S = 3.0
-HEARTBEAT_S = 1.0
+EXCHANGE_TIMEOUT = datetime.timedelta(days=1)  # a slow peer is waited for: see liveness.py
 MESSAGE_BYTES = 2**24  # of tensors that the main process sends at once
 
 
 class Cluster:
     """All processes of a run, seen from one of them.
 
-    store: None for a process alone. control: gloo's group where gradients travel by NCCL.
+    peers: None for a process alone; the cluster ends it. control: gloo's group where gradients
+    travel by NCCL.
     """
 
     def __init__(
         self,
         launch: Launch,
         device: torch.device,
-        store: dist.Store | None,
+        peers: Liveness | None,
         control: dist.ProcessGroup | None = None,
-        peer_timeout_s: float = 30.0,
     ) -> None:
         self.accelerator: Any = None  # Accelerate's, once the precision is agreed on
         self.launch, self.device = launch, device
         self.rank, self.world_size, self.is_main = launch.rank, launch.world_size, launch.rank == 0
         self.is_on_gloo = control is None
-        self._store, self._control, self._peer_timeout_s = store, control, peer_timeout_s
+        self._peers, self._control = peers, control
+        self._store = peers.store if peers else None
         self._conversations = 0
-        self._session = store.session if isinstance(store, Store) else None
+        self._session = self._store.session if self._store else None
         self._channels: list[Channel] = []
         self._numbers = self._channel((None, control or dist.group.WORLD))
-        self._is_closed = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
-        if store is not None:
-            self._heart.start()
 
     # --- facts, as JSON ---------------------------------------------------------------------------
 
@@ -76,7 +71,7 @@ class Cluster:
         if self._store is None:
             return [facts]
         name = self._next_conversation()
-        self._store.set(f"{name}/{self.rank}", json.dumps(facts))
+        self._set(f"{name}/{self.rank}", json.dumps(facts))
         return [json.loads(self._await(f"{name}/{rank}", rank)) for rank in range(self.world_size)]
 
     def barrier(self) -> None:
@@ -101,12 +96,12 @@ class Cluster:
         try:
             result = act()
         except ForgeError as error:
-            self._store.set(name, json.dumps({"problems": _as_json(error)}))
+            self._set(name, json.dumps({"problems": _as_json(error)}))
             raise
         except BaseException as error:
-            self._store.set(name, json.dumps({"failure": f"the main process failed: {error!r}"}))
+            self._set(name, json.dumps({"failure": f"the main process failed: {error!r}"}))
             raise
-        self._store.set(name, json.dumps({"result": result}))
+        self._set(name, json.dumps({"result": result}))
         return result
 
     def together(self, act: Callable[[], Result]) -> Result:
@@ -136,10 +131,10 @@ class Cluster:
     def post(self, key: str, value: str = "") -> None:
         """Post a value that others read by `wait_for`. May be called from any thread."""
         if self._store is not None:
-            self._store.set(f"forge/posted/{key}/{self.rank}", value)
+            self._set(f"forge/posted/{key}/{self.rank}", value)
 
     def wait_for(self, key: str, rank: int) -> str:
-        """What `rank` posts under `key`, for any thread. Raises RankFailure if it is gone."""
+        """What `rank` posts under `key`, for any thread. Raises LostPeer if it is gone."""
         return self._await(f"forge/posted/{key}/{rank}", rank)
 
     # --- numbers and tensors ----------------------------------------------------------------------
@@ -182,7 +177,8 @@ class Cluster:
     def _channel(self, groups: tuple[Group, Group]) -> Channel:
         number = len(self._channels)
         sealing = Sealing(self._session, self.rank, number) if self._session else None
-        self._channels.append(Channel(self.rank, self.world_size, groups, sealing))
+        channel = Channel(self.rank, self.world_size, groups, sealing, self.exchange)
+        self._channels.append(channel)
         return self._channels[-1]
 
     def own_group(self) -> dist.ProcessGroup:
@@ -198,79 +194,83 @@ class Cluster:
         What one sends, the other must receive, in the same order and size.
         """
         group = self._new_group()
-        yield group
+        with self.exchange():
+            yield group
         dist.destroy_process_group(group)
 
+    def exchange(self) -> AbstractContextManager[None]:
+        """What fails inside is a lost peer, whatever it says: LostPeer names who is gone."""
+        return self._peers.exchange() if self._peers else nullcontext()
+
     def _new_group(self) -> dist.ProcessGroup:
-        timeout = datetime.timedelta(seconds=self._peer_timeout_s)
-        group = dist.new_group(backend="gloo", timeout=timeout)
-        assert isinstance(group, dist.ProcessGroup)
-        return group
+        self.barrier()  # who connects is waited for no longer than connecting takes
+        assert self._peers is not None
+        return self._peers.open(new_gloo_group)
 
     # --- signs of life ----------------------------------------------------------------------------
 
+    def loss(self, error: BaseException) -> RankFailure | None:
+        """The loss of a peer that an error comes from, wherever it surfaced; None if all live."""
+        if self._peers is None:
+            return None
+        if self._peers.loss is None and isinstance(error, RuntimeError) and self._peers.gone():
+            return self._peers.blame(error)
+        return self._peers.loss
+
     def announce_failure(self) -> None:
         """Let the others know that this rank has failed, so that none waits for a sign of life."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the store may be what has failed
-                self._store.set(f"forge/failed/{self.rank}", "")
+        if self._peers is not None:
+            self._peers.leave(FAILED)
 
     def close(self) -> None:
         """Show no more signs of life; no thread of ours must outlive the process group."""
-        self._is_closed.set()
         for channel in self._channels:
             channel.close()
-        if self._heart.is_alive():
-            self._heart.join(timeout=GOODBYE_S)
+        if self._peers is not None:
+            self._peers.close()
 
     def leave(self) -> None:
         """Say goodbye: the main process, which may serve the store, waits a few seconds for all."""
+        for channel in self._channels:
+            channel.close()
+        if self._peers is not None:
+            self._peers.leave(LEFT)
         self.close()
-        store = self._store
-        if store is None:
-            return
-        with contextlib.suppress(RuntimeError):  # the main process, or the store, is gone already
-            if not self.is_main:
-                return store.set(f"forge/left/{self.rank}", "")
-            others = [f"forge/left/{rank}" for rank in range(1, self.world_size)]
-            wait_for(lambda: store.check(others), GOODBYE_S)
 
     def _next_conversation(self) -> str:
         # Every rank makes the same calls in the same order, so a counter names the conversation.
         self._conversations += 1
         return f"forge/{self._conversations}"
 
-    def _await(self, key: str, rank: int) -> str:
-        """The value that `rank` will set, as soon as it is there."""
-        store, alive, beat, seen_at = self._store, f"forge/alive/{rank}", b"", time.monotonic()
-        assert store is not None
-        try:
-            for _ in pauses():
-                if store.check([key]):
-                    break
-                if store.check([f"forge/failed/{rank}"]):
-                    raise RankFailure(f"lost a peer: rank {rank} has failed", SEE_THE_OTHER)
-                last = store.get(alive) if store.check([alive]) else b""
-                silent_s = time.monotonic() - seen_at
-                if last != beat:
-                    beat, seen_at = last, time.monotonic()
-                elif silent_s > max(self._peer_timeout_s, 3 * HEARTBEAT_S):
-                    found = f"rank {rank} has shown no sign of life for {silent_s:.0f} s"
-                    raise RankFailure(f"lost a peer: {found}", SEE_THE_OTHER)
-            return store.get(key).decode()
-        except (dist.DistError, RuntimeError) as error:
-            found = "lost the main process: its store does not answer any more"
-            found = f"{found} ({str(error).splitlines()[0]})"
-            raise RankFailure(found, SEE_THE_OTHER) from error
-
-    def _beat(self) -> None:
-        """Show the others, from a thread of its own, that this process lives while it works."""
+    def _set(self, key: str, value: str) -> None:
         assert self._store is not None
-        with contextlib.suppress(RuntimeError):  # the store has ended, and so will the run
-            for count in itertools.count():
-                self._store.set(f"forge/alive/{self.rank}", str(count))
-                if self._is_closed.wait(HEARTBEAT_S):
-                    return
+        with self.exchange():
+            self._store.set(key, value)
+
+    def _await(self, key: str, rank: int) -> str:
+        """The value that `rank` will set, as soon as it is there. Raises LostPeer."""
+        peers = self._peers
+        assert peers is not None
+        for _ in pauses():
+            # In this order: who sets the value and ends has set it.
+            loss, has_left = peers.loss, peers.has_left(rank)
+            try:
+                if peers.store.check(key):
+                    return peers.store.get(key, rank)
+            except StoreLost as error:
+                raise peers.lose_store(error) from error
+            if loss is not None:
+                raise loss
+            if has_left:
+                raise peers.blame(RuntimeError("it has ended"))
+        raise AssertionError("pauses() never ends")
+
+
+def new_gloo_group() -> dist.ProcessGroup:
+    """A group of all ranks; all must call. Its waits end by heartbeats, not by a timeout."""
+    group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _in_batches(named: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import platform
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from accelerate.utils import patch_environment
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.cluster import EXCHANGE_TIMEOUT, Cluster, new_gloo_group
 from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
+from p2p_llm_forge.peers.liveness import FAILED, GOODBYE_S, Liveness
 from p2p_llm_forge.peers.machine import has_bf16, versions
-from p2p_llm_forge.peers.rank_failure import explain
+from p2p_llm_forge.peers.rank_failure import LostPeer, explain
 from p2p_llm_forge.peers.rendezvous import choose_endpoint, rendezvous
 from p2p_llm_forge.peers.routes import choose_interface
+from p2p_llm_forge.polling import in_thread
+
+NCCL_TIMEOUT = datetime.timedelta(minutes=10)  # torch's own; ends what _abort_collectives does not
 
 SAME = {
     "precision": "give the same --mixed-precision on all machines",
@@ -47,12 +52,16 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
         if interface and launch.local_rank == 0:
             name = interface["GLOO_SOCKET_IFNAME"]
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
-        store = rendezvous(endpoint) if endpoint else None
-        cluster = _form_cluster(config, launch, threads, store)
+        peers = None
+        if endpoint:
+            store = rendezvous(endpoint)
+            peers = Liveness(store, launch.rank, launch.world_size, config.peer_timeout).start()
+        cluster, backend = _form_cluster(config, launch, threads, peers)
         try:
+            cluster.accelerator = _agree_on_accelerator(config, cluster, backend)
             yield cluster
         except BaseException as error:
-            explained = explain(error, cluster.rank)
+            explained = explain(error, cluster.rank) or cluster.loss(error)
             if explained is not None and not explained.is_of_this_rank:
                 cluster.leave()  # the others raise it too, and may still wait for an answer
             else:
@@ -60,57 +69,64 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
             if explained is None or explained is error:
                 raise
             raise explained from error
+        else:
+            cluster.leave()
         finally:
             cluster.close()
-        cluster.leave()
 
 
 def _form_cluster(
-    config: TrainConfig, launch: Launch, threads: int, store: dist.Store | None
-) -> Cluster:
+    config: TrainConfig, launch: Launch, threads: int, peers: Liveness | None
+) -> tuple[Cluster, str | None]:
+    """The ranks, connected, and the backend that carries gradients."""
     use_cpu = config.cpu or not _has_usable_accelerator(launch)
     if config.backend == "nccl" and use_cpu:
         found = "--backend nccl needs an NVIDIA GPU and none was found"
         raise ForgeError(found, "use --backend gloo")
-    timeout = datetime.timedelta(seconds=config.peer_timeout)
     options: dict[str, Any] = {"cpu": use_cpu}
-    if store is not None:
-        options |= {"store": store, "rank": launch.rank, "world_size": launch.world_size}
-        options |= {"timeout": timeout}
+    if peers is not None:
+        options |= {"rank": launch.rank, "world_size": launch.world_size}
+        options |= {"timeout": EXCHANGE_TIMEOUT if use_cpu else NCCL_TIMEOUT}
         options |= {} if config.backend == "auto" else {"backend": config.backend}
-    state = _start_process_group(launch, options)
-    control = None
     if use_cpu:
         torch.set_num_threads(threads)
-    if store is not None and state.backend != "gloo":
-        control = dist.new_group(backend="gloo", timeout=timeout)
-    cluster = Cluster(launch, state.device, store, control, config.peer_timeout)
+    control = None
     try:
-        precision = _agree_on_precision(config, cluster, state.backend)
-    except ForgeError:
-        cluster.leave()
+        state = _start_process_group(launch, options, peers)
+        if peers is not None and state.backend != "gloo":
+            control = peers.open(new_gloo_group)
+            peers.on_loss.append(_abort_collectives)
+    except BaseException:
+        if peers is not None:
+            peers.leave(FAILED)
+            peers.close()
         raise
-    cluster.accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=precision,
-        project_dir=config.output_dir,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    return cluster
+    return Cluster(launch, state.device, peers, control), state.backend
 
 
-def _start_process_group(launch: Launch, options: dict[str, Any]) -> PartialState:
+def _start_process_group(
+    launch: Launch, options: dict[str, Any], peers: Liveness | None
+) -> PartialState:
     """Accelerate's state, with all ranks in its process group."""
+
+    def start() -> PartialState:
+        store = {} if peers is None else {"store": peers.store.for_groups()}
+        return PartialState(**options, **store)
+
     try:
-        state = PartialState(**options)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        state = start() if peers is None else peers.open(start)
+    except (LostPeer, dist.DistError, RuntimeError, ValueError) as error:
+        if isinstance(error, LostPeer) and error.ranks:
+            raise
+        reason = error.problems[0].found if isinstance(error, LostPeer) else str(error)
         raise ForgeError(
             f"rank {launch.rank} could not meet the {launch.world_size} processes at"
-            f" {launch.master_addr}:{launch.master_port}: {str(error).splitlines()[0]}",
+            f" {launch.master_addr}:{launch.master_port}: {reason.splitlines()[0]}",
             "check that every machine was started, with the same --world-size and address, and that"
             " firewalls let the peers talk (python check_cluster.py names who cannot reach whom)",
         ) from error
+    if state.device.type == "cuda":
+        torch.cuda.set_device(state.device)  # it was chosen for the thread that opened the group
     if state.num_processes != launch.world_size:
         raise ForgeError(
             f"the launch promises {launch.world_size} processes, Accelerate found"
@@ -118,6 +134,12 @@ def _start_process_group(launch: Launch, options: dict[str, Any]) -> PartialStat
             "start it with torchrun or with `accelerate launch --multi_gpu`",
         )
     return state
+
+
+def _abort_collectives() -> None:
+    """End what waits for NCCL; on gloo this does nothing (torch 2.13)."""
+    with contextlib.suppress(RuntimeError, AttributeError):
+        dist.distributed_c10d._abort_process_group()
 
 
 def _has_usable_accelerator(launch: Launch) -> bool:
@@ -129,6 +151,18 @@ def _has_usable_accelerator(launch: Launch) -> bool:
     device, devices = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     has_collectives = device is not None and device.type != "mps"
     return launch.world_size == 1 or (has_collectives and devices >= launch.local_world_size)
+
+
+def _agree_on_accelerator(
+    config: TrainConfig, cluster: Cluster, backend: str | None
+) -> Accelerator:
+    return Accelerator(
+        cpu=cluster.device.type == "cpu",
+        mixed_precision=_agree_on_precision(config, cluster, backend),
+        project_dir=config.output_dir,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
 
 
 def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | None) -> str:
@@ -181,10 +215,15 @@ def _own_accelerator_state() -> Iterator[None]:
     if PartialState._shared_state:
         fix = "restart the notebook's kernel, and do not make one before train()"
         raise ForgeError("an Accelerator exists in this process already", fix)
+    is_lost = False
     try:
         yield
+    except LostPeer:
+        is_lost = True
+        raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            destroyed = in_thread(dist.destroy_process_group)
+            futures.wait([destroyed], GOODBYE_S if is_lost else None)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

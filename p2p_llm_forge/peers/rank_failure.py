@@ -9,12 +9,8 @@ import torch.distributed as dist
 
 from p2p_llm_forge.errors import ForgeError
 
-# What RuntimeErrors of gloo and NCCL contain when a peer is gone (torch 2.13).
-LOST_PEER = (
-    *("onnection closed", "onnection reset", "onnection refused", "imed out", "NCCL"),
-    *("onnect timeout", "timeout caused pair closure", "connectFullMesh"),  # as groups are opened
-)
 SEE_THE_OTHER = "see what that process printed as it ended, then continue with --resume auto"
+SEE_THE_NETWORK = "python check_cluster.py names who cannot reach whom; continue with --resume auto"
 
 
 class RankFailure(ForgeError):
@@ -22,6 +18,24 @@ class RankFailure(ForgeError):
 
     status = 1
     is_of_this_rank = True
+
+
+class LostPeer(RankFailure):
+    """A peer is gone, and so is the run. ranks: which, as far as heartbeats show."""
+
+    leaves_threads = True  # in calls of libraries that do not come back
+
+    def __init__(self, rank: int, found: str, ranks: list[int]) -> None:
+        """rank: the one that found it."""
+        where = f"rank {rank} ({platform.node()})"
+        super().__init__(found, SEE_THE_OTHER if ranks else SEE_THE_NETWORK, where=where)
+        self.ranks = ranks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a process or a GPU has no memory left."""
+    is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_named or "allocate memory" in str(error)
 
 
 def explain(error: BaseException, rank: int) -> ForgeError | None:
@@ -32,12 +46,11 @@ def explain(error: BaseException, rank: int) -> ForgeError | None:
         return None
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+    if is_out_of_memory(error):
         found = f"out of memory ({reason})"
         fix = "lower --micro-batch-size (the batch stays the same), or add --gradient-checkpointing"
-    elif isinstance(error, dist.DistError) or any(part in text for part in LOST_PEER):
-        found = f"lost a peer: it ended, or no exchange came about within --peer-timeout ({reason})"
-        fix = "see what the others printed as they ended, then continue with --resume auto"
+    elif isinstance(error, dist.DistError):  # NCCL's, which carries DDP's gradients by itself
+        return LostPeer(rank, f"lost a peer: an exchange broke off ({reason})", [])
     elif isinstance(error, OSError):
         found = f"could not read or write: {error}"
         fix = (

@@ -14,7 +14,6 @@ import errno
 import json
 import platform
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -29,13 +28,17 @@ from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.claims import Claim, check_rank
 from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
+from p2p_llm_forge.peers.liveness import SHORTEST_TIMEOUT_S, Liveness
 from p2p_llm_forge.peers.routes import address_of
 from p2p_llm_forge.peers.secret import Session, new_nonce, read_secret
-from p2p_llm_forge.polling import pauses, wait_for
+from p2p_llm_forge.peers.store import Store, StoreLost
+from p2p_llm_forge.polling import in_thread, pauses, wait_for
 
 LONGEST_PAUSE_S = 0.05  # between looks at the store
 FAREWELL_S = 3.0
+LOOK_THERE = "see whether that machine runs and what it printed, then start all again"
 LISTED = 8  # ranks or pairs that a message names
+RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
 VERDICT = "forge/rendezvous/verdict"
 
 
@@ -50,7 +53,8 @@ class Endpoint:
     main_port: int
     serves_store: bool
     own_address: str | None  # where the others reach it; None: all are on this machine
-    timeout_s: float
+    timeout_s: float  # until all have come
+    peer_timeout_s: float = 10.0  # until one that came and shows no sign of life is given up
     secret: bytes | None
 
     @property
@@ -86,7 +90,8 @@ def choose_endpoint(
         main_port=launch.master_port or DEFAULT_PORT,
         serves_store=launch.rank == 0 and not launch.serves_store,
         own_address=own,
-        timeout_s=config.peer_timeout,
+        timeout_s=config.rendezvous_timeout or RENDEZVOUS_TIMEOUTS * config.peer_timeout,
+        peer_timeout_s=config.peer_timeout,
         secret=read_secret(config.cluster_secret_file),
     )
 
@@ -108,7 +113,7 @@ def _refuse_open_launcher(listening: list[str]) -> None:
         )
 
 
-def rendezvous(endpoint: Endpoint) -> dist.Store:
+def rendezvous(endpoint: Endpoint) -> Store:
     """Wait for all ranks, check that each may be here and reaches the others; returns the store.
 
     Raises ForgeError, on all that came, when a rank is missing, without the secret or unreachable.
@@ -117,20 +122,24 @@ def rendezvous(endpoint: Endpoint) -> dist.Store:
     try:
         claim = Claim(store, endpoint.rank, endpoint.world_size, endpoint.main)
         claim.take()  # whoever is refused here leaves the others alone
+        size, timeout_s = endpoint.world_size, endpoint.peer_timeout_s
+        peers = Liveness(store, endpoint.rank, size, timeout_s, phase="rendezvous").start()
         try:
-            _meet(endpoint, store, claim)
+            _meet(endpoint, peers, claim)
         except ForgeError as error:
             _publish(endpoint, store, error)
             raise
-    except (dist.DistError, RuntimeError) as error:
+        finally:
+            peers.stop()  # before values are signed: no rank takes another's for a stranger's
+    except StoreLost as error:
         found = f"rank {endpoint.rank} lost the main process at {endpoint.main} during the"
-        found = f"{found} rendezvous ({str(error).splitlines()[0]})"
-        fix = "see what rank 0 printed: it ended first"
+        found = f"{found} rendezvous ({error})"
+        fix = "see what rank 0 printed: it ended first, or its machine is gone"
         raise refusal("rendezvous", found, fix) from error
     return store
 
 
-def _meet(endpoint: Endpoint, store: dist.Store, claim: Claim) -> None:
+def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> None:
     own = endpoint.own_address
     with _server(own, 0) if own else contextlib.nullcontext() as door:
         hello = {
@@ -141,16 +150,16 @@ def _meet(endpoint: Endpoint, store: dist.Store, claim: Claim) -> None:
             "port": door.getsockname()[1] if door else None,  # where the others may try
         }
         try:
-            hellos = _gather(endpoint, store, "hello", hello, claim.beat)
+            hellos = _gather(endpoint, peers, "hello", hello, claim.beat)
         except ForgeError as error:
             raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
         claim.all_came()
         hellos[endpoint.rank] = hello  # as it was said, whatever the store holds by now
-        _prove(endpoint, store, hellos)
-        _reach(endpoint, store, hellos)
+        _prove(endpoint, peers, hellos)
+        _reach(endpoint, peers, hellos)
 
 
-def open_store(endpoint: Endpoint) -> dist.Store:
+def open_store(endpoint: Endpoint) -> Store:
     """The launch's key-value store, served by rank 0 or by its launcher. Raises ForgeError."""
     host, port = endpoint.main_address, endpoint.main_port
     listener = _listen(host, port) if endpoint.serves_store else None
@@ -163,18 +172,11 @@ def open_store(endpoint: Endpoint) -> dist.Store:
     options |= {"world_size": endpoint.world_size, "is_master": listener is not None}
     options |= {"timeout": datetime.timedelta(seconds=endpoint.timeout_s)}
     options |= {"wait_for_workers": False, "multi_tenant": True}
-    opened: futures.Future[dist.Store] = futures.Future()
-
-    def open_it() -> None:
-        try:
-            opened.set_result(dist.TCPStore(host, port, **options))
-        except (dist.DistError, RuntimeError) as error:
-            opened.set_exception(error)
-
     # In a thread: where something else listens and never answers, torch (2.13) waits for ever.
-    threading.Thread(target=open_it, daemon=True, name="store").start()
+    opened = in_thread(lambda: dist.TCPStore(host, port, **options))
     try:
-        return opened.result(endpoint.timeout_s)
+        client = opened.result(endpoint.timeout_s)
+        return Store(client, endpoint.rank, max(endpoint.peer_timeout_s, SHORTEST_TIMEOUT_S))
     except (futures.TimeoutError, dist.DistError, RuntimeError) as error:
         reason = str(error) or f"no answer for {endpoint.timeout_s:.0f} s"
         found = f"rank {endpoint.rank}: what answers at {endpoint.main} is not rank 0 of a run"
@@ -226,26 +228,29 @@ def _no_way_to_main(endpoint: Endpoint, state: str) -> ForgeError:
 
 def _gather(
     endpoint: Endpoint,
-    store: dist.Store,
+    peers: Liveness,
     subject: str,
     own: dict[str, Any],
     meanwhile: Callable[[], None] | None = None,
 ) -> list[dict]:
     """Every rank's facts on a subject, by rank. Raises ForgeError naming those who are missing."""
-    keys = [f"forge/rendezvous/{subject}/{rank}" for rank in range(endpoint.world_size)]
+    store, ranks = peers.store, range(endpoint.world_size)
+    keys = [f"forge/rendezvous/{subject}/{rank}" for rank in ranks]
     store.set(keys[endpoint.rank], json.dumps(own))
     deadline = time.monotonic() + endpoint.timeout_s
     # Not store.wait(), which prints a warning of its own when its time is over (torch 2.13).
     for _ in pauses(longest_s=LONGEST_PAUSE_S):
-        if store.check(keys):
+        if store.check(*keys):
             break
         if meanwhile:
             meanwhile()
-        if store.check([VERDICT]):
-            raise _verdict(store.get(VERDICT))
+        if store.check(VERDICT):
+            raise _verdict(store.get(VERDICT, endpoint.rank))
+        if peers.loss is not None:
+            raise refusal("rendezvous", peers.loss.problems[0].found, LOOK_THERE)
         if time.monotonic() > deadline:
-            raise _missing(endpoint, [r for r, key in enumerate(keys) if not store.check([key])])
-    return [_dict(store.get(key)) for key in keys]
+            raise _missing(endpoint, [r for r in ranks if not store.check(keys[r])])
+    return [_dict(store.get(key, rank)) for rank, key in enumerate(keys)]
 
 
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
@@ -255,11 +260,11 @@ def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
         f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
         f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
         f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
-        " it printed; --peer-timeout waits longer",
+        " it printed; --rendezvous-timeout waits longer",
     )
 
 
-def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
+def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
     """Prove that this rank knows the secret and check that all others do. Raises ForgeError."""
     without = [rank for rank, hello in enumerate(hellos) if not hello.get("has_secret")]
     if endpoint.secret is None and len(without) == endpoint.world_size:
@@ -269,7 +274,7 @@ def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
         raise refusal("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
     assert endpoint.secret is not None
     session = Session(endpoint.secret, hellos)
-    answers = _gather(endpoint, store, "proof", {"proof": session.proof(endpoint.rank)})
+    answers = _gather(endpoint, peers, "proof", {"proof": session.proof(endpoint.rank)})
     strangers = [
         rank
         for rank, answer in enumerate(answers)
@@ -280,7 +285,7 @@ def _prove(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
         raise refusal("secret", f"{found} the cluster's secret", copy)
 
 
-def _reach(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
+def _reach(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
     """Try every other rank's door; raises ForgeError naming the pairs that fail."""
     if all(not hello.get("address") for hello in hellos):
         return
@@ -291,7 +296,7 @@ def _reach(endpoint: Endpoint, store: dist.Store, hellos: list[dict]) -> None:
     own = dict(zip(map(str, others), states, strict=True))
     closed = [
         _closed_route(hellos, rank, int(other), state)
-        for rank, states in enumerate(_gather(endpoint, store, "reach", own))
+        for rank, states in enumerate(_gather(endpoint, peers, "reach", own))
         for other, state in states.items()
         if state != addresses.OPEN
     ]
@@ -312,22 +317,22 @@ def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Find
     return failure("reach", found, fix)
 
 
-def _publish(endpoint: Endpoint, store: dist.Store, error: ForgeError) -> None:
+def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
-    with contextlib.suppress(dist.DistError, RuntimeError):
-        if not store.check([VERDICT]):
+    with contextlib.suppress(StoreLost):
+        if not store.check(VERDICT):
             store.set(VERDICT, json.dumps([vars(found) for found in failures("peers", error)]))
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
             for rank in range(endpoint.world_size)
-            if store.check([f"forge/rendezvous/hello/{rank}"])
+            if store.check(f"forge/rendezvous/hello/{rank}")
         ]
         if endpoint.rank == 0:
-            wait_for(lambda: store.check(came), FAREWELL_S)
+            wait_for(lambda: store.check(*came), FAREWELL_S)
 
 
-def _verdict(text: bytes) -> ForgeError:
+def _verdict(text: str) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
         return ForgeError.of(
@@ -338,7 +343,7 @@ def _verdict(text: bytes) -> ForgeError:
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
-def _dict(text: bytes) -> dict[str, Any]:
+def _dict(text: str) -> dict[str, Any]:
     """What a rank has put into the store; anyone who reaches the port can write there."""
     try:
         value = json.loads(text)

@@ -7,6 +7,7 @@ is abandoned together with the store when a call takes too long.
 
 from __future__ import annotations
 
+import datetime
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,8 +18,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from p2p_llm_forge.peers.secret import Session
+from p2p_llm_forge.peers.sockets import give_up_early
 
 Result = TypeVar("Result")
+
+
+GROUPS_TIMEOUT = datetime.timedelta(days=1)  # they are abandoned earlier: see liveness.py
 
 
 class StoreLost(Exception):
@@ -36,12 +41,19 @@ class Store:
         self._client, self._rank, self._timeout_s = client, rank, timeout_s
         self.session: Session | None = None  # once the ranks have proven that they know a secret
         self._lost: str | None = None
+        if isinstance(client, dist.TCPStore):
+            give_up_early(client.host, client.port, timeout_s)
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="store").start()
 
     def set(self, key: str, value: str) -> None:
         """Write a value as this rank."""
         self._call(lambda: self._client.set(key, self._written(key, value)))
+
+    def set_once(self, key: str, value: str, instead_of: str = "") -> str:
+        """Write where nothing stands but `instead_of`; returns what stands there afterwards."""
+        raw = self._call(lambda: self._client.compare_set(key, instead_of, value))
+        return raw.decode(errors="replace")
 
     def get(self, key: str, writer: int) -> str:
         """The value that rank `writer` has set; it must be there.
@@ -60,8 +72,15 @@ class Store:
         return self._call(lambda: self._client.check(list(keys)))
 
     def for_groups(self) -> dist.Store:
-        """A connection of its own for torch's process groups. Raises StoreLost."""
-        return self._call(lambda: self._client.clone())  # type: ignore[attr-defined]
+        """A connection of its own for torch's process groups, which wait in it for long."""
+
+        def clone() -> dist.Store:
+            client = self._client.clone()  # type: ignore[attr-defined]
+            client.set_timeout(GROUPS_TIMEOUT)
+            give_up_early(client.host, client.port, self._timeout_s)
+            return client
+
+        return self._call(clone)
 
     def close(self) -> None:
         """End the thread once it has done what it was given."""

@@ -249,7 +249,8 @@ class PowerSGD(GradientAveraging):
             world, before = self._world_size, self._powersgd.total_numel_after_compression
             # The hook chains all-reduces, and those of two buckets under way at once meet each
             # other's on gloo (torch 2.13): here one bucket is done before the next begins.
-            averaged = powerSGD_hook.powerSGD_hook(self._powersgd, bucket).wait()
+            with self._cluster.exchange():
+                averaged = powerSGD_hook.powerSGD_hook(self._powersgd, bucket).wait()
             compressed = self._powersgd.total_numel_after_compression - before
             values = compressed or bucket.buffer().numel()
             self._channel.count(2 * (world - 1) * 4 * values // world)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import claims
 from p2p_llm_forge.peers.claims import Claim, check_rank
+from p2p_llm_forge.peers.store import Store
 from tests.memory_channel import run_ranks
 
 MAIN = "10.0.0.1:29500"
@@ -26,12 +27,13 @@ def refusal_of(newcomer):
 
 
 def keys_of(store):
-    return {key: store.get(key) for key in store.list_keys()}
+    return {key: store.get(key, 0) for key in store._client.list_keys()}
 
 
 @pytest.fixture
 def store():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return Store(client, 0, timeout_s=60)
 
 
 def test_a_rank_that_waits_keeps_its_number(store, monkeypatch):

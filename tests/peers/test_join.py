@@ -6,6 +6,7 @@ import os
 import socket
 
 import pytest
+import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
@@ -49,7 +50,7 @@ def test_something_else_at_the_main_port_is_reported():
     [
         (MemoryError(), "out of memory"),
         (OSError(28, "No space left on device"), "could not read or write: .*No space left"),
-        (RuntimeError("Connection closed by peer [10.0.0.2]"), "lost a peer"),
+        (torch.distributed.DistBackendError("NCCL"), "lost a peer"),
     ],
     ids=str,
 )

@@ -13,7 +13,10 @@ from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers import rendezvous as module
 from p2p_llm_forge.peers.findings import Finding
 from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.peers.liveness import Liveness
 from p2p_llm_forge.peers.rendezvous import Endpoint, choose_endpoint, rendezvous
+from p2p_llm_forge.peers.store import Store
+from p2p_llm_forge.polling import wait_for
 from tests.memory_channel import run_ranks
 from tests.ports import free_port
 
@@ -48,11 +51,13 @@ def test_ranks_that_come_get_one_store(secret):
     def act(endpoint):
         store = rendezvous(endpoint)
         store.set(f"from/{endpoint.rank}", str(endpoint.rank))
-        return store, [store.get(f"from/{rank}") for rank in range(3)]
+        keys = [f"from/{rank}" for rank in range(3)]
+        assert wait_for(lambda: store.check(*keys), 60)
+        return store, store.get_all(keys, range(3))
 
     ranks = endpoints(3, own_address="127.0.0.1", secrets=[secret] * 3)
     for _, values in run_ranks(ranks, act):
-        assert values == [b"0", b"1", b"2"]
+        assert values == ["0", "1", "2"]
 
 
 def test_a_missing_rank_is_named_by_those_who_came():
@@ -100,15 +105,16 @@ def test_a_closed_door_ends_the_rendezvous_on_all(monkeypatch):
         assert "known on its own machine only" in refusal.problems[0].found
 
 
-@pytest.mark.parametrize("text", [b"[]", b"no json", b"{}", b'[{"found": "x"}]', b"[1]"])
+@pytest.mark.parametrize("text", ["[]", "no json", "{}", '[{"found": "x"}]', "[1]"])
 def test_what_strangers_write_as_a_verdict_is_one_message(text):
     assert "another rank has ended the rendezvous" in str(module._verdict(text))
 
 
 def test_facts_of_strangers_are_no_facts():
-    store, first = dist.HashStore(), endpoints(2)[0]
+    store, first = Store(dist.HashStore(), 0, timeout_s=60), endpoints(2)[0]
     store.set("forge/rendezvous/hello/1", "[1, 2]")
-    assert module._gather(first, store, "hello", {"host": "anna"}) == [{"host": "anna"}, {}]
+    peers = Liveness(store, 0, 2, timeout_s=60)
+    assert module._gather(first, peers, "hello", {"host": "anna"}) == [{"host": "anna"}, {}]
 
 
 def test_many_names_are_cut_short():
@@ -131,7 +137,7 @@ def test_a_process_alone_needs_no_rendezvous():
 
 def test_processes_of_one_machine_meet_at_its_loopback():
     launch = Launch(rank=1, world_size=2, local_rank=1, local_world_size=2)
-    endpoint = choose_endpoint(TrainConfig(peer_timeout=7.0), launch, {})
+    endpoint = choose_endpoint(TrainConfig(rendezvous_timeout=7.0), launch, {})
     assert (endpoint.main, endpoint.own_address) == ("127.0.0.1:29500", None)
     assert endpoint.timeout_s == 7.0 and not endpoint.serves_store
 
