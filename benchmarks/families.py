@@ -51,15 +51,31 @@ NAMES_OF_SIZES = {
     # Of the parts that scan, each with a head size of 16.
     8: "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads",
     16: "mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"
-    " mamba_d_state ssm_state_size",
+    " mamba_d_state ssm_state_size hidden_size_per_layer_input",
     32: "chunk_size mamba_chunk_size",
     # Of choices among experts by groups, and of layers that reuse what others have kept.
-    1: "n_group topk_group num_expert_group",
+    1: "n_group topk_group num_expert_group n_shared_experts",
     0: "num_kv_shared_layers",
 }
 SIZES = {name: size for size, names in NAMES_OF_SIZES.items() for name in names.split()}
+BLT = ("patcher_config", "encoder_config", "decoder_config", "global_config")
+BLT_SIZES = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 4, "intermediate_size": 128},
+}
 # What else a user has to give.
 MORE: dict[str, dict[str, Any]] = {
+    "blt": {
+        **{f"{part}.{name}": size for part in BLT for name, size in BLT_SIZES.items()},
+        **{f"{part}.head_dim": 16 for part in BLT if part != "encoder_config"},
+        **{f"{part}.hidden_size_global": 64 for part in ("encoder_config", "decoder_config")},
+        "encoder_hash_byte_group_vocab": 100,
+    },
+    "cohere_compass_text": {
+        "rope_parameters.full_attention.rope_type": "default",
+        "rope_parameters.full_attention.rope_theta": 10000,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": "[[[global,local],1]]"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
@@ -146,6 +162,9 @@ class Bench:
             said = log.read_text()
         seconds = round(time.monotonic() - began, 1)
         outcome, why = judge(ended, said)
+        if outcome == "trained":
+            saved = json.loads((output / "config.json").read_text())["model_type"]
+            why = "" if saved == family else f"its text part, a {saved}"
         return {"outcome": outcome, "why": why, "seconds": seconds, "flags": sizes, "log": said}
 
     def wait(self, pids: list[int]) -> int:

@@ -22,11 +22,13 @@ from p2p_llm_forge.model.fit import (
     require_same_words,
 )
 from p2p_llm_forge.model.sizes import (
+    combined,
     completed,
     one_line,
     size_of,
     sizes_asked_for,
     sizes_in,
+    vocabularies,
 )
 
 # Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
@@ -121,7 +123,7 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     defaults, overrides = sizes_asked_for(config)
     padding = size_of(defaults, "pad_token_id")
     settings: dict[str, Any] = {
-        "vocab_size": text.vocab_size,
+        **vocabularies(defaults, text.vocab_size),
         "bos_token_id": text.eos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": padding if (padding or 0) < text.vocab_size else None,
@@ -133,7 +135,7 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     if not config.model_type:
         settings |= SMALL_GPT2
     # GPT-2 calls max_position_embeddings n_positions, and so on: compared by the family's names.
-    settings = completed(defaults, settings) | completed(defaults, overrides)
+    settings = completed(defaults, combined(settings, overrides))
     try:
         model_config = type(defaults)(**settings)
     except Exception as error:  # whatever a family's own checks raise

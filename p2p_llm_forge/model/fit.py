@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.sizes import one_line, size_of
+from p2p_llm_forge.model.sizes import one_line, size_of, sizes_in
 
 # Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -118,7 +118,7 @@ def require_causal(
         try:
             logits_of(model, tokens[:2])
         except Exception:
-            found = f"{what} fails in transformers ({type(error).__name__}: {reason})"
+            found = f"{what} fails in transformers ({reason})"
             raise ForgeError(found, fix_of_failure) from error
         found = f"{what} cannot take a block of {length} tokens ({reason})"
         raise BlockTooLong(found, fix_of_length) from error
@@ -154,5 +154,5 @@ def require_memory(model_config: Any, processes_here: int) -> None:
         raise ForgeError(
             f"a {model_config.model_type} of {parameters / 1e6:,.0f} M parameters needs about "
             f"{needed / 1e9:.1f} GB to train on this machine, {available / 1e9:.1f} GB are free",
-            "make it smaller with --config-overrides (hidden_size, num_hidden_layers, ...)",
+            f"make it smaller with --config-overrides; it has {sizes_in(model_config)}",
         )

@@ -40,7 +40,8 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         path = key.removeprefix(f"{part}.").split(".")
         own, known = default_at(defaults, path)
         found = f"--config-overrides: a {family} has no '{key}'"
-        problems.require(path[-1] in known, found, nearest(path[-1], known))
+        fix = nearest(path[-1], known) if known else f"{path[0]} holds no sizes: leave it out"
+        problems.require(path[-1] in known, found, fix)
         size = value_of(value)
         is_number = isinstance(size, int | float) or not isinstance(own, int | float)
         found = f"--config-overrides: {key} is '{value}'"
@@ -107,13 +108,13 @@ def names_in(part: Any) -> set[str]:
 
 
 def size_of(part: Any, name: str) -> Any:
-    """The size by this name in a configuration; None without one, or where layers differ in it."""
+    """The size by this name in a configuration; None without one."""
     if isinstance(part, dict):
         return part.get(name)
     try:
         return getattr(part, name, None)
-    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError of transformers 5
-        return None
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError: some layers have their own
+        return part.to_dict().get(name)
 
 
 def default_at(defaults: Any, path: list[str]) -> tuple[Any, set[str]]:
@@ -121,10 +122,10 @@ def default_at(defaults: Any, path: list[str]) -> tuple[Any, set[str]]:
     part = defaults
     for name in path[:-1]:
         inside = size_of(part, name)
-        if inside is None and name not in names_in(part):
+        if inside is None and not isinstance(part, dict) and name not in names_in(part):
             return None, set()
         part = {} if inside is None else inside
-    if isinstance(part, dict):  # holds what its reader looks for, not only what it has by default
+    if isinstance(part, dict):  # may hold more than it does by default
         return part.get(path[-1]), {*part, path[-1]}
     if not hasattr(part, "to_dict"):
         return None, set()
@@ -141,6 +142,27 @@ def merge(sizes: dict[str, Any], path: list[str], size: Any) -> None:
     sizes[path[-1]] = size
 
 
+def vocabularies(defaults: Any, vocab_size: int) -> dict[str, Any]:
+    """The sizes that are to be those of the vocabulary, in parts too that read the same tokens."""
+    sizes: dict[str, Any] = {"vocab_size": vocab_size}
+    sizes |= {name: vocab_size for name in names_in(defaults) if name.startswith("vocab_size")}
+    own = size_of(defaults, "vocab_size")
+    for name in defaults.sub_configs or {}:
+        if own is not None and size_of(size_of(defaults, name), "vocab_size") == own:
+            sizes[name] = {"vocab_size": vocab_size}
+    return sizes
+
+
+def combined(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes with what changes of them; dictionaries in dictionaries alike."""
+    result = {**sizes}
+    for name, size in changes.items():
+        before = sizes.get(name)
+        is_inside = isinstance(size, dict) and isinstance(before, dict)
+        result[name] = combined(before, size) if is_inside and before is not None else size
+    return result
+
+
 def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """`sizes` by the family's own names, with what follows from them.
 
@@ -152,7 +174,7 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     for name, size in sizes.items():
         default = size_of(defaults, name)
         if isinstance(size, dict) and isinstance(default, dict):
-            sizes[name] = {**default, **size}
+            sizes[name] = combined(default, size)
     shared = own_name.get("num_key_value_heads", "num_key_value_heads")
     heads = sizes.get(own_name.get("num_attention_heads", "num_attention_heads"))
     groups = size_of(defaults, shared)
@@ -162,17 +184,25 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def sizes_in(model_config: Any) -> str:
-    """The sizes of which some do not go together, for a person to look through."""
-    sizes = re.compile("size|dim|rank|heads?$|layers?$|group|experts|top_?k|expand|width|embd|d_")
-    settings = model_config.to_dict()
-    return ", ".join(
-        f"{name}={value}"
-        for name, value in sorted(settings.items())
-        if type(value) is int and value > 1 and sizes.search(name)
-    )
+    """The sizes of which some are too large or do not go together, for a person to look through."""
+    return ", ".join(f"{name}={size}" for name, size in sorted(sizes_of(model_config.to_dict())))
+
+
+def sizes_of(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, int]]:
+    """The sizes in a configuration and its parts, by the names that --config-overrides takes."""
+    is_size = re.compile("size|dim|rank|heads?$|layers?$|group|experts|top_?k|expand|width|embd|d_")
+    sizes = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            sizes += sizes_of(value, f"{prefix}{name}.")
+        elif type(value) is int and value > 1 and is_size.search(name):
+            sizes.append((f"{prefix}{name}", value))
+    return sizes
 
 
 def one_line(error: BaseException) -> str:
     """What an error of a library says, on one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if " " not in text:  # the key of a KeyError
+        text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 300 else f"{text[:300]}..."

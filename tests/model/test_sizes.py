@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -117,3 +119,21 @@ def test_what_is_not_there_is_refused_with_the_fix(family, overrides, found, fix
         sizes_asked_for(TrainConfig(model_type=family, config_overrides=overrides))
     (problem,) = error.value.problems
     assert found in problem.found and fix in problem.fix
+
+
+def test_every_vocabulary_is_that_of_the_text(text):
+    """A table for each layer of gemma4 has 262144 rows otherwise, and blt's parts 260 bytes."""
+    assert new_model_config(asked("gemma4"), text).vocab_size_per_layer_input == 300
+    blt = new_model_config(asked("blt", **{"patcher_config.intermediate_size": 64}), text)
+    assert blt.patcher_config.vocab_size == blt.encoder_config.vocab_size == 300
+    assert blt.patcher_config.intermediate_size == 64
+
+
+def test_sizes_that_are_too_large_are_named_by_what_changes_them(text, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(ForgeError) as error:
+        build_model(asked("blt"), text)
+    (problem,) = error.value.problems
+    assert "to train on this machine" in problem.found
+    assert "encoder_config.hidden_size=1024" in problem.fix
