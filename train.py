@@ -64,7 +64,8 @@ def loop(run: Run, interruptions: Interruptions) -> None:
     for step in range(run.first_step, total_steps):
         update = take_update(run, step)
         run.window.add(update.nats)
-        run.meter.add(run.sync.after_update(step, update.tokens))
+        run.grad_norm = update.grad_norm
+        run.synced(run.sync.after_update(step, update.tokens))
         run.tracking.step()
 
         done = step + 1

@@ -415,7 +415,7 @@ class TrainConfig(
             "add --output-dir FOLDER",
         )
         problems.require(
-            not (self.overwrite and self.model_name and _is_same(self.model_name, self.output_dir)),
+            not (self.overwrite and self.model_name and _is_in(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}",
             "choose another --output-dir",
         )
@@ -435,6 +435,6 @@ class TrainConfig(
             )
 
 
-def _is_same(one: str, other: str) -> bool:
-    """Whether two names mean the same folder."""
-    return Path(one).resolve() == Path(other).resolve()
+def _is_in(one: str, other: str) -> bool:
+    """Whether a folder is the other one, or lies in it."""
+    return Path(one).resolve().is_relative_to(Path(other).resolve())

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from p2p_llm_forge.files import is_count, is_flag, is_number, require_shape
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -27,18 +29,44 @@ class Replica:
     tokens_per_update: float = math.inf  # of all ranks together
 
 
+# What helps against values that are not finite, whoever finds them.
+STAY_FINITE = (
+    "lower --learning-rate and use --resume auto; if they come again, also raise --warmup-steps or"
+    " set --max-grad-norm 1"
+)
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """Updates of a round that all ranks have given up."""
+
+    round: int  # from 1
+    updates: range  # their numbers, from 1
+    ranks: list[int]  # whose weights were not finite; none: what they agreed on was not
+
+    def in_words(self) -> str:
+        """What has happened, for the person who watches."""
+        where = f"on rank {', '.join(map(str, self.ranks))}" if self.ranks else "where they met"
+        return (
+            f"round {self.round} is discarded: weights became NaN or infinite {where}; all ranks"
+            f" are back at what they agreed on before, and updates {self.updates.start} to"
+            f" {self.updates.stop - 1} do not count"
+        )
+
+
 @dataclass
 class SyncReport:
     """What an update has cost in communication, or what all so far have that were added."""
 
     bytes_sent: int = 0  # payload that left this rank
     seconds: float = 0.0  # in which this rank waited for it
+    discarded: Discarded | None = None  # the same on every rank
 
     def add(self, other: SyncReport) -> None:
         self.bytes_sent += other.bytes_sent
         self.seconds += other.seconds
 
-    def figures(self, spent_s: float, updates: int) -> dict[str, float]:
+    def figures(self, spent_s: float, updates: int) -> dict[str, Any]:
         """Fraction of the time, and bytes, of so many updates."""
         return {
             "communication": self.seconds / spent_s,
@@ -78,6 +106,34 @@ class SavedSync:
         return self.world_size > 0 and self.facts["settings"]["sync"] == sync.settings()["sync"]
 
 
+# The facts of DiLoCo in a checkpoint, as `files.require_shape` takes it.
+FACTS_OF_ROUNDS = {
+    "settings": {"sync_every": is_count, "fragments": is_count, "overlap_steps": is_count},
+    **dict.fromkeys(("is_agreed", "is_warming_up"), is_flag),
+    **dict.fromkeys(("ranks", "bad_rounds", "warmup_steps"), is_count),
+    **dict.fromkeys(("sent_at", "lands_at"), [is_count]),
+    "outer": [[is_number]],
+}
+
+
+def require_facts(facts: Any) -> None:
+    """Raise ValueError unless a checkpoint's facts are those of a strategy."""
+    of_powersgd = dict.fromkeys(("powersgd_updates", "powersgd_rank"), (None, is_count))
+    of_any = {"settings": {"sync": str}, "ranks": (None, is_count), "is_agreed": (None, is_flag)}
+    require_shape(facts, of_any | of_powersgd, "sync")
+    if ("powersgd_updates" in facts) != ("powersgd_rank" in facts):
+        raise ValueError("of PowerSGD it holds a part only")
+    if facts["settings"]["sync"] == "diloco":
+        require_shape(facts, FACTS_OF_ROUNDS, "sync")
+        fragments = facts["settings"]["fragments"]
+        require_shape(facts, {"agreed_at": (None, [is_count])}, "sync")
+        lists = [facts[key] for key in ("sent_at", "lands_at", "outer")]
+        lists.append(facts.get("agreed_at") or lists[0])  # earlier versions did not keep it
+        are_pairs = all(len(pair) == 2 for pair in facts["outer"])
+        if {len(one) for one in lists} != {fragments} or not are_pairs:
+            raise ValueError(f"it does not hold the rounds of {fragments} fragments")
+
+
 class Sync(Protocol):
     """A strategy. All ranks call `after_update` after every update, and `state` together.
 
@@ -106,6 +162,13 @@ class Sync(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """The flags, as JSON, that must be the same where a round is resumed in its middle."""
+
+    def give_up_round(self, ranks: list[int]) -> Discarded | None:
+        """Undo a round whose weights are not finite on `ranks`; None where none can be undone.
+
+        All ranks must call. Raises ForgeError when that has helped too often.
+        """
+        return None
 
     def agreed_weights(self) -> AbstractContextManager[None]:
         """Put the weights that all ranks agree on into the model, for as long as it is entered."""

@@ -18,7 +18,15 @@ from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.plausible import entry, require_numbers
 from p2p_llm_forge.sync import outer
-from p2p_llm_forge.sync.base import Replica, SavedSync, Sync, SyncReport, SyncState
+from p2p_llm_forge.sync.base import (
+    STAY_FINITE,
+    Discarded,
+    Replica,
+    SavedSync,
+    Sync,
+    SyncReport,
+    SyncState,
+)
 from p2p_llm_forge.sync.compress import CODECS, Codec
 from p2p_llm_forge.sync.compressed_allreduce import (
     CompressedAllReduce,
@@ -30,9 +38,6 @@ from p2p_llm_forge.sync.compressed_allreduce import (
 from p2p_llm_forge.sync.ddp import GradientAveraging
 
 BAD_ROUNDS_IN_A_ROW = 3  # until the run ends
-STAY_FINITE = (
-    "lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then use --resume auto"
-)
 MOMENTUM, PSEUDO_GRADIENT = "momentum.", "pseudo_gradient."  # and the parameter's name
 WEIGHTS, WEIGHTS_SENT = "weights.", "weights_sent."
 
@@ -51,6 +56,7 @@ class Fragment:
         self.pseudo_gradient: Future[Tensor] | None = None  # of all ranks, on its way
         self.weights_sent = self.anchor  # this rank's weights when it was sent
         self.sent_at = self.lands_at = 0  # updates done when it was sent, and when it is applied
+        self.agreed_at = 0  # updates done that the anchor holds, or that are given up
         self.outer = (1.0, 0.0)  # rate and momentum of the step that it is for
 
     def weights(self) -> Tensor:
@@ -74,12 +80,13 @@ class Fragment:
         if not is_finite(anchor):
             self.reduction.drop_residuals()
             return False
-        self.anchor, self.momentum_buffer = anchor, buffer
+        self.anchor, self.momentum_buffer, self.agreed_at = anchor, buffer, self.sent_at
         return True
 
     def resume_round(self, saved: SavedSync, own: dict[str, Tensor], number: int) -> None:
         """Put it where fragment `number` of the checkpoint was in its round."""
         self.tokens = int(own["tokens"][number])
+        self.agreed_at = (saved.facts.get("agreed_at") or saved.facts["sent_at"])[number]
         if not saved.is_agreed:
             self.put(joined_by_name(own, WEIGHTS, self.parts))
         self.sent_at, self.lands_at = (saved.facts[key][number] for key in ("sent_at", "lands_at"))
@@ -128,6 +135,7 @@ class DiLoCo(Sync):
             self._fragments.append(Fragment(parameters, self._channel, CODECS[config.compress]))
         self._bytes_before = 0
         self._bad_rounds = 0  # in a row
+        self._discarded: Discarded | None = None  # since the last report
 
     def context(self, is_last_micro_batch: bool) -> AbstractContextManager[Any]:
         """No gradient is exchanged after the warm-up."""
@@ -164,7 +172,8 @@ class DiLoCo(Sync):
             waited += sum(self._land(f) for f in due if f.pseudo_gradient and f.lands_at == done)
         sent = self._channel.bytes_sent - self._bytes_before
         self._bytes_before += sent
-        return SyncReport(sent, waited)
+        discarded, self._discarded = self._discarded, None
+        return SyncReport(sent, waited, discarded)
 
     def _due(self, done: int) -> list[Fragment]:
         fragments = self._fragments
@@ -180,22 +189,38 @@ class DiLoCo(Sync):
         # Over the store: it waits for as long as a slow rank that lives needs.
         by_rank = self._cluster.gather_facts(own)
         for number, fragment in enumerate(due):
-            # What a rank says here decides how much its weights count.
+            # What a rank says here decides how much its weights count; 0 after a roll-back.
             tokens = [entry(facts.get("tokens"), number) for facts in by_rank]
             what = "the tokens that it trained on are"
-            require_numbers(what, tokens, 1, self._most_tokens, are_whole=True)
-            fragment.token_weight = fragment.tokens / sum(tokens)
+            require_numbers(what, tokens, 0, self._most_tokens, are_whole=True)
+            fragment.token_weight = fragment.tokens / (sum(tokens) or 1)
         bad = [rank for rank, facts in enumerate(by_rank) if facts.get("is_finite") is not True]
-        self._bad_rounds = self._bad_rounds + 1 if bad else 0
+        if bad:
+            self._give_up(bad)
+        else:
+            self._bad_rounds = 0
+        return not bad
+
+    def _give_up(self, bad: list[int]) -> None:
+        """Roll back for ranks with bad weights. Raises ForgeError when that has helped too often.
+
+        Then, too, the ranks are back at what they agreed on.
+        """
+        self._bad_rounds += 1
         if self._bad_rounds == BAD_ROUNDS_IN_A_ROW:
             raise ForgeError(
                 f"weights became NaN or infinite in {self._bad_rounds} rounds in a row (now on rank"
                 f" {bad[0]}); earlier checkpoints are untouched",
                 STAY_FINITE,
             )
-        if bad:
-            self._roll_back()
-        return not bad
+        self._roll_back(bad)
+
+    def give_up_round(self, ranks: list[int]) -> Discarded | None:
+        if self._done <= self.rounds_begin_after or self.is_agreed():
+            return None
+        self._give_up(ranks)
+        discarded, self._discarded = self._discarded, None
+        return discarded
 
     def _send(self, fragment: Fragment, lands_at: int) -> None:
         config = self._config
@@ -218,20 +243,26 @@ class DiLoCo(Sync):
         fragment.pseudo_gradient.result()
         waited = time.perf_counter() - began
         if not fragment.take_outer_step():
-            self._roll_back()
+            self._roll_back([])
         elif fragment.sent_at == self._done:
             fragment.put(fragment.anchor)
         else:
             fragment.put(fragment.weights() + (fragment.anchor - fragment.weights_sent))
         return waited
 
-    def _roll_back(self) -> None:
-        """Give up the updates since the last agreement, on all ranks."""
+    def _roll_back(self, bad: list[int]) -> None:
+        """Give up the updates since the last agreement, on all ranks. bad: ranks at fault."""
         for fragment in self._fragments:
             if fragment.pseudo_gradient:
                 fragment.take_outer_step()
             fragment.put(fragment.anchor)
             fragment.tokens = 0
+        # With fragments, updates that one of them holds count.
+        kept = max(fragment.agreed_at for fragment in self._fragments)
+        for fragment in self._fragments:
+            fragment.agreed_at = self._done
+        number = (self._done - 1 - self.rounds_begin_after) // self._every + 1
+        self._discarded = Discarded(number, range(kept + 1, self._done + 1), bad)
         entries = [entry for one in self._optimizer.state.values() for entry in one.values()]
         if not all(is_finite(entry) for entry in entries if isinstance(entry, Tensor)):
             self._optimizer.state.clear()
@@ -242,7 +273,7 @@ class DiLoCo(Sync):
         Raises ForgeError where they are not finite: no round could roll back to them.
         """
         for fragment in self._fragments:
-            fragment.anchor = fragment.weights()
+            fragment.anchor, fragment.agreed_at = fragment.weights(), self._done
         if not all(is_finite(fragment.anchor) for fragment in self._fragments):
             raise ForgeError(
                 f"weights became NaN or infinite in the first {self._done} updates; nothing was"
@@ -293,6 +324,7 @@ class DiLoCo(Sync):
             "sent_at": [fragment.sent_at for fragment in fragments],
             "lands_at": [f.lands_at if f.pseudo_gradient else 0 for f in fragments],
             "outer": [fragment.outer for fragment in fragments],
+            "agreed_at": [fragment.agreed_at for fragment in fragments],
         }
         return SyncState(facts, shared, own)
 

@@ -1,51 +1,48 @@
-"""Save, verify, find and prune checkpoints: complete or absent, never in between.
+"""Save and find checkpoints: complete or absent, never in between.
 
-A checkpoint is a folder `checkpoint-<step>` whose `manifest.json` was written last and holds the
-size and SHA-256 of every other file. Without a manifest that matches, it does not exist, and a run
-falls back to the one before (`newest_good`). What is in the files is the business of snapshot.py.
+What a checkpoint is, and what is wrong with one, manifest.py knows; which are removed, pruning.py;
+what is in the files is the business of snapshot.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
+import os
 import secrets
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import fsync, read_json, sha256_of, write_json
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.json"
-# Names of what is written beside the checkpoints, here, in snapshot.py and in files.py.
-LEFTOVER = re.compile(
-    r"tmp-((checkpoint|pruned)-\d+-[0-9a-f]+|rank-\d+\.safetensors\.[0-9a-f]+"
-    r"|.+\.\d+\.\d+|run\.lock-[0-9a-f]+)"
+from p2p_llm_forge.files import fsync, sha256_of, write_json
+from p2p_llm_forge.training.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TRAINER_STATE,
+    checkpoint_dir,
+    damage,
+    is_of_later_version,
+    no_checkpoints,
+    own_files,
+    read_state,
+    steps_saved,
 )
+from p2p_llm_forge.training.pruning import prune, replace
+from p2p_llm_forge.training.run_record import RunRecord, put_on_record
 
-
-def checkpoint_dir(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
-    return output_dir / f"checkpoint-{step}"
-
-
-def steps_saved(output_dir: Path) -> list[int]:
-    """The steps of all folders that look like checkpoints, newest first, verified or not."""
-    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("*"))
-    return sorted((int(name[1]) for name in names if name), reverse=True)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state in a verified checkpoint."""
-    return read_json(checkpoint / TRAINER_STATE)
+__all__ = ["FORMAT_VERSION", "MANIFEST", "TRAINER_STATE", "checkpoint_dir", "commit", "damage"]
+__all__ += [
+    "find",
+    "in_the_way",
+    "is_in_the_way",
+    "newest_good",
+    "not_written",
+    "read_state",
+    "steps_saved",
+]
 
 
 # --- finding the one to resume from ---------------------------------------------------------------
@@ -71,8 +68,8 @@ def find(output_dir: Path, resume: str | None) -> Path | None:
 
 
 def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and a line for each newer one that was skipped."""
-    skipped: list[str] = []
+    """The newest good checkpoint, and a line for each newer one, or thing, that was skipped."""
+    skipped = [f"skipped {path}: {reason}" for path, reason in no_checkpoints(output_dir)]
     for step in steps_saved(output_dir):
         path = checkpoint_dir(output_dir, step)
         wrong = damage(path)
@@ -82,40 +79,7 @@ def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`; None if every file is what the manifest says.
-
-    Raises ForgeError for a format of a later version.
-    """
-    try:
-        manifest = read_json(path / MANIFEST)
-        version, step = int(manifest["format_version"]), int(manifest["step"])
-        files = dict(manifest["files"])
-    except FileNotFoundError:
-        if not path.is_dir():
-            return "there is no such folder"
-        return f"it has no {MANIFEST}, so its writing was not finished"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
-    if version > FORMAT_VERSION:
-        raise ForgeError(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}",
-            "use the newer program that wrote it",
-        )
-    if path.name != f"checkpoint-{step}":
-        return f"its {MANIFEST} is that of step {step}"
-    for name, promised in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != promised["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {promised['size']}"
-        if sha256_of(file) != promised["sha256"]:
-            return f"{name} has changed since it was written (SHA-256 differs)"
-    return None
-
-
-# --- saving and pruning ---------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def commit(
@@ -128,7 +92,8 @@ def commit(
     """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
 
     It becomes visible by one rename after everything in it is on disk. confirm: raises if this
-    process may not write any more. Raises ForgeError when the disk does not take it.
+    process may not write any more. Raises ForgeError when the disk does not take it, or when what
+    is called so is not of this run.
     """
     final = checkpoint_dir(output_dir, step)
     # A name of its own: a process that has lost the folder may still be writing.
@@ -144,9 +109,13 @@ def commit(
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         write_json(partial / MANIFEST, manifest)
         confirm()
-        if final.exists():
-            shutil.rmtree(final)  # a damaged one: a good one would have been resumed from
-        partial.rename(final)
+        if is_in_the_way(final):
+            raise in_the_way(final)
+        put_on_record(output_dir, [final.name])
+        if os.path.lexists(final):
+            replace(final, partial, step)
+        else:
+            partial.rename(final)
         fsync(output_dir)
     except (OSError, SafetensorError) as error:
         raise not_written(f"checkpoint {final} could not be written", error) from error
@@ -157,49 +126,28 @@ def commit(
     return final
 
 
+def is_in_the_way(final: Path) -> bool:
+    """Whether something that this version has not written is called like this checkpoint."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        return True
+    if not final.exists() or own_files(final) is not None:
+        return False
+    record = RunRecord.read(final.parent)
+    return record is None or final.name not in record.wrote or is_of_later_version(final)
+
+
+def in_the_way(final: Path) -> ForgeError:
+    """What a checkpoint that has no place comes to."""
+    return ForgeError(
+        f"{final} is in the way of a checkpoint, and this run has not written it; older"
+        " checkpoints are untouched",
+        "move it out of --output-dir",
+    )
+
+
 def not_written(found: str, error: Exception) -> ForgeError:
     """What a disk that does not take a file of a checkpoint comes to."""
     reason = getattr(error, "strerror", None) or error
     return ForgeError(
         f"{found}: {reason}; older checkpoints are untouched", "make room on the disk"
     )
-
-
-def prune(output_dir: Path, newest: int, config: TrainConfig) -> None:
-    """Remove the checkpoints that are not to be kept, and what unfinished saves have left.
-
-    newest: the step just saved; later ones are of a branch that `--resume FOLDER` has left.
-    """
-    remove(output_dir, [step for step in steps_saved(output_dir) if step > newest])
-    steps = steps_saved(output_dir)
-    best = best_step(output_dir) if config.keep_best else None
-    kept = {*steps[: config.keep_checkpoints], best}
-    remove(output_dir, [step for step in steps if step not in kept])
-    remove_leftovers(output_dir)
-
-
-def remove(output_dir: Path, steps: list[int]) -> None:
-    for step in steps:
-        # Renamed first, so that a half-removed checkpoint is not found as a damaged one.
-        doomed = output_dir / f"tmp-pruned-{step}-{secrets.token_hex(4)}"
-        checkpoint_dir(output_dir, step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what writers have left that were killed. None may be at work."""
-    for leftover in output_dir.glob("tmp-*"):
-        if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        elif LEFTOVER.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
-
-
-def best_step(output_dir: Path) -> int | None:
-    """The step of the saved checkpoint with the lowest evaluation loss; None if none has one."""
-    losses = []
-    for step in steps_saved(output_dir):
-        with contextlib.suppress(OSError, ValueError):
-            figures = read_state(checkpoint_dir(output_dir, step))["figures"]
-            losses.append((figures.get("eval_loss"), step))
-    return min((known for known in losses if known[0] is not None), default=(None, None))[1]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
+from p2p_llm_forge.data.dataset import looks_like_prepared
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import read_json, write_json
-from p2p_llm_forge.training.checkpoint import (
-    FORMAT_VERSION,
-    remove,
-    remove_leftovers,
-    steps_saved,
-)
+from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
+from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
+from p2p_llm_forge.training.run_record import METRICS, RUNS, RunRecord
 
-RUN = "run.json"
-
-# What a finished run puts beside its checkpoints.
-PUBLISHED = (
-    *("all_results.json", "README.md", "config.json", "generation_config.json"),
-    *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-)
+LOCK = "run.lock"
+PREPARED = "prepared"  # the dataset that is made of a text, by the rules of data/prepare.py
+# What lies in new folders and is of no run.
+NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "lost+found")
 
 # What --resume-changed may change. Another model or tokenizer would give the saved numbers another
 # meaning.
@@ -30,15 +24,32 @@ MAY_CHANGE = ("dataset", "seed", "batch_size")
 
 def recorded_identity(output_dir: Path) -> dict[str, Any] | None:
     """What `Job.identity` was for the run in the folder; None without one. Raises ForgeError."""
-    try:
-        return read_json(output_dir / RUN)["identity"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:
+    record = RunRecord.read(output_dir)
+    return record.identity if record else None
+
+
+def refuse_files_of_others(output_dir: Path) -> None:
+    """Raise ForgeError if `output_dir` holds anything, but no run: it is not ours to write into."""
+    if RunRecord.read(output_dir) is not None or not output_dir.is_dir():
+        return
+    others = sorted(path.name for path in output_dir.iterdir() if not _is_ours(path))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        shown = ", ".join(ascii(name)[1:-1] for name in others[:3])
         raise ForgeError(
-            f"{output_dir / RUN} cannot be read ({error})",
-            "start the run from scratch with --overwrite",
-        ) from error
+            f"{output_dir} holds {shown}{more}, but no run of this program, so nothing is written"
+            " there",
+            "choose another --output-dir, such as a new folder in it",
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether something in a folder without a run comes from this program, or from nobody."""
+    if path.name in (LOCK, *NOBODYS) or is_leftover(path.name):
+        return True
+    if path.name == PREPARED and path.is_dir():
+        return looks_like_prepared(path) or not any(path.iterdir())
+    return own_files(path) is not None
 
 
 def refuse_another_run(
@@ -47,10 +58,12 @@ def refuse_another_run(
     """Raise ForgeError if `output_dir` holds another run, or this one without `resume`."""
     recorded = recorded_identity(output_dir)
     if recorded is None:
-        if present := next((name for name in PUBLISHED if (output_dir / name).exists()), None):
+        refuse_files_of_others(output_dir)
+        saved = [s for s in steps_saved(output_dir) if own_files(checkpoint_dir(output_dir, s))]
+        if saved and not resume:
             raise ForgeError(
-                f"{output_dir} holds {present}, but no run of this program",
-                "choose another --output-dir, or replace what is there with --overwrite",
+                f"{checkpoint_dir(output_dir, saved[0])} is there already",
+                "continue from it with --resume auto, or start from scratch with --overwrite",
             )
         return
     changed = sorted(k for k in {*recorded, *identity} if recorded.get(k) != identity.get(k))
@@ -79,12 +92,14 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
+        record = RunRecord.read(output_dir)
         if overwrite:
-            remove(output_dir, steps_saved(output_dir))
-            for name in (RUN, "metrics.jsonl", *PUBLISHED):
-                (output_dir / name).unlink(missing_ok=True)
-            shutil.rmtree(output_dir / "runs", ignore_errors=True)
-        write_json(output_dir / RUN, {"format_version": FORMAT_VERSION, "identity": identity})
+            remove_run(output_dir, record or RunRecord({}))
+        there = {name for name in (METRICS, RUNS) if os.path.lexists(output_dir / name)}
+        kept = {n for n in (record.wrote if record else ()) if os.path.lexists(output_dir / n)}
+        # What is there and was not written by a run of ours is somebody else's, also from now on.
+        wrote = kept | {METRICS, RUNS} - there
+        RunRecord(identity, frozenset(wrote)).write(output_dir)
     except OSError as error:
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}",

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
+from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
 from p2p_llm_forge.errors import ForgeError, Problems
+from p2p_llm_forge.files import is_count, only_writer
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.training.identity import recorded_identity, refuse_another_run
+from p2p_llm_forge.training.identity import (
+    LOCK,
+    PREPARED,
+    recorded_identity,
+    refuse_another_run,
+    refuse_files_of_others,
+)
 from p2p_llm_forge.training.plan import Plan, plan_updates
 
 
@@ -34,32 +43,59 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What makes its run this run and no other."""
-        config, manifest = self.config, self.data.manifest
+        manifest = self.data.manifest
         return {
+            **identity_without_data(self.config),
             "dataset": manifest.fingerprint,
             "tokenizer": manifest.tokenizer_fingerprint,
             "sequence_length": manifest.sequence_length,
-            "model_name": config.model_name,
-            "model_type": config.model_type,
-            "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
-            "document_mask": config.document_mask,
-            "optimizer": config.optimizer,
-            "seed": config.seed,
             "batch_size": self.plan.batch_size,
         }
 
     def refuse_another_run(self) -> None:
-        """Raise ForgeError if the folder holds another run, or this one and it does not resume."""
+        """Raise ForgeError if the folder holds another run, or this one and it does not resume.
+
+        It never may hold what is not ours, and no run.
+        """
         config = self.config
+        refuse_files_of_others(self.output_dir)
         if not config.overwrite:
             identity, resumes = self.identity(), bool(config.resume)
             refuse_another_run(self.output_dir, identity, resumes, config.resume_changed)
 
 
+def identity_without_data(config: TrainConfig) -> dict[str, Any]:
+    """The part of `Job.identity` that is known before the data are."""
+    return {
+        "model_name": config.model_name,
+        "model_type": config.model_type,
+        "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
+        "document_mask": config.document_mask,
+        "optimizer": config.optimizer,
+        "seed": config.seed,
+    }
+
+
 def open_job(config: TrainConfig, cluster: Cluster) -> Job:
-    """Open the data (a text is prepared first) and plan the updates. All ranks must call."""
+    """Open the data (a text is prepared first) and plan the updates. All ranks must call.
+
+    Raises ForgeError; a text that was prepared for a run that is refused leaves no trace then.
+    """
+    prepared = Path(config.output_dir) / PREPARED
+    was_there = cluster.main_only(prepared.exists)
     data = open_data(config, cluster)
-    return Job(config, cluster, data, make_plan(config, cluster, data))
+    job = Job(config, cluster, data, make_plan(config, cluster, data))
+
+    def refuse_without_a_trace() -> None:
+        try:
+            job.refuse_another_run()
+        except ForgeError:
+            shutil.rmtree(prepared, ignore_errors=True)
+            raise
+
+    if data.path == prepared and not was_there:
+        cluster.main_only(refuse_without_a_trace)
+    return job
 
 
 def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
@@ -73,8 +109,8 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
                 f"--dry-run writes nothing, and {folder} is a text",
                 "prepare it with prepare_data.py first, or leave --dry-run out",
             )
-        folder = Path(config.output_dir) / "prepared"
-        cluster.main_only(lambda: prepare_text(config, folder))
+        folder = Path(config.output_dir) / PREPARED
+        cluster.main_only(lambda: prepare_text(config, folder, cluster.launch.run_id))
     data = cluster.together(lambda: open_prepared(folder))
     refuse_different_data(cluster, data)
     asked, found = config.sequence_length, data.manifest.sequence_length
@@ -101,22 +137,51 @@ def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
     problems.raise_any()
 
 
-def prepare_text(config: TrainConfig, folder: Path) -> None:
-    """Prepare the text file of `--dataset-path` into `folder`, which the same text finds again."""
+def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
+    """Prepare the text file of `--dataset-path` into `folder`, which the same text finds again.
+
+    Meanwhile the run's folder is held, if something is written: another run may be reading it.
+    """
     from p2p_llm_forge.data.prepare import prepare
 
-    prepare(
-        PrepareConfig(
-            dataset_path=[config.dataset_path],
-            output_dir=str(folder),
-            tokenizer=config.tokenizer or config.model_name,
-            vocab_size=config.vocab_size,
-            trust_remote_code=config.trust_remote_code,
-            sequence_length=config.sequence_length or 256,
-            encoding_errors=config.encoding_errors,
-            overwrite=config.overwrite,
-        )
+    asked = PrepareConfig(
+        dataset_path=[config.dataset_path],
+        output_dir=str(folder),
+        tokenizer=config.tokenizer or config.model_name,
+        vocab_size=config.vocab_size,
+        trust_remote_code=config.trust_remote_code,
+        sequence_length=config.sequence_length or 256,
+        encoding_errors=config.encoding_errors,
     )
+    if (folder / MANIFEST).exists() and not config.overwrite:
+        prepare(asked)
+        return
+    refuse_before_data(config)
+    output_dir = folder.parent
+    try:
+        with only_writer(output_dir / LOCK, f"--output-dir {output_dir}", run_id):
+            try:
+                prepare(asked)
+            except ForgeError:
+                if not config.overwrite:
+                    raise
+                prepare(replace(asked, overwrite=True))
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            output_dir.rmdir()
+
+
+def refuse_before_data(config: TrainConfig) -> None:
+    """Raise ForgeError if the folder holds what is not ours, or a run that is another in any case.
+
+    What a run was trained on is compared when the data are there.
+    """
+    output_dir = Path(config.output_dir)
+    refuse_files_of_others(output_dir)
+    recorded = recorded_identity(output_dir)
+    if recorded and not (config.overwrite or config.eval_only):
+        known = {**recorded, **identity_without_data(config)}
+        refuse_another_run(output_dir, known, bool(config.resume), config.resume_changed)
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> Plan:
@@ -124,9 +189,9 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> P
     recorded = None
     if config.resume:
         recorded = cluster.main_only(lambda: recorded_identity(Path(config.output_dir)))
-    if recorded and config.batch_size is None:
+    batch_size = recorded.get("batch_size") if recorded else None
+    if is_count(batch_size) and batch_size and config.batch_size is None:
         # The batch stays what it was, with however many peers the run resumes.
-        batch_size = recorded["batch_size"]
         config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
     return plan_updates(
         config,

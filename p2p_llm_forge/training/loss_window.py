@@ -10,6 +10,7 @@ import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.sync.base import STAY_FINITE
 
 NO_LOSSES: dict[str, Any] = {"nats": [], "updates": 0, "is_spoiled": False}
 
@@ -85,8 +86,7 @@ class LossWindow:
                 raise ForgeError(
                     f"the loss became NaN or infinite at step {self._step} (first on rank"
                     f" {bad[0]}); nothing was saved after it and earlier checkpoints are untouched",
-                    "lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1, then"
-                    " resume with --resume auto",
+                    STAY_FINITE,
                 )
 
     def since_log(self) -> dict[str, Any]:

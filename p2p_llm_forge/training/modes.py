@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
+from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import load_model
+from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.forecast import table
-from p2p_llm_forge.training.checkpoint import newest_good, read_state
+from p2p_llm_forge.training.checkpoint import newest_good, read_state, steps_saved
 from p2p_llm_forge.training.evaluation import evaluate_split
 from p2p_llm_forge.training.forecast import measure_and_forecast
 from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
+from p2p_llm_forge.training.manifest import own_files
 from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.tracking import introduction
 
@@ -28,16 +33,12 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
             f"{config.dataset_path} has no validation split",
             "prepare it with --validation-fraction 0.1",
         )
-    output_dir = Path(config.output_dir)
-    name = config.model_name or cluster.main_only(lambda: str(newest_good(output_dir)[0] or ""))
-    if not name:
-        raise ForgeError(
-            f"nothing to evaluate: {output_dir} has no checkpoint, and no --model-name was given",
-            "give the --output-dir of a run, or a --model-name",
-        )
-    steps = 0 if config.model_name else read_state(Path(name))["step"]
-    text = text_spec_of(data)
-    lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
+    text, name = text_spec_of(data), config.model_name or ""
+    if name:
+        steps = 0
+        lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
+    else:
+        name, steps, lm = load_newest(config, cluster, text)
     document_end = data.manifest.eos_token_id if config.document_mask else None
     figures = evaluate_split(
         NextTokenLoss(lm.to(cluster.device), document_end),
@@ -50,6 +51,41 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     if cluster.is_main:
         print(result.summary(), flush=True)
     return result
+
+
+def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[str, int, Any]:
+    """The newest good checkpoint of the run, its step, and its model. All ranks must call.
+
+    A run that trains meanwhile may prune it while it is read: then the next one is taken.
+    """
+    output_dir = Path(config.output_dir)
+
+    def newest() -> tuple[str, int]:
+        while True:
+            there = steps_saved(output_dir)
+            path, skipped = newest_good(output_dir)
+            with contextlib.suppress(OSError, ValueError):
+                step = read_state(path)["step"] if path else 0
+                if path or there == steps_saved(output_dir):
+                    break
+        for line in skipped:
+            print(line, file=sys.stderr, flush=True)
+        return str(path or ""), step
+
+    while True:
+        name, steps = cluster.main_only(newest)
+        if not name:
+            raise ForgeError(
+                f"nothing to evaluate: {output_dir} has no good checkpoint, and no --model-name was"
+                " given",
+                "give the --output-dir of a run, or a --model-name",
+            )
+        try:
+            model = cluster.together(lambda: load_model(name, text, config.trust_remote_code))  # noqa: B023
+            return name, steps, model
+        except ForgeError:
+            if cluster.main_only(lambda: own_files(Path(name)) is not None):  # noqa: B023
+                raise  # it is still there, so something else is wrong
 
 
 def dry_run(job: Job) -> TrainResult:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from p2p_llm_forge.files import read_json
+from p2p_llm_forge.files import is_count, is_flag, read_json
 
 RESULTS = "all_results.json"
+SHAPE = {
+    "output_dir": str,
+    **dict.fromkeys(("steps", "tokens", "processes"), is_count),
+    **dict.fromkeys(("discarded_updates",), (None, is_count)),
+    **dict.fromkeys(("train_loss", "tokens_per_second", "communication"), (None, int, float)),
+    **dict.fromkeys(("bytes_sent_per_update", "eval_loss", "perplexity"), (None, int, float)),
+    **dict.fromkeys(("bits_per_byte", "token_accuracy"), (None, int, float)),
+    "sample": (None, str),
+    "is_published": (None, is_flag),
+}
 
 
 @dataclass(frozen=True)
@@ -15,8 +25,8 @@ class TrainResult:
     """The figures of a finished run; without validation data, some are None."""
 
     output_dir: str
-    steps: int
-    tokens: int
+    steps: int  # updates that count
+    tokens: int  # of those updates
     train_loss: float | None  # nats per token, mean over the last --log-every updates
     tokens_per_second: float | None  # of all peers together, while updates were taken
     processes: int
@@ -27,17 +37,30 @@ class TrainResult:
     bits_per_byte: float | None = None
     token_accuracy: float | None = None
     sample: str | None = None
+    discarded_updates: int = 0  # of rounds that were given up, which count nowhere else
+    is_published: bool = True  # whether the model lies beside these results
 
     @staticmethod
     def load(output_dir: Path) -> TrainResult | None:
-        """The result that a finished run left in its folder; None if there is none."""
-        file = output_dir / RESULTS
-        return TrainResult(**read_json(file)) if file.exists() else None
+        """The result that a finished run left in its folder; None if there is none of ours."""
+        try:
+            content = read_json(output_dir / RESULTS, SHAPE)
+        except (OSError, ValueError):
+            return None
+        known = {field.name for field in fields(TrainResult)}
+        return TrainResult(**content) if set(content) <= known else None
+
+    @property
+    def updates_taken(self) -> int:
+        """All updates, also those that do not count."""
+        return self.steps + self.discarded_updates
 
     def summary(self) -> str:
         """The result for a person, in a few lines."""
         tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
         lines = [f"model     {self.output_dir} after {self.steps:,} updates{tokens}"]
+        if self.discarded_updates:
+            lines.append(f"discarded {self.discarded_updates:,} more updates, of rounds given up")
         if self.train_loss is not None:
             lines.append(f"training  loss {self.train_loss:.4f} nats per token")
         if self.tokens_per_second is not None:
@@ -61,7 +84,7 @@ class TrainResult:
         figures = "\n".join(
             f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
             for key, value in vars(self).items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and not isinstance(value, bool)
         )
         origin = f"base_model: {base_model}\n" if base_model else ""
         return (

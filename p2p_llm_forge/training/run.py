@@ -6,13 +6,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from p2p_llm_forge.data.blocks import Blocks
-from p2p_llm_forge.files import write_file, write_json
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.plausible import require_numbers
-from p2p_llm_forge.sync.base import Sync, SyncReport
+from p2p_llm_forge.sync.base import STAY_FINITE, Discarded, Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
@@ -20,7 +22,7 @@ from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, text_spec_of
 from p2p_llm_forge.training.loss_window import LossWindow
-from p2p_llm_forge.training.results import RESULTS, TrainResult
+from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving
 from p2p_llm_forge.training.tracking import Silent
@@ -76,6 +78,8 @@ class Run:
     train_loss: float | None  # of the last line in metrics.jsonl
     figures: dict[str, Any]  # of the evaluation after the last update, if there was one
 
+    discarded: int = 0  # updates that ranks took and gave up again, of the whole run
+    grad_norm: float | torch.Tensor = 0.0  # of the last update; on the device
     meter: SyncReport = field(default_factory=SyncReport)  # of all updates
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
@@ -129,6 +133,8 @@ class Run:
         }
         if self.job.config.balance == "auto":
             line["shares"] = self.balance.shares
+        if self.discarded:
+            line["discarded_updates"] = self.discarded
         self.window.end_line(line)
 
     def log_lines(self) -> None:
@@ -152,6 +158,7 @@ class Run:
 
     def evaluate_and_save(self, step: int, due: Due) -> None:
         """Do what is due of both. What is saved holds the figures of its own weights, if any."""
+        self.require_finite(step)
         self.figures = self.evaluate(step) if due.evaluate else {}
         if not due.save:
             return
@@ -161,9 +168,38 @@ class Run:
             "train_loss": self.train_loss,
             "figures": self.figures,
             "since_log": self.window.since_log(),
+            "discarded_updates": self.discarded,
         }
         if failed := self.saving.save(step, state):
             self.tracking.say(f"warning: {failed}; training continues")
+
+    def require_finite(self, step: int) -> None:
+        """Raise ForgeError, on all ranks, if there are weights or moments that none could resume
+        from: nothing is evaluated, written or pruned then. Where a round can be undone, it is.
+        """
+        bad = self.saving.bad_by_rank()
+        if bad and (discarded := self.sync.give_up_round(sorted(bad))):
+            self.give_up(discarded)
+            bad = self.saving.bad_by_rank()
+        if bad:
+            rank, found = min(bad.items())
+            gradient = "" if math.isfinite(float(self.grad_norm)) else " (its gradient was not)"
+            raise ForgeError(
+                f"step {step} is not saved: rank {rank} has {found}, so its update was not finite"
+                f"{gradient}; earlier checkpoints are untouched",
+                STAY_FINITE,
+            )
+
+    def synced(self, report: SyncReport) -> None:
+        """Count what an update has cost, and report what it has not brought."""
+        self.meter.add(report)
+        if report.discarded:
+            self.give_up(report.discarded)
+
+    def give_up(self, discarded: Discarded) -> None:
+        """Report updates that do not count."""
+        self.discarded += len(discarded.updates)
+        self.tracking.say(f"warning: {discarded.in_words()}")
 
     def close(self) -> None:
         self.saving.wait()
@@ -171,7 +207,10 @@ class Run:
 
 
 def conclude(run: Run) -> TrainResult:
-    """Evaluate, publish the final model into the output directory, write and print results."""
+    """Evaluate, write the results, publish the final model into the output directory.
+
+    In this order: what fails later costs nothing that is done. Raises ForgeError.
+    """
     job, folder, steps = run.job, run.folder, run.job.plan.total_steps
     training_s, updates = run.clock.seconds, steps - run.first_step
     speed = updates * job.plan.tokens_per_update / training_s if updates else None
@@ -179,23 +218,41 @@ def conclude(run: Run) -> TrainResult:
     figures = run.figures or run.evaluate(steps)  # a run killed after its last save has none
 
     def publish() -> dict[str, Any]:
-        folder.publish(checkpoint_dir(folder.path, steps))
-        text = text_spec_of(job.data)
         result = TrainResult(
             output_dir=str(folder.path),
-            steps=steps,
-            tokens=steps * job.plan.tokens_per_update,
+            steps=steps - run.discarded,
+            tokens=(steps - run.discarded) * job.plan.tokens_per_update,
             train_loss=run.train_loss,
             tokens_per_second=speed,
             processes=job.cluster.world_size,
             **(run.meter.figures(training_s, updates) if updates else {}),
-            sample=sample_text(run.learner.lm, text, job.config.sample_prompt, job.config.seed),
+            discarded_updates=run.discarded,
+            is_published=False,
             **figures,
         )
-        folder.confirm()
-        write_file(folder.path / "README.md", result.model_card(job.config.model_name))
-        write_json(folder.path / RESULTS, vars(result))
-        run.tracking.say(result.summary())
+        try:
+            note = folder.write_results(result, job.config.model_name)
+            folder.publish(checkpoint_dir(folder.path, steps))
+            result = replace(result, is_published=True, sample=sample_of(run))
+            folder.write_results(result, job.config.model_name)
+        finally:
+            run.tracking.say(result.summary())
+        if note:
+            run.tracking.say(f"note      {note}")
         return vars(result)
 
     return TrainResult(**job.cluster.main_only(publish))
+
+
+def sample_of(run: Run) -> str | None:
+    """A sample of text by the model; None, with a warning, where its family cannot write one."""
+    config, text = run.job.config, text_spec_of(run.job.data)
+    try:
+        return sample_text(run.learner.lm, text, config.sample_prompt, config.seed)
+    except Exception as error:  # generate fails in many ways, and is not what the run is for
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        run.tracking.say(
+            f"warning: no sample of text ({type(error).__name__}: {reason}); figures and model are"
+            " written"
+        )
+        return None

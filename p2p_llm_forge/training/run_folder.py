@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import Lock, fsync, only_writer
+from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
 from p2p_llm_forge.training import checkpoint, snapshot
-from p2p_llm_forge.training.identity import claim
+from p2p_llm_forge.training.identity import LOCK, claim
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.results import TrainResult
+from p2p_llm_forge.training.results import RESULTS, TrainResult
+from p2p_llm_forge.training.run_record import RunRecord, put_on_record
 
+CARD = "README.md"
 NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
 
 
@@ -49,16 +51,65 @@ class RunFolder:
 
         self._job.cluster.main_only(write)
 
+    def write_results(self, result: TrainResult, base_model: str | None) -> str | None:
+        """Write figures and model card. Returns a note where there is a README.md of others.
+
+        Raises ForgeError when the disk does not take them, or when others have such figures there.
+        """
+        with self._writing("the results", [RESULTS]):
+            write_json(self.path / RESULTS, vars(result))
+        if self._of_others([CARD]):
+            return f"{self.path / CARD} is not of this run and stays as it is: no model card"
+        with self._writing("the model card", [CARD]):
+            write_file(self.path / CARD, result.model_card(base_model))
+        return None
+
     def publish(self, saved: Path) -> None:
-        """Copy the model of a checkpoint into the folder itself, where users of the Hub look."""
-        for source in sorted(saved.iterdir()):
-            is_of_the_model = source.is_file() and not source.name.startswith("rank-")
-            if is_of_the_model and source.name not in NOT_PUBLISHED:
+        """Copy the model of a checkpoint into the folder itself, where users of the Hub look.
+
+        Raises ForgeError when the disk does not take it, or when files of others are in its place.
+        """
+        sources = [
+            source
+            for source in sorted(saved.iterdir())
+            if source.is_file() and not source.name.startswith("rank-")
+            if source.name not in NOT_PUBLISHED
+        ]
+        what = f"the model, which lies in {saved},"
+        with self._writing(what, [source.name for source in sources]):
+            for source in sources:
                 partial = self.path / f"tmp-{source.name}.{os.getpid()}.0"
                 shutil.copyfile(source, partial)
                 fsync(partial)
                 self.confirm()
-                partial.rename(self.path / source.name)
+                partial.replace(self.path / source.name)
+            fsync(self.path)
+
+    def _of_others(self, names: list[str]) -> list[str]:
+        """Those that exist and that no run of ours has written."""
+        record = RunRecord.read(self.path)
+        wrote = record.wrote if record else frozenset()
+        return [name for name in names if os.path.lexists(self.path / name) and name not in wrote]
+
+    @contextlib.contextmanager
+    def _writing(self, what: str, names: list[str]) -> Iterator[None]:
+        """Put names on record and write them inside. Raises ForgeError where that fails."""
+        self.confirm()
+        if others := self._of_others(names):
+            raise ForgeError(
+                f"{self.path / others[0]} is not of this run, so {what} cannot be put in its place",
+                "move it out of --output-dir and use --resume auto",
+            )
+        try:
+            put_on_record(self.path, names)
+            yield
+        except OSError as error:
+            for name in names:
+                (self.path / f"tmp-{name}.{os.getpid()}.0").unlink(missing_ok=True)
+            raise ForgeError(
+                f"{what} could not be written into {self.path}: {error.strerror or error}",
+                "make room on the disk and use --resume auto: nothing is trained again",
+            ) from error
 
 
 @contextlib.contextmanager
@@ -71,7 +122,7 @@ def run_folder(job: Job) -> Iterator[RunFolder]:
     with contextlib.ExitStack() as held:
 
         def lock() -> None:
-            path, what = job.output_dir / "run.lock", f"--output-dir {job.output_dir}"
+            path, what = job.output_dir / LOCK, f"--output-dir {job.output_dir}"
             locks.append(held.enter_context(only_writer(path, what, job.cluster.launch.run_id)))
 
         job.cluster.main_only(lock)
@@ -93,8 +144,11 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
             f"{newest} is after step {step}, this run was asked to end at {total_steps}",
             "raise --max-steps or --epochs, or start from scratch with --overwrite",
         )
+    last = checkpoint.checkpoint_dir(job.output_dir, total_steps)
+    if step < total_steps and checkpoint.is_in_the_way(last):
+        raise checkpoint.in_the_way(last)
     result = TrainResult.load(job.output_dir)
-    if result is None or result.steps != total_steps or step != total_steps:
+    if result is None or {result.updates_taken, step} != {total_steps} or not result.is_published:
         return str(newest), None
     print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
     return str(newest), vars(result)

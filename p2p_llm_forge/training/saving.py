@@ -12,12 +12,14 @@ import torch
 
 from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.sync.base import SavedSync, Sync
+from p2p_llm_forge.sync.base import STAY_FINITE, SavedSync, Sync, SyncState
 from p2p_llm_forge.sync.strategy import refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.finite import bad_tensor, bad_weight
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner
 from p2p_llm_forge.training.run_folder import RunFolder
+from p2p_llm_forge.training.snapshot import moments
 
 
 class Writer:
@@ -70,6 +72,8 @@ class Saving:
         has. Raises ForgeError on all ranks if another process has taken the folder over.
         """
         cluster, held = self._job.cluster, self._sync.state()
+        if self._sync.has_own_state:
+            self._refuse_bad(step, held)
         scaler, failed = cluster.accelerator.scaler, None
         state = {
             **state,
@@ -92,6 +96,30 @@ class Saving:
                 own = own | {snapshot.OF_OPTIMIZER + key: one for key, one in moments.items()}
             self._writer.start(lambda: self._write_rank_file(step, own))
         return failed
+
+    def bad_by_rank(self) -> dict[int, str]:
+        """What is not finite, or too large, in the weights and moments of each rank that has such.
+
+        All ranks must call.
+        """
+        bad = bad_weight(self._lm.named_parameters())
+        if bad is None and self._sync.trains_alone:
+            with self._sync.agreed_weights():
+                bad = bad_weight(self._lm.named_parameters())
+        bad = bad or bad_tensor(moments(self._lm, self._optimizer))
+        facts = self._job.cluster.gather_facts({"bad": bad})
+        return {rank: fact["bad"] for rank, fact in enumerate(facts) if fact["bad"]}
+
+    def _refuse_bad(self, step: int, held: SyncState) -> None:
+        """Raise ForgeError, on all ranks, if what a strategy keeps is not finite on one of them."""
+        bad = bad_tensor([*held.shared.items(), *held.own.items()])
+        for rank, fact in enumerate(self._job.cluster.gather_facts({"bad": bad})):
+            if fact["bad"]:
+                raise ForgeError(
+                    f"step {step} is not saved: rank {rank} has {fact['bad']}; earlier checkpoints"
+                    " are untouched",
+                    STAY_FINITE,
+                )
 
     def finish(self) -> None:
         """Return when the last checkpoint is on disk. Raises ForgeError, everywhere, if not."""
@@ -156,6 +184,6 @@ def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync
     of_rank = cluster.rank % saved.world_size if both_alone else 0
     snapshot.load_optimizer(folder, learner.lm, learner.bare_optimizer, of_rank)
     sync.load_state(saved)
-    scaler, scales = cluster.accelerator.scaler, state["scaler"]
+    scaler, scales = cluster.accelerator.scaler, state.get("scaler")
     if scaler is not None and scales and scales[of_rank]:  # empty: of one that was switched off
         scaler.load_state_dict(scales[of_rank])

@@ -56,7 +56,11 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     if saved := folder.checkpoint:
         cluster.together(lambda: resume(saved, state, job, learner, sync))
     window = LossWindow(
-        cluster, plan.tokens_per_update, state["step"], state["since_log"], sync.rounds_begin_after
+        cluster,
+        plan.tokens_per_update,
+        state["step"],
+        state.get("since_log") or NO_LOSSES,
+        sync.rounds_begin_after,
     )
     run = Run(
         job=job,
@@ -66,13 +70,14 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         sync=sync,
         learning_rate_factor=learning_rate_factor(job.config, plan.total_steps),
         saving=Saving(job, folder, learner, sync),
-        tracking=Tracking(job.config, cluster) if cluster.is_main else Silent(),
+        tracking=Tracking(job.config, cluster, folder.confirm) if cluster.is_main else Silent(),
         window=window,
         balance=Balance(plan.shares, job.config.balance == "auto"),
         first_step=state["step"],
         first_position=state["blocks_read"],
-        train_loss=state["train_loss"],
+        train_loss=state.get("train_loss"),
         figures=state["figures"],
+        discarded=state.get("discarded_updates") or 0,
     )
     introduce(run, state)
     folder.claim()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,20 @@ def optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<parameter>.<entry>` -> tensor on the CPU."""
-    tensors = {}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in moments(model, optimizer)
+    }
+
+
+def moments(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The optimizer's state as `<parameter>.<entry>` and tensor, not copied."""
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            tensors[f"{name}.{entry}"] = tensor.detach().to("cpu", copy=True).contiguous()
-    return tensors
+            yield f"{name}.{entry}", tensor
 
 
 def load_optimizer(

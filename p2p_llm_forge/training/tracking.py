@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from tqdm import tqdm
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
-from p2p_llm_forge.errors import Problems, nearest
+from p2p_llm_forge.errors import ForgeError, Problems, nearest
 from p2p_llm_forge.files import write_file
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.training.plan import Plan
+from p2p_llm_forge.training.run_record import METRICS
 
-METRICS = "metrics.jsonl"
 PLAIN_LINE_INTERVAL_S = 5.0
 
 
@@ -34,9 +35,16 @@ class Silent:
 
 
 class Tracking(Silent):
-    """What the main process shows: a bar on a terminal, lines elsewhere, and metrics.jsonl."""
+    """What the main process shows: a bar on a terminal, lines elsewhere, and metrics.jsonl.
 
-    def __init__(self, config: TrainConfig, cluster: Cluster) -> None:
+    A full disk, or a tracker that fails, costs its lines and never the run. confirm: raises
+    ForgeError if this process may not write into the folder any more.
+    """
+
+    def __init__(
+        self, config: TrainConfig, cluster: Cluster, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        self._confirm, self._warned = confirm, set[str]()
         self._config, self._accelerator = config, cluster.accelerator
         self._tracker_names = tracker_names(config.report_to)
         self._opened = contextlib.ExitStack()
@@ -63,11 +71,17 @@ class Tracking(Silent):
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Record figures; `metrics` holds the `step` they belong to (updates done so far)."""
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        try:
+            self._confirm()
+        except ForgeError:
+            return  # the run ends where its ranks next agree, and these lines are another's
+        with self._surviving("metrics.jsonl"):
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
         if self._tracker_names:
             numbers = {key: one for key, one in metrics.items() if isinstance(one, int | float)}
-            self._accelerator.log(numbers, step=metrics["step"])
+            with self._surviving("a tracker"):
+                self._accelerator.log(numbers, step=metrics["step"])
         text = line_of(metrics)
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
@@ -82,7 +96,19 @@ class Tracking(Silent):
 
     def finish(self) -> None:
         """Close everything that `start` opened."""
-        self._opened.close()
+        with self._surviving("the end of metrics.jsonl or of a tracker"):
+            self._opened.close()
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Warn once, and continue, where a write of figures fails."""
+        try:
+            yield
+        except Exception as error:  # trackers raise what their services raise
+            if what not in self._warned:
+                self._warned.add(what)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.say(f"warning: {what} could not be written ({reason}); the run continues")
 
 
 def line_of(metrics: dict[str, Any]) -> str:

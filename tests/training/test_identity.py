@@ -7,16 +7,13 @@ import pytest
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.identity import RUN, claim, refuse_another_run, settings_changed
+from p2p_llm_forge.training.identity import claim, refuse_another_run, settings_changed
+from p2p_llm_forge.training.run_record import RUN
+from tests.training.saved import writer
 
 
 def refuse(folder, identity, resume=False, resume_changed=False):
     refuse_another_run(folder, identity, resume, resume_changed)
-
-
-def write_a_file(folder):
-    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
-    (folder / "config.json").write_text("{}")
 
 
 def test_an_output_directory_belongs_to_one_run(tmp_path):
@@ -24,7 +21,7 @@ def test_an_output_directory_belongs_to_one_run(tmp_path):
     folder = tmp_path / "run"
     refuse(folder, identity)
     claim(folder, identity)
-    checkpoint.commit(folder, 10, write_a_file, TrainConfig(keep_checkpoints=1))
+    checkpoint.commit(folder, 10, writer(10), TrainConfig(keep_checkpoints=1))
     with pytest.raises(ForgeError, match="--resume auto"):
         refuse(folder, identity)
     refuse(folder, identity, resume=True)
@@ -74,7 +71,11 @@ def test_changes_that_make_sense_are_allowed_by_resume_changed(tmp_path):
 
 
 def test_a_claim_removes_what_killed_writers_have_left(tmp_path):
-    for name in ("tmp-run.json.17.140", "tmp-checkpoint-5-ab12", "tmp-rank-00001.safetensors.ab"):
+    for name in (
+        "tmp-run.json.17.140",
+        "tmp-checkpoint-5-ab12cd34",
+        "tmp-rank-00001.safetensors.abcdef01",
+    ):
         (tmp_path / name).write_text("")
     (tmp_path / "tmp-notes").write_text("mine")
     claim(tmp_path, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import run_folder
+from tests.training.saved import writer
 from train import train
 
 
@@ -21,9 +23,8 @@ def taken_over(lock):
 
 
 def write_checkpoint(folder):
-    for name in ("model.safetensors", "optimizer.safetensors", "rank-00000.safetensors"):
-        (folder / name).write_text("tensors")
-    (folder / "config.json").write_text("{}")
+    writer(6)(folder)
+    shutil.copy(folder / "optimizer.safetensors", folder / "rank-00000.safetensors")
 
 
 def test_the_folder_is_held_while_entered(open_small_job):

@@ -9,12 +9,12 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import write_json
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.run_folder import run_folder
 from p2p_llm_forge.training.setup import set_up, settle_strategy
+from tests.training.saved import writer
 
 
 def test_what_is_asked_for_is_the_strategy(open_small_job):
@@ -26,7 +26,7 @@ def test_auto_resumes_with_the_strategy_of_the_checkpoint(open_small_job, tmp_pa
     begun = open_small_job(sync="diloco", sync_every=3, outer_lr=0.8)
 
     def write(folder):
-        write_json(folder / checkpoint.TRAINER_STATE, {"config": as_dict(begun.config)})
+        writer(3, config=as_dict(begun.config))(folder)
 
     saved = checkpoint.commit(tmp_path, 3, write, TrainConfig())
     settled = settle_strategy(open_small_job(sync="auto", max_steps=9), saved).config

@@ -10,6 +10,8 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import write_json
 from p2p_llm_forge.sync.base import SyncState
 from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.pruning import is_leftover
+from tests.training.saved import state_of
 
 
 def save(folder, model, optimizer, state):
@@ -43,7 +45,7 @@ def test_an_optimizer_resumes_from_its_saved_state(tmp_path, kind):
     first = model_and_optimizer()
     for step in range(3):
         update(*first, step)
-    save(tmp_path, *first, {"step": 3})
+    save(tmp_path, *first, state_of(3))
     second = model_and_optimizer()
     second[0].load_state_dict(first[0].state_dict())
     snapshot.load_optimizer(tmp_path, *second)
@@ -83,7 +85,7 @@ def test_optimizer_state_that_lacks_a_parameter_is_refused(tmp_path):
 def test_a_rank_file_is_collected_into_the_checkpoint(tmp_path):
     own = {"residual": torch.arange(3.0)}
     name = snapshot.write_rank_file(tmp_path, 2, own)
-    assert checkpoint.LEFTOVER.fullmatch(name), "what a kill leaves of it would stay"
+    assert is_leftover(name), "what a kill leaves of it would stay"
     saved = tmp_path / "saved"
     saved.mkdir()
     snapshot.collect_rank_file(tmp_path, name, 2, saved)
