@@ -189,10 +189,12 @@ class DiLoCo(Sync):
         # Over the store: it waits for as long as a slow rank that lives needs.
         by_rank = self._cluster.gather_facts(own)
         for number, fragment in enumerate(due):
-            # What a rank says here decides how much its weights count; 0 after a roll-back.
+            # What a rank says here decides how much its weights count. All have none after a
+            # roll-back.
             tokens = [entry(facts.get("tokens"), number) for facts in by_rank]
             what = "the tokens that it trained on are"
-            require_numbers(what, tokens, 0, self._most_tokens, are_whole=True)
+            least = min(1, fragment.tokens)
+            require_numbers(what, tokens, least, self._most_tokens, are_whole=True)
             fragment.token_weight = fragment.tokens / (sum(tokens) or 1)
         bad = [rank for rank, facts in enumerate(by_rank) if facts.get("is_finite") is not True]
         if bad:
