@@ -67,12 +67,34 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
 
 def read_json(path: Path, shape: Any = object) -> Any:
     """The value in a JSON file, of this shape. Raises OSError, or ValueError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    value = parse_json(path.read_bytes())
     require_shape(value, shape)
     return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, which anyone may have written.
+
+    Raises ValueError for what is no JSON, and for what the parser takes and the next step does not:
+    NaN and infinite numbers, whole ones of more than 64 bits, half characters (lone surrogates),
+    lists in lists without an end.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number, parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return value
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"the number {digits[:20]}... is too long")
+    return int(digits)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def require_shape(value: Any, shape: Any, name: str = "it") -> None:

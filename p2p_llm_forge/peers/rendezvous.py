@@ -13,6 +13,7 @@ import datetime
 import errno
 import json
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +24,18 @@ from typing import Any
 import torch.distributed as dist
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.claims import Claim, check_rank
-from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
+from p2p_llm_forge.peers.findings import (
+    Finding,
+    failure,
+    failures,
+    findings_of_peer,
+    refusal,
+    refuse_failures,
+)
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.liveness import SHORTEST_TIMEOUT_S, Liveness
 from p2p_llm_forge.peers.routes import address_of
@@ -150,11 +159,13 @@ def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> None:
             "port": door.getsockname()[1] if door else None,  # where the others may try
         }
         try:
-            hellos = _gather(endpoint, peers, "hello", hello, claim.beat)
+            sent = _gather(endpoint, peers, "hello", hello, claim.beat)
         except ForgeError as error:
-            raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
+            raise type(error).of([*failures("rendezvous", error), *claim.refused()]) from error
         claim.all_came()
-        hellos[endpoint.rank] = hello  # as it was said, whatever the store holds by now
+        # This rank's own as it was said, whatever the store holds by now.
+        sent[endpoint.rank] = _dict(json.dumps(hello))
+        hellos = [_hello_of(one) for one in sent]
         _prove(endpoint, peers, hellos)
         _reach(endpoint, peers, hellos)
 
@@ -291,16 +302,24 @@ def _reach(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
     states = addresses.probe_all(
-        [(str(hellos[rank].get("address")), int(hellos[rank].get("port") or 0)) for rank in others]
+        [(str(hellos[rank].get("address")), hellos[rank]["port"]) for rank in others]
     )
     own = dict(zip(map(str, others), states, strict=True))
     closed = [
         _closed_route(hellos, rank, int(other), state)
         for rank, states in enumerate(_gather(endpoint, peers, "reach", own))
         for other, state in states.items()
-        if state != addresses.OPEN
+        if state in addresses.CLOSED and other in map(str, range(endpoint.world_size))
     ]
     refuse_failures(closed[:LISTED])
+
+
+def _hello_of(sent: dict[str, Any]) -> dict[str, Any]:
+    """A hello whose address, which becomes part of a command to copy, is one, and port a port."""
+    address, port = str(sent.get("address")), sent.get("port")
+    is_port = type(port) is int and 0 < port < 65536
+    is_address = addresses.is_literal(address) and re.fullmatch(r"[\da-fA-F.:]+(%\w+)?", address)
+    return {**sent, "address": address if is_address else None, "port": port if is_port else 0}
 
 
 def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
@@ -335,21 +354,23 @@ def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
 def _verdict(text: str) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
-        return ForgeError.of(
-            Finding(**{key: str(value) for key, value in finding.items()})
-            for finding in json.loads(text)
-        )
-    except (ValueError, TypeError, AttributeError, AssertionError):
+        return ForgeError.of(findings_of_peer("another rank", parse_json(text)))
+    except ValueError:
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
 def _dict(text: str) -> dict[str, Any]:
-    """What a rank has put into the store; anyone who reaches the port can write there."""
+    """What a rank has put into the store; anyone who reaches the port can write there.
+
+    Fields that are no texts and no numbers are left out; each text is on one line.
+    """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    fields = value.items() if isinstance(value, dict) else ()
+    texts = {key: in_one_line(one, 200) for key, one in fields if isinstance(one, str)}
+    return texts | {key: one for key, one in fields if isinstance(one, int)}
 
 
 def _who(ranks: list[int], hellos: list[dict]) -> str:
