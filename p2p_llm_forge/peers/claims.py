@@ -14,8 +14,9 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.findings import Finding, refusal
+from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.peers.findings import Finding, findings_of_peer, refusal
 from p2p_llm_forge.peers.store import Store
 from p2p_llm_forge.polling import wait_for
 

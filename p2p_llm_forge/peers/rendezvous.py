@@ -49,6 +49,7 @@ LOOK_THERE = "see whether that machine runs and what it printed, then start all 
 LISTED = 8  # ranks or pairs that a message names
 RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
 VERDICT = "forge/rendezvous/verdict"
+MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,24 +256,28 @@ def _gather(
             break
         if meanwhile:
             meanwhile()
-        if store.check(VERDICT):
-            raise _verdict(store.get(VERDICT, endpoint.rank))
+        verdict = store.get(VERDICT, endpoint.rank) if store.check(VERDICT) else None
+        if verdict is not None and verdict != MISSING:
+            raise _verdict(verdict)
         if peers.loss is not None:
             raise refusal("rendezvous", peers.loss.problems[0].found, LOOK_THERE)
-        if time.monotonic() > deadline:
-            raise _missing(endpoint, [r for r in ranks if not store.check(keys[r])])
+        absent = [rank for rank in ranks if not store.check(keys[rank])]
+        if absent and (verdict or time.monotonic() > deadline):
+            raise _missing(endpoint, absent)
     return [_dict(store.get(key, rank)) for rank, key in enumerate(keys)]
+
+
+class Missing(ForgeError):
+    """Ranks did not come."""
 
 
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
     world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
-    return refusal(
-        "rendezvous",
-        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
-        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
-        " it printed; --rendezvous-timeout waits longer",
-    )
+    found = f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
+    found += f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here"
+    fix = f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see"
+    fix += " what it printed; --rendezvous-timeout waits longer"
+    return Missing.of([failure("rendezvous", found, fix)])
 
 
 def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
@@ -340,7 +345,8 @@ def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(StoreLost):
         if not store.check(VERDICT):
-            store.set(VERDICT, json.dumps([vars(found) for found in failures("peers", error)]))
+            texts = json.dumps([vars(found) for found in failures("peers", error)])
+            store.set(VERDICT, MISSING if isinstance(error, Missing) else texts)
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
