@@ -15,7 +15,6 @@ from tests.runs import TINY_MODEL
 from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
-
 # gemma2 caps its logits at 30: too much for new weights to show, not for trained ones.
 CAPPED = "hidden_size=48,num_hidden_layers=2,num_attention_heads=4,head_dim=12,intermediate_size=64"
 
