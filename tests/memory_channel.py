@@ -87,11 +87,16 @@ class MemoryCluster(Cluster):
     """A Cluster of threads: its store, numbers and channels are in memory."""
 
     def __init__(
-        self, launch: Launch, store: dist.Store, worlds: Callable[[int], Exchanges]
+        self,
+        launch: Launch,
+        store: dist.Store,
+        worlds: Callable[[int], Exchanges],
+        session: Session | None = None,
     ) -> None:
         self._worlds, peers = worlds, None
         if launch.world_size > 1:
             shared = Store(store, launch.rank, DEADLINE_S)
+            shared.session = session
             peers = Liveness(shared, launch.rank, launch.world_size, DEADLINE_S).start()
         super().__init__(launch, torch.device("cpu"), peers)
 
@@ -100,7 +105,8 @@ class MemoryCluster(Cluster):
 
     def _channel(self, groups: Any) -> Channel:
         number = len(self._channels)
-        self._channels.append(MemoryChannel(self.rank, self._worlds(number)))
+        sealing = Sealing(self._session, self.rank, number) if self._session else None
+        self._channels.append(MemoryChannel(self.rank, self._worlds(number), sealing))
         return self._channels[-1]
 
 
@@ -120,16 +126,19 @@ def channels(
 
 
 @contextlib.contextmanager
-def clusters(world_size: int, **launch: Any) -> Iterator[list[MemoryCluster]]:
+def clusters(
+    world_size: int, store: dist.Store | None = None, secret: bytes | None = None, **launch: Any
+) -> Iterator[list[MemoryCluster]]:
     """A cluster for each rank of a world. launch: further fields of peers.launch.Launch."""
-    store, opened, lock = dist.HashStore(), {}, threading.Lock()
+    shared, opened, lock = store or dist.HashStore(), {}, threading.Lock()
+    session = Session(secret, []) if secret else None
 
     def world_of(number: int) -> Exchanges:
         with lock:
             return opened.setdefault(number, Exchanges(world_size))
 
     made = [
-        MemoryCluster(Launch(rank=rank, world_size=world_size, **launch), store, world_of)
+        MemoryCluster(Launch(rank=rank, world_size=world_size, **launch), shared, world_of, session)
         for rank in range(world_size)
     ]
     try:

@@ -71,6 +71,7 @@ class Liveness:
         self._peers = {number: Peer() for number in range(world_size) if number != rank}
         self._end: dict[str, Any] = {"end": "", "lost": []}
         self._connections: set[int] = set()
+        self._beats = itertools.count()
         self._writing, self._losing, self._blaming = (threading.Lock() for _ in range(3))
         self._is_closed = threading.Event()
         self._heart = threading.Thread(target=self._live, daemon=True, name="heartbeat")
@@ -174,20 +175,27 @@ class Liveness:
         if end == FAILED:
             self.hang_up()
         with contextlib.suppress(StoreLost):  # the main process, or the store, is gone already
-            self._beat(-1)
+            self._beat()
             self.store.set(f"forge/left/{self.rank}", "")
             if self.rank == 0:
-                others = set(self._peers) - set(lost)
-                keys = [f"forge/left/{rank}" for rank in others]
-                wait_for(lambda: not keys or self.store.check(*keys), GOODBYE_S)
+                others = sorted(set(self._peers) - set(lost))
+                wait_for(lambda: self._have_left(others), GOODBYE_S)
+
+    def _have_left(self, ranks: list[int]) -> bool:
+        keys = [f"forge/left/{rank}" for rank in ranks]
+        if keys and not self.store.check(*keys):
+            return False
+        with contextlib.suppress(RankFailure):  # what a stranger wrote does not count
+            return bool(self.store.get_all(keys, ranks)) or not keys
+        return False
 
     # --- heartbeats -------------------------------------------------------------------------------
 
     def _live(self) -> None:
         try:
             looked_at = time.monotonic()
-            for count in itertools.count():
-                self._beat(count)
+            while True:
+                self._beat()
                 now = time.monotonic()
                 # What this rank itself slept does not count, nor what all slept together.
                 self._look(min(now - looked_at, 2 * HEARTBEAT_S))
@@ -203,9 +211,9 @@ class Liveness:
                 self.loss = self.loss or error
             self.hang_up()
 
-    def _beat(self, count: int) -> None:
+    def _beat(self) -> None:
         with self._writing:
-            beat = {"count": count, "host": platform.node(), **self._end}
+            beat = {"count": next(self._beats), "host": platform.node(), **self._end}
             self.store.set(self._keys[self.rank], json.dumps(beat))
 
     def _look(self, passed_s: float) -> None:
@@ -217,10 +225,16 @@ class Liveness:
         texts = self.store.get_all([self._keys[rank] for rank in ranks], ranks) if ranks else []
         beats = dict(zip(ranks, map(_facts, texts), strict=True))
         for rank, peer in self._peers.items():
-            if rank in beats and beats[rank] != peer.beat:
+            if rank in beats and self._is_newer(beats[rank], peer.beat):
                 peer.beat, peer.silent_s = beats[rank], 0.0
             elif rank in beats or not self._is_rendezvous:
                 peer.silent_s += passed_s
+
+    def _is_newer(self, beat: dict[str, Any], last: dict[str, Any]) -> bool:
+        """Whether it is another heartbeat; where they are signed, not an old one, put back."""
+        if self.store.session is None:
+            return beat != last
+        return _count(beat) > _count(last)
 
     def _judge(self) -> None:
         """Note a loss when a rank has failed or stands still."""
@@ -275,6 +289,11 @@ class Liveness:
     def _name(self, rank: int) -> str:
         host = self._peers[rank].beat.get("host") if rank in self._peers else platform.node()
         return f"rank {rank}" + (f" ({host})" if host else "")
+
+
+def _count(beat: dict[str, Any]) -> int:
+    count = beat.get("count")
+    return count if isinstance(count, int) else -1
 
 
 def _facts(text: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import datetime
 import errno
 import json
 import platform
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -24,18 +23,10 @@ from typing import Any
 import torch.distributed as dist
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, in_one_line
-from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.claims import Claim, check_rank
-from p2p_llm_forge.peers.findings import (
-    Finding,
-    failure,
-    failures,
-    findings_of_peer,
-    refusal,
-    refuse_failures,
-)
+from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.liveness import SHORTEST_TIMEOUT_S, Liveness
 from p2p_llm_forge.peers.routes import address_of
@@ -49,7 +40,6 @@ LOOK_THERE = "see whether that machine runs and what it printed, then start all 
 LISTED = 8  # ranks or pairs that a message names
 RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
 VERDICT = "forge/rendezvous/verdict"
-MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +125,7 @@ def rendezvous(endpoint: Endpoint) -> Store:
         size, timeout_s = endpoint.world_size, endpoint.peer_timeout_s
         peers = Liveness(store, endpoint.rank, size, timeout_s, phase="rendezvous").start()
         try:
-            _meet(endpoint, peers, claim)
+            session = _meet(endpoint, peers, claim)
         except ForgeError as error:
             _publish(endpoint, store, error)
             raise
@@ -146,10 +136,12 @@ def rendezvous(endpoint: Endpoint) -> Store:
         found = f"{found} rendezvous ({error})"
         fix = "see what rank 0 printed: it ended first, or its machine is gone"
         raise refusal("rendezvous", found, fix) from error
+    store.session = session
     return store
 
 
-def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> None:
+def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> Session | None:
+    """The session of those who know the secret; None where no rank has one."""
     own = endpoint.own_address
     with _server(own, 0) if own else contextlib.nullcontext() as door:
         hello = {
@@ -160,15 +152,15 @@ def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> None:
             "port": door.getsockname()[1] if door else None,  # where the others may try
         }
         try:
-            sent = _gather(endpoint, peers, "hello", hello, claim.beat)
+            said = _gather(endpoint, peers, "hello", json.dumps(hello), claim.beat)
         except ForgeError as error:
-            raise type(error).of([*failures("rendezvous", error), *claim.refused()]) from error
+            raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
         claim.all_came()
-        # This rank's own as it was said, whatever the store holds by now.
-        sent[endpoint.rank] = _dict(json.dumps(hello))
-        hellos = [_hello_of(one) for one in sent]
-        _prove(endpoint, peers, hellos)
-        _reach(endpoint, peers, hellos)
+        hellos = [_dict(text) for text in said]
+        hellos[endpoint.rank] = hello  # as it was said, whatever the store holds by now
+        session = _prove(endpoint, peers, hellos)
+        _reach(endpoint, peers, hellos, session)
+    return session
 
 
 def open_store(endpoint: Endpoint) -> Store:
@@ -242,13 +234,13 @@ def _gather(
     endpoint: Endpoint,
     peers: Liveness,
     subject: str,
-    own: dict[str, Any],
+    own: str,
     meanwhile: Callable[[], None] | None = None,
-) -> list[dict]:
-    """Every rank's facts on a subject, by rank. Raises ForgeError naming those who are missing."""
+) -> list[str]:
+    """Every rank's text on a subject, by rank. Raises ForgeError naming those who are missing."""
     store, ranks = peers.store, range(endpoint.world_size)
-    keys = [f"forge/rendezvous/{subject}/{rank}" for rank in ranks]
-    store.set(keys[endpoint.rank], json.dumps(own))
+    keys = [_key(subject, rank) for rank in ranks]
+    store.set(keys[endpoint.rank], own)
     deadline = time.monotonic() + endpoint.timeout_s
     # Not store.wait(), which prints a warning of its own when its time is over (torch 2.13).
     for _ in pauses(longest_s=LONGEST_PAUSE_S):
@@ -256,75 +248,80 @@ def _gather(
             break
         if meanwhile:
             meanwhile()
-        verdict = store.get(VERDICT, endpoint.rank) if store.check(VERDICT) else None
-        if verdict is not None and verdict != MISSING:
-            raise _verdict(verdict)
+        if verdict := _published(endpoint, store):
+            raise verdict
         if peers.loss is not None:
             raise refusal("rendezvous", peers.loss.problems[0].found, LOOK_THERE)
-        absent = [rank for rank in ranks if not store.check(keys[rank])]
-        if absent and (verdict or time.monotonic() > deadline):
-            raise _missing(endpoint, absent)
-    return [_dict(store.get(key, rank)) for rank, key in enumerate(keys)]
+        if time.monotonic() > deadline:
+            raise _missing(endpoint, [r for r in ranks if not store.check(keys[r])])
+    return [store.get(key, rank) for rank, key in enumerate(keys)]
 
 
-class Missing(ForgeError):
-    """Ranks did not come."""
+def _key(subject: str, rank: int) -> str:
+    return f"forge/rendezvous/{subject}/{rank}"
 
 
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
     world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
-    found = f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-    found += f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here"
-    fix = f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see"
-    fix += " what it printed; --rendezvous-timeout waits longer"
-    return Missing.of([failure("rendezvous", found, fix)])
+    return refusal(
+        "rendezvous",
+        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
+        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
+        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
+        " it printed; --rendezvous-timeout waits longer",
+    )
 
 
-def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
+def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> Session | None:
     """Prove that this rank knows the secret and check that all others do. Raises ForgeError."""
     without = [rank for rank, hello in enumerate(hellos) if not hello.get("has_secret")]
     if endpoint.secret is None and len(without) == endpoint.world_size:
-        return
+        return None
     copy = "copy the file of the others there and name it by --cluster-secret-file"
     if without:
         raise refusal("secret", f"{_who(without, hellos)} did not bring the cluster's secret", copy)
     assert endpoint.secret is not None
     session = Session(endpoint.secret, hellos)
-    answers = _gather(endpoint, peers, "proof", {"proof": session.proof(endpoint.rank)})
+    proofs = _gather(endpoint, peers, "proof", session.proof(endpoint.rank))
     strangers = [
         rank
-        for rank, answer in enumerate(answers)
-        if rank != endpoint.rank and not session.is_proven(rank, str(answer.get("proof")))
+        for rank, proof in enumerate(proofs)
+        if rank != endpoint.rank and not session.is_proven(rank, proof)
     ]
     if strangers:
         found = f"{_who(strangers, hellos)} could not prove to rank {endpoint.rank} that it knows"
-        raise refusal("secret", f"{found} the cluster's secret", copy)
+        fix = f"{copy}; where all have the same file, somebody changes what the peers send: README,"
+        fix = f"{fix} On networks you do not own"
+        raise refusal("secret", f"{found} the cluster's secret", fix)
+    return session
 
 
-def _reach(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> None:
+def _reach(
+    endpoint: Endpoint, peers: Liveness, hellos: list[dict], session: Session | None
+) -> None:
     """Try every other rank's door; raises ForgeError naming the pairs that fail."""
     if all(not hello.get("address") for hello in hellos):
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
     states = addresses.probe_all(
-        [(str(hellos[rank].get("address")), hellos[rank]["port"]) for rank in others]
+        [(str(hellos[rank].get("address")), int(hellos[rank].get("port") or 0)) for rank in others]
     )
-    own = dict(zip(map(str, others), states, strict=True))
+    own = json.dumps(dict(zip(map(str, others), states, strict=True)))
+    if session:
+        own = session.sign(_key("reach", endpoint.rank), endpoint.rank, own)
+    found = _gather(endpoint, peers, "reach", own)
+    if session:
+        found = [
+            session.verified(_key("reach", rank), rank, text.encode())
+            for rank, text in enumerate(found)
+        ]
     closed = [
         _closed_route(hellos, rank, int(other), state)
-        for rank, states in enumerate(_gather(endpoint, peers, "reach", own))
-        for other, state in states.items()
-        if state in addresses.CLOSED and other in map(str, range(endpoint.world_size))
+        for rank, text in enumerate(found)
+        for other, state in _dict(text).items()
+        if state != addresses.OPEN
     ]
     refuse_failures(closed[:LISTED])
-
-
-def _hello_of(sent: dict[str, Any]) -> dict[str, Any]:
-    """A hello whose address, which becomes part of a command to copy, is one, and port a port."""
-    address, port = str(sent.get("address")), sent.get("port")
-    is_port = type(port) is int and 0 < port < 65536
-    is_address = addresses.is_literal(address) and re.fullmatch(r"[\da-fA-F.:]+(%\w+)?", address)
-    return {**sent, "address": address if is_address else None, "port": port if is_port else 0}
 
 
 def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
@@ -344,9 +341,12 @@ def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Find
 def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(StoreLost):
-        if not store.check(VERDICT):
-            texts = json.dumps([vars(found) for found in failures("peers", error)])
-            store.set(VERDICT, MISSING if isinstance(error, Missing) else texts)
+        if not _published(endpoint, store):
+            verdict = json.dumps([vars(found) for found in failures("peers", error)])
+            signing = _signing(endpoint)
+            store.set(
+                VERDICT, signing.sign(VERDICT, endpoint.rank, verdict) if signing else verdict
+            )
         store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
         came = [
             f"forge/rendezvous/left/{rank}"
@@ -357,26 +357,41 @@ def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
             wait_for(lambda: store.check(*came), FAREWELL_S)
 
 
+def _published(endpoint: Endpoint, store: Store) -> ForgeError | None:
+    """Why another rank has ended the rendezvous; None before, and where it is not signed."""
+    if not store.check(VERDICT):
+        return None
+    text, signing = store.get(VERDICT, endpoint.rank), _signing(endpoint)
+    if signing is None:
+        return _verdict(text)
+    ranks = range(endpoint.world_size)
+    opened = (signing.opened(VERDICT, rank, text.encode()) for rank in ranks)
+    return next((_verdict(one) for one in opened if one is not None), None)
+
+
+def _signing(endpoint: Endpoint) -> Session | None:
+    """What signs a verdict, for which there may be no session yet: the secret alone."""
+    return Session(endpoint.secret, []) if endpoint.secret else None
+
+
 def _verdict(text: str) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
-        return ForgeError.of(findings_of_peer("another rank", parse_json(text)))
-    except ValueError:
+        return ForgeError.of(
+            Finding(**{key: str(value) for key, value in finding.items()})
+            for finding in json.loads(text)
+        )
+    except (ValueError, TypeError, AttributeError, AssertionError):
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
 def _dict(text: str) -> dict[str, Any]:
-    """What a rank has put into the store; anyone who reaches the port can write there.
-
-    Fields that are no texts and no numbers are left out; each text is on one line.
-    """
+    """What a rank has put into the store; anyone who reaches the port can write there."""
     try:
-        value = parse_json(text)
+        value = json.loads(text)
     except ValueError:
         return {}
-    fields = value.items() if isinstance(value, dict) else ()
-    texts = {key: in_one_line(one, 200) for key, one in fields if isinstance(one, str)}
-    return texts | {key: one for key, one in fields if isinstance(one, int)}
+    return value if isinstance(value, dict) else {}
 
 
 def _who(ranks: list[int], hellos: list[dict]) -> str:

