@@ -95,3 +95,46 @@ def test_peers_are_killed_unplugged_and_come_back(prepared, secret, tmp_path, st
     steps = [line["step"] for line in lines(folder)]
     assert steps == sorted(set(steps)), "no step is missing a line, or has two"
     assert set(range(5, steps[-1] + 1, 5)) <= set(steps)
+
+
+def attack(stranger, targets, marker, logs, *run_ids):
+    """Let a stranger try everything once on each target; what it prints is in `logs`."""
+    for target, log in zip(targets, logs, strict=True):
+        words = ("tests/multihost/stranger.py", target.address, marker, *run_ids)
+        stranger.start(PYTHON, *words, log=log)
+    for log in logs:
+        wait_until(lambda log=log: "done" in log.read_text(), log=log)
+
+
+def test_a_stranger_without_the_secret_runs_nothing(prepared, secret, tmp_path):
+    folder, marker = tmp_path / "run", tmp_path / "owned"
+    logs = [tmp_path / f"host{number}.log" for number in range(2)]
+    with hosts(3) as (first, second, stranger):
+        for host, log in zip((first, second), logs, strict=True):
+            start(host, first, secret, prepared, folder, log)
+        wait_for_peers(folder, logs[0], 2)
+        tries = [tmp_path / "stranger0.log", tmp_path / "stranger1.log"]
+        attack(stranger, (first, second), marker, tries, "home", "none", "elastic")
+        assert "29600" in tries[0].read_text(), "it found the launch"
+        assert "left a pickle" in tries[0].read_text(), "it found the run's own store"
+        refused = f"refused a connection from {stranger.address}"
+        assert logs[0].read_text().count(refused) == 1
+        before = last_line(folder)["step"]
+        wait_until(lambda: last_line(folder)["step"] >= before + 20, log=logs[0])
+        assert last_line(folder)["peers"] == 2
+        assert not marker.exists()
+
+
+def test_the_same_stranger_runs_code_through_torchruns_elastic_launch(tmp_path):
+    """So the test above tries something that works elsewhere."""
+    marker, log = tmp_path / "owned", tmp_path / "host.log"
+    with hosts(2) as (machine, stranger):
+        machine.start(
+            *(PYTHON, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d"),
+            *("--rdzv-id=home", f"--rdzv-endpoint={machine.address}:29600"),
+            *("--rdzv-conf=is_host=1", f"--local-addr={machine.address}", "train.py"),
+            log=log,
+        )
+        wait_until(lambda: "29600" in machine.run("ss", "-ltn"), log=log)
+        attack(stranger, [machine], marker, [tmp_path / "stranger.log"], "home")
+        wait_until(marker.exists, log=log)
