@@ -17,7 +17,14 @@ from p2p_llm_forge.config import CheckConfig, parse
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers import launch_files
 from p2p_llm_forge.peers.findings import WORKS, WORKS_WITH_WARNINGS, ClusterReport, fine, warning
-from p2p_llm_forge.peers.launch import DEFAULT_PORT, has_launcher, local_rank, read_launch
+from p2p_llm_forge.peers.launch import (
+    DEFAULT_PORT,
+    has_launcher,
+    launcher_pid,
+    local_rank,
+    read_launch,
+)
+from p2p_llm_forge.peers.parent import end_with_parent
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import PreparedDataset
@@ -147,4 +154,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(launcher_pid())
     run_script(main, local_rank())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from p2p_llm_forge.config import PrepareConfig, parse
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers import launch
+from p2p_llm_forge.peers.parent import end_with_parent
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import Manifest
@@ -46,4 +47,5 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Manife
 
 
 if __name__ == "__main__":
+    end_with_parent(launch.launcher_pid())
     run_script(main, launch.local_rank())

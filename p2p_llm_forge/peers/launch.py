@@ -154,8 +154,8 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
         raise ForgeError(
             "torchrun with --max-restarts keeps one store over all restarts, in which peers would"
             " find the addresses of those that are gone",
-            "start torchrun, on every machine, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
-            " environment",
+            "use `python launch/elastic.py --main ADDRESS train.py ...` instead, or, on one machine"
+            " alone, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment",
         )
     by_torchrun = "P2P_LLM_FORGE_LAUNCHER" not in environ
     elastic = {"is_elastic": True, "run_id": environ.get("TORCHELASTIC_RUN_ID")}

@@ -103,12 +103,19 @@ class SignedStream:
         self._writer.write(len(frame).to_bytes(4, "big") + frame)
 
     async def _read(self, timeout_s: float) -> bytes:
+        reading = asyncio.ensure_future(self._read_frame())
         try:
-            return await asyncio.wait_for(self._read_frame(), timeout_s)
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            raise Gone(f"no sign of life for {timeout_s:.0f} s", is_silent=True) from error
+            # Twice: if this program itself stood still (a suspended machine), what has arrived
+            # meanwhile is read after the first time is over.
+            for part in (0.9, 0.1):
+                await asyncio.wait({reading}, timeout=part * timeout_s)
+            if not reading.done():
+                raise Gone(f"no sign of life for {timeout_s:.0f} s", is_silent=True)
+            return reading.result()
         except (asyncio.IncompleteReadError, OSError) as error:
             raise Gone("it ended or closed the connection") from error
+        finally:
+            reading.cancel()
 
     async def _read_frame(self) -> bytes:
         length = int.from_bytes(await self._reader.readexactly(4), "big")

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import pickle
+import time
 
 import pytest
 
@@ -154,3 +155,16 @@ def test_an_end_and_a_silence_are_told_apart():
     assert isinstance(served, Gone) and not served.is_silent
     came, _ = between(is_silent)
     assert isinstance(came, Gone) and came.is_silent
+
+
+def test_who_stood_still_itself_hears_what_came_meanwhile():
+    async def client(reader, writer):
+        stream = SignedStream(reader, writer, is_server=False)
+        await stream.greet(SECRET, WAIT_S)
+        stream.send({"of": "the client"})
+        receiving = asyncio.ensure_future(stream.receive(1.0))
+        await asyncio.sleep(0)
+        time.sleep(1.5)  # as a machine that is suspended
+        return await receiving
+
+    assert between(client)[0] == {"of": "the server"}
