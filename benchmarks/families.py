@@ -77,6 +77,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": "[[[global,local],1]]"},
+    "helium": {"head_dim": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 UPDATES = 3

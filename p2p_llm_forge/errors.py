@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 import difflib
+import io
+import os
+import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+LONGEST_TEXT, LONGEST_QUOTE, LONGEST_NAME = 8000, 800, 100  # characters
+# What a terminal takes as a command: CSI, then a string (title, link, ...), then any other.
+ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]"
+)
+SHOWN = "\n\t\u200c\u200d"  # the last two join letters of some scripts, and emoji
+
+
+def plain(text: object, longest: int = LONGEST_TEXT) -> str:
+    """What may be printed of a text that may come from anywhere: file names, manifests, libraries.
+
+    Without control characters, escape sequences and characters that turn the direction of writing;
+    what is no character (a lone surrogate) becomes U+FFFD; the middle of a long text is left out.
+    """
+    text = str(text)
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+    if text.isascii() and text.isprintable():
+        return text
+    text = ESCAPES.sub("", text)
+    kinds = ((one, unicodedata.category(one)) for one in text)
+    return "".join(
+        "\ufffd" if kind == "Cs" else " " if kind in ("Zl", "Zp") else one
+        for one, kind in kinds
+        if one in SHOWN or kind not in ("Cc", "Cf")
+    )
+
+
+def quoted(text: object, longest: int = LONGEST_QUOTE) -> str:
+    """A text of somebody else on one line, in quotes that it cannot end: never taken for ours."""
+    return '"' + in_one_line(text, longest).replace('"', "'") + '"'
+
+
+def in_one_line(text: object, longest: int = LONGEST_NAME) -> str:
+    """A short text of somebody else, such as the name of a machine."""
+    return " ".join(plain(text, longest).split())
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a user can fix. where: the rank or file it is about; empty: of all."""
+    """Something that a user can fix. where: the rank or file it is about; empty: of all.
+
+    by: the peer that has sent it, such as "rank 1 (berta)", which is then named and quoted; empty:
+    it is our own. However it is made, its texts can be printed.
+    """
 
     found: str
     fix: str
     where: str = ""
+    by: str = field(default="", compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("found", "fix", "where", "by"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
+    def shown(self) -> tuple[str, str]:
+        """What was found and the fix, as they are printed."""
+        return (quoted(self.found), quoted(self.fix)) if self.by else (self.found, self.fix)
 
     def __str__(self) -> str:
-        where = f"{self.where}: " if self.where else ""
-        return f"{where}{self.found}\n  fix: {self.fix}"
+        (found, fix), where = self.shown(), f"{self.where}: " if self.where else ""
+        if self.by and not self.where.startswith(self.by):
+            found, where = quoted(where + self.found), f"{self.by} says: "
+        return f"{where}{found}\n  fix: {fix}"
 
 
 class ForgeError(Exception):
@@ -85,8 +142,16 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
     Ranks usually fail alike, so one on each machine prints; a failure of one rank alone must name
     that rank (`cluster.together` does) before it gets here. local_rank: of this process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and shows everything
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not know all letters
+    status: int | None = 0
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `--help | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + 13  # as of other programs, which SIGPIPE ends
     except ForgeError as error:
         if local_rank == 0 or error.is_of_this_rank:
             print(f"{error.label}: {error}", file=sys.stderr, flush=True)

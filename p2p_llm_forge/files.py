@@ -12,9 +12,9 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from p2p_llm_forge.errors import ForgeError
@@ -67,12 +67,34 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
 
 def read_json(path: Path, shape: Any = object) -> Any:
     """The value in a JSON file, of this shape. Raises OSError, or ValueError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    value = parse_json(path.read_bytes())
     require_shape(value, shape)
     return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, which anyone may have written.
+
+    Raises ValueError for what is no JSON, and for what the parser takes and the next step does not:
+    NaN and infinite numbers, whole ones of more than 64 bits, half characters (lone surrogates),
+    lists in lists without an end.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number, parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return value
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"the number {digits[:20]}... is too long")
+    return int(digits)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def require_shape(value: Any, shape: Any, name: str = "it") -> None:
@@ -114,15 +136,50 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+def is_positive(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 1 on, as `is_count` means it."""
+    return is_count(value) and value > 0
+
+
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
     return is_one and -1e300 < value < 1e300
 
 
+def is_path_inside(value: Any) -> bool:
+    """Whether a JSON value names a file in a folder or below it, as a manifest does."""
+    if not isinstance(value, str) or set(value) & set("\\\0"):
+        return False
+    return not {"", ".", ".."} & set(value.split("/"))
+
+
 def is_flag(value: Any) -> bool:
     """Whether a JSON value is true or false."""
     return isinstance(value, bool)
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Every file and link below a folder, as a manifest names it. Links are not followed."""
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in (*names, *links):
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def erase(folder: Path, names: Iterable[str]) -> None:
+    """Remove these files from a folder, and then all folders in it, and itself, that are empty.
+
+    Nothing beyond a link is touched.
+    """
+    for name in names:
+        parents = PurePosixPath(name).parents
+        if not any((folder / parent).is_symlink() for parent in parents):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                (folder / name).unlink()
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(parent)
 
 
 def sha256_of(path: Path) -> str:

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import pytest
 
-from p2p_llm_forge.errors import ForgeError, Problem, Problems, nearest, run_script
+from p2p_llm_forge.errors import ForgeError, Problem, Problems, nearest, plain, quoted, run_script
 
 
 def test_an_error_has_what_was_found_and_the_fix():
     error = ForgeError("--a: 3 is no colour", "use --a red: it always works")
     assert error.problems == (Problem("--a: 3 is no colour", "use --a red: it always works"),)
     assert str(error) == "--a: 3 is no colour\n  fix: use --a red: it always works"
+
+
+STRANGE = {
+    "\x1b[31mred\x1b[0m": "red",
+    "\x1b]0;title\x07text": "text",
+    "\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\": "link",
+    "\x9b2Jcleared": "cleared",
+    "over\rwritten\x08\x00\x7f": "overwritten",
+    "gnp\u202e.exe\u2066": "gnp.exe",
+    "half \ud83d a letter": "half \ufffd a letter",
+    "\u2028a\x85b\ufeff\U000e0041": " ab",
+    "kept:\tü 模型 👩🏽\u200d🚀\n": "kept:\tü 模型 👩🏽\u200d🚀\n",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=ascii)
+def test_what_a_terminal_would_obey_is_not_printed(text):
+    problem = Problem(text, text, text, by=text)
+    assert {problem.found, problem.fix, problem.where, problem.by} == {STRANGE[text]}
+
+
+def test_texts_of_others_are_bounded_and_on_one_line():
+    assert plain("ab" * 10**6).startswith("abab") and len(plain("ab" * 10**6)) < 8100
+    assert quoted('x"\nerror: y') == '"x\' error: y"'
+    assert len(quoted("x\n" * 10**6)) < 900
+
+
+def test_a_peers_problem_is_named_and_quoted():
+    assert str(Problem("it\nfails", "try", by="rank 1 (berta)")) == (
+        'rank 1 (berta) says: "it fails"\n  fix: "try"'
+    )
+    named = Problem("it fails", "try", where="rank 1 (berta): a.yaml", by="rank 1 (berta)")
+    assert str(named) == 'rank 1 (berta): a.yaml: "it fails"\n  fix: "try"'
 
 
 def test_several_problems_are_numbered_and_keep_their_fields():

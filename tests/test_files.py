@@ -40,6 +40,19 @@ def test_json_is_read_as_it_was_written_and_leaves_nothing_beside(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", b"\xff", '"\\ud800"', '{"\\udc00": 1}', "NaN", "[1, -Infinity]", "1e999"),
+        *("9" * 30, "-" + "9" * 5000, "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000),
+    ],
+    ids=range(12),
+)
+def test_odd_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        files.parse_json(text)
+
+
 def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "a"
     files.write_file(path, "old")

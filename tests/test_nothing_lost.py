@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
+from prepare_data import prepare
 from tests import ROOT
 from tests.folders import tree
 from tests.runs import TINY_MODEL
@@ -213,3 +214,31 @@ def test_a_refused_start_leaves_no_prepared_text(config, text_file, tmp_path):
     with pytest.raises(ForgeError, match="no run of this program"):
         train(replace(config, **text, output_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other" / "prepared").exists()
+
+
+def test_a_prepared_dataset_does_not_replace_things_of_others(text_file, tmp_path):
+    folder = tmp_path / "data"
+    asked = PrepareConfig(
+        [str(text_file)], str(folder), vocab_size=300, sequence_length=32, overwrite=True
+    )
+    for name in ("train", "tokenizer", "unfinished"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "novel.txt").write_text("chapter one")
+    (folder / "manifest.json").write_text('{"name": "of a browser extension"}')
+    before = tree(folder)
+    with pytest.raises(ForgeError, match="holds no prepared dataset|is not of a dataset"):
+        prepare(asked)
+    assert tree(folder) == before
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "train")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ForgeError, match="unfinished/novel.txt"):
+        prepare(asked)
+    assert (folder / "unfinished" / "novel.txt").read_text() == "chapter one"
+    (folder / "unfinished" / "novel.txt").unlink()
+    prepare(asked)
+    (folder / "train" / "novel.txt").write_text("chapter two")
+    before = tree(folder)
+    with pytest.raises(ForgeError, match="train/novel.txt"):
+        prepare(replace(asked, vocab_size=280))
+    assert tree(folder) == before

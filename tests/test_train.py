@@ -15,6 +15,9 @@ from tests.runs import TINY_MODEL
 from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
+# gemma2 caps its logits at 30: too much for new weights to show, not for trained ones.
+CAPPED = "hidden_size=48,num_hidden_layers=2,num_attention_heads=4,head_dim=12,intermediate_size=64"
+
 
 @pytest.fixture
 def config(prepared, tmp_path):
@@ -79,6 +82,7 @@ def test_loss_falls(config):
         {},
         {"config_overrides": TINY_MODEL + ",resid_pdrop=0.2,attn_pdrop=0.2", "micro_batch_size": 2},
         {"mixed_precision": "bf16", "optimizer": "sgd", "lr_scheduler": "wsd", "warmup_steps": 2},
+        {"model_type": "gemma2", "config_overrides": CAPPED, "learning_rate": 0.1},
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(config, tmp_path, settings):
@@ -98,6 +102,25 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(config, tm
         for run in (whole, parts)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_the_evaluation_is_that_of_the_saved_model(config, tmp_path):
+    """What is trained is what is saved, of a family whose new weights do not show its cap."""
+    from transformers import AutoModelForCausalLM
+
+    from p2p_llm_forge.data.dataset import open_prepared
+
+    capped = replace(config, model_type="gemma2", config_overrides=CAPPED, learning_rate=0.1)
+    result = train(capped)
+    blocks = open_prepared(config.dataset_path).blocks("validation")
+    inputs, targets = map(torch.from_numpy, blocks.inputs_and_targets(range(len(blocks))))
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "run").double()
+    with torch.no_grad():
+        logits = lm(input_ids=inputs).logits
+        uncapped = lm.lm_head(lm.model(input_ids=inputs).last_hidden_state)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert not torch.allclose(uncapped, logits, rtol=1e-3), "else this shows nothing"
+    assert result.eval_loss == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_accumulation_takes_the_same_updates(config, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,41 @@ from typing import Any
 from p2p_llm_forge.data.blocks import PREPARE_AGAIN, STATE, Blocks
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import fingerprint, fsync, read_json, sha256_of, write_json
+from p2p_llm_forge.files import (
+    erase,
+    files_in,
+    fingerprint,
+    fsync,
+    is_count,
+    is_path_inside,
+    is_positive,
+    read_json,
+    require_shape,
+    sha256_of,
+    write_json,
+)
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
 TOKENIZER = "tokenizer"
 DATASET_DICT = "dataset_dict.json"
+REPLACED = "replaced.json"  # in the unfinished folder: the manifest of what is being replaced
+NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
+
+SPLIT_SHAPE = dict.fromkeys(("documents", "blocks", "tokens", "bytes", "dropped_tokens"), is_count)
+FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}
+OF_ANY_VERSION = {
+    **{"format_version": is_count, "files": FILES_SHAPE},
+    **{"splits": dict, "tokenizer_fingerprint": str},
+}
+SHAPE = {
+    **dict.fromkeys(("sequence_length", "vocab_size"), is_positive),
+    **{"eos_token_id": is_count, "skipped_rows": (None, is_count), "dtype": str},
+    **{"tokenizer_fingerprint": str, "content_fingerprint": (None, str), "arguments": dict},
+    "splits": {TRAIN: SPLIT_SHAPE, str: {**SPLIT_SHAPE, "left_out_tokens": (None, is_count)}},
+    "files": (None, FILES_SHAPE),
+}
 
 
 @dataclass(frozen=True)
@@ -82,11 +110,15 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """The manifest in `folder`. Raises ForgeError when there is none that can be read."""
         path = folder / MANIFEST
+        fix = NEW_FOLDER if own_files(folder) is None else PREPARE_AGAIN
         try:
-            content = read_json(path)
+            content = read_json(path, dict)
             if content["format_version"] != FORMAT_VERSION:
-                versions = f"{content['format_version']}, this program reads {FORMAT_VERSION}"
-                raise ForgeError(f"{path} has format version {versions}", PREPARE_AGAIN)
+                versions = f"{ascii(content['format_version'])[:60]}, this program reads"
+                raise ForgeError(f"{path} has format version {versions} {FORMAT_VERSION}", fix)
+            require_shape(content, SHAPE)
+            if content["eos_token_id"] >= content["vocab_size"]:
+                raise ValueError("its end of documents is not in its vocabulary")
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
             return cls(splits=splits, **content)
         except FileNotFoundError as error:
@@ -99,27 +131,65 @@ class Manifest:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = f"{path} cannot be read as a manifest: {error}"
-            raise ForgeError(found, PREPARE_AGAIN) from error
+            raise ForgeError(found, fix) from error
 
 
 def publish(finished: Path, folder: Path) -> None:
     """Move a dataset from `finished`, inside `folder`, to its place there; replace an older one.
 
     At any moment `folder` holds a manifest only if it holds the whole dataset that it describes.
+    Of an older one only what its manifest names is removed; meanwhile that lies in the parent of
+    `finished`, so that `clear_half_published` can do the rest after a kill.
     """
     for path in finished.rglob("*"):
         fsync(path)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    fsync(folder)
-    for name in (TRAIN, VALIDATION, TOKENIZER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / DATASET_DICT).unlink(missing_ok=True)
+    names = own_files(folder)
+    if names is not None:
+        (folder / MANIFEST).rename(finished.parent / REPLACED)
+        fsync(folder)
+        erase(folder, names)
     *parts, manifest = sorted(finished.iterdir(), key=lambda path: path.name == MANIFEST)
     for path in parts:
         path.rename(folder / path.name)
     fsync(folder)
     manifest.rename(folder / MANIFEST)
     fsync(folder)
+
+
+def own_files(folder: Path, manifest: str = MANIFEST) -> frozenset[str] | None:
+    """The files that the manifest of a dataset of ours names, of any version; else None."""
+    try:
+        content = read_json(folder / manifest, OF_ANY_VERSION)
+    except (OSError, ValueError):
+        return None
+    return frozenset(content["files"]) if all(map(is_path_inside, content["files"])) else None
+
+
+def clear_half_published(folder: Path) -> None:
+    """Remove what a run that was killed while it published has left beside its unfinished folder.
+
+    The manifests there name it: that of the dataset that was replaced, and that of the new one.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    unfinished = folder / UNFINISHED
+    erase(folder, own_files(unfinished, REPLACED) or ())
+    for place in unfinished.glob("dataset-*"):
+        erase(folder, own_files(place) or ())
+    folder.mkdir(exist_ok=True)
+
+
+def files_of_others(folder: Path) -> list[str]:
+    """What lies where a dataset is published, and what no manifest of ours names."""
+    unfinished = folder / UNFINISHED
+    own = set(own_files(folder) or ()) | set(own_files(unfinished, REPLACED) or ())
+    for place in unfinished.glob("dataset-*"):
+        own |= own_files(place) or set()
+    parts = [folder / name for name in (TRAIN, VALIDATION, TOKENIZER)]
+    there = [f"{part.name}/{name}" for part in parts for name in files_in(part)]
+    there += [part.name for part in parts if part.is_symlink() or part.is_file()]
+    there += [DATASET_DICT] if os.path.lexists(folder / DATASET_DICT) else []
+    return sorted(set(there) - own)
 
 
 def looks_like_prepared(path: str | Path) -> bool:

@@ -16,19 +16,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from p2p_llm_forge.data.dataset import UNFINISHED
+from p2p_llm_forge.data.dataset import (
+    MANIFEST,
+    REPLACED,
+    UNFINISHED,
+    clear_half_published,
+    files_of_others,
+    own_files,
+)
 from p2p_llm_forge.data.parts import Part
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.errors import ForgeError, Problem
 from p2p_llm_forge.files import Lock, Pulse, beating, only_writer, read_json, write_json
 
 LOCK, PIECES = "lock", "pieces"
 TRAINED_TOKENIZER = "tokenizer-"  # and a digest of what it was trained on
+# What a preparation writes there; partial files are called tmp-... until they are renamed.
+OF_PIECES = re.compile(r"(tmp-)?[0-9a-f-]+\.(tokens|json)(\.\d+\.\d+)?", re.ASCII)
+OWN = re.compile(
+    rf"{LOCK}|tmp-{LOCK}-[0-9a-f]{{16}}|{PIECES}|{TRAINED_TOKENIZER}[0-9a-f]{{20}}"
+    rf"|(tmp-)?rank-\d+(\.failed)?(\.\d+\.\d+)?|dataset-\w+|tmp-tokenizer|{REPLACED}"
+    rf"|{TRAIN}|{VALIDATION}",
+    re.ASCII,
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 COMES_WITHIN_S = 30.0  # after the main rank has begun
 GONE_AFTER_S = 30.0
@@ -39,11 +56,14 @@ def claimed(output_dir: Path) -> Iterator[Lock]:
     """Hold the unfinished folder of `output_dir`, which stays only if the work inside fails.
 
     It stays then for the sake of the pieces that are done; nothing done leaves no trace. Raises
-    ForgeError when another run holds it. A run that was killed holds nothing.
+    ForgeError when another run holds it, or when something that no preparation has written is in
+    the way there or of the dataset. A run that was killed holds nothing.
     """
     folder = output_dir / UNFINISHED
     try:
         with only_writer(folder / LOCK, f"--output-dir {output_dir}") as lock:
+            refuse_files_of_others(output_dir)
+            clear_half_published(output_dir)
             _clear(folder, keep_work=True)
             try:
                 yield lock
@@ -58,11 +78,41 @@ def claimed(output_dir: Path) -> Iterator[Lock]:
                 path.rmdir()
 
 
+def refuse_files_of_others(output_dir: Path) -> None:
+    """Raise ForgeError if something that no preparation has written is in the way of a dataset."""
+    if (output_dir / MANIFEST).exists() and own_files(output_dir) is None:
+        raise ForgeError(
+            f"{output_dir / MANIFEST} is not of a dataset of this program, so nothing is replaced",
+            "give another folder",
+        )
+    unfinished = (path for path in (output_dir / UNFINISHED).iterdir() if not _is_ours(path))
+    others = files_of_others(output_dir)
+    others += sorted(f"{UNFINISHED}/{path.name}" for path in unfinished)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ForgeError(
+            f"--output-dir {output_dir} holds {', '.join(others[:3])}{more}, which no preparation"
+            " has written",
+            "move that elsewhere, or give another folder",
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a preparation has written this into its unfinished folder."""
+    if path.is_symlink() or not OWN.fullmatch(path.name):
+        return False
+    if path.name == PIECES:
+        return all(OF_PIECES.fullmatch(piece.name) for piece in path.glob("*"))
+    if path.name in (TRAIN, VALIDATION):  # of earlier versions
+        return all(file.suffix in (".arrow", ".json") for file in path.glob("*"))
+    return True
+
+
 def _clear(folder: Path, keep_work: bool) -> None:
     """Remove what lies there but the lock; keep_work: and but pieces and trained tokenizers."""
     kept = (LOCK, PIECES, TRAINED_TOKENIZER) if keep_work else (LOCK,)
     for path in folder.iterdir():
-        if path.name.startswith(kept):
+        if path.name.startswith(kept) or not _is_ours(path):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -190,7 +190,7 @@ def sizes_in(model_config: Any) -> str:
 
 def sizes_of(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, int]]:
     """The sizes in a configuration and its parts, by the names that --config-overrides takes."""
-    is_size = re.compile("size|dim|rank|heads?$|layers?$|group|experts|top_?k|expand|width|embd|d_")
+    is_size = re.compile("size|dim|rank|head|layer|group|experts|top_?k|expand|width|embd|(^|_)d_")
     sizes = []
     for name, value in settings.items():
         if isinstance(value, dict):

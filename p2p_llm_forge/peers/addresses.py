@@ -14,6 +14,7 @@ from p2p_llm_forge.polling import wait_for
 
 # What a connection attempt shows.
 OPEN, REFUSED, FILTERED, NO_ROUTE = "open", "refused", "filtered", "no route"
+CLOSED = (REFUSED, FILTERED, NO_ROUTE)
 CONNECT_S = 3.0  # a packet that is lost is sent again after 1 s and 3 s: one loss is forgiven
 NO_ROUTE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL)
 

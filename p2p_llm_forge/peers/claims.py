@@ -14,8 +14,9 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.findings import Finding, refusal
+from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.peers.findings import Finding, findings_of_peer, refusal
 from p2p_llm_forge.peers.store import Store
 from p2p_llm_forge.polling import wait_for
 
@@ -76,9 +77,9 @@ class Claim:
         if not self.store.check(REFUSED):
             return []
         try:
-            finding = json.loads(self.store.get(REFUSED, self.rank))
-            return [Finding(**{key: str(value) for key, value in finding.items()})]
-        except (ValueError, TypeError, AttributeError, AssertionError):
+            sent = parse_json(self.store.get(REFUSED, self.rank))
+            return findings_of_peer("another process", [sent])
+        except ValueError:
             return []  # anyone who reaches the port can write there
 
     def _key(self, subject: str) -> str:
@@ -158,6 +159,6 @@ def _token_of_this_process() -> str:
 
 def _host_of(claim: str) -> str:
     try:
-        return str(json.loads(claim)["host"])
+        return in_one_line(parse_json(claim)["host"])
     except (ValueError, TypeError, KeyError):
         return "another process"

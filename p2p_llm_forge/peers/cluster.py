@@ -14,13 +14,17 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
+from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.peers.findings import as_sent_by, problems_of_peer
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.liveness import FAILED, LEFT, Liveness
 from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure
@@ -72,7 +76,8 @@ class Cluster:
             return [facts]
         name = self._next_conversation()
         self._set(f"{name}/{self.rank}", json.dumps(facts))
-        return [json.loads(self._await(f"{name}/{rank}", rank)) for rank in range(self.world_size)]
+        answers = (self._await(f"{name}/{rank}", rank) for rank in range(self.world_size))
+        return [_facts_of(f"rank {rank}", text, facts) for rank, text in enumerate(answers)]
 
     def barrier(self) -> None:
         """Wait until all ranks are here, for as long as a slow one needs. All ranks must call."""
@@ -87,19 +92,14 @@ class Cluster:
             return act()
         name = self._next_conversation()
         if not self.is_main:
-            answer = json.loads(self._await(name, 0))
-            if "failure" in answer:
-                raise RankFailure(answer["failure"], SEE_THE_OTHER)
-            if "problems" in answer:
-                raise ForgeError.of(Problem(*fields) for fields in answer["problems"])
-            return answer["result"]
+            return _result_of_main(self._await(name, 0))
         try:
             result = act()
         except ForgeError as error:
             self._set(name, json.dumps({"problems": _as_json(error)}))
             raise
         except BaseException as error:
-            self._set(name, json.dumps({"failure": f"the main process failed: {error!r}"}))
+            self._set(name, json.dumps({"failure": repr(error)}))
             raise
         self._set(name, json.dumps({"result": result}))
         return result
@@ -111,22 +111,26 @@ class Cluster:
         """
         if self._store is None:
             return act()
-        result, problems = None, []
+        result, problems, error = None, [], None
         try:
             result = act()
-        except ForgeError as error:
-            problems = _as_json(error)
+        except ForgeError as caught:
+            error, problems = caught, _as_json(caught)
         facts = self.gather_facts({"problems": problems, "host": platform.node()})
         by_rank = [fact["problems"] for fact in facts]
         if not any(by_rank):
             return result  # type: ignore[return-value]
         if all(problems == by_rank[0] for problems in by_rank):
-            raise ForgeError.of(Problem(*fields) for fields in by_rank[0])
-        raise ForgeError.of(
-            Problem(found, fix, f"rank {rank} ({fact['host']})" + (where and f": {where}"))
-            for rank, fact in enumerate(facts)
-            for found, fix, where in fact["problems"]
-        )
+            assert error is not None
+            raise error
+        named: list[Problem] = []
+        for rank, fact in enumerate(facts):
+            name = f"rank {rank} ({fact['host']})"
+            with as_sent_by(name):
+                of_rank = problems_of_peer("" if rank == self.rank else name, fact["problems"])
+            for one in of_rank:
+                named.append(replace(one, where=f"{name}: {one.where}" if one.where else name))
+        raise ForgeError.of(named)
 
     def post(self, key: str, value: str = "") -> None:
         """Post a value that others read by `wait_for`. May be called from any thread."""
@@ -290,6 +294,37 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
-def _as_json(error: ForgeError) -> list[list[str]]:
+def _as_json(error: ForgeError) -> list[dict[str, str]]:
     """An error's problems, as other ranks are given them."""
-    return [[problem.found, problem.fix, problem.where] for problem in error.problems]
+    return [{"found": one.found, "fix": one.fix, "where": one.where} for one in error.problems]
+
+
+def _facts_of(by: str, text: str, own: dict[str, Any]) -> dict[str, Any]:
+    """What a rank has posted where this one posted `own`; its texts are on one line each."""
+    with as_sent_by(by):
+        facts = parse_json(text)
+        if not isinstance(facts, dict) or facts.keys() != own.keys():
+            raise ValueError("other fields than ours")
+        for key, value in facts.items():
+            kinds = {_kind(value), _kind(own[key])}
+            if len(kinds - {NoneType}) > 1:
+                raise ValueError(f"{key} is another kind of value than ours")
+        return {k: in_one_line(v, 800) if isinstance(v, str) else v for k, v in facts.items()}
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
+def _result_of_main(text: str) -> Any:
+    """What the main process has made for all. Raises what it has raised, as its message."""
+    with as_sent_by("rank 0"):
+        answer = parse_json(text)
+        if not isinstance(answer, dict) or not answer.keys() & {"failure", "problems", "result"}:
+            raise ValueError("neither a result nor an error")
+        if "failure" in answer:
+            found = f"the main process failed: {in_one_line(answer['failure'], 800)}"
+            raise RankFailure(found, SEE_THE_OTHER)
+        if "problems" in answer:
+            raise ForgeError.of(problems_of_peer("rank 0", answer["problems"]))
+        return answer["result"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from p2p_llm_forge.errors import ForgeError, Problem
+from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
 from p2p_llm_forge.tables import table
 
 FINE, WARNING, FAILURE = "fine", "warning", "failure"
@@ -37,6 +37,7 @@ class Finding(Problem):
     topic: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         assert self.fix or self.level == FINE, f"{self.found}: no fix"
 
 
@@ -66,6 +67,43 @@ def failures(topic: str, error: ForgeError) -> list[Finding]:
         p if isinstance(p, Finding) else Finding(**vars(p), level=FAILURE, topic=topic)
         for p in error.problems
     ]
+
+
+@contextlib.contextmanager
+def as_sent_by(peer: str) -> Iterator[None]:
+    """Turn a ValueError, while what a peer has sent is read, into a refusal that names it."""
+    try:
+        yield
+    except ValueError as error:
+        found = f"{peer} sent what no rank of this program sends ({in_one_line(error)})"
+        fix = "start the same version on all machines; if they do, a stranger reaches the main"
+        fix += " port: give all machines one --cluster-secret-file"
+        raise refusal("peers", found, fix) from error
+
+
+def problems_of_peer(by: str, sent: Any) -> list[Problem]:
+    """The problems that a peer has sent as JSON, marked as its own.
+
+    by: the peer, such as "rank 1 (berta)". Raises ValueError for what no rank of ours sends: what
+    comes from peers may come from anyone who reaches the main port.
+    """
+    if not isinstance(sent, list) or not all(isinstance(one, dict) for one in sent):
+        raise ValueError("no list of problems")
+    texts = [{key: one.get(key) for key in ("found", "fix", "where")} for one in sent]
+    if not all(isinstance(text, str) for one in texts for text in one.values()):
+        raise ValueError("a field of a problem is no text")
+    return [Problem(**one | {"where": in_one_line(one["where"])}, by=by) for one in texts]
+
+
+def findings_of_peer(by: str, sent: Any) -> list[Finding]:
+    """The findings that a peer has sent as JSON, marked as its own. Raises ValueError as above."""
+    found = []
+    for problem, one in zip(problems_of_peer(by, sent), sent, strict=True):
+        level, topic = str(one.get("level")), in_one_line(one.get("topic"), 20)
+        if level not in MARKS or not (problem.fix or level == FINE):
+            raise ValueError("a finding without a level or a fix")
+        found.append(Finding(**{**vars(problem), "where": by}, level=level, topic=topic))
+    return found
 
 
 def refuse_failures(findings: list[Finding]) -> None:
@@ -152,7 +190,8 @@ class ClusterReport:
 
 
 def _rows(finding: Finding) -> list[str]:
-    text = finding.found + (f"\nfix: {finding.fix}" if finding.fix else "")
+    found, fix = finding.shown()
+    text = found + (f"\nfix: {fix}" if finding.fix else "")
     first, *others = text.splitlines()
     mark = f"  {MARKS[finding.level]:<8} {finding.topic:<10} "
     return [mark + first, *(" " * 22 + line for line in others)]

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.peers.cluster import EXCHANGE_TIMEOUT, Cluster, new_gloo_group
 from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
@@ -203,7 +203,8 @@ def differences(facts: list[dict[str, Any]]) -> list[Finding]:
         for key in sorted({*settings, *of_first}):
             if settings.get(key) != of_first.get(key):
                 flag = "--" + key.replace("_", "-")
-                both = f"{flag} {settings.get(key)}, rank 0 with {of_first.get(key)}"
+                here, there = (in_one_line(one.get(key)) for one in (settings, of_first))
+                both = f"{flag} {here}, rank 0 with {there}"
                 fix = f"start all machines with the same {flag}"
                 found.append(failure("alike", f"{where} was started with {both}", fix))
     return found

@@ -7,12 +7,21 @@ import platform
 import secrets
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.findings import Finding, failure, failures, fine, warning
+from p2p_llm_forge.peers.findings import (
+    Finding,
+    as_sent_by,
+    failure,
+    failures,
+    findings_of_peer,
+    fine,
+    warning,
+)
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.launch_files import LaunchFile
 from p2p_llm_forge.peers.machine import judge_machine
@@ -47,11 +56,13 @@ def judge_alone(config: CheckConfig, launch: Launch, file: LaunchFile | None) ->
 def gather_findings(cluster: Cluster, own: list[Finding], hosts: list[str]) -> list[Finding]:
     """Every rank's findings, each with the name of its rank. All ranks must call."""
     facts = cluster.gather_facts({"findings": [vars(finding) for finding in own]})
-    return [
-        Finding(**{**finding, "where": f"rank {rank} ({host})"})
-        for rank, (fact, host) in enumerate(zip(facts, hosts, strict=True))
-        for finding in fact["findings"]
-    ]
+    found = []
+    for rank, (fact, host) in enumerate(zip(facts, hosts, strict=True)):
+        name = f"rank {rank} ({host})"
+        with as_sent_by(name):
+            of_rank = own if rank == cluster.rank else findings_of_peer(name, fact["findings"])
+        found += [replace(finding, where=name) for finding in of_rank]
+    return found
 
 
 def judge_peers(config: CheckConfig, cluster: Cluster, hosts: list[str]) -> list[Finding]:

@@ -13,6 +13,7 @@ import datetime
 import errno
 import json
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +24,18 @@ from typing import Any
 import torch.distributed as dist
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.claims import Claim, check_rank
-from p2p_llm_forge.peers.findings import Finding, failure, failures, refusal, refuse_failures
+from p2p_llm_forge.peers.findings import (
+    Finding,
+    failure,
+    failures,
+    findings_of_peer,
+    refusal,
+    refuse_failures,
+)
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.liveness import SHORTEST_TIMEOUT_S, Liveness
 from p2p_llm_forge.peers.routes import address_of
@@ -40,6 +49,7 @@ LOOK_THERE = "see whether that machine runs and what it printed, then start all 
 LISTED = 8  # ranks or pairs that a message names
 RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
 VERDICT = "forge/rendezvous/verdict"
+MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +164,11 @@ def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> Session | None:
         try:
             said = _gather(endpoint, peers, "hello", json.dumps(hello), claim.beat)
         except ForgeError as error:
-            raise ForgeError.of([*failures("rendezvous", error), *claim.refused()]) from error
+            raise type(error).of([*failures("rendezvous", error), *claim.refused()]) from error
         claim.all_came()
-        hellos = [_dict(text) for text in said]
-        hellos[endpoint.rank] = hello  # as it was said, whatever the store holds by now
+        # This rank's own as it was said, whatever the store holds by now.
+        said[endpoint.rank] = json.dumps(hello)
+        hellos = [_hello_of(_dict(text)) for text in said]
         session = _prove(endpoint, peers, hellos)
         _reach(endpoint, peers, hellos, session)
     return session
@@ -248,12 +259,14 @@ def _gather(
             break
         if meanwhile:
             meanwhile()
-        if verdict := _published(endpoint, store):
-            raise verdict
+        verdict = _published(endpoint, store)
+        if verdict is not None and verdict != MISSING:
+            raise _verdict(verdict)
         if peers.loss is not None:
             raise refusal("rendezvous", peers.loss.problems[0].found, LOOK_THERE)
-        if time.monotonic() > deadline:
-            raise _missing(endpoint, [r for r in ranks if not store.check(keys[r])])
+        absent = [rank for rank in ranks if not store.check(keys[rank])]
+        if absent and (verdict or time.monotonic() > deadline):
+            raise _missing(endpoint, absent)
     return [store.get(key, rank) for rank, key in enumerate(keys)]
 
 
@@ -261,15 +274,17 @@ def _key(subject: str, rank: int) -> str:
     return f"forge/rendezvous/{subject}/{rank}"
 
 
+class Missing(ForgeError):
+    """Ranks did not come."""
+
+
 def _missing(endpoint: Endpoint, ranks: list[int]) -> ForgeError:
     world_size, machines = endpoint.world_size, {r // endpoint.local_world_size for r in ranks}
-    return refusal(
-        "rendezvous",
-        f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
-        f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here",
-        f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see what"
-        " it printed; --rendezvous-timeout waits longer",
-    )
+    found = f"{_listing([f'rank {rank}' for rank in ranks])} did not come to {endpoint.main} within"
+    found += f" {endpoint.timeout_s:.0f} s; {world_size - len(ranks)} of {world_size} are here"
+    fix = f"start machine {_listing([str(machine) for machine in sorted(machines)])} too, or see"
+    fix += " what it printed; --rendezvous-timeout waits longer"
+    return Missing.of([failure("rendezvous", found, fix)])
 
 
 def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> Session | None:
@@ -304,7 +319,7 @@ def _reach(
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
     states = addresses.probe_all(
-        [(str(hellos[rank].get("address")), int(hellos[rank].get("port") or 0)) for rank in others]
+        [(str(hellos[rank].get("address")), hellos[rank]["port"]) for rank in others]
     )
     own = json.dumps(dict(zip(map(str, others), states, strict=True)))
     if session:
@@ -319,9 +334,17 @@ def _reach(
         _closed_route(hellos, rank, int(other), state)
         for rank, text in enumerate(found)
         for other, state in _dict(text).items()
-        if state != addresses.OPEN
+        if state in addresses.CLOSED and other in map(str, range(endpoint.world_size))
     ]
     refuse_failures(closed[:LISTED])
+
+
+def _hello_of(sent: dict[str, Any]) -> dict[str, Any]:
+    """A hello whose address, which becomes part of a command to copy, is one, and port a port."""
+    address, port = str(sent.get("address")), sent.get("port")
+    is_port = type(port) is int and 0 < port < 65536
+    is_address = addresses.is_literal(address) and re.fullmatch(r"[\da-fA-F.:]+(%\w+)?", address)
+    return {**sent, "address": address if is_address else None, "port": port if is_port else 0}
 
 
 def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
@@ -341,9 +364,9 @@ def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Find
 def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     with contextlib.suppress(StoreLost):
-        if not _published(endpoint, store):
-            verdict = json.dumps([vars(found) for found in failures("peers", error)])
-            signing = _signing(endpoint)
+        if _published(endpoint, store) is None:
+            texts = json.dumps([vars(found) for found in failures("peers", error)])
+            verdict, signing = MISSING if isinstance(error, Missing) else texts, _signing(endpoint)
             store.set(
                 VERDICT, signing.sign(VERDICT, endpoint.rank, verdict) if signing else verdict
             )
@@ -357,16 +380,16 @@ def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
             wait_for(lambda: store.check(*came), FAREWELL_S)
 
 
-def _published(endpoint: Endpoint, store: Store) -> ForgeError | None:
-    """Why another rank has ended the rendezvous; None before, and where it is not signed."""
+def _published(endpoint: Endpoint, store: Store) -> str | None:
+    """Another rank's verdict that has ended the rendezvous; None before, and if it is unsigned."""
     if not store.check(VERDICT):
         return None
     text, signing = store.get(VERDICT, endpoint.rank), _signing(endpoint)
     if signing is None:
-        return _verdict(text)
+        return text
     ranks = range(endpoint.world_size)
     opened = (signing.opened(VERDICT, rank, text.encode()) for rank in ranks)
-    return next((_verdict(one) for one in opened if one is not None), None)
+    return next((one for one in opened if one is not None), None)
 
 
 def _signing(endpoint: Endpoint) -> Session | None:
@@ -377,21 +400,23 @@ def _signing(endpoint: Endpoint) -> Session | None:
 def _verdict(text: str) -> ForgeError:
     """What another rank has published; anyone who reaches the port can write there."""
     try:
-        return ForgeError.of(
-            Finding(**{key: str(value) for key, value in finding.items()})
-            for finding in json.loads(text)
-        )
-    except (ValueError, TypeError, AttributeError, AssertionError):
+        return ForgeError.of(findings_of_peer("another rank", parse_json(text)))
+    except ValueError:
         return ForgeError("another rank has ended the rendezvous", "see what it printed")
 
 
 def _dict(text: str) -> dict[str, Any]:
-    """What a rank has put into the store; anyone who reaches the port can write there."""
+    """What a rank has put into the store; anyone who reaches the port can write there.
+
+    Fields that are no texts and no numbers are left out; each text is on one line.
+    """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    fields = value.items() if isinstance(value, dict) else ()
+    texts = {key: in_one_line(one, 200) for key, one in fields if isinstance(one, str)}
+    return texts | {key: one for key, one in fields if isinstance(one, int)}
 
 
 def _who(ranks: list[int], hellos: list[dict]) -> str:

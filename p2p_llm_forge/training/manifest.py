@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.files import is_count, is_flag, is_number, read_json, require_shape, sha256_of
+from p2p_llm_forge.files import (
+    is_count,
+    is_flag,
+    is_number,
+    is_path_inside,
+    read_json,
+    require_shape,
+    sha256_of,
+)
 from p2p_llm_forge.sync.base import require_facts
 from p2p_llm_forge.training.finite import bad_tensor_in
 from p2p_llm_forge.training.run_record import CHECKPOINT
@@ -21,13 +29,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 FIGURES = ("eval_loss", "perplexity", "bits_per_byte", "token_accuracy")
-
-
-def is_path_inside(value: Any) -> bool:
-    """Whether a JSON value names a file in a folder or below it, as a manifest does."""
-    if not isinstance(value, str) or set(value) & set("\\\0"):
-        return False
-    return not {"", ".", ".."} & set(value.split("/")) and value != MANIFEST
 
 
 def is_digest(value: Any) -> bool:
@@ -81,7 +82,7 @@ def read_manifest(folder: Path, step_named: str | None = None) -> dict[str, Any]
         raise ValueError(f"it has format version {version}, this program reads {FORMAT_VERSION}")
     if (step_named or folder.name.removeprefix("checkpoint-")) != str(step):
         raise ValueError(f"it is that of step {step}")
-    if bad := [name for name in manifest["files"] if not is_path_inside(name)]:
+    if bad := [name for name in manifest["files"] if not is_path_inside(name) or name == MANIFEST]:
         raise ValueError(f"it names {ascii(bad[0])[:60]}, which is no file in a checkpoint")
     if TRAINER_STATE not in manifest["files"]:
         raise ValueError(f"it does not name {TRAINER_STATE}")

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.files import fsync
+from p2p_llm_forge.files import erase, files_in, fsync
 from p2p_llm_forge.training.manifest import (
     MANIFEST,
     checkpoint_dir,
@@ -44,29 +43,6 @@ def is_leftover(name: str, wrote: Iterable[str] = ()) -> bool:
 
 
 # --- one checkpoint -------------------------------------------------------------------------------
-
-
-def files_in(folder: Path) -> Iterator[str]:
-    """Every file and link below a folder, as a manifest names it. Links are not followed."""
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in (*names, *links):
-            yield Path(parent, name).relative_to(folder).as_posix()
-
-
-def erase(folder: Path, names: Iterable[str]) -> None:
-    """Remove these files from a folder, and then all folders in it, and itself, that are empty.
-
-    Nothing beyond a link is touched.
-    """
-    for name in names:
-        parents = PurePosixPath(name).parents
-        if not any((folder / parent).is_symlink() for parent in parents):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                (folder / name).unlink()
-    for parent, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(parent)
 
 
 def remove(output_dir: Path, steps: Iterable[int]) -> None:

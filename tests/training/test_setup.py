@@ -56,3 +56,17 @@ def test_the_model_from_scratch_depends_on_the_seed_alone(config):
             with run_folder(job) as folder, set_up(job, folder) as run:
                 weights.append(next(run.learner.lm.parameters()).detach().clone())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_part_that_is_built_of_a_family_is_named(config, capsys):
+    sizes = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
+    for family, said in (("got_ocr2", "model of a got_ocr2 is a qwen2\n"), ("qwen2", "")):
+        folder = f"{config.output_dir}-{family}"
+        asked = replace(config, model_type=family, config_overrides=sizes, output_dir=folder)
+        with join(asked) as cluster:
+            job = open_job(asked, cluster)
+            with run_folder(job) as folder, set_up(job, folder):
+                shown = capsys.readouterr().out
+        assert "model     qwen2, " in shown
+        assert shown.partition("note      the causal language ")[2].startswith(said)
+        assert ("note " in shown) is bool(said)
