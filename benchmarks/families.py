@@ -49,13 +49,13 @@ NAMES_OF_SIZES = {
     " dff dim_ff feed_forward_size ffn_hidden_size expert_ffn_hidden_size intermediate_size_mlp"
     " shared_expert_intermediate_size shared_intermediate_size",
     # Of the parts that scan, each with a head size of 16.
-    8: "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads",
-    16: "mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"
+    8: "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads"
+    " linear_num_heads index_n_heads",
+    16: "linear_head_dim index_head_dim mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"
     " mamba_d_state ssm_state_size hidden_size_per_layer_input",
     32: "chunk_size mamba_chunk_size",
-    # Of choices among experts by groups, and of layers that reuse what others have kept.
+    # Of choices among experts by groups.
     1: "n_group topk_group num_expert_group n_shared_experts",
-    0: "num_kv_shared_layers",
 }
 SIZES = {name: size for size, names in NAMES_OF_SIZES.items() for name in names.split()}
 BLT = ("patcher_config", "encoder_config", "decoder_config", "global_config")
@@ -78,6 +78,7 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": "[[[global,local],1]]"},
     "helium": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": "[conv,full_attention]"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 UPDATES = 3

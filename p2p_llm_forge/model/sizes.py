@@ -166,8 +166,8 @@ def combined(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """`sizes` by the family's own names, with what follows from them.
 
-    Dictionaries keep what is not changed in them. Where the family shares keys among so many heads
-    that they cannot be those that were asked for, as many as can.
+    Dictionaries keep what is not changed in them. What the family shares among more heads or layers
+    than were asked for is shared among those; a head size that it leaves open is width over heads.
     """
     own_name = getattr(defaults, "attribute_map", {})
     sizes = {own_name.get(name, name): size for name, size in sizes.items()}
@@ -175,11 +175,22 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         default = size_of(defaults, name)
         if isinstance(size, dict) and isinstance(default, dict):
             sizes[name] = combined(default, size)
-    shared = own_name.get("num_key_value_heads", "num_key_value_heads")
-    heads = sizes.get(own_name.get("num_attention_heads", "num_attention_heads"))
-    groups = size_of(defaults, shared)
-    if shared not in sizes and isinstance(heads, int) and isinstance(groups, int) and heads > 0:
-        sizes[shared] = next(n for n in range(min(heads, max(1, groups)), 0, -1) if heads % n == 0)
+
+    def number(name: str) -> int:
+        """0 where there is none."""
+        size = sizes.get(own_name.get(name, name), size_of(defaults, name))
+        return size if type(size) is int and size > 0 else 0
+
+    names, heads, groups = names_in(defaults), number("num_attention_heads"), "num_key_value_heads"
+    if own_name.get(groups, groups) not in sizes and heads and (most := number(groups)):
+        fitting = next(n for n in range(min(heads, most), 0, -1) if heads % n == 0)
+        sizes[own_name.get(groups, groups)] = fitting
+    if "head_dim" in names - {*sizes} and size_of(defaults, "head_dim") is None and heads:
+        width = number("hidden_size")
+        sizes |= {"head_dim": width // heads} if width and width % heads == 0 else {}
+    if "num_kv_shared_layers" in names - {*sizes} and number("num_hidden_layers"):
+        part = number("num_kv_shared_layers") / size_of(defaults, "num_hidden_layers")
+        sizes["num_kv_shared_layers"] = int(part * number("num_hidden_layers"))
     return sizes
 
 
@@ -188,14 +199,14 @@ def sizes_in(model_config: Any) -> str:
     return ", ".join(f"{name}={size}" for name, size in sorted(sizes_of(model_config.to_dict())))
 
 
-def sizes_of(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, int]]:
+def sizes_of(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, int | None]]:
     """The sizes in a configuration and its parts, by the names that --config-overrides takes."""
     is_size = re.compile("size|dim|rank|head|layer|group|experts|top_?k|expand|width|embd|(^|_)d_")
     sizes = []
     for name, value in settings.items():
         if isinstance(value, dict):
             sizes += sizes_of(value, f"{prefix}{name}.")
-        elif type(value) is int and value > 1 and is_size.search(name):
+        elif is_size.search(str(name)) and (value is None or (type(value) is int and value > 1)):
             sizes.append((f"{prefix}{name}", value))
     return sizes
 

@@ -137,3 +137,27 @@ def test_sizes_that_are_too_large_are_named_by_what_changes_them(text, monkeypat
     (problem,) = error.value.problems
     assert "to train on this machine" in problem.found
     assert "encoder_config.hidden_size=1024" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("family", "own_sizes", "name", "follows"),
+    [
+        ("hunyuan_v1_dense", {}, "head_dim", 16),  # transformers raises it to a power
+        ("gemma3n_text", {"hidden_size_per_layer_input": 8}, "num_kv_shared_layers", 0),
+    ],
+)
+def test_what_follows_from_the_sizes_is_not_asked_for(text, family, own_sizes, name, follows):
+    lm = build_model(asked(family, **SMALL, intermediate_size=48, **own_sizes), text)
+    assert getattr(lm.config, name) == follows
+    given = {"head_dim": 8, "num_kv_shared_layers": 1}[name]
+    sizes = {**SMALL, name: given}
+    assert getattr(new_model_config(asked(family, **sizes), text), name) == given
+
+
+def test_sizes_without_a_number_are_shown_and_can_be_given(text):
+    sizes = {**SMALL, "intermediate_size": 48, "moe_intermediate_size": 16}
+    with pytest.raises(ForgeError) as error:
+        build_model(asked("dots1", **sizes), text)
+    missing = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+    assert all(f"{name}=None" in error.value.problems[0].fix for name in missing)
+    build_model(asked("dots1", **sizes, **dict(zip(missing, (4, 1, 2), strict=True))), text)
