@@ -85,6 +85,7 @@ class ForgeError(Exception):
     label = "error"  # what its message begins with
     status = 2  # of the process that it ends
     is_of_this_rank = False  # only this rank knows it, so this rank prints it
+    leaves_threads = False  # in calls that do not come back, which the interpreter's end waits for
 
     def __init__(self, found: str, fix: str, *, where: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(found, fix, where),)
@@ -159,6 +160,10 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
             # A launcher ends all ranks as soon as one exits: give the other the time to print.
             time.sleep(3)
         status = error.status
+        if error.leaves_threads:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130

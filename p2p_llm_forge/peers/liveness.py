@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from p2p_llm_forge.errors import in_one_line
 from p2p_llm_forge.peers import sockets
 from p2p_llm_forge.peers.rank_failure import LostPeer, RankFailure, is_out_of_memory
 from p2p_llm_forge.peers.store import Store, StoreLost
@@ -30,6 +31,7 @@ SHORTEST_TIMEOUT_S = 3.0
 NAMING_S = 3.0  # how long a failed exchange waits for heartbeats that say who is gone
 GOODBYE_S = 3.0  # how long the main process, and what ends with a run, is waited for
 OPENING_S = 120.0  # for connections between ranks that live, and are all about to connect
+LONGEST_LIST = 64  # ranks that one may say to have lost
 FAILED, LEFT = "failed", "left"
 
 
@@ -49,7 +51,8 @@ class Peer:
     def lost(self) -> list[int]:
         """The ranks whose loss has ended it."""
         lost = self.beat.get("lost")
-        return [rank for rank in lost if isinstance(rank, int)] if isinstance(lost, list) else []
+        ranks = lost[:LONGEST_LIST] if isinstance(lost, list) else []
+        return [rank for rank in ranks if isinstance(rank, int)]
 
 
 class Liveness:
@@ -288,7 +291,7 @@ class Liveness:
 
     def _name(self, rank: int) -> str:
         host = self._peers[rank].beat.get("host") if rank in self._peers else platform.node()
-        return f"rank {rank}" + (f" ({host})" if host else "")
+        return f"rank {rank}" + (f" ({in_one_line(host)})" if host else "")
 
 
 def _count(beat: dict[str, Any]) -> int:

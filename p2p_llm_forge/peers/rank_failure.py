@@ -23,7 +23,7 @@ class RankFailure(ForgeError):
 class LostPeer(RankFailure):
     """A peer is gone, and so is the run. ranks: which, as far as heartbeats show."""
 
-    leaves_threads = True  # in calls of libraries that do not come back
+    leaves_threads = True
 
     def __init__(self, rank: int, found: str, ranks: list[int]) -> None:
         """rank: the one that found it."""

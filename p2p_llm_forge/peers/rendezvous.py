@@ -137,12 +137,12 @@ def rendezvous(endpoint: Endpoint) -> Store:
         try:
             session = _meet(endpoint, peers, claim)
         except ForgeError as error:
-            _publish(endpoint, store, error)
+            _publish(endpoint, peers, error)
             raise
         finally:
             peers.stop()  # before values are signed: no rank takes another's for a stranger's
     except StoreLost as error:
-        found = f"rank {endpoint.rank} lost the main process at {endpoint.main} during the"
+        found = f"rank {endpoint.rank} lost rank 0, the main process at {endpoint.main}, during the"
         found = f"{found} rendezvous ({error})"
         fix = "see what rank 0 printed: it ended first, or its machine is gone"
         raise refusal("rendezvous", found, fix) from error
@@ -361,8 +361,9 @@ def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Find
     return failure("reach", found, fix)
 
 
-def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
+def _publish(endpoint: Endpoint, peers: Liveness, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
+    store, lost = peers.store, getattr(peers.loss, "ranks", [])
     with contextlib.suppress(StoreLost):
         if _published(endpoint, store) is None:
             texts = json.dumps([vars(found) for found in failures("peers", error)])
@@ -374,7 +375,7 @@ def _publish(endpoint: Endpoint, store: Store, error: ForgeError) -> None:
         came = [
             f"forge/rendezvous/left/{rank}"
             for rank in range(endpoint.world_size)
-            if store.check(f"forge/rendezvous/hello/{rank}")
+            if rank not in lost and store.check(f"forge/rendezvous/hello/{rank}")
         ]
         if endpoint.rank == 0:
             wait_for(lambda: store.check(*came), FAREWELL_S)
