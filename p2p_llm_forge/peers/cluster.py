@@ -27,7 +27,7 @@ from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.findings import as_sent_by, problems_of_peer
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.liveness import FAILED, LEFT, Liveness
-from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure
+from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure, explain
 from p2p_llm_forge.peers.sealing import Sealing
 from p2p_llm_forge.peers.store import StoreLost
 from p2p_llm_forge.polling import pauses
@@ -213,13 +213,18 @@ class Cluster:
 
     # --- signs of life ----------------------------------------------------------------------------
 
-    def loss(self, error: BaseException) -> RankFailure | None:
-        """The loss of a peer that an error comes from, wherever it surfaced; None if all live."""
-        if self._peers is None:
-            return None
-        if self._peers.loss is None and isinstance(error, RuntimeError) and self._peers.gone():
-            return self._peers.blame(error)
-        return self._peers.loss
+    def explain(self, error: BaseException) -> ForgeError | None:
+        """An error of the machine, a library or a peer as a message; None if it is a bug.
+
+        A loss explains what came after it, wherever that surfaced.
+        """
+        explained, peers = explain(error, self.rank), self._peers
+        if explained or peers is None or not isinstance(error, Exception):
+            return explained
+        if peers.loss is None and isinstance(error, RuntimeError):
+            silent = [rank for rank in peers.gone() if not peers.has_left(rank)]
+            return peers.blame(error) if silent else peers.loss
+        return peers.loss
 
     def announce_failure(self) -> None:
         """Let the others know that this rank has failed, so that none waits for a sign of life."""

@@ -22,7 +22,7 @@ from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
 from p2p_llm_forge.peers.liveness import FAILED, GOODBYE_S, Liveness
 from p2p_llm_forge.peers.machine import has_bf16, versions
-from p2p_llm_forge.peers.rank_failure import LostPeer, explain
+from p2p_llm_forge.peers.rank_failure import LostPeer
 from p2p_llm_forge.peers.rendezvous import choose_endpoint, rendezvous
 from p2p_llm_forge.peers.routes import choose_interface
 from p2p_llm_forge.polling import in_thread
@@ -61,7 +61,7 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
             cluster.accelerator = _agree_on_accelerator(config, cluster, backend)
             yield cluster
         except BaseException as error:
-            explained = explain(error, cluster.rank) or cluster.loss(error)
+            explained = cluster.explain(error)
             if explained is not None and not explained.is_of_this_rank:
                 cluster.leave()  # the others raise it too, and may still wait for an answer
             else:

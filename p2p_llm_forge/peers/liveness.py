@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from p2p_llm_forge.errors import in_one_line
+from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers import sockets
 from p2p_llm_forge.peers.rank_failure import LostPeer, RankFailure, is_out_of_memory
 from p2p_llm_forge.peers.store import Store, StoreLost
@@ -75,7 +76,9 @@ class Liveness:
         self._end: dict[str, Any] = {"end": "", "lost": []}
         self._connections: set[int] = set()
         self._beats = itertools.count()
-        self._writing, self._losing, self._blaming = (threading.Lock() for _ in range(3))
+        self._writing, self._looking, self._losing, self._blaming = (
+            threading.Lock() for _ in range(4)
+        )
         self._is_closed = threading.Event()
         self._heart = threading.Thread(target=self._live, daemon=True, name="heartbeat")
 
@@ -144,22 +147,25 @@ class Liveness:
         """The loss that an exchange failed of; takes the seconds until heartbeats show it."""
         self.hang_up()  # other waits of this rank, and the others', end too
         with self._blaming:
-            before = {rank: peer.beat for rank, peer in self._peers.items()}
-            deadline = time.monotonic() + NAMING_S
-            for _ in pauses(longest_s=0.1):
-                gone = [r for r, p in self._peers.items() if p.beat == before[r] or p.end]
-                if self.loss is not None or not gone or time.monotonic() > deadline:
-                    break
+            gone = self.gone()
             lines = str(error).strip().splitlines() or [type(error).__name__]
             who = self._names(gone) if gone else "all ranks show signs of life, but an exchange"
             return self._loss(f"lost a peer: {who} broke off ({lines[0]})", gone)
 
     def gone(self) -> list[int]:
-        """The ranks that do not beat any more and have not said why; takes a few seconds."""
-        counts = {rank: peer.beat for rank, peer in self._peers.items()}
+        """The ranks that have ended, or do not beat any more; takes a few seconds if some do not.
+
+        Returns as soon as anything else shows what was lost.
+        """
+        try:
+            self._look(0.0)  # a beat from before now says nothing about now
+        except StoreLost as error:
+            self.lose_store(error)
+        self._judge()
+        before = {rank: peer.beat for rank, peer in self._peers.items()}
         deadline = time.monotonic() + NAMING_S
         for _ in pauses(longest_s=0.1):
-            gone = [r for r, p in self._peers.items() if p.beat == counts[r] and not p.end]
+            gone = [r for r, peer in self._peers.items() if peer.end or peer.beat == before[r]]
             if not gone or self.loss is not None or time.monotonic() > deadline:
                 return gone
         raise AssertionError("pauses() never ends")
@@ -221,12 +227,18 @@ class Liveness:
 
     def _look(self, passed_s: float) -> None:
         """Read all heartbeats; `passed_s` is what those that stand still add to their silence."""
+        with self._looking:
+            self._take(self._read_beats(), passed_s)
+
+    def _read_beats(self) -> dict[int, dict[str, Any]]:
         ranks = list(self._peers)
         self._all_came = self._all_came or self.store.check(*(self._keys[r] for r in ranks))
         if not self._all_came:
             ranks = [rank for rank in ranks if self.store.check(self._keys[rank])]
         texts = self.store.get_all([self._keys[rank] for rank in ranks], ranks) if ranks else []
-        beats = dict(zip(ranks, map(_facts, texts), strict=True))
+        return dict(zip(ranks, map(_facts, texts), strict=True))
+
+    def _take(self, beats: dict[int, dict[str, Any]], passed_s: float) -> None:
         for rank, peer in self._peers.items():
             if rank in beats and self._is_newer(beats[rank], peer.beat):
                 peer.beat, peer.silent_s = beats[rank], 0.0
@@ -301,8 +313,8 @@ def _count(beat: dict[str, Any]) -> int:
 
 def _facts(text: str) -> dict[str, Any]:
     """What a rank has put into the store; anyone who reaches the port can write there."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
+    with contextlib.suppress(ValueError):
+        value = parse_json(text)
         if isinstance(value, dict):
             return value
     return {}
