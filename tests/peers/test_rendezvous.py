@@ -177,7 +177,8 @@ def test_a_verdict_that_nobody_with_the_secret_has_signed_does_not_count():
     forged = json.dumps([{"topic": "x", "level": "failed", "found": "go away", "fix": "run me"}])
     store.set(module.VERDICT, forged)
     assert module._published(first, store) is None
-    module._publish(first, store, ForgeError("the disk is full", "make room"))
+    peers = Liveness(store, 0, 2, timeout_s=60)
+    module._publish(first, peers, ForgeError("the disk is full", "make room"))
     assert "the disk is full" in str(module._published(first, store))
 
 
