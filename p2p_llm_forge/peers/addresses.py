@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
@@ -16,6 +15,12 @@ from p2p_llm_forge.polling import wait_for
 OPEN, REFUSED, FILTERED, NO_ROUTE = "open", "refused", "filtered", "no route"
 CLOSED = (REFUSED, FILTERED, NO_ROUTE)
 CONNECT_S = 3.0  # a packet that is lost is sent again after 1 s and 3 s: one loss is forgiven
+NAT_FIX = (
+    "put all machines on a network of their own. Simplest is Tailscale: `sudo tailscale up` on"
+    " each, and the main address is what `tailscale ip -4` prints on machine 0. Or WireGuard, for"
+    " which the router of one machine forwards one UDP port, 51820, to it (README, 'On networks"
+    " you do not own')"
+)
 NO_ROUTE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL)
 
 
@@ -84,18 +89,17 @@ def probe(host: str, port: int, timeout_s: float = CONNECT_S) -> str:
     try:
         with socket.create_connection((host, port), timeout=timeout_s):
             return OPEN
-    except TimeoutError:
-        return FILTERED
-    except ConnectionRefusedError:
-        return REFUSED
     except OSError as error:
-        return NO_ROUTE if error.errno in NO_ROUTE_ERRORS else FILTERED
+        return state_of(error)
 
 
-def probe_all(targets: list[tuple[str, int]]) -> list[str]:
-    """`probe` of many at once."""
-    with ThreadPoolExecutor(max_workers=32) as threads:
-        return list(threads.map(lambda target: probe(*target), targets))
+def state_of(error: OSError) -> str:
+    """What an attempt to connect that ended with the error shows."""
+    if isinstance(error, TimeoutError):
+        return FILTERED
+    if isinstance(error, ConnectionRefusedError):
+        return REFUSED
+    return NO_ROUTE if error.errno in NO_ROUTE_ERRORS else FILTERED
 
 
 def opening(port: int | None, source: str) -> str:
@@ -109,9 +113,20 @@ def opening(port: int | None, source: str) -> str:
     )
 
 
-def judge_reach(state: str, host: str, port: int, own_address: str) -> Finding:
-    """What a try to reach the main port means. The port may not be served yet."""
-    where, fix = f"{host}:{port}", opening(port, own_address)
+def letting_in(port: int, source: str, are_neighbours: bool) -> str:
+    """`opening`, and what to do where a router makes that vain."""
+    nat = f". If a router between them translates addresses (NAT), that is not enough: {NAT_FIX}"
+    return opening(port, source) + ("" if are_neighbours else nat)
+
+
+def judge_reach(
+    state: str, host: str, port: int, own_address: str, are_neighbours: bool = True
+) -> Finding:
+    """What a try to reach the main port means. The port may not be served yet.
+
+    are_neighbours: the address is one of a network of this machine, with no router between.
+    """
+    where, fix = f"{host}:{port}", letting_in(port, own_address, are_neighbours)
     if state == OPEN:
         return fine("port", f"{where} answers")
     if state == REFUSED:

@@ -13,12 +13,11 @@ import datetime
 import errno
 import json
 import platform
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -26,10 +25,9 @@ import torch.distributed as dist
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import parse_json
-from p2p_llm_forge.peers import addresses
+from p2p_llm_forge.peers import addresses, reach
 from p2p_llm_forge.peers.claims import Claim, check_rank
 from p2p_llm_forge.peers.findings import (
-    Finding,
     failure,
     failures,
     findings_of_peer,
@@ -38,7 +36,7 @@ from p2p_llm_forge.peers.findings import (
 )
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.liveness import SHORTEST_TIMEOUT_S, Liveness
-from p2p_llm_forge.peers.routes import address_of
+from p2p_llm_forge.peers.routes import address_of, are_neighbours
 from p2p_llm_forge.peers.secret import Session, new_nonce, read_secret
 from p2p_llm_forge.peers.store import Store, StoreLost
 from p2p_llm_forge.polling import in_thread, pauses, wait_for
@@ -153,13 +151,13 @@ def rendezvous(endpoint: Endpoint) -> Store:
 def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> Session | None:
     """The session of those who know the secret; None where no rank has one."""
     own = endpoint.own_address
-    with _server(own, 0) if own else contextlib.nullcontext() as door:
+    with reach.opened_door(own) if own else contextlib.nullcontext() as port:
         hello = {
             "host": platform.node(),
             "nonce": new_nonce(),
             "has_secret": endpoint.secret is not None,
-            "address": own,
-            "port": door.getsockname()[1] if door else None,  # where the others may try
+            "port": port,  # where the others may try
+            **reach.facts_of(own, endpoint.main_address),
         }
         try:
             said = _gather(endpoint, peers, "hello", json.dumps(hello), claim.beat)
@@ -168,7 +166,7 @@ def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> Session | None:
         claim.all_came()
         # This rank's own as it was said, whatever the store holds by now.
         said[endpoint.rank] = json.dumps(hello)
-        hellos = [_hello_of(_dict(text)) for text in said]
+        hellos = [reach.readable(_dict(text)) for text in said]
         session = _prove(endpoint, peers, hellos)
         _reach(endpoint, peers, hellos, session)
     return session
@@ -229,14 +227,16 @@ def _no_way_to_main(endpoint: Endpoint, state: str) -> ForgeError:
             f"rank 0 listens at port {port}, and {endpoint.main} does not lead to it",
             "write the address of this machine that the others reach (main_process_ip,"
             " --master-addr; `ip -brief address` shows them), or start rank 0 on the machine of"
-            " that address",
+            " that address (machine_rank, --rank). If it is the address of this machine's router"
+            f" (NAT), forwarding the port is not enough: {addresses.NAT_FIX}",
         )
-    reached = addresses.judge_reach(state, endpoint.main_address, port, own)
+    near = are_neighbours(endpoint.main_address)
+    reached = addresses.judge_reach(state, endpoint.main_address, port, own, near)
     found, fix = reached.found, reached.fix
     if state == addresses.REFUSED:
         found = f"the connection was refused for {endpoint.timeout_s:.0f} s"
         fix = "start rank 0 on that machine, with the same address and port; if it runs there, its"
-        fix = f"{fix} firewall rejects: {addresses.opening(port, own)}"
+        fix = f"{fix} firewall rejects: {addresses.letting_in(port, own, near)}"
     failed = f"rank {endpoint.rank} could not meet the {endpoint.world_size} processes at"
     return refusal("rendezvous", f"{failed} {endpoint.main}: {found}", fix)
 
@@ -318,47 +318,21 @@ def _reach(
     if all(not hello.get("address") for hello in hellos):
         return
     others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
-    states = addresses.probe_all(
-        [(str(hellos[rank].get("address")), hellos[rank]["port"]) for rank in others]
-    )
-    own = json.dumps(dict(zip(map(str, others), states, strict=True)))
+    tries = reach.try_doors([hellos[rank] for rank in others])
+    facts: dict[str, Any] = {"tries": dict(zip(map(str, others), tries, strict=True))}
+    if endpoint.rank == 0:
+        facts["seen"] = reach.seen_at(endpoint.main_port)
+    own = json.dumps(facts)
     if session:
         own = session.sign(_key("reach", endpoint.rank), endpoint.rank, own)
-    found = _gather(endpoint, peers, "reach", own)
+    patient = replace(endpoint, timeout_s=endpoint.timeout_s + reach.LONGEST_S)
+    found = _gather(patient, peers, "reach", own)
     if session:
         found = [
             session.verified(_key("reach", rank), rank, text.encode())
             for rank, text in enumerate(found)
         ]
-    closed = [
-        _closed_route(hellos, rank, int(other), state)
-        for rank, text in enumerate(found)
-        for other, state in _dict(text).items()
-        if state in addresses.CLOSED and other in map(str, range(endpoint.world_size))
-    ]
-    refuse_failures(closed[:LISTED])
-
-
-def _hello_of(sent: dict[str, Any]) -> dict[str, Any]:
-    """A hello whose address, which becomes part of a command to copy, is one, and port a port."""
-    address, port = str(sent.get("address")), sent.get("port")
-    is_port = type(port) is int and 0 < port < 65536
-    is_address = addresses.is_literal(address) and re.fullmatch(r"[\da-fA-F.:]+(%\w+)?", address)
-    return {**sent, "address": address if is_address else None, "port": port if is_port else 0}
-
-
-def _closed_route(hellos: list[dict], rank: int, other: int, state: str) -> Finding:
-    source, target = hellos[rank].get("address"), hellos[other].get("address")
-    found = f"{_who([rank], hellos)} cannot reach {_who([other], hellos)} at {target}: {state}"
-    if target is None or addresses.is_loopback(str(target)):
-        fix = "unset GLOO_SOCKET_IFNAME there, or set it to the interface of the common network"
-        return failure("reach", f"{found}: that address is known on its own machine only", fix)
-    fix = "let the peers talk freely: " + addresses.opening(None, str(source))
-    if state == addresses.NO_ROUTE:
-        fix = f"check `ip route get {target}` on the first, and that both are on one network"
-        fix = f"{fix} (GLOO_SOCKET_IFNAME chooses the interface)"
-    found += "; gloo and NCCL open ports of their own beside the main port"
-    return failure("reach", found, fix)
+    refuse_failures(reach.judge_tries(hellos, [_dict(text) for text in found])[:LISTED])
 
 
 def _publish(endpoint: Endpoint, peers: Liveness, error: ForgeError) -> None:
@@ -409,7 +383,7 @@ def _verdict(text: str) -> ForgeError:
 def _dict(text: str) -> dict[str, Any]:
     """What a rank has put into the store; anyone who reaches the port can write there.
 
-    Fields that are no texts and no numbers are left out; each text is on one line.
+    Each text is on one line; lists and tables are for `reach` to judge, and nothing else is kept.
     """
     try:
         value = parse_json(text)
@@ -417,7 +391,7 @@ def _dict(text: str) -> dict[str, Any]:
         return {}
     fields = value.items() if isinstance(value, dict) else ()
     texts = {key: in_one_line(one, 200) for key, one in fields if isinstance(one, str)}
-    return texts | {key: one for key, one in fields if isinstance(one, int)}
+    return texts | {key: one for key, one in fields if isinstance(one, int | list | dict)}
 
 
 def _who(ranks: list[int], hellos: list[dict]) -> str:

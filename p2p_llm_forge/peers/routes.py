@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import platform
 import socket
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ def route_to(host: str) -> Route | None:
         found = f"no route to the main process at {host} ({error})"
         fix = "check the address (main_process_ip, --master-addr) and this machine's network"
         raise ForgeError(found, fix) from error
-    for interface, its_own in _addresses_by_interface().items():
+    for interface, its_own in addresses_by_interface().items():
         if own in its_own and not addresses.is_loopback(own):
             return Route(own, interface)
     return None
@@ -41,13 +43,33 @@ def route_to(host: str) -> Route | None:
 
 def address_of(interface: str) -> str:
     """The address that peers reach this machine by, on an interface. Raises ForgeError if none."""
-    found = _addresses_by_interface()
+    found = addresses_by_interface()
     if found.get(interface):
         return found[interface][0]
     alike = nearest(interface, [name for name, own in found.items() if own])
     missing = f"GLOO_SOCKET_IFNAME is {interface}: no such interface with an address here ({alike})"
     fix = "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken"
     raise ForgeError(missing, fix)
+
+
+def are_neighbours(host: str) -> bool:
+    """Whether the host is in a network of this machine, so that no router stands between."""
+    with contextlib.suppress(ForgeError, ValueError):
+        found = [ipaddress.ip_address(address) for address in addresses.resolve(host)]
+        return any(one in network for one in found for network in _networks())
+    return False
+
+
+def _networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Those that this machine's interfaces are in."""
+    networks = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family in (socket.AF_INET, socket.AF_INET6) and entry.netmask:
+                bits = bin(int(ipaddress.ip_address(entry.netmask))).count("1")
+                own = f"{entry.address.split('%')[0]}/{bits}"
+                networks.append(ipaddress.ip_network(own, strict=False))
+    return networks
 
 
 def choose_interface(launch: Launch) -> dict[str, str]:
@@ -93,7 +115,8 @@ def judge_route(main: Main, launch: Launch, allow_public_address: bool) -> list[
         found.append(addresses.judge_own_port(main.port))
     elif not main.is_here and not main.will_be_waited_for:
         state = addresses.probe(main.host, main.port)
-        found.append(addresses.judge_reach(state, main.host, main.port, own))
+        near = are_neighbours(main.host)
+        found.append(addresses.judge_reach(state, main.host, main.port, own, near))
     return found + _judge_hostname()
 
 
@@ -122,8 +145,9 @@ def _judge_ownership(main: Main) -> list[Finding]:
     outward = sorted(address for address in own if not addresses.is_loopback(address))
     found = f"this is machine 0, and {main.host} is not one of its addresses"
     found = f"{found} ({', '.join(outward) or 'it has none'})"
-    fix = "write the one that the others reach (main_process_ip, --master-addr)"
-    return [warning("address", found, f"{fix}, unless a router forwards the port to here")]
+    fix = "write the one that the others reach (main_process_ip, --master-addr). If it is that of"
+    fix = f"{fix} this machine's router (NAT), forwarding the port is not enough:"
+    return [warning("address", found, f"{fix} {addresses.NAT_FIX}")]
 
 
 def _judge_hostname() -> list[Finding]:
@@ -139,10 +163,10 @@ def _judge_hostname() -> list[Finding]:
 
 def own_addresses() -> set[str]:
     """All IP addresses of this machine."""
-    return {address for found in _addresses_by_interface().values() for address in found}
+    return {address for found in addresses_by_interface().values() for address in found}
 
 
-def _addresses_by_interface() -> dict[str, list[str]]:
+def addresses_by_interface() -> dict[str, list[str]]:
     """This machine's IP addresses, on each interface those of IPv4 first."""
     return {
         name: [

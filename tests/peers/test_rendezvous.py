@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers import addresses
+from p2p_llm_forge.peers import addresses, reach
 from p2p_llm_forge.peers import rendezvous as module
 from p2p_llm_forge.peers.findings import Finding
 from p2p_llm_forge.peers.launch import Launch
@@ -83,24 +83,8 @@ def test_a_rank_without_the_secret_is_named_and_gets_no_store(third, expected):
         assert "--cluster-secret-file" in finding.fix
 
 
-@pytest.mark.parametrize(
-    ("state", "fix"),
-    [(addresses.FILTERED, "ufw allow from"), (addresses.NO_ROUTE, "ip route get 192.0.2.1")],
-)
-def test_ranks_that_do_not_reach_each_other_are_named_in_pairs(state, fix):
-    hellos = [
-        {"host": "anna", "address": "192.0.2.0"},
-        {"host": "berta", "address": "192.0.2.1"},
-    ]
-    finding = module._closed_route(hellos, 0, 1, state)
-    assert f"rank 0 (anna) cannot reach rank 1 (berta) at 192.0.2.1: {state}" in finding.found
-    assert fix in finding.fix
-
-
 def test_a_closed_door_ends_the_rendezvous_on_all(monkeypatch):
-    monkeypatch.setattr(
-        addresses, "probe_all", lambda targets: [addresses.FILTERED for _ in targets]
-    )
+    monkeypatch.setattr(reach, "try_door", lambda *door: (addresses.FILTERED, 0))
     for refusal in run_ranks(endpoints(2, own_address="127.0.0.1"), refusal_of):
         assert [finding.topic for finding in refusal.problems] == ["reach", "reach"]
         assert "known on its own machine only" in refusal.problems[0].found
@@ -136,10 +120,10 @@ def test_a_verdict_is_quoted_and_bounded():
     ids=range(5),
 )
 def test_a_hello_of_a_stranger_becomes_no_part_of_a_command(sent):
-    hello = module._hello_of(sent)
+    hello = reach.readable(sent)
     assert hello["address"] is None and hello["port"] == 0
     hellos = [{"host": "anna", "address": None}, {"host": "berta", **hello}]
-    assert "evil" not in str(module._closed_route(hellos, 0, 1, addresses.FILTERED))
+    assert "evil" not in str(reach._closed(hellos, 0, 1, addresses.FILTERED))
 
 
 def test_facts_of_strangers_are_no_facts():

@@ -55,7 +55,7 @@ def test_an_interface_of_another_network_is_a_warning(monkeypatch):
 def test_machine_0_has_the_main_address_and_no_other_has(monkeypatch):
     monkeypatch.setattr(routes, "route_to", lambda host: routes.Route("10.0.0.2", "eth7"))
     own = {"lo": ["127.0.0.1"], "eth7": ["10.0.0.2"]}
-    monkeypatch.setattr(routes, "_addresses_by_interface", lambda: own)
+    monkeypatch.setattr(routes, "addresses_by_interface", lambda: own)
     assert judged("10.0.0.1") == {}
     found = judged("10.0.0.2")["address"]
     assert found.level == "warning" and "this is not machine 0" in found.found
