@@ -76,6 +76,7 @@ MORE: dict[str, dict[str, Any]] = {
         "rope_parameters.full_attention.rope_type": "default",
         "rope_parameters.full_attention.rope_theta": 10000,
     },
+    "dbrx": {"attn_config": "{rope_theta: 10000.0}", "ffn_config.ffn_hidden_size": 128},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": "[[[global,local],1]]"},
     "helium": {"head_dim": 16},
@@ -167,7 +168,7 @@ class Bench:
         outcome, why = judge(ended, said)
         if outcome == "trained":
             saved = json.loads((output / "config.json").read_text())["model_type"]
-            why = "" if saved == family else f"its text part, a {saved}"
+            why = "" if saved == family else f"as a {saved}"
         return {"outcome": outcome, "why": why, "seconds": seconds, "flags": sizes, "log": said}
 
     def wait(self, pids: list[int]) -> int:
@@ -192,7 +193,7 @@ def judge(status: int, said: str) -> tuple[str, str]:
         return "trained", ""
     first = next((n for n, line in enumerate(lines) if line.startswith("error:")), None)
     if status == 2 and first is not None:
-        return "refused", " ".join(lines[first:])[:900]
+        return "refused", lines[first].removeprefix("error: ")
     if status == -signal.SIGKILL:
         return "failed", "took too long"
     return "failed", f"status {status}: {' '.join(lines)[-300:]}"
@@ -203,24 +204,23 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     import torch
     import transformers
 
-    counts = {
-        outcome: sum(one["outcome"] == outcome for one in results.values())
-        for outcome in ("trained", "refused", "failed")
-    }
-    trained = [family for family, one in results.items() if one["outcome"] == "trained"]
+    outcomes = ("trained", "refused", "failed")
+    of = {kind: [f for f, one in results.items() if one["outcome"] == kind] for kind in outcomes}
     lines = [
         f"{date.today()}, Python {platform.python_version()}, torch {torch.__version__},"
-        f" transformers {transformers.__version__}: of {len(results)} types {counts['trained']}"
-        f" trained, {counts['refused']} were refused, {counts['failed']} failed.",
+        f" transformers {transformers.__version__}: of {len(results)} types"
+        f" {len(of['trained'])} trained, {len(of['refused'])} were refused,"
+        f" {len(of['failed'])} failed.",
         "",
-        f"Trained: {', '.join(trained)}.",
+        f"Trained: {', '.join(f for f in of['trained'] if not results[f]['why'])}.",
         "",
-        "| type | | why |",
+        "| type | | |",
         "|---|---|---|",
     ]
-    for family, one in results.items():
-        if one["outcome"] != "trained":
-            lines.append(f"| {family} | {one['outcome']} | {one['why']} |")
+    for outcome in outcomes:
+        for family in of[outcome]:
+            if why := results[family]["why"].replace("|", "/"):
+                lines.append(f"| {family} | {outcome} | {why} |")
     return "\n".join(lines)
 
 

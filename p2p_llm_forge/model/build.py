@@ -65,6 +65,7 @@ def model_from_scratch(
     require_memory(model_config, processes_here)
     torch.manual_seed(config.seed)
     other_sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
+    other_sizes += "; or take another family"
     try:
         model = AutoModelForCausalLM.from_config(model_config).float()
     except Exception as error:  # whatever a family raises for sizes that do not go together
