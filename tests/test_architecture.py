@@ -7,9 +7,10 @@ import graphlib
 
 from tests import ROOT
 
-BASE = {"errors", "files", "polling", "tables"}
+BASE = {"errors", "files", "polling", "shapes", "tables"}
 ARROWS = {
-    **{"errors": set(), "polling": set(), "tables": set(), "files": {"errors", "polling"}},
+    **{"errors": set(), "polling": set(), "shapes": set(), "tables": set()},
+    "files": {"errors", "polling", "shapes"},
     **{wing: BASE | {"config"} for wing in ("config", "data", "model", "peers")},
     "sync": BASE | {"config", "peers"},
     "training": BASE | {"config", "data", "model", "peers", "sync"},

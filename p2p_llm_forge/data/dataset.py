@@ -15,14 +15,11 @@ from p2p_llm_forge.files import (
     files_in,
     fingerprint,
     fsync,
-    is_count,
-    is_path_inside,
-    is_positive,
     read_json,
-    require_shape,
     sha256_of,
     write_json,
 )
+from p2p_llm_forge.shapes import is_count, is_path_inside, is_positive, require_shape
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from p2p_llm_forge.files import is_count, is_flag, is_number, require_shape
+from p2p_llm_forge.shapes import is_count, is_flag, is_number, require_shape
 
 
 @dataclass(frozen=True)

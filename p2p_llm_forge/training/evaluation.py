@@ -22,7 +22,8 @@ def evaluate_split(
     micro_batch_size: int,
     cluster: Cluster,
 ) -> dict[str, Any]:
-    """Figures of the model on all `blocks`: eval_loss, perplexity, bits_per_byte, token_accuracy.
+    """Figures of the model on all `blocks`: eval_loss, perplexity, bits_per_byte, token_accuracy;
+    None for one that is not finite.
 
     model: not wrapped by DDP, since ranks run different numbers of forwards. The micro-batches are
     the same whatever the world size, and the ranks take them in turn. All ranks must call.
@@ -50,12 +51,14 @@ def evaluate_split(
         from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
 
         tokens, correct = (int(sum(counts)) for counts in counted)
-        return LanguageModelingMetric().compute(
+        found = LanguageModelingMetric().compute(
             nats=[math.fsum(nats_by_rank)],
             tokens=[tokens],
             correct=[correct],
             bytes_of_text=bytes_of_text,
         )
+        # JSON has no infinity.
+        return {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
 
     return cluster.main_only(figures)
 

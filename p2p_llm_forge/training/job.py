@@ -11,8 +11,9 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
 from p2p_llm_forge.errors import ForgeError, Problems
-from p2p_llm_forge.files import is_count, only_writer
+from p2p_llm_forge.files import only_writer
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.identity import (
     LOCK,
     PREPARED,

@@ -12,15 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from p2p_llm_forge.files import (
-    is_count,
-    is_flag,
-    is_number,
-    is_path_inside,
-    read_json,
-    require_shape,
-    sha256_of,
-)
+from p2p_llm_forge.files import read_json, sha256_of
+from p2p_llm_forge.shapes import is_count, is_flag, is_number, is_path_inside, require_shape
 from p2p_llm_forge.sync.base import require_facts
 from p2p_llm_forge.training.finite import bad_tensor_in
 from p2p_llm_forge.training.run_record import CHECKPOINT

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from p2p_llm_forge.files import is_count, is_flag, read_json
+from p2p_llm_forge.files import read_json
+from p2p_llm_forge.shapes import is_count, is_flag
 
 RESULTS = "all_results.json"
 SHAPE = {
@@ -70,10 +71,11 @@ class TrainResult:
             sent = f"{self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
             lines.append(f"network   communication {self.communication:.1%}, {sent}")
         if self.eval_loss is not None:
+            perplexity = "infinite" if self.perplexity is None else f"{self.perplexity:,.1f}"
             bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
             lines.append(
                 f"held out  loss {self.eval_loss:.4f} nats per token, perplexity"
-                f" {self.perplexity:,.1f}{bits}, {self.token_accuracy:.1%} of tokens guessed right"
+                f" {perplexity}{bits}, {self.token_accuracy:.1%} of tokens guessed right"
             )
         if self.sample:
             lines.append(f"sample    {self.sample!r}")

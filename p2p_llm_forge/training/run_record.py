@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import is_count, read_json, write_json
+from p2p_llm_forge.files import read_json, write_json
+from p2p_llm_forge.shapes import is_count
 
 RUN = "run.json"
 FORMAT_VERSION = 1
