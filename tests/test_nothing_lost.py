@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.errors import ForgeError
@@ -18,7 +21,7 @@ from prepare_data import prepare
 from tests import ROOT
 from tests.folders import tree
 from tests.runs import TINY_MODEL
-from train import train
+from train import TrainResult, train
 
 
 @pytest.fixture
@@ -242,3 +245,145 @@ def test_a_prepared_dataset_does_not_replace_things_of_others(text_file, tmp_pat
     with pytest.raises(ForgeError, match="train/novel.txt"):
         prepare(replace(asked, vocab_size=280))
     assert tree(folder) == before
+
+
+# --- what is saved is finite ----------------------------------------------------------------------
+
+RUINOUS = {"learning_rate": 1e38, "save_every": 1, "keep_checkpoints": 1, "log_every": 100}
+OF_ROUNDS = {"sync": "diloco", "sync_every": 1, "outer_lr": 1.0, "outer_momentum": 0.0}
+
+
+@pytest.mark.parametrize("strategy", [{}, {**OF_ROUNDS, "outer_warmup_rounds": 0}], ids=str)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_rate_that_ruins_the_weights_costs_no_good_checkpoint(config, strategy, optimizer):
+    config = replace(config, optimizer=optimizer, **strategy)
+    train(replace(config, max_steps=3))
+    folder = Path(config.output_dir)
+    before = tree(folder / "checkpoint-3")
+    longer = replace(config, resume="auto", max_steps=8)
+    with pytest.raises(ForgeError, match="NaN or infinite|too large to compute with") as error:
+        train(replace(longer, **RUINOUS))
+    assert tree(folder / "checkpoint-3") == before and not list(folder.glob("tmp-*"))
+    found, skipped = checkpoint.newest_good(folder)
+    assert found == folder / "checkpoint-3" and not skipped
+    assert "lower --learning-rate and use --resume auto" in str(error.value)
+    assert train(replace(longer, learning_rate=1e-3)).eval_loss < 7
+
+
+def spoil(folder, name, value):
+    """Put a value into the first tensor of a file, and make the manifest true again."""
+    tensors = load_file(folder / name)
+    tensors[min(tensors)].view(-1)[3] = value
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_run_resumes_past_a_bad_checkpoint_of_an_earlier_version(config, name, capsys):
+    train(config)
+    folder = Path(config.output_dir)
+    spoil(folder / "checkpoint-6", name, float("nan"))
+    with pytest.raises(ForgeError, match=f"{name} holds NaN or infinite values in") as error:
+        train(replace(config, max_steps=9, resume=str(folder / "checkpoint-6")))
+    assert "--resume auto" in error.value.problems[0].fix
+    assert train(replace(config, eval_only=True)).steps == 3
+    capsys.readouterr()
+    assert train(replace(config, max_steps=9, resume="auto")).steps == 9
+    shown = capsys.readouterr()
+    assert f"skipped {folder / 'checkpoint-6'}: {name} holds NaN or infinite values" in shown.err
+    assert "after step 3" in shown.out and "causal" not in shown.err + shown.out
+    assert checkpoint.newest_good(folder) == (folder / "checkpoint-9", [])
+
+
+# --- late steps -----------------------------------------------------------------------------------
+
+
+def test_a_family_that_writes_no_sample_loses_no_results(config, monkeypatch, capsys):
+    """As model families fail in generate: by errors of any kind."""
+    from transformers import GPT2LMHeadModel
+
+    def broken(*_, **__):
+        raise AttributeError("no such cache\nat all")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", broken)
+    result = train(config)
+    folder = Path(config.output_dir)
+    assert result.sample is None and result.eval_loss and result.is_published
+    assert TrainResult.load(folder) == result
+    assert {"README.md", "model.safetensors", "config.json"} <= set(os.listdir(folder))
+    printed = capsys.readouterr().out
+    assert "warning: no sample of text (AttributeError: no such cache)" in printed
+    assert "held out  loss" in printed
+    assert train(replace(config, resume="auto")) == result
+
+
+def test_a_model_that_cannot_be_published_loses_no_results(config, monkeypatch, capsys):
+    copyfile = shutil.copyfile
+
+    def full(source, target, **how):
+        if Path(target).parent == Path(config.output_dir):
+            raise OSError(28, "No space left on device")
+        return copyfile(source, target, **how)
+
+    monkeypatch.setattr("p2p_llm_forge.training.run_folder.shutil.copyfile", full)
+    with pytest.raises(ForgeError, match="could not be written into .*No space left") as error:
+        train(config)
+    folder = Path(config.output_dir)
+    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] < 7
+    assert (folder / "README.md").exists() and "held out  loss" in capsys.readouterr().out
+    assert "use --resume auto" in error.value.problems[0].fix
+    monkeypatch.undo()
+    again = train(replace(config, resume="auto"))
+    assert again.is_published and again.steps == 6 and (folder / "model.safetensors").exists()
+
+
+def test_a_tracker_that_fails_at_the_end_costs_its_lines_only(config, monkeypatch, capsys):
+    from accelerate import Accelerator
+
+    def broken(*_, **__):
+        raise ConnectionError("the service is gone")
+
+    for name in ("log", "end_training"):
+        monkeypatch.setattr(Accelerator, name, broken)
+    result = train(replace(config, report_to="tensorboard"))
+    assert TrainResult.load(Path(config.output_dir)) == result
+    printed = capsys.readouterr().out
+    assert printed.count("warning: a tracker could not be written (the service is gone)") == 1
+
+
+def test_metrics_are_not_written_into_a_folder_that_was_taken_over(config, monkeypatch):
+    from p2p_llm_forge.training.run import Run
+
+    folder, right, logged = Path(config.output_dir), Run.log_lines, []
+
+    def log_lines(self):
+        logged.append(self)
+        if len(logged) == 3:
+            mark = next((folder / "run.lock").iterdir())
+            mark.rename(mark.with_name("0123456789abcdef~17~1~~~elsewhere"))
+        right(self)
+
+    monkeypatch.setattr(Run, "log_lines", log_lines)
+    with pytest.raises(ForgeError, match="taken over"):
+        train(replace(config, log_every=1, save_every=0))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == [1, 2], "the third line is the other one's to write"
+
+
+def test_eval_only_takes_another_checkpoint_when_one_is_pruned_meanwhile(config, monkeypatch):
+    from p2p_llm_forge.training import modes
+
+    train(config)
+    right, folder = modes.load_model, Path(config.output_dir)
+
+    def load_while_a_run_prunes(name, *arguments):
+        if name.endswith("checkpoint-6"):
+            (folder / "checkpoint-6" / "model.safetensors").unlink()
+            (folder / "checkpoint-6" / "manifest.json").unlink()
+        return right(name, *arguments)
+
+    monkeypatch.setattr(modes, "load_model", load_while_a_run_prunes)
+    assert train(replace(config, eval_only=True)).steps == 3

@@ -23,7 +23,7 @@ from p2p_llm_forge.training.manifest import (
     read_state,
     steps_saved,
 )
-from p2p_llm_forge.training.run_record import RUN, RUNS, RunRecord
+from p2p_llm_forge.training.run_record import CHECKPOINT, RUN, RUNS, RunRecord
 
 # What is written beside the checkpoints before it is renamed, here, in checkpoint.py, snapshot.py
 # and files.py; and the digits of chance in their names.
@@ -124,9 +124,9 @@ def remove_leftovers(output_dir: Path) -> None:
 def remove_run(output_dir: Path, record: RunRecord) -> None:
     """Remove what run.json and the manifests of checkpoints name. Raises OSError."""
     remove(output_dir, steps_saved(output_dir))
-    for name in record.wrote - {RUNS}:
+    for name in record.wrote:
         path = output_dir / name
-        if path.is_symlink() or path.is_file():
+        if path.is_file() and not path.is_symlink() and not CHECKPOINT.fullmatch(name):
             path.unlink()
     if RUNS in record.wrote and not (output_dir / RUNS).is_symlink():
         events = files_in(output_dir / RUNS)

@@ -183,10 +183,11 @@ class Run:
             bad = self.saving.bad_by_rank()
         if bad:
             rank, found = min(bad.items())
-            gradient = "" if math.isfinite(float(self.grad_norm)) else " (its gradient was not)"
+            is_finite = math.isfinite(float(self.grad_norm))
+            gradient = "" if is_finite else " (and the last gradient was not finite)"
             raise ForgeError(
-                f"step {step} is not saved: rank {rank} has {found}, so its update was not finite"
-                f"{gradient}; earlier checkpoints are untouched",
+                f"step {step} is not saved: rank {rank} has {found}{gradient}; earlier checkpoints"
+                " are untouched",
                 STAY_FINITE,
             )
 
