@@ -18,7 +18,7 @@ def alone():
     from p2p_llm_forge.peers.cluster import Cluster
     from p2p_llm_forge.peers.launch import Launch
 
-    return Cluster(Launch(), torch.device("cpu"), store=None)
+    return Cluster(Launch(), torch.device("cpu"), peers=None)
 
 
 @pytest.fixture
