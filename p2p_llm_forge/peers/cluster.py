@@ -65,6 +65,11 @@ class Cluster:
         self._channels: list[Channel] = []
         self._numbers = self._channel((None, control or dist.group.WORLD))
 
+    @property
+    def sends_in_plain(self) -> bool:
+        """Whether gradients travel by NCCL, which no secret of ours can encrypt."""
+        return self._session is not None and not self.is_on_gloo
+
     # --- facts, as JSON ---------------------------------------------------------------------------
 
     def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,10 @@ from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
 from p2p_llm_forge.training.tracking import Silent, Tracking, introduction
 
+SENT_IN_PLAIN = (
+    "note      NCCL sends weights and gradients in plain, which the cluster's secret does not cover:"
+    " run it inside a tunnel (WireGuard: README, On networks you do not own), or add --backend gloo"
+)
 # The trainer's state before the first update.
 FROM_SCRATCH = dict(step=0, blocks_read=0, train_loss=None, figures={}, since_log=NO_LOSSES)
 
@@ -114,6 +118,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")
+    if cluster.sends_in_plain:
+        say(SENT_IN_PLAIN)
     if config.sync == "diloco":
         rate = outer_lr_of(config.outer_lr, cluster.world_size)
         say(

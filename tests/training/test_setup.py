@@ -13,7 +13,7 @@ from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.run_folder import run_folder
-from p2p_llm_forge.training.setup import set_up, settle_strategy
+from p2p_llm_forge.training.setup import introduce, set_up, settle_strategy
 from tests.training.saved import writer
 
 
@@ -70,3 +70,16 @@ def test_a_part_that_is_built_of_a_family_is_named(config, capsys):
         assert "model     qwen2, " in shown
         assert shown.partition("note      the causal language ")[2].startswith(said)
         assert ("note " in shown) is bool(said)
+
+
+def test_that_no_secret_covers_nccl_is_said_at_the_start(config, monkeypatch):
+    with join(config) as cluster, run_folder(open_job(config, cluster)) as folder:
+        with set_up(open_job(config, cluster), folder) as run:
+            said = []
+            monkeypatch.setattr(run.tracking, "say", said.append)
+            for session, is_on_gloo in ((None, False), ("one", True), ("one", False)):
+                cluster._session, cluster.is_on_gloo = session, is_on_gloo
+                introduce(run, {})
+            cluster._session, cluster.is_on_gloo = None, True
+    assert sum("NCCL sends weights and gradients in plain" in line for line in said) == 1
+    assert "WireGuard" in said[-1] or "WireGuard" in said[-2]
