@@ -29,7 +29,7 @@ from p2p_llm_forge.training.saving import Saving, resume
 from p2p_llm_forge.training.tracking import Silent, Tracking, introduction
 
 SENT_IN_PLAIN = (
-    "note      NCCL sends weights and gradients in plain, which the cluster's secret does not cover:"
+    "note      NCCL sends weights and gradients in plain, the cluster's secret does not cover them:"
     " run it inside a tunnel (WireGuard: README, On networks you do not own), or add --backend gloo"
 )
 # The trainer's state before the first update.
