@@ -25,7 +25,8 @@ from p2p_llm_forge.model.sizes import (
     combined,
     completed,
     one_line,
-    size_of,
+    padding,
+    share_vocabulary,
     sizes_asked_for,
     sizes_in,
     vocabularies,
@@ -122,12 +123,11 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     sizes that contradict the text.
     """
     defaults, overrides = sizes_asked_for(config)
-    padding = size_of(defaults, "pad_token_id")
     settings: dict[str, Any] = {
         **vocabularies(defaults, text.vocab_size),
         "bos_token_id": text.eos_token_id,
         "eos_token_id": text.eos_token_id,
-        "pad_token_id": padding if (padding or 0) < text.vocab_size else None,
+        "pad_token_id": padding(defaults, text.vocab_size),
     }
     if hasattr(defaults, "is_decoder"):
         settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
@@ -144,6 +144,7 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
             f"--config-overrides {config.config_overrides}: {one_line(error)}",
             "change these values",
         ) from error
+    share_vocabulary(defaults, model_config)
     model_config.use_cache = False
     if model_config.vocab_size < text.vocab_size:
         raise ForgeError(

@@ -41,8 +41,9 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         own, known = default_at(defaults, path)
         found = f"--config-overrides: a {family} has no '{key}'"
         fix = nearest(path[-1], known) if known else f"{path[0]} holds no sizes: leave it out"
-        problems.require(path[-1] in known, found, fix)
         size = value_of(value)
+        is_known = path[-1] in known or (len(path) == 1 and is_read(defaults, key, size))
+        problems.require(is_known, found, fix)
         is_number = isinstance(size, int | float) or not isinstance(own, int | float)
         found = f"--config-overrides: {key} is '{value}'"
         problems.require(is_number, found, f"give a number like {own}")
@@ -132,6 +133,19 @@ def default_at(defaults: Any, path: list[str]) -> tuple[Any, set[str]]:
     return size_of(part, path[-1]), names_in(part)
 
 
+def is_read(defaults: Any, name: str, size: Any) -> bool:
+    """Whether a family reads a size that it does not keep, as gemma4 does with global_head_dim."""
+    own = {key: value for key, value in defaults.to_dict().items() if key != name}
+    for tried in (size, 2 * size) if isinstance(size, int) else (size,):
+        try:
+            changed = type(defaults)(**{name: tried}).to_dict()
+        except Exception:  # whatever a family's own checks raise
+            continue
+        if {key: value for key, value in changed.items() if key != name} != own:
+            return True
+    return False
+
+
 def merge(sizes: dict[str, Any], path: list[str], size: Any) -> None:
     """Put a size at a path of names."""
     for name in path[:-1]:
@@ -142,15 +156,32 @@ def merge(sizes: dict[str, Any], path: list[str], size: Any) -> None:
     sizes[path[-1]] = size
 
 
-def vocabularies(defaults: Any, vocab_size: int) -> dict[str, Any]:
-    """The sizes that are to be those of the vocabulary, in parts too that read the same tokens."""
-    sizes: dict[str, Any] = {"vocab_size": vocab_size}
-    sizes |= {name: vocab_size for name in names_in(defaults) if name.startswith("vocab_size")}
+def vocabularies(defaults: Any, vocab_size: int) -> dict[str, int]:
+    """The sizes that are to be those of the vocabulary."""
+    names = [name for name in names_in(defaults) if name.startswith("vocab_size")]
+    return dict.fromkeys(["vocab_size", *names], vocab_size)
+
+
+def share_vocabulary(defaults: Any, model_config: Any) -> None:
+    """Give the parts that read the same tokens as the model (by default) the same vocabulary."""
     own = size_of(defaults, "vocab_size")
-    for name in defaults.sub_configs or {}:
-        if own is not None and size_of(size_of(defaults, name), "vocab_size") == own:
-            sizes[name] = {"vocab_size": vocab_size}
-    return sizes
+    for name in model_config.sub_configs or {}:
+        part = size_of(model_config, name)
+        if own is not None and size_of(part, "vocab_size") == own:
+            part.vocab_size = model_config.vocab_size
+
+
+def padding(defaults: Any, vocab_size: int) -> int | None:
+    """The family's token of padding where the vocabulary has it, else none.
+
+    A family that must have one takes the last token: its embedding is not trained, and the last
+    merge of a tokenizer is the rarest.
+    """
+    own = size_of(defaults, "pad_token_id")
+    field = getattr(defaults, "__dataclass_fields__", {}).get("pad_token_id")
+    if own is None or own < vocab_size or field is None:
+        return own if (own or 0) < vocab_size else None
+    return None if "None" in str(field.type) else vocab_size - 1
 
 
 def combined(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +197,8 @@ def combined(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """`sizes` by the family's own names, with what follows from them.
 
-    Dictionaries keep what is not changed in them. What the family shares among more heads or layers
-    than were asked for is shared among those; a head size that it leaves open is width over heads.
+    Dictionaries keep what is not changed in them. Where heads or layers share more than were asked
+    for, it is shared among those; a head size that the family leaves open is width over heads.
     """
     own_name = getattr(defaults, "attribute_map", {})
     sizes = {own_name.get(name, name): size for name, size in sizes.items()}
@@ -181,10 +212,10 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         size = sizes.get(own_name.get(name, name), size_of(defaults, name))
         return size if type(size) is int and size > 0 else 0
 
-    names, heads, groups = names_in(defaults), number("num_attention_heads"), "num_key_value_heads"
-    if own_name.get(groups, groups) not in sizes and heads and (most := number(groups)):
-        fitting = next(n for n in range(min(heads, most), 0, -1) if heads % n == 0)
-        sizes[own_name.get(groups, groups)] = fitting
+    names, heads = names_in(defaults), number("num_attention_heads")
+    groups = own_name.get("num_key_value_heads", "num_key_value_heads")
+    if groups in names - {*sizes} and heads:
+        sizes[groups] = groups_of(heads, size_of(defaults, groups), default_heads(defaults))
     if "head_dim" in names - {*sizes} and size_of(defaults, "head_dim") is None and heads:
         width = number("hidden_size")
         sizes |= {"head_dim": width // heads} if width and width % heads == 0 else {}
@@ -192,6 +223,21 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         part = number("num_kv_shared_layers") / size_of(defaults, "num_hidden_layers")
         sizes["num_kv_shared_layers"] = int(part * number("num_hidden_layers"))
     return sizes
+
+
+def default_heads(defaults: Any) -> int:
+    heads = size_of(defaults, "num_attention_heads")
+    return heads if type(heads) is int else 0
+
+
+def groups_of(heads: int, default: Any, default_heads: int) -> int:
+    """How many keys and values the heads share: as the family has it, else in its proportion."""
+    if type(default) is not int or default < 1:
+        return heads
+    if heads > default and heads % default == 0:
+        return default
+    most = max(1, heads * default // max(default, default_heads))
+    return next(groups for groups in range(most, 0, -1) if heads % groups == 0)
 
 
 def sizes_in(model_config: Any) -> str:

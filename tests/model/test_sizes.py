@@ -86,7 +86,7 @@ def test_a_list_has_an_item_for_every_layer(text):
     assert lm.config.attention_layers == ["global", "local"]
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (12, 6), (6, 6), (16, 8), (1, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (8, 2), (12, 3), (6, 1), (16, 8), (1, 1)])
 def test_keys_are_shared_among_as_many_heads_as_there_are(text, heads, groups):
     """mistral has 32 heads of 8 groups by default."""
     sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads}
@@ -143,13 +143,14 @@ def test_sizes_that_are_too_large_are_named_by_what_changes_them(text, monkeypat
     ("family", "own_sizes", "name", "follows"),
     [
         ("hunyuan_v1_dense", {}, "head_dim", 16),  # transformers raises it to a power
+        ("nemotron", {}, "num_key_value_heads", 2),
         ("gemma3n_text", {"hidden_size_per_layer_input": 8}, "num_kv_shared_layers", 0),
     ],
 )
 def test_what_follows_from_the_sizes_is_not_asked_for(text, family, own_sizes, name, follows):
     lm = build_model(asked(family, **SMALL, intermediate_size=48, **own_sizes), text)
     assert getattr(lm.config, name) == follows
-    given = {"head_dim": 8, "num_kv_shared_layers": 1}[name]
+    given = {"head_dim": 8, "num_key_value_heads": 1, "num_kv_shared_layers": 1}[name]
     sizes = {**SMALL, name: given}
     assert getattr(new_model_config(asked(family, **sizes), text), name) == given
 
@@ -161,3 +162,20 @@ def test_sizes_without_a_number_are_shown_and_can_be_given(text):
     missing = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
     assert all(f"{name}=None" in error.value.problems[0].fix for name in missing)
     build_model(asked("dots1", **sizes, **dict(zip(missing, (4, 1, 2), strict=True))), text)
+
+
+def test_a_size_that_a_family_reads_and_does_not_keep_is_known(text):
+    """gemma4 puts global_head_dim, which its published files have, into its layers' own sizes."""
+    sizes = {**SMALL, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 6}
+    for asked_for in (32, 512):  # 512 is what it is by default
+        config = new_model_config(asked("gemma4", **sizes, global_head_dim=asked_for), text)
+        assert config.per_layer_config[5].head_dim == asked_for
+        assert config.per_layer_config[0].head_dim == 16
+    with pytest.raises(ForgeError, match="a gemma4 has no 'globl_head_dim'"):
+        sizes_asked_for(asked("gemma4", globl_head_dim=32))
+
+
+def test_a_family_that_must_have_a_token_of_padding_takes_the_rarest(text):
+    config = new_model_config(asked("modernbert-decoder", **SMALL), text)
+    assert config.pad_token_id == 299
+    assert new_model_config(asked("llama", **SMALL), text).pad_token_id is None
