@@ -188,10 +188,10 @@ def open_store(endpoint: Endpoint) -> Store:
     # In a thread: where something else listens and never answers, torch (2.13) waits for ever.
     opened = in_thread(lambda: dist.TCPStore(host, port, **options))
     try:
-        client = opened.result(endpoint.timeout_s)
+        client = opened.result(endpoint.peer_timeout_s)
         return Store(client, endpoint.rank, max(endpoint.peer_timeout_s, SHORTEST_TIMEOUT_S))
     except (futures.TimeoutError, dist.DistError, RuntimeError) as error:
-        reason = str(error) or f"no answer for {endpoint.timeout_s:.0f} s"
+        reason = str(error) or f"no answer for {endpoint.peer_timeout_s:.0f} s"
         found = f"rank {endpoint.rank}: what answers at {endpoint.main} is not rank 0 of a run"
         raise refusal(
             "rendezvous",

@@ -1,7 +1,8 @@
-"""A program for tests: train.py, which stops for ever where it comes to a phase of the run.
+"""A program for tests: a script that stops for ever where it comes to a phase of its run.
 
-HELD names the phase by a function, as `module:name`, and after a second colon how many of its
-calls go through. Once it stands there, it makes the file that MARK names. Without HELD it trains.
+SCRIPT names it: train or check_cluster. HELD names the phase by a function, as `module:name`, and
+after a second colon how many of its calls go through. Once it stands there, it makes the file that
+MARK names. Without HELD nothing stops it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import os
 import threading
 from pathlib import Path
 from typing import Any
-
-import train
 
 
 def hold(where: str, mark: Path) -> None:
@@ -40,4 +39,4 @@ def hold(where: str, mark: Path) -> None:
 def main() -> int:
     if where := os.environ.get("HELD"):
         hold(where, Path(os.environ["MARK"]))
-    return train.main()
+    return importlib.import_module(os.environ["SCRIPT"]).main()

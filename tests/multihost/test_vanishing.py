@@ -33,6 +33,7 @@ PHASES = {
     "save of each": (f"{TRAINING}.saving:Saving.save", DILOCO),
     "round": ("p2p_llm_forge.sync.diloco:DiLoCo._send", DILOCO),
     "end": (f"{TRAINING}.run:conclude", {}),
+    "check of links": (f"{PEERS}.links:_latency", {}),
 }
 OF_MAIN = {"save", "end"}  # where the main process waits for nobody
 
@@ -48,12 +49,14 @@ class Case:
         self.logs = [folder.with_suffix(f".{rank}.log") for rank in range(len(machines))]
         self.pids, self.ended_at = [], {}
         chosen = {"max_steps": 4, "save_every": 2, "eval_every": 2, "batch_size": 6}
-        words = flags(prepared, folder, **{**chosen, **settings})
+        script = "check_cluster" if phase.startswith("check") else "train"
+        words = flags(prepared, folder, **{**chosen, **settings}) if script == "train" else []
         words += [f"--world-size={len(machines)}", f"--master-addr={machines[0].address}"]
         words += [f"--master-port={29500 + number}", f"--peer-timeout={PEER_TIMEOUT_S}"]
         words += ["--rendezvous-timeout=600"]  # many start at once here
         for rank, host in enumerate(machines):
             held = {"HELD": where, "MARK": str(self.mark)} if rank == victim else {}
+            held |= {"SCRIPT": script}
             self.pids.append(
                 zygote.start(
                     [*words, f"--rank={rank}"],

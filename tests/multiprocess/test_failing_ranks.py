@@ -17,6 +17,7 @@ from p2p_llm_forge.config import PrepareConfig
 from prepare_data import prepare
 from tests.runs import (
     LONG,
+    TINY_MODEL,
     by_hand,
     flags,
     lines,
@@ -127,6 +128,31 @@ def test_all_others_name_the_rank_that_was_killed(zygote, prepared, tmp_path, st
         found = re.findall(r"error: .*\n  fix: .*", read(logs[rank]))
         assert len(found) == 1 and "lost" in found[0], read(logs[rank])
         assert re.findall(r"rank (\d)", found[0]) == [str(rank), str(killed)], found
+
+
+def test_a_notebook_trains_again_after_a_peer_was_lost(zygote, prepared, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shared = {"dataset_path": str(prepared), "config_overrides": TINY_MODEL, "report_to": "none"}
+    shared |= {"batch_size": 8, "cpu_threads": 1}
+    pair = {**shared, **LONG, **by_hand(2), "output_dir": str(folder), "peer_timeout": 3}
+    alone = {**shared, "output_dir": str(tmp_path / "alone"), "max_steps": 2}
+    notebook, peer = (
+        zygote.start(
+            [json.dumps({**pair, "rank": rank}), json.dumps(alone)],
+            tmp_path / f"{rank}.log" if rank else log,
+            script="tests.multiprocess.train_again",
+        )
+        for rank in range(2)
+    )
+    wait_until(lambda: step_logged(folder) >= 1)
+    os.kill(peer, signal.SIGSTOP)
+    assert zygote.wait(notebook) == 0, read(log)
+    assert re.search(r"caught: .*lost a peer: rank 1", read(log))
+    assert "threads: ['MainThread']" in read(log)
+    assert step_logged(tmp_path / "alone") == 2
+    os.kill(peer, signal.SIGKILL)
+    os.kill(peer, signal.SIGCONT)
+    zygote.wait(peer)
 
 
 def test_updates_wait_for_a_slow_rank(zygote, prepared, tmp_path):
