@@ -196,7 +196,7 @@ class SavingOptions(Options):
     resume_changed: bool = flag(
         False, "resume although the data, the seed or the batch size is another one than before"
     )
-    overwrite: bool = flag(False, "throw away the run that --output-dir holds")
+    overwrite: bool = flag(False, "throw away the run in --output-dir; files of others stay")
     report_to: str = flag(
         "tensorboard",
         "trackers beside metrics.jsonl, comma-separated: tensorboard, wandb, ...; none",

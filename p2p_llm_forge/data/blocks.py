@@ -112,14 +112,16 @@ class Blocks:
 
         self._arguments = folder, sequence_length, eos_token_id
         try:
-            dataset = datasets.load_from_disk(str(folder))
+            column = datasets.load_from_disk(str(folder)).data.column("input_ids")
+            if (width := column.type.list_size) != sequence_length:
+                raise ValueError(f"it holds blocks of {width} tokens, not of {sequence_length}")
+            # All blocks, as arrays of some of them each (blocks x sequence_length), not copied.
+            self.chunks = [
+                chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
+                for chunk in column.chunks
+            ]
         except Exception as error:  # datasets and Arrow raise many classes for damaged files
             raise ForgeError(f"{folder} cannot be read: {error}", PREPARE_AGAIN) from error
-        # All blocks, as arrays of some of them each (blocks x sequence_length), not copied.
-        self.chunks = [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
-            for chunk in dataset.data.column("input_ids").chunks
-        ]
         self._first_blocks = list(itertools.accumulate(map(len, self.chunks), initial=0))
 
     def __len__(self) -> int:

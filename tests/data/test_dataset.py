@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from p2p_llm_forge.data.dataset import (
     Manifest,
@@ -68,6 +72,58 @@ def test_a_folder_without_a_good_manifest_is_no_dataset(tmp_path, content, messa
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ForgeError, match=message):
+        open_prepared(tmp_path)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**63, 10**400, "\0", "..", "/etc/passwd", float("inf")])
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_no_manifest_is_more_than_a_message(prepared_corpus, data):
+    """One of its parts is replaced, removed or added to."""
+    content = json.loads((prepared_corpus / "manifest.json").read_text())
+    part, key = content, data.draw(st.sampled_from(sorted(content)))
+    while isinstance(part[key], dict) and part[key] and data.draw(st.booleans()):
+        part = part[key]
+        key = data.draw(st.sampled_from(sorted(part)))
+    if data.draw(st.booleans()):
+        part[key] = data.draw(VALUES)
+    else:
+        del part[key]
+    part |= data.draw(st.dictionaries(st.text(max_size=4), VALUES, max_size=1))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("train", "validation", "tokenizer"):
+            Path(folder, name).symlink_to(prepared_corpus / name)
+        Path(folder, "manifest.json").write_text(json.dumps(content))
+        try:
+            prepared = open_prepared(folder)
+            assert len(prepared.train_blocks()) == prepared.manifest.splits["train"].blocks
+            for split in prepared.manifest.splits:
+                prepared.blocks(split)
+            assert len(prepared.manifest.fingerprint) == 64
+        except ForgeError as error:
+            str(error).encode()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 200_000, b'{"format_version": 3e999}'])
+def test_no_bytes_are_more_than_a_message(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ForgeError, match="manifest.json"):
         open_prepared(tmp_path)
 
 

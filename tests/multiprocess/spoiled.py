@@ -1,12 +1,14 @@
 """A program for tests: train.py, but one rank's gradient, weight or moment is spoiled in a step.
 
 Its first argument is JSON: what to spoil (gradient, weight or moment), on which rank, in which
-step (from 0). The others are train.py's.
+step (from 0), and whether that rank is asked to stop then. The others are train.py's.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 
 
@@ -27,6 +29,8 @@ def main() -> int:
             if is_now and order["what"] == "gradient":
                 parameter.grad.fill_(float("nan"))
 
+        if is_now and order.get("is_asked_to_stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
         hook = run.learner.bare_optimizer.register_step_pre_hook(spoil_gradient)
         update = take_update(run, step)
         hook.remove()

@@ -29,17 +29,17 @@ def goes_on(zygote, data, folder, log, **settings):
 
 @pytest.mark.parametrize("what", ["gradient", "weight", "moment"])
 def test_ddp_ends_before_anything_bad_is_saved(zygote, prepared, tmp_path, what):
-    """Only rank 1 is bad, and rank 0 writes; the last update, too, which is saved in any case."""
+    """Only rank 1 is bad, and rank 0 writes. By a save that is due, the last one, and SIGTERM's."""
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = {"save_every": 2, "keep_checkpoints": 1, "log_every": 100, "max_steps": 6}
-    step = {"gradient": 3, "weight": 5, "moment": 3}[what]
-    order = {"what": what, "rank": 1, "step": step}
+    step = {"gradient": 3, "weight": 5, "moment": 4}[what]
+    order = {"what": what, "rank": 1, "step": step, "is_asked_to_stop": what == "moment"}
     assert spoiled(zygote, prepared, folder, log, order, **settings) == [2, 2], read(log)
     printed = read(log)
     expected = f"step {step + 1} is not saved: rank 1 has NaN or infinite values in transformer.wte"
     assert expected in printed and "Traceback" not in printed, printed
     assert "lower --learning-rate and use --resume auto" in printed
-    assert checkpoint.newest_good(folder) == (folder / f"checkpoint-{step - 1}", [])
+    assert checkpoint.newest_good(folder) == (folder / f"checkpoint-{step // 2 * 2}", [])
     assert not (folder / "model.safetensors").exists() and not list(folder.glob("tmp-*"))
     goes_on(zygote, prepared, folder, log, **settings, learning_rate=1e-4)
 
