@@ -106,7 +106,9 @@ def attack(stranger, targets, marker, logs, *run_ids):
         wait_until(lambda log=log: "done" in log.read_text(), log=log)
 
 
-def test_a_stranger_without_the_secret_runs_nothing(prepared, secret, tmp_path):
+def test_a_stranger_runs_nothing_and_a_main_machine_that_vanishes_is_named(
+    prepared, secret, tmp_path
+):
     folder, marker = tmp_path / "run", tmp_path / "owned"
     logs = [tmp_path / f"host{number}.log" for number in range(2)]
     with hosts(3) as (first, second, stranger):
@@ -123,6 +125,11 @@ def test_a_stranger_without_the_secret_runs_nothing(prepared, secret, tmp_path):
         wait_until(lambda: last_line(folder)["step"] >= before + 20, log=logs[0])
         assert last_line(folder)["peers"] == 2
         assert not marker.exists()
+
+        first.unplug()
+        assert second.wait() == [1]
+        lost = f"error: lost the main machine at {first.address}:29600: no sign of life for 8 s"
+        assert lost in logs[1].read_text()
 
 
 def test_the_same_stranger_runs_code_through_torchruns_elastic_launch(tmp_path):
