@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.ports import free_port
-from tests.runs import LONG, flags, lines, newest_step, results, step_logged
+from tests.runs import LONG, flags, lines, newest_step, read, results, step_logged
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,9 @@ def test_the_launch_ends_with_its_run(run, prepared, tmp_path):
 def test_a_launch_outlives_a_killed_worker_and_a_newcomers_mistake(start, prepared, tmp_path):
     folder, port = tmp_path / "run", free_port()
     long = {**LONG, "save_every": 20}
-    main, other = (start(*words(port, prepared, folder, **long)) for _ in range(2))
+    log = tmp_path / "log"
+    same = words(port, prepared, folder, **long)
+    main, other = (start("bash", "-c", 'exec "$@" >> "$0" 2>&1', log, *same) for _ in range(2))
     wait_until(lambda: step_logged(folder) >= 30 and lines(folder)[-1]["peers"] == 2)
     (worker,) = psutil.Process(other.pid).children()
     worker.kill()
@@ -54,9 +56,9 @@ def test_a_launch_outlives_a_killed_worker_and_a_newcomers_mistake(start, prepar
 
     for peer in (main, other):
         peer.send_signal(signal.SIGTERM)
-    printed = main.communicate()[0] + other.communicate()[0]
-    assert [main.returncode, other.returncode] == [143, 143], printed
-    assert "a worker on 127.0.0.1 ended with status -9" in printed
+    statuses, printed = [main.wait(), other.wait()], read(log)
+    assert statuses == [143, 143], printed
+    assert "a worker on 127.0.0.1 ended with status -9" in log.read_text()
     assert f"stopped and saved after step {newest_step(folder)}" in printed
     steps = [line["step"] for line in lines(folder)]
     assert steps == list(range(1, steps[-1] + 1)), "no step is missing a line, or has two"
