@@ -137,6 +137,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(alike)}?" if alike else f"choose from: {', '.join(known)}"
 
 
+MACHINE_FIX = "make it possible (memory, disk, names, permissions), and run this again"
+
+
 def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
     """Run a script's `main` and exit with its status; a ForgeError is one message, status 2.
 
@@ -164,6 +167,11 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    except (OSError, MemoryError) as error:  # the machine's; what we expect has a better message
+        found = f"could not read or write: {error}"
+        found = "out of memory" if isinstance(error, MemoryError) else found
+        print(f"error: {Problem(found, MACHINE_FIX)}", file=sys.stderr, flush=True)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130

@@ -251,6 +251,7 @@ class Lock:
         self._own = Holder.this_process(run_id)
         self.mark = path / self._own.name()
         self.is_lost = False  # as far as is known without a look at the disk
+        self._made: list[Path] = []  # folders, the innermost first
 
     def confirm(self) -> None:
         """Raise ForgeError if another process has taken the lock over; looks at the disk.
@@ -270,6 +271,8 @@ class Lock:
 
     def acquire(self) -> None:
         """Take the lock, or take it over from a process that is gone. Raises ForgeError."""
+        folders = (self._path.parent, *self._path.parent.parents)
+        self._made = [folder for folder in folders if not folder.exists()]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if not wait_for(lambda: self._take() or self._take_over(), SILENCE_S):
@@ -293,11 +296,13 @@ class Lock:
         with contextlib.suppress(OSError):
             self.mark.unlink()
             self._path.rmdir()
+            for folder in self._made:  # nothing was written there: it is as it was before
+                folder.rmdir()
 
     def _take(self) -> bool:
         aside = self._path.with_name(f"tmp-{self._path.name}-{self._own.token}")
         try:
-            aside.mkdir(exist_ok=True)
+            aside.mkdir(parents=True, exist_ok=True)
             (aside / self.mark.name).touch()
             with contextlib.suppress(OSError):
                 self._path.rmdir()  # some file systems do not rename to an empty folder

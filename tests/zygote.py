@@ -91,8 +91,9 @@ def _become(start: Start) -> None:
     status: Any = 99  # of an error that nobody has expected
     try:
         from p2p_llm_forge.errors import run_script
+        from p2p_llm_forge.peers.launch import local_rank
 
-        run_script(importlib.import_module(start.script).main, int(os.environ.get("LOCAL_RANK", 0)))
+        run_script(importlib.import_module(start.script).main, local_rank())
     except SystemExit as end:
         status = end.code
     except BaseException:

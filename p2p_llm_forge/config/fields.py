@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from p2p_llm_forge.errors import Problems, nearest
 
+PATHS = ("model_name", "tokenizer", "resume", "describe", "write_configs")  # or names of the Hub
+MOST = 2**53  # what every number in JSON can count to
+
 
 def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
     """A dataclass field that becomes a command-line flag: default, help text, aliases.
@@ -60,6 +63,10 @@ class Options:
         """Every problem that can be seen without touching a file or a library."""
         problems = Problems()
         checked = dataclasses.replace(self, **self._of_wrong_type(problems))
+        for field in dataclasses.fields(checked):
+            value = getattr(checked, field.name)
+            for text in value if isinstance(value, list) else [value]:
+                _require_writable(field.name, text, problems)
         for group in self.GROUPS:
             group.check(checked, problems)
         checked.check_together(problems)
@@ -114,7 +121,7 @@ def require_above_0(options: Options, problems: Problems, *names: str) -> None:
     """Each value must be a finite number above 0, or None."""
     for name in names:
         value = getattr(options, name)
-        holds = value is None or 0 < value < math.inf
+        holds = value is None or 0 < value < MOST
         problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
 
 
@@ -122,8 +129,44 @@ def require_at_least(least: int, options: Options, problems: Problems, *names: s
     """Each value must be a finite number of at least `least`, or None."""
     for name in names:
         value = getattr(options, name)
-        holds = value is None or least <= value < math.inf
-        problems.require(holds, f"{option(name)} is {value}", f"use {least} or more")
+        found, holds = f"{option(name)} is {value}", value is None or least <= value < math.inf
+        problems.require(holds, found, f"use {least} or more")
+        problems.require(not holds or value is None or value < MOST, found, f"use less than {MOST}")
+
+
+def require_between(
+    bounds: tuple[int, int], options: Options, problems: Problems, *names: str
+) -> None:
+    """Each value must be a number from the first to the second bound, or None."""
+    least, most = bounds
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            fix = f"use {most} or less" if value > most else f"use {least} or more"
+            problems.require(least <= value <= most, f"{option(name)} is {value}", fix)
+
+
+def require_seconds(options: Options, problems: Problems, *names: str) -> None:
+    """Each value must be a time above 0 that clocks can count, or None."""
+    for name in names:
+        value = getattr(options, name)
+        holds = value is None or 0 < value < 1e9
+        problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
+
+
+def _require_writable(name: str, text: Any, problems: Problems) -> None:
+    """A text must be UTF-8, for it is written to files, and hold nothing that ends a path."""
+    if isinstance(text, str):
+        is_utf8 = all(not "\ud800" <= letter <= "\udfff" for letter in text)
+        found, fix = f"{option(name)} {text!r}", "write it in UTF-8, without NUL characters"
+        problems.require(is_utf8, f"{found} holds bytes that are not UTF-8", fix)
+        is_path = name.endswith(("_path", "_dir", "_file")) or name in PATHS
+        longest = max((len(part.encode("utf-8", "replace")) for part in text.split("/")), default=0)
+        is_short = not is_path or (longest <= 255 and len(text) < 4096)
+        problems.require(
+            is_short, f"{option(name)} {text[:40]}... is too long", "use a shorter one"
+        )
+        problems.require("\0" not in text, f"{found} holds a NUL character", fix)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

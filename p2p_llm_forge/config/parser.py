@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from p2p_llm_forge.config.fields import Options, option
-from p2p_llm_forge.errors import ForgeError, Problems, nearest
+from p2p_llm_forge.config.yaml_file import read_yaml
+from p2p_llm_forge.errors import Problems, nearest
 
 Config = TypeVar("Config", bound=Options)
 
@@ -36,8 +37,10 @@ def parse(
     problems = Problems()
     parser = _parser(config_class, script, problems)
     recipe = _last_value(argv, "--config")
-    words = [*(_recipe_as_flags(Path(recipe), parser, problems) if recipe else []), *argv]
-    namespace, unknown = parser.parse_known_args(words)
+    fix = "give a recipe's path, or leave --config out"
+    problems.require(recipe != "", "--config is empty", fix)
+    words = [*(_recipe_as_flags(recipe, parser, problems) if recipe else []), *argv]
+    namespace, unknown = _parsed(parser, words, problems)
     flags = [word for word in unknown if word.startswith("--")]
     names = {option(name) for name in _names(parser)}
     for word in flags:
@@ -131,9 +134,10 @@ def _parser(config_class: type[Options], script: str, problems: Problems) -> Any
 
     class Parser(_hf_argument_parser()):  # type: ignore[misc]
         def error(self, message: str) -> None:
-            flag = re.sub(r"argument --(\w+)[^:]*", lambda name: option(name[1]), message)
-            problems.require(False, flag, f"see {script} --help")
-            problems.raise_any()
+            name = re.match(r"argument --(\w+)[^:]*", message)
+            found = message.replace(name[0], option(name[1])) if name else message
+            problems.require(False, found, f"see {script} --help")
+            raise _Unread(name[1] if name else "")
 
         def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
             try:
@@ -142,6 +146,23 @@ def _parser(config_class: type[Options], script: str, problems: Problems) -> Any
                 return " ".join(words)  # the checks of the config find it, with all others
 
     return Parser(config_class.GROUPS, prog=script, allow_abbrev=False, add_help=False)
+
+
+class _Unread(Exception):
+    """A flag that could not be read, by its name; its problem is noted."""
+
+
+def _parsed(parser: Any, words: list[str], problems: Problems) -> tuple[argparse.Namespace, Any]:
+    """What is read of the words; a flag without its value is left out, and the rest is read."""
+    while True:
+        try:
+            return parser.parse_known_args(words)
+        except _Unread as flag:
+            names = parser._option_string_actions.get(f"--{flag}")
+            left = [word for word in words if word not in (names.option_strings if names else ())]
+            if left == words:
+                problems.raise_any()
+            words = left
 
 
 def _names(parser: Any) -> set[str]:
@@ -184,12 +205,13 @@ def _last_value(argv: list[str], name: str) -> str | None:
     return value
 
 
-def _recipe_as_flags(path: Path, parser: Any, problems: Problems) -> list[str]:
+def _recipe_as_flags(path: str, parser: Any, problems: Problems) -> list[str]:
     """The recipe's keys and values as command-line words, so that both are read alike."""
+    fix = "check the path; recipes that come with the project lie in recipes/"
     words: list[str] = []
     known = _names(parser) - {"config"}
     lists = {action.dest for action in parser._actions if action.nargs == "+"}
-    for key, value in _read_recipe(path).items():
+    for key, value in read_yaml("--config", path, fix).items():
         name = str(key).replace("-", "_")
         if name not in known:
             problems.require(False, f"{path}: unknown key '{key}'", nearest(name, known))
@@ -197,30 +219,11 @@ def _recipe_as_flags(path: Path, parser: Any, problems: Problems) -> list[str]:
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, list):
             problems.require(False, f"{path}: {key} holds a list", "give one value")
+        elif isinstance(value, dict) and name != "config_overrides":
+            problems.require(False, f"{path}: {key} holds keys of its own", "give one value")
         elif isinstance(value, dict):
             # `config_overrides: {hidden_size: 64}` reads better in YAML than one long string.
             words += [f"--{name}={','.join(f'{k}={v}' for k, v in value.items())}"]
         elif value is not None:
             words += [f"--{name}={value}"]
     return words
-
-
-def _read_recipe(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ForgeError(
-            f"--config {path}: no such file",
-            "check the path; recipes that come with the project lie in recipes/",
-        )
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ForgeError(
-            f"--config {path} is not YAML: {error}", "write a `key: value` line for each flag"
-        ) from error
-    if not isinstance(recipe, dict | None):
-        raise ForgeError(
-            f"--config {path} holds a {type(recipe).__name__}", "write `key: value` lines"
-        )
-    return recipe or {}

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from p2p_llm_forge.config.fields import Options, flag, require_at_least
+from p2p_llm_forge.config.fields import Options, flag, require_between
+from p2p_llm_forge.config.launch import MOST_THREADS
+from p2p_llm_forge.config.train import LONGEST_BLOCK, MOST_WORDS
 from p2p_llm_forge.errors import Problems
 
 
@@ -63,6 +65,9 @@ class TextOptions(Options):
             "--document-separator is empty",
             "give the text that ends a document",
         )
+        problems.require(
+            abs(self.seed) < 2**63, f"--seed is {self.seed}", "use a number of at most 63 bits"
+        )
         try:
             self.separator().encode()
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
@@ -101,9 +106,14 @@ class TokenizerOptions(Options):
 
     def check(self, problems: Problems) -> None:
         problems.require(
-            self.vocab_size >= 257,
+            257 <= self.vocab_size <= MOST_WORDS,
             f"--vocab-size is {self.vocab_size}",
-            "use 257 (256 bytes and EOS) or more",
+            f"use 257 (256 bytes and EOS) or more, up to {MOST_WORDS}",
+        )
+        problems.require(
+            self.eos_token != "",
+            "--eos-token is empty",
+            "give the text that ends a document, such as '<|endoftext|>'",
         )
 
 
@@ -129,8 +139,8 @@ class BlockOptions(Options):
     )
 
     def check(self, problems: Problems) -> None:
-        require_at_least(2, self, problems, "sequence_length")
-        require_at_least(0, self, problems, "num_workers")
+        require_between((2, LONGEST_BLOCK), self, problems, "sequence_length")
+        require_between((0, MOST_THREADS), self, problems, "num_workers")
         problems.require(
             bool(self.describe) or not self.verify,
             "--verify checks a prepared dataset, and none is given",
@@ -153,7 +163,14 @@ class PrepareConfig(BlockOptions, TokenizerOptions, TextOptions):
 
     def check_together(self, problems: Problems) -> None:
         problems.require(
-            bool(self.dataset_path or self.describe), "no text given", "add --dataset-path FILE"
+            bool((self.dataset_path and all(self.dataset_path)) or self.describe),
+            "no text given",
+            "add --dataset-path FILE",
+        )
+        problems.require(
+            all(self.validation_path),
+            "--validation-path is empty",
+            "give a file, or leave the flag out",
         )
         problems.require(
             bool(self.output_dir or self.describe),

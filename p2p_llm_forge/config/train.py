@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,10 @@ from p2p_llm_forge.config.fields import (
     option,
     require_above_0,
     require_at_least,
+    require_between,
+    require_seconds,
 )
+from p2p_llm_forge.config.launch import LaunchOptions
 from p2p_llm_forge.errors import Problems, nearest
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
@@ -24,6 +26,9 @@ SCHEDULES = (
     *("linear", "cosine", "constant", "wsd", "cosine_with_restarts", "polynomial"),
     *("inverse_sqrt", "constant_with_warmup", "warmup_stable_decay"),
 )
+# Beyond these a value is a slip of the keys, and would fail late, or never.
+LONGEST_BLOCK, MOST_BLOCKS = 2**22, 10**7  # tokens in a block, blocks in an update
+MOST_WORDS = 2**24  # entries of a tokenizer that is trained here
 ROUND_LENGTH = 50  # updates, by default
 OF_DILOCO = (
     *("sync_every", "outer_lr", "outer_momentum", "outer_warmup_rounds"),
@@ -63,7 +68,7 @@ class DataOptions(Options):
             "no data given",
             "add --dataset-path FOLDER (made by prepare_data.py) or a text file",
         )
-        require_at_least(2, self, problems, "sequence_length")
+        require_between((2, LONGEST_BLOCK), self, problems, "sequence_length")
 
 
 @dataclass
@@ -145,8 +150,9 @@ class UpdateOptions(Options):
 
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "epochs", "learning_rate")
-        sizes = ("max_steps", "batch_size", "micro_batch_size", "gradient_accumulation_steps")
-        require_at_least(1, self, problems, *sizes)
+        sizes = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
+        require_between((1, MOST_BLOCKS), self, problems, *sizes)
+        require_at_least(1, self, problems, "max_steps")
         require_at_least(0, self, problems, "warmup_steps", "weight_decay", "max_grad_norm")
         problems.require(
             abs(self.seed) < 2**63, f"--seed is {self.seed}", "use a number of at most 63 bits"
@@ -204,7 +210,8 @@ class SavingOptions(Options):
     sample_prompt: str = flag("", "text that the sample after training continues")
 
     def check(self, problems: Problems) -> None:
-        require_above_0(self, problems, "log_every", "max_seconds")
+        require_above_0(self, problems, "log_every")
+        require_seconds(self, problems, "max_seconds")
         require_at_least(1, self, problems, "keep_checkpoints")
         require_at_least(0, self, problems, "eval_every", "save_every")
         problems.require(
@@ -334,68 +341,6 @@ class SyncOptions(Options):
             f"--overlap-steps {self.overlap_steps} is not below --sync-every {every}: an exchange"
             " must end before the next begins",
             f"use {every - 1} or fewer",
-        )
-
-
-@dataclass
-class LaunchOptions(Options):
-    """Where a run computes, and how its processes find each other."""
-
-    heading = "launch"
-    PER_RANK = [
-        *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
-        *("cluster_secret_file", "allow_public_address", "allow_unauthenticated"),
-    ]
-
-    backend: Literal["auto", "gloo", "nccl"] = flag(
-        "auto", "what carries gradients; auto: nccl between GPUs, else gloo"
-    )
-    peer_timeout: float = flag(
-        10.0, "seconds without a sign of life after which a peer is lost; a slow one is waited for"
-    )
-    rendezvous_timeout: float | None = flag(
-        None, "seconds to wait until all processes have come; default: 3 times --peer-timeout"
-    )
-    cluster_secret_file: str | None = flag(
-        None, "file with a secret that every peer must prove to know; encrypts what travels on gloo"
-    )
-    allow_public_address: bool = flag(
-        False, "listen on an address that the internet can reach, because a firewall guards it"
-    )
-    allow_unauthenticated: bool = flag(
-        False, "run under torchrun's elastic launch, which runs what anyone sends to its port"
-    )
-    cpu: bool = flag(False, "train on the CPU, also where a GPU is present")
-    cpu_threads: int = flag(
-        0, "threads of a process on the CPU; 0: the machine's cores over its processes"
-    )
-    rank: int | None = flag(None, "launch by hand: number of this process, from 0")
-    world_size: int | None = flag(
-        None, "launch by hand: processes in all; 1: train alone whatever the environment says"
-    )
-    master_addr: str | None = flag(None, "launch by hand: address of the machine of rank 0")
-    master_port: int | None = flag(None, "launch by hand: a free port on that machine")
-    dry_run: bool = flag(False, "check everything, report what would be done, and stop")
-    config: str | None = flag(
-        None, "recipe: a YAML file whose keys are these flags; the command line wins"
-    )
-
-    def check(self, problems: Problems) -> None:
-        require_above_0(self, problems, "peer_timeout", "rendezvous_timeout")
-        require_at_least(0, self, problems, "cpu_threads", "rank", "master_port")
-        require_at_least(1, self, problems, "world_size")
-        by_hand = ("rank", "world_size", "master_addr", "master_port")
-        missing = [option(name) for name in by_hand if getattr(self, name) is None]
-        problems.require(
-            len(missing) in (0, len(by_hand)) or self.world_size == 1,
-            f"a launch by hand needs all of {', '.join(map(option, by_hand))}",
-            f"add {' and '.join(missing)}",
-        )
-        ranks = self.world_size if self.world_size is not None else math.inf
-        problems.require(
-            self.rank is None or self.rank < max(1, ranks),
-            f"--rank {self.rank} is not one of the {ranks} ranks of --world-size",
-            f"use 0 to {ranks - 1}",
         )
 
 

@@ -107,10 +107,12 @@ class BlockWriter:
 class Blocks:
     """The blocks of one split, read from memory-mapped files without copying the table."""
 
-    def __init__(self, folder: Path, sequence_length: int, eos_token_id: int) -> None:
+    def __init__(
+        self, folder: Path, sequence_length: int, eos_token_id: int, vocab_size: int = 2**32
+    ) -> None:
         import datasets
 
-        self._arguments = folder, sequence_length, eos_token_id
+        self._arguments = folder, sequence_length, eos_token_id, vocab_size
         try:
             column = datasets.load_from_disk(str(folder)).data.column("input_ids")
             if (width := column.type.list_size) != sequence_length:
@@ -137,13 +139,16 @@ class Blocks:
         Targets are the block's own tokens. Inputs are the token before the block (the last of the
         previous block of the split; EOS before the first) and its tokens but the last.
         """
-        _, sequence_length, eos_token_id = self._arguments
+        folder, sequence_length, eos_token_id, vocab_size = self._arguments
         targets = np.empty((len(indices), sequence_length), np.int64)
         inputs = np.empty_like(targets)
         for row, index in enumerate(indices):
             targets[row] = self._block(index)
             inputs[row, 0] = self._block(index - 1)[-1] if index else eos_token_id
         inputs[:, 1:] = targets[:, :-1]
+        if (largest := max(inputs.max(initial=0), targets.max(initial=0))) >= vocab_size:
+            found = f"{folder} is damaged: it holds the token {largest}, the vocabulary has"
+            raise ForgeError(f"{found} {vocab_size}", PREPARE_AGAIN)
         return inputs, targets
 
     def _block(self, index: int) -> np.ndarray:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from p2p_llm_forge.config.train import LONGEST_BLOCK
 from p2p_llm_forge.data.blocks import PREPARE_AGAIN, STATE, Blocks
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import (
     erase,
     files_in,
@@ -36,7 +37,8 @@ OF_ANY_VERSION = {
     **{"splits": dict, "tokenizer_fingerprint": str},
 }
 SHAPE = {
-    **dict.fromkeys(("sequence_length", "vocab_size"), is_positive),
+    "sequence_length": lambda length: is_positive(length) and length <= LONGEST_BLOCK,
+    "vocab_size": lambda size: is_positive(size) and size <= 2**32,
     **{"eos_token_id": is_count, "skipped_rows": (None, is_count), "dtype": str},
     **{"tokenizer_fingerprint": str, "content_fingerprint": (None, str), "arguments": dict},
     "splits": {TRAIN: SPLIT_SHAPE, str: {**SPLIT_SHAPE, "left_out_tokens": (None, is_count)}},
@@ -211,13 +213,35 @@ class PreparedDataset:
         """The tokenizer, as `AutoTokenizer.from_pretrained` reads it."""
         return self.path / TOKENIZER
 
+    def load_tokenizer(self, trust_remote_code: bool = False) -> Any:
+        """The tokenizer. Raises ForgeError where it cannot be read or is not that of the blocks."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.tokenizer_dir, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # what transformers raises for damaged files is not one class
+            found = f"the tokenizer {self.tokenizer_dir} cannot be read ({in_one_line(error, 300)})"
+            raise ForgeError(found, PREPARE_AGAIN) from error
+        if tokenizer.eos_token_id != self.manifest.eos_token_id:
+            found = f"the tokenizer {self.tokenizer_dir} is another one than that of the blocks: it"
+            found = f"{found} ends documents with {tokenizer.eos_token_id}, not"
+            raise ForgeError(f"{found} {self.manifest.eos_token_id}", PREPARE_AGAIN)
+        return tokenizer
+
     def blocks(self, split: str) -> Blocks | None:
         """The blocks of `train` or `validation`; None when the dataset has no such split."""
         manifest, folder = self.manifest, self.path / split
         if split not in manifest.splits:
             return None
-        blocks = Blocks(folder, manifest.sequence_length, manifest.eos_token_id)
+        blocks = Blocks(
+            folder, manifest.sequence_length, manifest.eos_token_id, manifest.vocab_size
+        )
         promised = manifest.splits[split].blocks
+        if any(str(chunk.dtype) != manifest.dtype for chunk in blocks.chunks):
+            found = f"{folder} holds {blocks.chunks[0].dtype}, the manifest has dtype"
+            raise ForgeError(f"{found} {manifest.dtype}", PREPARE_AGAIN)
         if len(blocks) != promised:
             found = f"{folder} holds {len(blocks)} blocks where the manifest promises {promised}"
             raise ForgeError(found, PREPARE_AGAIN)

@@ -17,14 +17,9 @@ END_MARK = "⏹"  # what stands for the end of a document in a decoded block
 
 def describe(folder: Path) -> str:
     """Documents, blocks, tokens, bytes per token, vocabulary use, and the first block as text."""
-    from transformers import AutoTokenizer
-
     data = open_prepared(folder)
     manifest = data.manifest
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
-    except Exception as error:  # what transformers raises for damaged files is not one class
-        raise ForgeError(f"{data.tokenizer_dir} cannot be read ({error})", PREPARE_AGAIN) from error
+    tokenizer = data.load_tokenizer()
     lines = [
         f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"

@@ -135,7 +135,7 @@ def _values_of_array(stream: Any, file: InputFile) -> Iterator[Any]:
             try:
                 value, end = decode_value(waiting, place)
                 is_whole = end < len(waiting)  # else a number may continue
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 is_whole, reason = False, getattr(error, "msg", str(error))
             if is_whole:
                 yield value

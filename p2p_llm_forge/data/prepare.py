@@ -198,11 +198,20 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
             "add text, or use a shorter --sequence-length",
         )
     if validation and not validation.blocks:
+        what, fix = (
+            "the validation split",
+            (
+                f"use a larger --validation-fraction (now {config.validation_fraction}), "
+                "--validation-fraction 0 for no such split, or a shorter --sequence-length"
+            ),
+        )
+        if config.validation_path:
+            what = f"the text of --validation-path {', '.join(config.validation_path)}"
+            fix = "add text there, or use a shorter --sequence-length"
         raise ForgeError(
-            f"the validation split is too short: {validation.documents} documents, "
+            f"{what} is too short: {validation.documents} documents, "
             f"{validation.dropped_tokens} tokens, fill no block of {length}; found {divided}",
-            f"use a larger --validation-fraction (now {config.validation_fraction}), "
-            "--validation-fraction 0 for no such split, or a shorter --sequence-length",
+            fix,
         )
 
 

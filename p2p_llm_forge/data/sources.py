@@ -45,16 +45,17 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
 
     Raises ForgeError, naming the path, for what is not there or not text.
     """
+    flag = "--validation-path" if validation else "--dataset-path"
     weighted = [split_weight(path) for path in paths]
     weights = tuple(weight for _, weight in weighted if weight is not None)
     if weights and len(weights) != len(paths):
         without = next(path for path, weight in weighted if weight is None)
         raise ForgeError(
-            f"--dataset-path {without} has no weight and others have",
+            f"{flag} {without} has no weight and others have",
             f"give every path one, as in {without}:0.5, or none",
         )
     if weights and min(weights) <= 0:
-        raise ForgeError(f"--dataset-path has a weight of {min(weights):g}", "give weights above 0")
+        raise ForgeError(f"{flag} has a weight of {min(weights):g}", "give weights above 0")
     parts: list[Part] = []
     unreadable = 0
     for source, (path, _) in enumerate(weighted):
@@ -63,9 +64,9 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
             parts.append(part(kind, (Span(path, 0, 0),)))
             continue
         spans: list[tuple[str, Span]] = []
-        for file in _files_of(path):
+        for file in _files_of(path, flag):
             try:
-                spans += _spans_of(file, options)
+                spans += _spans_of(file, options, flag)
             except (OSError, pa.ArrowException) as error:
                 reason = getattr(error, "strerror", None) or first_line(error)
                 bad = InputFile(Span(str(file), 0, 0), options)
@@ -92,7 +93,7 @@ def _kind_of_dataset(path: str) -> str | None:
     return "hub" if HUB_NAME.fullmatch(path) else None
 
 
-def _files_of(path: str) -> list[Path]:
+def _files_of(path: str, flag: str) -> list[Path]:
     if Path(path).is_dir():
         files = [file for file in sorted(Path(path).rglob("*")) if format_of(file)]
         found = f" is a folder without text: found none of {', '.join(sorted(FORMATS))} (.gz, .zst)"
@@ -107,18 +108,18 @@ def _files_of(path: str) -> list[Path]:
         files, found, fix = [], ": no such file", "give a file, a folder or a glob"
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ForgeError(f"--dataset-path {path}{found}", fix)
+        raise ForgeError(f"{flag} {path}{found}", fix)
     return files
 
 
 # --- cutting files --------------------------------------------------------------------------------
 
 
-def _spans_of(path: Path, options: ReadOptions) -> list[tuple[str, Span]]:
+def _spans_of(path: Path, options: ReadOptions, flag: str) -> list[tuple[str, Span]]:
     """A file as (kind, span), a large one of some formats as several."""
     if suffix_of(path) in NO_TEXT:
         raise ForgeError(
-            f"--dataset-path {path}: {suffix_of(path)} is not text that can be read here",
+            f"{flag} {path}: {suffix_of(path)} is not text that can be read here",
             f"give {', '.join(sorted(FORMATS))}, each perhaps .gz or .zst",
         )
     stat = path.stat()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from p2p_llm_forge.config import TrainConfig
@@ -26,6 +26,7 @@ from p2p_llm_forge.model.sizes import (
     completed,
     one_line,
     padding,
+    require_sizes,
     share_vocabulary,
     sizes_asked_for,
     sizes_in,
@@ -63,6 +64,7 @@ def model_from_scratch(
     """A new model. Raises ForgeError, BlockTooLong if it only lacks positions."""
     model_config = new_model_config(config, text, spare_positions)
     family = model_config.model_type
+    require_sizes(model_config, f"in this {family}", "change it by --config-overrides")
     require_memory(model_config, processes_here)
     torch.manual_seed(config.seed)
     other_sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
@@ -70,7 +72,8 @@ def model_from_scratch(
     try:
         model = AutoModelForCausalLM.from_config(model_config).float()
     except Exception as error:  # whatever a family raises for sizes that do not go together
-        found = f"transformers cannot build this {family}: {one_line(error)}"
+        asked = f" by --config-overrides {config.config_overrides}" * bool(config.config_overrides)
+        found = f"transformers cannot build this {family}{asked}: {one_line(error)}"
         raise ForgeError(found, other_sizes) from error
     fewer = "prepare the data with a smaller --sequence-length"
     require_causal(model, f"a {family} from scratch", text.sequence_length, fewer, other_sizes)
@@ -86,7 +89,15 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise ForgeError(f"--model-name {name}: no such folder", "give the folder of a model")
+    fix = (
+        "check the name and the connection to the Hub; without one, download the model on"
+        " another machine and give its folder"
+    )
+    if Path(name).is_dir():
+        fix = "copy or download the whole model again: config.json and every file of weights"
     try:
+        known = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        require_sizes(known, f"in the config.json of {name}", fix)
         # transformers 5 keeps the file's dtype by default: training wants float32 weights.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -94,16 +105,11 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        fix = (
-            "check the name and the connection to the Hub; without one, download the model on"
-            " another machine and give its folder"
-        )
-        if Path(name).is_dir():
-            fix = "copy or download the whole model again: config.json and every file of weights"
-        raise ForgeError(
-            f"--model-name {name} could not be loaded: {str(error).strip().splitlines()[0]}", fix
-        ) from error
+    except ForgeError:
+        raise
+    except Exception as error:  # whatever transformers and safetensors raise for damaged files
+        found = f"--model-name {name} could not be loaded: {one_line(error)}"
+        raise ForgeError(found, fix) from error
     model, loading = loaded
     require_all_weights(model, name, loading["missing_keys"])
     what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"

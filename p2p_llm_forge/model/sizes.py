@@ -14,6 +14,11 @@ from p2p_llm_forge.errors import ForgeError, Problems, nearest
 
 # A string in quotes (the group), or a word without.
 WORD = re.compile(r"""('[^']*'|"[^"]*")|(?<![\w.])[A-Za-z_][\w-]*""")
+# The sizes that every family has, and the largest that can be meant.
+MOST = {
+    **{"num_hidden_layers": 10_000, "num_attention_heads": 2**20, "num_key_value_heads": 2**20},
+    **{"hidden_size": 2**31, "vocab_size": 2**31, "max_position_embeddings": 2**31},
+}
 WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -116,6 +121,20 @@ def size_of(part: Any, name: str) -> Any:
         return getattr(part, name, None)
     except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError: some layers have their own
         return part.to_dict().get(name)
+
+
+def require_sizes(model_config: Any, where: str, fix: str) -> None:
+    """Raise ForgeError unless the sizes that every family has can be those of a model at all.
+
+    transformers builds models without layers or heads, and a hundred million layers for hours.
+    """
+    problems, text = Problems(), model_config.get_text_config(decoder=True)
+    for name, most in MOST.items():
+        size, own = size_of(text, name), getattr(text, "attribute_map", {}).get(name, name)
+        is_possible = not isinstance(size, int) or 0 < size <= most  # a list is for each layer
+        can_be = f"{fix} ({own} can be 1 to {most:,})"
+        problems.require(is_possible, f"{own} is {size} {where}", can_be)
+    problems.raise_any()
 
 
 def default_at(defaults: Any, path: list[str]) -> tuple[Any, set[str]]:

@@ -19,7 +19,8 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.peers.cluster import EXCHANGE_TIMEOUT, Cluster, new_gloo_group
 from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
-from p2p_llm_forge.peers.launch import Launch, choose_threads, read_launch
+from p2p_llm_forge.peers.launch import NEUTRAL, Launch, choose_threads, read_launch
+from p2p_llm_forge.peers.launcher import as_asked, refuse_gpu_file
 from p2p_llm_forge.peers.liveness import FAILED, GOODBYE_S, Liveness
 from p2p_llm_forge.peers.machine import has_bf16, versions
 from p2p_llm_forge.peers.rank_failure import LostPeer
@@ -42,13 +43,18 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
     Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
     errors of libraries and of the machine that are no bugs are raised as RankFailure.
     """
-    launch = read_launch(config)
+    launch, file = as_asked(read_launch(config))
+    if not _has_usable_accelerator(launch):
+        refuse_gpu_file(config, launch, file)
     interface = choose_interface(launch)
     endpoint = choose_endpoint(config, launch, interface)
     threads = choose_threads(config, launch)
     # Accelerate and torch read these; whatever they were before is put back at the end.
-    environ = {**launch.environ(), **interface, "OMP_NUM_THREADS": str(threads)}
+    environ = {**launch.environ(), **NEUTRAL, **interface, "OMP_NUM_THREADS": str(threads)}
     with patch_environment(**environ), _own_accelerator_state():
+        if launch.rank == 0:
+            for line in launch.ignored:
+                print(f"note      {line}", flush=True)
         if interface and launch.local_rank == 0:
             name = interface["GLOO_SOCKET_IFNAME"]
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)

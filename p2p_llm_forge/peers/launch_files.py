@@ -14,9 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import yaml
-
 from p2p_llm_forge.config import CheckConfig
+from p2p_llm_forge.config.yaml_file import read_yaml
 from p2p_llm_forge.errors import ForgeError, nearest
 from p2p_llm_forge.files import write_file
 from p2p_llm_forge.peers.addresses import is_literal, is_loopback
@@ -29,7 +28,6 @@ NAME = re.compile(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*\.?
 NUMBERS = ("num_machines", "num_processes", "machine_rank", "main_process_port")
 AS_ON_ALL = ("num_machines", "num_processes", "main_process_ip", "main_process_port")
 MULTI_GPU_FIX = "write `distributed_type: MULTI_GPU` (with `use_cpu: true` for CPUs)"
-YAML_FIX = "write `key: value` lines as accelerate_configs/ shows them"
 MAIN_FIX = "write the address of machine 0 as the others reach it"
 
 # What makes the finding, what was found, and the fix.
@@ -55,16 +53,8 @@ class LaunchFile:
 
 def read_launch_file(path: str) -> LaunchFile:
     """The file's keys. Raises ForgeError if it is not there or not of this kind."""
-    try:
-        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        found = f"--config-file {path}: {error.strerror}"
-        fix = "name a launch file; --write-configs FOLDER --hosts ADDRESS ... makes some"
-        raise ForgeError(found, fix) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ForgeError(f"--config-file {path} is not YAML: {error}", YAML_FIX) from error
-    if not isinstance(keys, dict):
-        raise ForgeError(f"--config-file {path} holds a {type(keys).__name__}", YAML_FIX)
+    fix = "name a launch file; --write-configs FOLDER --hosts ADDRESS ... makes some"
+    keys = read_yaml("--config-file", path, fix)
     return LaunchFile(path, {str(key): value for key, value in keys.items()})
 
 

@@ -31,7 +31,7 @@ def route_to(host: str) -> Route | None:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # UDP: chooses the route, sends nothing
             own = probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no route, no such name, no name at all
         found = f"no route to the main process at {host} ({error})"
         fix = "check the address (main_process_ip, --master-addr) and this machine's network"
         raise ForgeError(found, fix) from error

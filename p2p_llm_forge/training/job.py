@@ -112,7 +112,13 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
             )
         folder = Path(config.output_dir) / PREPARED
         cluster.main_only(lambda: prepare_text(config, folder, cluster.launch.run_id))
-    data = cluster.together(lambda: open_prepared(folder))
+
+    def opened() -> PreparedDataset:
+        data = open_prepared(folder)
+        data.load_tokenizer(config.trust_remote_code)  # the end of the run is no time to find out
+        return data
+
+    data = cluster.together(opened)
     refuse_different_data(cluster, data)
     asked, found = config.sequence_length, data.manifest.sequence_length
     if asked not in (None, found):

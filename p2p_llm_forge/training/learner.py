@@ -46,8 +46,8 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     lm = build_or_load(job, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
     freeze_unreached(bare_model, job.data.manifest.sequence_length)
-    if config.compile:
-        lm.base_model.compile()
+    if config.compile or cluster.launch.compile:
+        lm.base_model.compile(**(cluster.launch.compile or {}))
     bare_optimizer = build_optimizer(config, lm)
     settle_ddp(config, cluster)
     share_first_weights(cluster, bare_model)

@@ -49,6 +49,16 @@ def test_names_that_users_of_run_clm_know_are_accepted(alias):
     )
 
 
+def test_a_flag_without_its_value_hides_no_other_problem(tmp_path):
+    found = problems_of([*GIVEN, "--learning-rate", "--batch-size=0", "--epochs", "--max-steps"])
+    assert [text for text, _ in found] == [
+        "--learning-rate: expected one argument",
+        "--epochs: expected one argument",
+        "--max-steps: expected one argument",
+        "--batch-size is 0",
+    ]
+
+
 def test_the_recipe_gives_defaults_and_the_command_line_wins(tmp_path):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(

@@ -134,7 +134,7 @@ def test_files_that_are_written_are_good(tmp_path, hosts, gpus):
 
 
 def test_what_cannot_be_read_or_written_is_reported(tmp_path):
-    with pytest.raises(ForgeError, match="No such file"):
+    with pytest.raises(ForgeError, match="no such file"):
         read_launch_file(str(tmp_path / "nothing.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ForgeError, match="holds a list"):

@@ -1,0 +1,134 @@
+"""What `accelerate launch` was asked for: its words and its file, of which it hands on only a part.
+
+For several processes Accelerate (1.15) exports nothing of `use_cpu`, so a file for GPUs and one for
+CPUs look alike from inside; and settings of another `distributed_type` than the file's own vanish.
+The launcher is this process's parent, whose command line the system shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.launch import PARALLEL, PLAIN_FIX, Launch
+from p2p_llm_forge.peers.launch_files import STARTS_PROCESSES, LaunchFile, read_launch_file
+
+NAMES = ("accelerate", "accelerate-launch", "accelerate.exe", "accelerate-launch.exe")
+MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+ANCESTORS = 3  # a launcher may start its workers through a shell or a profiler
+# Settings that count for one `distributed_type` only.
+OF_TYPE = {
+    "deepspeed_config": "DEEPSPEED",
+    "fsdp_config": "FSDP",
+    "megatron_lm_config": "MEGATRON_LM",
+    "fp8_config": "fp8",
+}
+
+
+def as_asked(launch: Launch) -> tuple[Launch, LaunchFile | None]:
+    """The launch with what its launcher does not hand on, and the launcher's file if it has one.
+
+    Raises ForgeError for a file that asks for what this program does not do.
+    """
+    words = words_of_launcher()
+    file = file_of(words) if words is not None else None
+    if file is not None:
+        refuse_parallelism(file)
+        launch = replace(launch, ignored=(*launch.ignored, *ignored_of(file)))
+    threads = value_of("num_cpu_threads_per_process", words or [])
+    if threads and threads.isdecimal() and int(threads):
+        launch = replace(launch, threads=int(threads))  # also a 1, which is the user's own then
+    return launch, file
+
+
+def refuse_gpu_file(config: TrainConfig, launch: Launch, file: LaunchFile | None) -> None:
+    """Raise ForgeError for a file for GPUs, to be called where there are none to be used."""
+    if file is None or config.cpu or launch.wants_cpu or not is_for_gpus(file):
+        return
+    raise ForgeError(
+        f"{file.path} is for GPUs, and this machine has"
+        f" {'none' if launch.local_world_size == 1 else 'not one for each process'} that torch can"
+        " use",
+        f"write `use_cpu: true` into {file.path}, or add --cpu, to train on the CPU; for a GPU,"
+        " install its driver and torch's build for it",
+    )
+
+
+def is_for_gpus(file: LaunchFile) -> bool:
+    """Whether the file says that it is for GPUs."""
+    keys = file.keys
+    says_so = keys.get("use_cpu") is False or keys.get("gpu_ids") is not None
+    return not keys.get("use_cpu") and (says_so or keys.get("distributed_type") in STARTS_PROCESSES)
+
+
+def refuse_parallelism(file: LaunchFile) -> None:
+    """Raise ForgeError for sizes in `parallelism_config`, which one process alone is not told."""
+    given = file.keys.get("parallelism_config")
+    sizes = given if isinstance(given, dict) else {}
+    asked = [way for name, way in PARALLEL.items() if sizes.get(name.lower()) not in (1, None)]
+    if asked:
+        found = f"{file.path} asks for {' and '.join(asked)}, which train.py does not do"
+        raise ForgeError(found, PLAIN_FIX)
+
+
+def ignored_of(file: LaunchFile) -> list[str]:
+    """The settings of the file that are for another way to train than the file's."""
+    return [
+        f"{key} of {file.path} is ignored: it is for {way}"
+        for key, way in OF_TYPE.items()
+        if file.keys.get(key)
+    ]
+
+
+def words_of_launcher(environ: Mapping[str, str] = os.environ) -> list[str] | None:
+    """What was typed after `accelerate launch`, but for the script and its words; None without."""
+    if "ACCELERATE_MIXED_PRECISION" not in environ:
+        return None
+    with contextlib.suppress(psutil.Error):
+        for ancestor in psutil.Process().parents()[:ANCESTORS]:
+            words = launch_words(ancestor.cmdline(), len(sys.argv) - 1)
+            if words is not None:
+                return words
+    return None
+
+
+def launch_words(cmdline: Sequence[str], of_script: int) -> list[str] | None:
+    """The launcher's own words in its command line; None if it is no `accelerate launch`.
+
+    of_script: how many words at its end are the script's.
+    """
+    for number, word in enumerate(cmdline[:4]):
+        is_launch = Path(word).name in NAMES or word in MODULES
+        if is_launch or word.endswith(("commands/launch.py", "commands/accelerate_cli.py")):
+            return list(cmdline[number + 1 : len(cmdline) - of_script])
+    return None
+
+
+def value_of(name: str, words: Sequence[str]) -> str | None:
+    """The last value that is given to a flag of `accelerate launch`, with dashes or underscores."""
+    value = None
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        flag, is_joined, joined = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            value = joined if is_joined else following
+    return value
+
+
+def file_of(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> LaunchFile | None:
+    """The file that Accelerate has read: the one that is named, or its default one."""
+    named = value_of("config_file", words)
+    home = Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
+    folder = Path(environ.get("HF_HOME") or home).expanduser() / "accelerate"
+    names = [named] if named else [folder / f"default_config.{kind}" for kind in ("yaml", "json")]
+    for name in map(str, names):
+        with contextlib.suppress(ForgeError):  # Accelerate has read it, so it is another one by now
+            return read_launch_file(name)
+    return None

@@ -1,0 +1,523 @@
+"""Bad input of every kind gets one message that says what was found, and status 2; each a line.
+
+A line is what is typed after `train.py`, `prepare_data.py` or `check_cluster.py`, perhaps with
+variables of the environment before it, and words that the message must hold. `@` is the folder of
+tests/bad_files.py, `%` a good dataset. What is typed comes after the words of a good run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.bad_files import make_bad_files
+
+TRAIN = r"""
+--config-overrides=n_head=0 -> n_head
+--config-overrides=n_embd=0 -> n_embd
+--config-overrides=n_layer=-1 -> n_layer
+--config-overrides=n_layer=0 -> n_layer
+--config-overrides=n_head=3 -> n_head
+--config-overrides=n_head=1.5 -> n_head
+--config-overrides=n_head=true -> n_head
+--config-overrides=n_head=two -> n_head
+--config-overrides=n_embd=1000000000 -> memory
+--config-overrides=n_embd=99999999999999999999 -> n_embd
+--config-overrides=n_layer=100000000 -> n_layer is 100000000
+--config-overrides=n_inner=-5 -> n_inner
+--config-overrides=n_inner=0 -> fails in transformers
+--config-overrides=n_head -> is not KEY=VALUE
+--config-overrides== -> is not KEY=VALUE
+--config-overrides=n_haed=2 -> n_head
+--config-overrides=activation_function=foo -> foo
+--config-overrides=dtype=foo -> foo
+--config-overrides=resid_pdrop=2 -> resid_pdrop
+--config-overrides=resid_pdrop=nan -> resid_pdrop
+--config-overrides=resid_pdrop=-1 -> resid_pdrop
+--config-overrides=layer_norm_epsilon=nan -> layer_norm_epsilon
+--config-overrides=layer_norm_epsilon=-1 -> layer_norm_epsilon
+--config-overrides=initializer_range=-1 -> initializer_range
+--config-overrides=initializer_range=nan -> initializer_range
+--config-overrides=vocab_size=5 -> vocabulary of 5
+--config-overrides=vocab_size=-1 -> vocab
+--config-overrides=n_positions=4 -> at most 4
+--config-overrides=n_positions=-4 -> n_positions
+--config-overrides=eos_token_id=[[[ -> eos_token_id
+"--config-overrides=n_head=$((1))" -> n_head
+--model-type=foo -> foo
+--model-type=gpt3 -> gpt2
+--model-type=vit -> vit
+--model-type=llama --config-overrides=hidden_size=0 -> hidden_size
+--model-type=llama --config-overrides=num_attention_heads=0 -> num_attention_heads
+--model-type=llama --config-overrides=num_key_value_heads=3 -> num_
+--model-type=llama --config-overrides=hidden_act=foo -> foo
+--model-type=llama --config-overrides=rope_theta=0 -> rope_theta
+--model-type=llama --config-overrides=hidden_size=31,num_attention_heads=4 -> num_
+--model-name=@/nothing -> no such folder
+--model-name=no-such-model-anywhere -> could not be loaded
+--model-name=@/empty.txt -> no such folder
+"--model-name=bad name!" -> could not be loaded
+--model-name=@/folder -> could not be loaded
+--model-name=@/LONG -> is too long
+--model-name=@/model --model-type=gpt2 -> one or the other
+--model-name=@/model_no_config -> config.json
+--model-name=@/model_no_weights -> could not be loaded
+--model-name=@/model_weights_cut -> could not be loaded
+--model-name=@/model_weights_empty -> could not be loaded
+--model-name=@/model_weights_garbage -> could not be loaded
+--model-name=@/model_weights_head -> could not be loaded
+--model-name=@/model_weights_header -> could not be loaded
+--model-name=@/model_weights_folder -> could not be loaded
+--model-name=@/model_pickle -> could not be loaded
+--model-name=@/model_no_shard -> could not be loaded
+--model-name=@/model_index_list -> could not be loaded
+--model-name=@/model_list -> could not be loaded
+--model-name=@/model_null -> could not be loaded
+--model-name=@/model_number -> could not be loaded
+--model-name=@/model_empty -> could not be loaded
+--model-name=@/model_garbage -> could not be loaded
+--model-name=@/model_deep -> could not be loaded
+--model-name=@/model_nothing -> could not be loaded
+--model-name=@/model_type_unknown -> could not be loaded
+--model-name=@/model_type_number -> could not be loaded
+--model-name=@/model_type_other -> could not be loaded
+--model-name=@/model_type_seq2seq -> could not be loaded
+--model-name=@/model_heads_zero -> n_head is 0
+--model-name=@/model_heads_word -> could not be loaded
+--model-name=@/model_layers_negative -> model_layers_negative
+--model-name=@/model_layers_more -> model_layers_more
+--model-name=@/model_width_other -> could not be loaded
+--model-name=@/model_width_huge -> model_width_huge
+--model-name=@/model_width_null -> could not be loaded
+--model-name=@/model_activation -> could not be loaded
+--model-name=@/model_remote_code -> could not be loaded
+--epochs=nan -> --epochs is nan
+--epochs=inf -> --epochs is inf
+--epochs=-1 -> --epochs is -1
+--epochs=1e308 -> --epochs is 1e+308
+--epochs=many -> --epochs is 'many'
+--max-steps=0 -> --max-steps is 0
+--max-steps=1e3 -> --max-steps is '1e3'
+--max-steps=99999999999999999999 -> --max-steps
+--batch-size=0 -> --batch-size is 0
+--batch-size=99999999999999 -> use 10000000 or less
+--batch-size=1.5 -> --batch-size is '1.5'
+--micro-batch-size=3 -> 3
+--micro-batch-size=-1 -> --micro-batch-size is -1
+--gradient-accumulation-steps=0 -> --gradient-accumulation-steps is 0
+--gradient-accumulation-steps=5 --batch-size=8 -> accumulation
+--learning-rate=nan -> --learning-rate is nan
+--learning-rate=0 -> --learning-rate is 0
+--learning-rate=1e400 -> --learning-rate is inf
+--weight-decay=inf -> --weight-decay is inf
+--weight-decay=nan -> --weight-decay is nan
+--weight-decay=-1 -> --weight-decay is -1
+--warmup-steps=-1 -> --warmup-steps is -1
+--max-grad-norm=nan -> --max-grad-norm is nan
+--lr-scheduler=foo -> unknown schedule 'foo'
+--lr-scheduler=reduce_lr_on_plateau -> reduce_lr_on_plateau
+--optimizer=adam -> did you mean adamw
+--mixed-precision=fp8 -> --mixed-precision is 'fp8'
+--mixed-precision=fp16 -> fp16 needs a GPU
+--seed=99999999999999999999 -> --seed is
+--seed=x -> --seed is 'x'
+--sequence-length=1 -> --sequence-length is 1
+--sequence-length=64 -> has blocks of 32 tokens
+--eval-every=-1 -> --eval-every is -1
+--keep-best -> --keep-best needs evaluations
+--keep-checkpoints=0 -> --keep-checkpoints is 0
+--log-every=0 -> --log-every is 0
+--save-every=-5 -> --save-every is -5
+--max-seconds=nan -> --max-seconds is nan
+--max-seconds=0 -> --max-seconds is 0
+--resume=@/nothing -> there is no such folder
+--resume=auto --overwrite -> give one of them
+--report-to=foo -> foo: no such tracker
+--report-to=wandb -> wandb
+--sample-prompt=$'a \udc80' -> --sample-prompt
+--sync=foo -> choose from: auto, ddp, diloco
+--sync=diloco --outer-lr=nan -> --outer-lr is nan
+--sync=diloco --outer-momentum=1 -> --outer-momentum is 1
+--sync=diloco --sync-every=0 -> --sync-every is 0
+--sync=diloco --sync-every=4 --fragments=9 -> --fragments 9
+--outer-lr=1 -> belongs to --sync diloco
+--compress=zip -> --compress is 'zip'
+--compress=int8 --powersgd-rank=2 -> --powersgd-rank
+--backend=mpi -> --backend is 'mpi'
+--backend=nccl -> needs an NVIDIA GPU
+--peer-timeout=0 -> --peer-timeout is 0
+--peer-timeout=nan -> --peer-timeout is nan
+--cpu-threads=-1 -> --cpu-threads is -1
+--cpu-threads=99999999999 -> --cpu-threads
+--rank=0 -> a launch by hand needs all of
+BY_HAND --rank=2 -> --rank 2 is not one of
+BY_HAND --master-port=99999 -> --master-port is 99999
+BY_HAND --master-port=-1 -> --master-port is -1
+BY_HAND --master-addr=no.such.host.invalid -> no.such.host
+BY_HAND --master-addr=a..b -> a..b
+BY_HAND --master-addr= -> --master-addr
+BY_HAND --cluster-secret-file=@/folder.secret -> @/folder.secret
+BY_HAND --cluster-secret-file=@/short.secret -> @/short.secret
+BY_HAND --cluster-secret-file=@/empty.secret -> @/empty.secret
+BY_HAND --cluster-secret-file=@/open.secret -> @/open.secret
+--world-size=0 -> --world-size is 0
+BY_HAND --cluster-secret-file=@/nothing -> @/nothing
+--config=@/nothing.yaml -> no such file
+--config=@/folder.yaml -> folder.yaml
+--config=@/bomb.yaml -> bomb.yaml
+--config=@/list.yaml -> holds a list
+--config=@/number.yaml -> holds a int
+--config=@/word.yaml -> holds a str
+--config=@/tabs.yaml -> is not YAML
+--config=@/unclosed.yaml -> is not YAML
+--config=@/deep.yaml -> deep.yaml
+--config=@/latin.yaml -> is not YAML
+--config=@/nul.yaml -> is not YAML
+--config=@/object.yaml -> is not YAML
+--config=@/unknown.yaml -> did you mean batch_size
+--config=@/list_value.yaml -> holds a list
+--config=@/word_value.yaml -> --batch-size is 'many'
+--config=@/date_value.yaml -> --seed is '2020-01-01'
+--config=@/nested.yaml -> holds keys of its own
+--config=@/nan.yaml -> --learning-rate is
+--config=@/complex_key.yaml -> complex_key.yaml
+--config=@/itself.yaml -> holds keys of its own
+--config=@/documents.yaml -> is not YAML
+--config=@/huge.yaml -> huge.yaml
+--config=@/huge_number.yaml -> huge_number.yaml
+--config=@/config_in_config.yaml -> unknown key 'config'
+--config=@/pipe.yaml -> pipe.yaml
+--config=/dev/zero -> /dev/zero
+--config=@/loop -> loop
+"--config=" -> --config is empty
+--dataset-path= -> no data given
+--dataset-path=@/nothing -> no such folder
+--dataset-path=@/nothing.txt -> no such file
+--dataset-path=@/folder -> is not a prepared dataset
+--dataset-path=@/empty.txt -> empty.txt
+--dataset-path=@/blank.txt -> the text is too short
+--dataset-path=@/short.txt -> the text is too short
+--dataset-path=@/latin.txt -> UTF-8
+--dataset-path=@/utf16.txt -> UTF-8
+--dataset-path=@/bytes.txt -> UTF-8
+--dataset-path=@/pipe.txt -> pipe.txt
+--dataset-path=/dev/zero -> /dev/zero
+--dataset-path=@/loop -> loop
+--dataset-path=@/dangling.txt -> dangling.txt
+--dataset-path=@/book.pdf -> is not text
+--dataset-path=@/short.txt --dry-run -> --dry-run writes nothing
+--dataset-path=@/latin.txt --encoding-errors=replace --vocab-size=3 -> --vocab-size is 3
+--dataset-path=@/data_no_manifest -> found no manifest.json
+--dataset-path=@/data_manifest_null -> manifest
+--dataset-path=@/data_manifest_list -> manifest
+--dataset-path=@/data_manifest_empty -> manifest
+--dataset-path=@/data_manifest_garbage -> manifest
+--dataset-path=@/data_manifest_deep -> manifest
+--dataset-path=@/data_manifest_surrogate -> manifest
+--dataset-path=@/data_manifest_nan -> manifest
+--dataset-path=@/data_future -> format version 99
+--dataset-path=@/data_version_word -> format version
+--dataset-path=@/data_version_list -> format version
+--dataset-path=@/data_no_splits -> manifest
+--dataset-path=@/data_splits_list -> manifest
+--dataset-path=@/data_splits_absent -> manifest
+--dataset-path=@/data_split_word -> manifest
+--dataset-path=@/data_split_empty -> manifest
+--dataset-path=@/data_blocks_other -> promises 5
+--dataset-path=@/data_length_zero -> sequence_length
+--dataset-path=@/data_length_negative -> sequence_length
+--dataset-path=@/data_length_word -> sequence_length
+--dataset-path=@/data_length_other -> data_length_other
+--dataset-path=@/data_length_huge -> data_length_huge
+--dataset-path=@/data_vocabulary_zero -> vocab_size
+--dataset-path=@/data_vocabulary_huge -> vocab
+--dataset-path=@/data_vocabulary_word -> vocab_size
+--dataset-path=@/data_vocabulary_small -> vocab
+--dataset-path=@/data_eos_beyond -> manifest
+--dataset-path=@/data_eos_none -> eos_token_id
+--dataset-path=@/data_dtype_other -> dtype
+--dataset-path=@/data_field_more -> manifest
+--dataset-path=@/data_field_absent -> manifest
+--dataset-path=@/data_arguments_list -> arguments
+--dataset-path=@/data_no_train -> cannot be read
+--dataset-path=@/data_no_state -> cannot be read
+--dataset-path=@/data_state_list -> cannot be read
+--dataset-path=@/data_info_list -> cannot be read
+--dataset-path=@/data_arrow_cut -> cannot be read
+--dataset-path=@/data_arrow_empty -> cannot be read
+--dataset-path=@/data_arrow_garbage -> cannot be read
+--dataset-path=@/data_arrow_no_arrow -> cannot be read
+--dataset-path=@/data_arrow_other_type -> data_arrow_other_type
+--dataset-path=@/data_arrow_other_column -> data_arrow_other_column
+--dataset-path=@/data_arrow_beyond -> vocabulary
+--dataset-path=@/data_no_tokenizer -> tokenizer
+--dataset-path=@/data_tokenizer_empty -> tokenizer
+--dataset-path=@/data_tokenizer_list -> tokenizer
+--dataset-path=@/data_tokenizer_garbage -> tokenizer
+--dataset-path=@/data_tokenizer_nothing -> tokenizer
+--dataset-path=@/data_tokenizer_deep -> tokenizer
+--dataset-path=@/data_tokenizer_model_odd -> tokenizer
+"--output-dir=" -> no place for the run
+--output-dir=@/empty.txt -> empty.txt
+--output-dir=@/empty.txt/run -> empty.txt
+--output-dir=@/loop -> loop
+--output-dir=@/pipe.txt -> pipe.txt
+--output-dir=/dev/null/run -> /dev/null
+--output-dir=@/LONG -> is too long
+$'--output-dir=@/\udc80' -> --output-dir
+$'--output-dir=@/a\x00b' -> holds a NUL character
+--output-dir=/proc/run -> /proc/run
+--eval-only -> nothing to evaluate
+--eval-only --model-name=@/model_weights_cut -> could not be loaded
+--foo -> unknown argument --foo
+--learning-rat=1 -> did you mean
+word -> belong to no flag
+--batch-size -> --batch-size: expected one argument
+--epochs --batch-size=0 -> --epochs
+--compile=perhaps -> --compile is 'perhaps'
+--output_dir -> --output-dir: expected one argument
+-x -> -x
+RANK=a WORLD_SIZE=2 -> RANK is 'a'
+RANK=-1 WORLD_SIZE=2 -> RANK is '-1'
+RANK=2 WORLD_SIZE=2 -> this is rank 2 of a launch of 2 processes
+RANK=0 WORLD_SIZE=x -> WORLD_SIZE is 'x'
+RANK=0 WORLD_SIZE=0 -> WORLD_SIZE
+RANK=0 WORLD_SIZE=-2 -> WORLD_SIZE is '-2'
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=x -> LOCAL_WORLD_SIZE is 'x'
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=0 -> LOCAL_WORLD_SIZE
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3 -> LOCAL_WORLD_SIZE
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 LOCAL_RANK=x -> LOCAL_RANK is 'x'
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=99999 -> MASTER_PORT
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=x -> MASTER_PORT is 'x'
+RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=0 -> MASTER_PORT
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a..b MASTER_PORT=29500 -> a..b
+RANK=0 WORLD_SIZE=9999999999999999999999 -> WORLD_SIZE
+RANK=² WORLD_SIZE=2 -> RANK is '²'
+WORLD_SIZE=2 -> RANK is not set
+MASTER_ADDR=10.0.0.1 -> RANK is not
+OMPI_COMM_WORLD_SIZE=2 -> MPI
+OMP_NUM_THREADS=abc -> OMP_NUM_THREADS is 'abc'
+OMP_NUM_THREADS=² -> OMP_NUM_THREADS
+OMP_NUM_THREADS=99999999999 -> OMP_NUM_THREADS
+ACCELERATE_MIXED_PRECISION=foo -> foo
+ACCELERATE_MIXED_PRECISION=fp8 -> fp8
+ACCELERATE_USE_CPU=maybe -> ACCELERATE_USE_CPU is 'maybe'
+ACCELERATE_GRADIENT_ACCUMULATION_STEPS=x -> ACCELERATE_GRADIENT_ACCUMULATION_STEPS
+ACCELERATE_DYNAMO_BACKEND=foo -> ACCELERATE_DYNAMO_BACKEND
+ACCELERATE_DYNAMO_BACKEND=EAGER ACCELERATE_DYNAMO_MODE=foo -> ACCELERATE_DYNAMO_MODE
+ACCELERATE_DEBUG_MODE=maybe -> ACCELERATE_DEBUG_MODE
+ACCELERATE_TORCH_DEVICE=foo -> foo
+ACCELERATE_USE_FSDP=true -> FSDP
+ACCELERATE_USE_DEEPSPEED=true -> DeepSpeed
+ACCELERATE_USE_MEGATRON_LM=true -> Megatron
+TORCHELASTIC_MAX_RESTARTS=3 TORCHELASTIC_USE_AGENT_STORE=True RANK=0 WORLD_SIZE=2 -> restarts
+"""
+
+PREPARE = r"""
+--dataset-path -> --dataset-path: expected
+--dataset-path= -> no text given
+--dataset-path=@/nothing.txt -> no such file
+--dataset-path=@/folder -> folder without text
+--dataset-path=@/empty.txt -> empty.txt
+--dataset-path=@/blank.txt -> the text is too short
+--dataset-path=@/latin.txt -> UTF-8
+--dataset-path=@/bytes.txt -> UTF-8
+--dataset-path=@/pipe.txt -> pipe.txt
+--dataset-path=/dev/zero -> /dev/zero
+--dataset-path=@/loop -> loop
+--dataset-path=@/dangling.txt -> dangling.txt
+--dataset-path=@/garbage.txt.gz -> garbage.txt.gz is damaged
+--dataset-path=@/garbage.gz -> garbage.gz
+--dataset-path=@/cut.txt.gz -> cut.txt.gz is damaged
+--dataset-path=@/garbage.txt.zst -> garbage.txt.zst is damaged
+--dataset-path=@/garbage.parquet -> garbage.parquet
+--dataset-path=@/cut.parquet -> cut.parquet
+--dataset-path=@/empty.parquet -> empty.parquet
+--dataset-path=@/numbers.parquet -> numbers.parquet
+--dataset-path=@/other.parquet -> other.parquet
+--dataset-path=@/garbage.jsonl -> garbage.jsonl
+--dataset-path=@/numbers.jsonl -> numbers.jsonl
+--dataset-path=@/other_key.jsonl -> other_key.jsonl
+--dataset-path=@/not_text.jsonl -> not_text.jsonl
+--dataset-path=@/surrogate.jsonl -> is too short
+--dataset-path=@/deep.jsonl -> deep.jsonl
+--dataset-path=@/garbage.json -> garbage.json
+--dataset-path=@/dict.json -> dict.json
+--dataset-path=@/deep.json -> deep.json
+--dataset-path=@/other.csv -> other.csv
+--dataset-path=@/ragged.csv -> ragged.csv
+--dataset-path=@/quote.csv -> the text is too short
+--dataset-path=@/book.pdf -> book.pdf
+--dataset-path=@/archive.zip -> archive.zip
+--dataset-path=@/*.nothing -> no file matches
+--dataset-path=@/short.txt:0 -> weight
+--dataset-path @/short.txt:1 @/blank.txt -> has no weight
+--dataset-path=no-such/dataset-anywhere -> no-such/dataset-anywhere
+--dataset-path=% -> has no text column
+--dataset-path=@/data_arrow_cut/train -> data_arrow_cut
+--dataset-path=@/data_state_list/train -> data_state_list
+--dataset-path=@/data_no_state -> data_no_state
+$'--dataset-path=@/a\nb.txt' -> no such file
+$'--dataset-path=@/a\x00b.txt' -> holds a NUL character
+--dataset-path=@/LONG.txt -> is too long
+--dataset-path=@/LONG -> is too long
+--output-dir=@/LONG -> is too long
+$'--dataset-path=@/a\udc80.txt' -> not UTF-8
+--validation-path=@/nothing.txt -> --validation-path
+--validation-path=@/empty.txt -> --validation-path
+--validation-fraction=1 -> --validation-fraction is 1
+--validation-fraction=nan -> --validation-fraction is nan
+--validation-fraction=-0.1 -> --validation-fraction is -0.1
+--document-separator= -> --document-separator is empty
+'--document-separator=\x' -> --document-separator
+$'--document-separator=\udc80' -> --document-separator
+--text-column=body --dataset-path=@/not_text.jsonl -> body
+--tokenizer=@/nothing -> @/nothing could not be loaded
+--tokenizer=@/folder -> could not be loaded
+--tokenizer=@/empty.txt -> could not be loaded
+--tokenizer=@/tokenizer_empty -> could not be loaded
+--tokenizer=@/tokenizer_list -> could not be loaded
+--tokenizer=@/tokenizer_garbage -> could not be loaded
+--tokenizer=@/tokenizer_nothing -> could not be loaded
+--tokenizer=@/tokenizer_deep -> could not be loaded
+--tokenizer=@/tokenizer_model_odd -> could not be loaded
+--tokenizer=@/tokenizer_surrogate -> could not be loaded
+--tokenizer=@/tokenizer_config_list -> could not be loaded
+--tokenizer=@/tokenizer_no_eos -> names no end-of-text token
+$'--tokenizer=@/tokenizer_no_eos' $'--eos-token=\udc80' -> --eos-token
+--tokenizer=no-such/tokenizer-anywhere -> could not be loaded
+--eos-token= --tokenizer=@/tokenizer_no_eos -> --eos-token
+--vocab-size=0 -> --vocab-size is 0
+--vocab-size=-1 -> --vocab-size is -1
+--vocab-size=1e4 -> --vocab-size is '1e4'
+--vocab-size=99999999999999999999 -> --vocab-size
+--sequence-length=1 -> --sequence-length is 1
+--sequence-length=-5 -> --sequence-length is -5
+--sequence-length=99999999999 -> --sequence-length
+--sequence-length=99999999999999999999999 -> --sequence-length
+--num-workers=-1 -> --num-workers is -1
+--num-workers=99999999 -> --num-workers
+--seed=99999999999999999999999 -> --seed
+--tokenizer-backend=foo -> --tokenizer-backend is 'foo'
+--encoding-errors=ignore -> --encoding-errors is 'ignore'
+--output-dir= -> no place for the result
+--output-dir=@/empty.txt -> empty.txt
+--output-dir=@/empty.txt/data -> empty.txt
+--output-dir=@/loop -> loop
+--output-dir=/proc/data -> /proc/data
+--output-dir=@/folder.txt/../model -> model
+--describe -> --describe: expected one argument
+--describe=@/nothing -> no such folder
+--describe=@/folder -> is not a prepared dataset
+--describe=@/data_manifest_null -> manifest
+--describe=@/data_arrow_cut -> cannot be read
+--describe=@/data_arrow_beyond -> vocabulary
+--describe=@/data_no_tokenizer -> tokenizer
+--describe=@/data_tokenizer_deep -> tokenizer
+--describe=@/data_arrow_cut --verify -> is damaged
+--verify -> add --describe FOLDER
+--config=@/bomb.yaml -> bomb.yaml
+--config=@/deep.yaml -> deep.yaml
+--config=@/boolean.yaml -> unknown key 'epochs'
+RANK=x WORLD_SIZE=2 -> RANK is 'x'
+RANK=3 WORLD_SIZE=2 -> RANK
+"""
+
+CHECK = r"""
+--config-file -> --config-file
+--config-file=@/nothing.yaml -> no such file
+--config-file=@/folder.yaml -> folder.yaml
+--config-file=@/bomb.yaml -> bomb.yaml
+--config-file=@/deep.yaml -> deep.yaml
+--config-file=@/list.yaml -> holds a list
+--config-file=@/latin.yaml -> is not YAML
+--config-file=@/pipe.yaml -> pipe.yaml
+--config-file=/dev/zero -> /dev/zero
+--meet -> --meet needs the file
+--hosts=10.0.0.1 -> belong together
+--write-configs=@/new --hosts 10.0.0.1 10.0.0.1 -> twice
+--write-configs=@/new --hosts a@b -> is no address
+--write-configs=@/new --hosts 10.0.0.300 -> is no address
+--write-configs=@/empty.txt --hosts 10.0.0.1 -> empty.txt
+--write-configs=@/loop --hosts 10.0.0.1 -> loop
+--write-configs=@/new --hosts 10.0.0.1 10.0.0.2 --master-port=99999 -> --master-port is 99999
+--write-configs=@/new --hosts 10.0.0.1 --gpus-per-host=0 -> --gpus-per-host is 0
+--write-configs=@/new --hosts 10.0.0.1 --gpus-per-host=1 --cpu -> contradict
+--batch-size=0 -> --batch-size is 0
+--json=perhaps -> --json is 'perhaps'
+"""
+
+GOOD = {
+    "train": "--dataset-path=% --output-dir=@/out --max-steps=1 --cpu-threads=1 --report-to=none",
+    "prepare_data": "--dataset-path=@/good.txt --output-dir=@/out --vocab-size=300"
+    " --sequence-length=16 --num-workers=1",
+    "check_cluster": "",
+}
+BY_HAND = "--rank=0 --world-size=2 --master-addr=127.0.0.1 --master-port=29500"
+LISTS = {"train": TRAIN, "prepare_data": PREPARE, "check_cluster": CHECK}
+KINDS = [
+    (script, *line.rsplit(" -> ", 1))
+    for script, lines in LISTS.items()
+    for line in lines.strip().splitlines()
+]
+LONGEST_CPU_S = 60  # of one process; the slowest needs a few
+
+
+@pytest.fixture(scope="module")
+def kit(prepared, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad") / "kit"
+    make_bad_files(folder, prepared)
+    (folder / "good.txt").write_bytes(text_file.read_bytes())
+    return folder
+
+
+def typed(line: str, kit: Path, data: Path) -> tuple[dict[str, str], list[str]]:
+    """The variables and the words of a line, as a shell would read it; $'...' knows escapes."""
+    found: list[str] = []
+    line = line.replace("BY_HAND", BY_HAND).replace("LONG", "x" * 5000)
+    for word in shlex.split(line.replace("$'", "'\x01")):
+        plain, is_escaped, escaped = word.partition("\x01")
+        word = plain + (escaped.encode().decode("unicode_escape") if is_escaped else "")
+        word = f"{word[:-1]}{data}" if word.endswith("=%") else word
+        found.append(word.replace("@/", f"{kit}/"))
+    names = [word.split("=")[0] for word in found]
+    first = next((n for n, name in enumerate(names) if not name.isupper()), len(names))
+    return dict(word.split("=", 1) for word in found[:first]), found[first:]
+
+
+def state_of(folder: Path) -> str:
+    """A digest of every name, size and time of change below a folder."""
+    facts = [
+        (str(path), stat.st_size, stat.st_mtime_ns if not path.is_dir() else 0)
+        for path in sorted(folder.rglob("*"))
+        for stat in [path.lstat()]
+    ]
+    assert facts
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "expected"), KINDS, ids=[f"{k[0]} {k[1]}" for k in KINDS]
+)
+def test_bad_input_gets_one_message(script, line, expected, kit, prepared, zygote, tmp_path):
+    environ, words = typed(line, kit, prepared)
+    _, good = typed(GOOD[script], kit, prepared)
+    before, log = state_of(kit), tmp_path / "log"
+    pid = zygote.start([*good, *words], log, {"HF_HUB_OFFLINE": "1", **environ}, script=script)
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        resource.prlimit(pid, resource.RLIMIT_CPU, (LONGEST_CPU_S, LONGEST_CPU_S))
+    status, printed = zygote.wait(pid), log.read_text("utf-8", errors="replace")
+    assert status == 2, printed
+    assert "Traceback" not in printed, printed
+    messages = [one for one in printed.splitlines() if one.startswith("error: ")]
+    assert len(messages) == 1, printed
+    assert expected.replace("@", str(kit)) in printed and "fix: " in printed, printed
+    assert not (kit / "out").exists(), "something was written"
+    assert state_of(kit) == before, "what was there was changed"
+    assert not os.path.lexists("/tmp/owned")
