@@ -146,8 +146,10 @@ def main() -> int:
         return WORKS
     with contextlib.redirect_stdout(sys.stderr):  # the report alone is for programs
         report = check(config)
-    if shown := report.shown_by_its_rank():
-        print(json.dumps(shown.as_dict(), indent=1) if config.json else shown.text(), flush=True)
+    if config.json:
+        print(json.dumps(report.as_dict(), indent=1) + "\n", end="", flush=True)  # in one piece
+    elif shown := report.shown_by_its_rank():
+        print(shown.text(), flush=True)
     status = report.status()
     # A launcher turns every status but 0 into 1 and a traceback of its own.
     return WORKS if has_launcher() and status == WORKS_WITH_WARNINGS else status

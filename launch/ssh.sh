@@ -33,11 +33,15 @@ there='cd "$1" || exit 2; shift; exec 3<&0; "$@" </dev/null & run=$!
   kill -KILL $run; } >/dev/null 2>&1 & guard=$!
 wait $run; status=$?; kill $guard 2>/dev/null; wait $guard; exit $status'
 
+# One word for the shell there, whatever it holds: newlines, quotes, bytes of any encoding. Not
+# printf %q, whose $'...' only bash and zsh read.
+quoted() { local quote="'\\''"; printf "'%s' " "${1//\'/$quote}"; }
+
 # As long as this script keeps the pipe open, nobody's standard input ends.
 pipe=$(mktemp -u) && mkfifo "$pipe" && exec 9<>"$pipe"
 trap 'rm -f "$pipe"' EXIT
 stop() { exec 9>&-; }
-trap 'status=130; echo "stopping all machines" >&2; stop' INT TERM
+trap 'status=130; echo "stopping all machines" >&2; stop' INT TERM HUP
 
 status=0
 for rank in "${!hosts[@]}"; do
@@ -49,12 +53,17 @@ for rank in "${!hosts[@]}"; do
             --nnodes "${#hosts[@]}" --nproc-per-node "$processes" --master-addr "$main"
             --master-port "$port" "$script")
     fi
-    "${ssh[@]}" "${hosts[rank]}" \
-        "sh -c '$there' forge $(printf '%q ' "$folder" "${command[@]}" "$@")" \
-        <"$pipe" 9>&- > >(exec 9>&-; sed -u "s/^/[${hosts[rank]}] /") 2>&1 &
+    words=$(for word in "$folder" "${command[@]}" "$@"; do quoted "$word"; done)
+    # Ctrl-C reaches all that the terminal has started. What shows the last words must outlive it.
+    (
+        trap '' INT HUP
+        exec <"$pipe" 9>&-
+        "${ssh[@]}" "${hosts[rank]}" "sh -c '$there' forge $words" 2>&1 |
+            sed -u "s/^/[${hosts[rank]}] /"
+    ) &
 done
 
-for _ in "${hosts[@]}"; do
+while [[ -n $(jobs -p) ]]; do
     ended=0
     wait -n || ended=$?
     if ((ended && !status)); then
@@ -63,5 +72,4 @@ for _ in "${hosts[@]}"; do
         stop
     fi
 done
-wait
 exit "$status"

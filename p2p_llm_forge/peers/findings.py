@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
@@ -150,8 +150,13 @@ class ClusterReport:
         return ClusterReport(found, rank=self.rank) if found else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values; what was not measured is null."""
-        text = json.dumps({"status": self.status(), **asdict(self)})
+        """The report as plain JSON values; what was not measured is null.
+
+        Of the findings, a peer's report holds all failures, that of rank 0 everything.
+        """
+        found = [one for one in self.findings if self.rank == 0 or one.level == FAILURE]
+        fields = asdict(replace(self, findings=found))
+        text = json.dumps({"status": self.status(), **fields})
         return json.loads(text, parse_constant=lambda _: None)
 
     def text(self) -> str:

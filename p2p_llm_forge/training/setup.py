@@ -26,7 +26,7 @@ from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
-from p2p_llm_forge.training.tracking import Silent, Tracking, introduction
+from p2p_llm_forge.training.tracking import introduction, tracking_of
 
 SENT_IN_PLAIN = (
     "note      NCCL sends weights and gradients in plain, the cluster's secret does not cover them:"
@@ -74,7 +74,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         sync=sync,
         learning_rate_factor=learning_rate_factor(job.config, plan.total_steps),
         saving=Saving(job, folder, learner, sync),
-        tracking=Tracking(job.config, cluster, folder.confirm) if cluster.is_main else Silent(),
+        tracking=tracking_of(job.config, cluster, folder.confirm),
         window=window,
         balance=Balance(plan.shares, job.config.balance == "auto"),
         first_step=state["step"],

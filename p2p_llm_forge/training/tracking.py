@@ -17,7 +17,9 @@ from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
 from p2p_llm_forge.files import write_file
+from p2p_llm_forge.peers.addresses import is_loopback, resolve
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run_record import METRICS
 
@@ -32,6 +34,44 @@ class Silent:
     def log(self, metrics: dict[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...
     def finish(self) -> None: ...
+
+
+class Elsewhere(Silent):
+    """What a machine shows whose run is shown on another: that it trains, and what it has done."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._who = f"rank {launch.rank} of {launch.world_size}"
+        self._main, self._done = f"rank 0 at {launch.master_addr}", 0
+        self._has_started = False
+
+    def start(self, first_step: int, total_steps: int) -> None:
+        self._has_started = True
+        left = f"{total_steps - first_step:,} updates"
+        print(
+            f"{self._who} trains with {self._main}, where the progress is shown ({left})",
+            flush=True,
+        )
+
+    def step(self) -> None:
+        self._done += 1
+
+    def finish(self) -> None:
+        if self._has_started:
+            done = f"took part in {self._done:,} updates"
+            print(f"{self._who} {done}; figures and model are with {self._main}", flush=True)
+
+
+def tracking_of(
+    config: TrainConfig, cluster: Cluster, confirm: Callable[[], None] = lambda: None
+) -> Silent:
+    """What this rank shows: all on the main process, two lines on each further machine."""
+    launch = cluster.launch
+    if cluster.is_main:
+        return Tracking(config, cluster, confirm)
+    is_on_another = launch.rank >= launch.local_world_size and launch.local_rank == 0
+    if is_on_another and launch.master_addr and not is_loopback(resolve(launch.master_addr)[0]):
+        return Elsewhere(launch)
+    return Silent()
 
 
 class Tracking(Silent):

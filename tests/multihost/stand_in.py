@@ -17,13 +17,15 @@ RANK = sys.argv[sys.argv.index("--rank") + 1]
 
 
 def stop(*_: object) -> None:
-    os.write(1, f"rank {RANK} saved\n".encode())  # a print may be under way
+    last = [f"rank {RANK} writes file {number}" for number in range(200)]
+    # A print may be under way.
+    os.write(1, "\n".join([*last, f"rank {RANK} saved\n"]).encode())
     os._exit(143)
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, stop)
-    print("running", *sys.argv[1:], flush=True)
+    print("running", ascii(sys.argv[1:]), flush=True)
     if "--failure" in sys.argv and RANK == "1":
         while not READY.exists():
             time.sleep(0.01)

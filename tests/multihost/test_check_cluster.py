@@ -59,6 +59,9 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
     assert spent < 60
     report = json.loads(printed[0][printed[0].index("{\n") :])  # after what stderr got
     assert [finding["level"] for finding in report["findings"]].count("failure") == 0
+    for rank in (1, 2, 3):  # theirs is the same, but for what is fine
+        text = printed[rank][printed[rank].index("{\n") :]
+        assert json.loads(text) == {**report, "rank": rank, "findings": []}
     rates = report["bytes_per_s"]
     for target in (0, 1, 3):
         assert rates[2][target] * 8 == pytest.approx(10e6, rel=0.2)

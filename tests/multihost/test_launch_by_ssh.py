@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +16,7 @@ import pytest
 
 from tests import ROOT
 from tests.multihost.hosts import hosts, why_not
+from tests.runs import flags
 from tests.waiting import wait_until
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -52,47 +56,126 @@ def machines(tmp_path_factory):
         )
 
 
-def launch(machines, *flags, script):
+def command(machines, *flags):
+    """What starts launch/ssh.sh on the first host for both."""
+    made, _ = machines
+    script = str(ROOT / "launch" / "ssh.sh")
+    addresses = ",".join(host.address for host in made)
+    return ["ip", "netns", "exec", made[0].name, script, addresses, *map(str, flags)]
+
+
+def environment(machines, script):
+    ssh = {"SSH": machines[1], "PYTHON": sys.executable, "SCRIPT": str(script)}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", **ssh}
+
+
+def launch(machines, *flags, script, **environ):
     """Start launch/ssh.sh on the first host for both."""
-    made, ssh = machines
     return subprocess.Popen(
-        [
-            *("ip", "netns", "exec", made[0].name, str(ROOT / "launch" / "ssh.sh")),
-            ",".join(host.address for host in made),
-            *map(str, flags),
-        ],
-        env={**os.environ, "SSH": ssh, "PYTHON": sys.executable, "SCRIPT": str(script)},
+        command(machines, *flags),
+        env=environment(machines, script) | environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
+@pytest.fixture
+def script(tmp_path):
+    """A stand-in for a training."""
+    return shutil.copy(ROOT / "tests" / "multihost" / "stand_in.py", tmp_path)
+
+
+def arguments(output, host):
+    """What the script on the host was given."""
+    (printed,) = re.findall(rf"^\[{host.address}\] running (.*)$", output, re.MULTILINE)
+    return ast.literal_eval(printed)
+
+
 ENDS = {"success": 0, "failure": 5, "signal": 130}
 
 
 @pytest.mark.parametrize("cause", [pytest.param(cause, marks=needs_ssh) for cause in ENDS])
-def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, tmp_path, cause):
-    script = shutil.copy(ROOT / "tests" / "multihost" / "stand_in.py", tmp_path)
+def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, script, cause):
     process = launch(machines, "it's", f"--{cause}", script=script)
     seen = ""
     while seen.count("running") < 2:
         line = process.stdout.readline()
         assert line, seen
         seen += line
-    assert "--rank 1 --world-size 2" in seen and "it's" in seen
+    for rank, host in enumerate(machines[0]):
+        assert arguments(seen, host)[:4] == ["--rank", str(rank), "--world-size", "2"]
+        assert arguments(seen, host)[-2:] == ["it's", f"--{cause}"]
     if cause == "signal":
         process.send_signal(signal.SIGTERM)
     output = seen + process.communicate()[0]
     assert process.returncode == ENDS[cause], output
     assert ("rank 0 saved" in output) == (cause != "success")
-    for host in machines[0]:
-        assert f"[{host.address}] running" in output
     if cause == "failure":
         assert "a machine ended with status 5: stopping the others" in output
     # The last shell there ends at about the moment at which ssh here does.
     still_running = ["pgrep", "-f", str(script)]
     wait_until(lambda: subprocess.run(still_running, capture_output=True).stdout == b"")
+
+
+@pytest.mark.parametrize(
+    "locale", [pytest.param(name, marks=needs_ssh) for name in ("C", "C.UTF-8")]
+)
+def test_flags_arrive_byte_by_byte(machines, script, locale):
+    odd = ["two\nlines\n", "ü", "日本 語", os.fsdecode(b"\xff\xfe"), "it's", '"', "", " ", "a\tb"]
+    odd += ["$HOME", "`id`", "$(id)", "\\", "\\n", "!!", "*", "~", "#", "&;|<>(){}[]?", "-e"]
+    process = launch(machines, "--success", *odd, script=script, LC_ALL=locale)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    for host in machines[0]:
+        assert arguments(output, host)[8:] == ["--success", *odd], output
+
+
+@pytest.mark.parametrize("_", [pytest.param("", marks=needs_ssh)])
+def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script, _):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe("ip", command(machines, "--signal"), environment(machines, script))
+    seen = ""
+    while seen.count("running") < 2:
+        seen += read(terminal)
+    os.write(terminal, b"\x03")
+    while more := read(terminal):
+        seen += more
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 130, seen
+    for rank, host in enumerate(machines[0]):
+        for said in (f"rank {rank} writes file 199", f"rank {rank} saved"):
+            assert f"[{host.address}] {said}" in seen, seen
+    assert "Killed" not in seen and "Terminated" not in seen
+
+
+def read(terminal):
+    """What a terminal shows next; nothing once all that wrote there have ended."""
+    try:
+        return os.read(terminal, 1 << 16).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("_", [pytest.param("", marks=needs_ssh)])
+def test_every_machine_shows_that_it_trains(machines, prepared, tmp_path, _):
+    first, second = machines[0]
+    settings = {"max_steps": 3, "batch_size": 4, "report_to": "none", "cpu_threads": 1}
+    process = launch(
+        machines, *flags(prepared, tmp_path / "run", **settings), script=ROOT / "train.py"
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    main = f"rank 0 at {first.address}"
+    shown = [
+        line for line in output.splitlines() if line.startswith(f"[{second.address}] rank 1 of 2")
+    ]
+    assert shown == [
+        f"[{second.address}] rank 1 of 2 trains with {main}, where the progress is shown (3 updates)",
+        f"[{second.address}] rank 1 of 2 took part in 3 updates; figures and model are with {main}",
+    ], output
+    assert f"[{first.address}] peers     2 process(es)" in output
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs `shellcheck`")

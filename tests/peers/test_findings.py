@@ -91,6 +91,15 @@ def test_findings_of_a_peer_are_named_and_quoted():
             findings_of_peer("rank 1", [{**sent[0], "level": level}])
 
 
+def test_a_peer_prints_json_with_the_status_of_the_launch():
+    everything = [fine("a", "good"), warning("b", "slow", "faster"), failure("c", "no", "yes")]
+    assert [one["topic"] for one in ClusterReport(everything).as_dict()["findings"]] == list("abc")
+    peer = ClusterReport(everything, rank=1, update_s=[0.5, 0.25]).as_dict()
+    assert [one["topic"] for one in peer["findings"]] == ["c"] and peer["status"] == 1
+    assert peer["rank"] == 1 and peer["update_s"] == [0.5, 0.25]
+    assert ClusterReport(everything[:2], rank=1).as_dict()["status"] == 3
+
+
 def test_a_table_marks_the_slowest_link_and_json_has_no_nan():
     report = ClusterReport(peers=["anna", "berta"])
     report.bytes_per_s = [[math.nan, 1.25e6], [1.25e8, math.nan]]

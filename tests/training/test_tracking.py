@@ -9,15 +9,18 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.training import tracking as tracking_module
 from p2p_llm_forge.training.tracking import (
     METRICS,
+    Elsewhere,
     Silent,
     Tracking,
     introduction,
     keep_metrics_until,
     line_of,
     tracker_names,
+    tracking_of,
 )
 
 
@@ -45,6 +48,42 @@ def cluster():
 @pytest.fixture
 def tracking(tmp_path, cluster):
     return Tracking(TrainConfig(output_dir=str(tmp_path), report_to="none"), cluster)
+
+
+@pytest.mark.parametrize(
+    ("launch", "kind"),
+    [
+        (Launch(rank=1, world_size=2, master_addr="10.0.0.1"), Elsewhere),
+        (
+            Launch(rank=3, world_size=4, local_rank=1, local_world_size=2, master_addr="10.0.0.1"),
+            Silent,
+        ),
+        (
+            Launch(rank=1, world_size=4, local_rank=1, local_world_size=2, master_addr="10.0.0.1"),
+            Silent,
+        ),
+        (Launch(rank=1, world_size=2, master_addr="127.0.0.1"), Silent),
+        (Launch(), Tracking),
+    ],
+    ids=["another machine", "second there", "second of main", "this machine", "alone"],
+)
+def test_every_machine_but_the_main_one_shows_that_it_trains(launch, kind, cluster, capsys):
+    cluster.launch, cluster.is_main = launch, launch.rank == 0
+    shown = tracking_of(TrainConfig(report_to="none"), cluster)
+    assert type(shown) is kind
+    if kind is not Tracking:
+        shown.finish()
+        assert capsys.readouterr().out == "", "it has not begun"
+        shown.start(10, 1500)
+        for _ in range(7):
+            shown.step()
+        shown.say("only rank 0 says this")
+        shown.finish()
+        assert capsys.readouterr().out.splitlines() == [
+            "rank 1 of 2 trains with rank 0 at 10.0.0.1, where the progress is shown (1,490"
+            " updates)",
+            "rank 1 of 2 took part in 7 updates; figures and model are with rank 0 at 10.0.0.1",
+        ] * (kind is Elsewhere)
 
 
 def lines(folder):
