@@ -29,6 +29,13 @@ needs_ssh = [
 ]
 
 
+def with_ssh(test):
+    """Mark a test that needs hosts and ssh servers on them."""
+    for mark in needs_ssh:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
     """Two hosts with an ssh server each, and the ssh command that gets into them."""
@@ -95,7 +102,8 @@ def arguments(output, host):
 ENDS = {"success": 0, "failure": 5, "signal": 130}
 
 
-@pytest.mark.parametrize("cause", [pytest.param(cause, marks=needs_ssh) for cause in ENDS])
+@with_ssh
+@pytest.mark.parametrize("cause", ENDS)
 def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, script, cause):
     process = launch(machines, "it's", f"--{cause}", script=script)
     seen = ""
@@ -118,9 +126,8 @@ def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, s
     wait_until(lambda: subprocess.run(still_running, capture_output=True).stdout == b"")
 
 
-@pytest.mark.parametrize(
-    "locale", [pytest.param(name, marks=needs_ssh) for name in ("C", "C.UTF-8")]
-)
+@with_ssh
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_flags_arrive_byte_by_byte(machines, script, locale):
     odd = ["two\nlines\n", "ü", "日本 語", os.fsdecode(b"\xff\xfe"), "it's", '"', "", " ", "a\tb"]
     odd += ["$HOME", "`id`", "$(id)", "\\", "\\n", "!!", "*", "~", "#", "&;|<>(){}[]?", "-e"]
@@ -131,8 +138,8 @@ def test_flags_arrive_byte_by_byte(machines, script, locale):
         assert arguments(output, host)[8:] == ["--success", *odd], output
 
 
-@pytest.mark.parametrize("_", [pytest.param("", marks=needs_ssh)])
-def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script, _):
+@with_ssh
+def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script):
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe("ip", command(machines, "--signal"), environment(machines, script))
@@ -158,29 +165,24 @@ def read(terminal):
         return ""
 
 
-@pytest.mark.parametrize("_", [pytest.param("", marks=needs_ssh)])
-def test_every_machine_shows_that_it_trains(machines, prepared, tmp_path, _):
+@with_ssh
+def test_every_machine_shows_that_it_trains(machines, prepared, tmp_path):
     first, second = machines[0]
-    settings = {"max_steps": 3, "batch_size": 4, "report_to": "none", "cpu_threads": 1}
-    process = launch(
-        machines, *flags(prepared, tmp_path / "run", **settings), script=ROOT / "train.py"
-    )
+    words = flags(prepared, tmp_path / "run")
+    process = launch(machines, *words, script=ROOT / "train.py")
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    main = f"rank 0 at {first.address}"
-    shown = [
-        line for line in output.splitlines() if line.startswith(f"[{second.address}] rank 1 of 2")
-    ]
-    assert shown == [
-        f"[{second.address}] rank 1 of 2 trains with {main}, where the progress is shown (3 updates)",
-        f"[{second.address}] rank 1 of 2 took part in 3 updates; figures and model are with {main}",
+    main, who = f"rank 0 at {first.address}", f"[{second.address}] rank 1 of 2"
+    assert [line for line in output.splitlines() if line.startswith(who)] == [
+        f"{who} trains with {main}, where the progress is shown (3 updates)",
+        f"{who} took part in 3 updates; figures and model are with {main}",
     ], output
     assert f"[{first.address}] peers     2 process(es)" in output
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs `shellcheck`")
 def test_the_scripts_of_the_shell_are_clean():
-    scripts = sorted((ROOT / "launch").iterdir())
+    scripts = [file for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch")]
     assert len(scripts) == 2
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
