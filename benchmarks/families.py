@@ -13,6 +13,7 @@ file of results already is not run again unless it is asked for.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -60,14 +61,13 @@ NAMES_OF_SIZES = {
 }
 SIZES = {name: size for size, names in NAMES_OF_SIZES.items() for name in names.split()}
 BLT = ("patcher_config", "encoder_config", "decoder_config", "global_config")
-BLT_SIZES = {
-    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 4, "intermediate_size": 128},
-}
+OF_A_PART = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 # What else a user has to give.
 MORE: dict[str, dict[str, Any]] = {
     "blt": {
-        **{f"{part}.{name}": size for part in BLT for name, size in BLT_SIZES.items()},
+        **{f"{part}.{name}": size for part in BLT for name, size in OF_A_PART.items()},
+        **{f"{part}.num_key_value_heads": 4 for part in BLT},
+        **{f"{part}.num_hidden_layers": 2 for part in BLT},
         **{f"{part}.head_dim": 16 for part in BLT if part != "encoder_config"},
         **{f"{part}.hidden_size_global": 64 for part in ("encoder_config", "decoder_config")},
         "encoder_hash_byte_group_vocab": 100,
@@ -82,6 +82,11 @@ MORE: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "lfm2_moe": {"layer_types": "[conv,full_attention]"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "phi4_multimodal": {
+        **{f"vision_config.{name}": size for name, size in OF_A_PART.items()},
+        **{f"audio_config.{name}": size for name, size in OF_A_PART.items()},
+        **{"vision_config.num_hidden_layers": 2, "audio_config.num_blocks": 2},
+    },
 }
 UPDATES = 3
 
@@ -177,7 +182,7 @@ class Bench:
         while not all(self.zygote.has_ended(pid) for pid in pids):
             if time.monotonic() > deadline:
                 for pid in pids:
-                    if not self.zygote.has_ended(pid):
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         statuses = [self.zygote.wait(pid) for pid in pids]
