@@ -76,7 +76,10 @@ MORE: dict[str, dict[str, Any]] = {
         "rope_parameters.full_attention.rope_type": "default",
         "rope_parameters.full_attention.rope_theta": 10000,
     },
-    "dbrx": {"attn_config": "{rope_theta: 10000.0}", "ffn_config.ffn_hidden_size": 128},
+    "dbrx": {
+        "attn_config": "{rope_theta: 10000.0,clip_qkv: 8,kv_n_heads: 2}",
+        "ffn_config.ffn_hidden_size": 128,
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": "[[[global,local],1]]"},
     "helium": {"head_dim": 16},
@@ -87,6 +90,11 @@ MORE: dict[str, dict[str, Any]] = {
         **{f"audio_config.{name}": size for name, size in OF_A_PART.items()},
         **{"vision_config.num_hidden_layers": 2, "audio_config.num_blocks": 2},
     },
+    "reformer": {
+        **{"axial_pos_embds_dim": "[16,48]", "axial_pos_shape": "[4,8]"},
+        "attention_head_size": 16,
+    },
+    "xmod": {"default_language": "en_XX"},
 }
 UPDATES = 3
 

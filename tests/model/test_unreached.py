@@ -51,3 +51,13 @@ def test_a_model_that_a_text_reaches_everywhere_is_left_as_it_is():
     assert freeze_unreached(module, length=12) == 0
     assert module.training and torch.equal(torch.get_rng_state(), generator)
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_a_family_without_gradients_in_evaluation_is_tried_in_training():
+    sizes = {**SIZES, "attention_head_size": 16, "feed_forward_size": 48, "is_decoder": True}
+    sizes |= {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 8]}
+    module = NextTokenLoss(model_of("reformer", **sizes)).train()
+    freeze_unreached(module, length=32)
+    assert module.training
+    left = {name for name, _ in module.lm.named_parameters()} - trained(module)
+    assert left == {"lm_head.bias"}  # it makes one, and does not use it
