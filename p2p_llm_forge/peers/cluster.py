@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -156,10 +155,6 @@ class Cluster:
         if self._store is None:
             return [values]
         return self._numbers.all_gather(torch.tensor(values, dtype=torch.float64))().tolist()
-
-    def sum_across(self, values: list[float]) -> list[float]:
-        """The sums over all ranks of each of `values`. All ranks must call."""
-        return [math.fsum(column) for column in zip(*self.gather_numbers(values), strict=True)]
 
     def send_from_main_(self, named: Mapping[str, torch.Tensor]) -> None:
         """Give the main process's tensors to all, in place; anywhere, of any dtype. All must call.
