@@ -219,6 +219,22 @@ def test_a_refused_start_leaves_no_prepared_text(config, text_file, tmp_path):
     assert not (tmp_path / "other" / "prepared").exists()
 
 
+def test_overwriting_a_run_on_a_text_prepares_it_again_where_it_differs(
+    config, text_file, tmp_path
+):
+    text = {"dataset_path": str(text_file), "vocab_size": 300, "sequence_length": 32}
+    asked = replace(config, max_steps=1, **text)
+    train(asked)
+    prepared = tmp_path / "run" / "prepared"
+    (prepared / "notes.md").write_text("mine")
+    written = (prepared / "manifest.json").stat().st_mtime_ns
+    train(replace(asked, overwrite=True))
+    assert (prepared / "manifest.json").stat().st_mtime_ns == written, "the same text is found"
+    train(replace(asked, vocab_size=280, overwrite=True))
+    assert json.loads((prepared / "manifest.json").read_text())["vocab_size"] == 280
+    assert (prepared / "notes.md").read_text() == "mine"
+
+
 def test_a_prepared_dataset_does_not_replace_things_of_others(text_file, tmp_path):
     folder = tmp_path / "data"
     asked = PrepareConfig(

@@ -90,6 +90,7 @@ class Trace:
     bytes_sent: list[int] = field(default_factory=list)
     is_agreed: list[bool] = field(default_factory=list)
     residuals: list[dict[str, list[float]]] = field(default_factory=list)  # when stalled, twice
+    discarded: list[list[Any]] = field(default_factory=list)  # round, first and last update, ranks
     saved: dict[int, tuple[dict[str, torch.Tensor], SyncState]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +123,8 @@ def take_rounds(sync: Sync, lm: nn.Module, rank: int, rounds: Rounds) -> Trace:
         report = sync.after_update(step, rounds.tokens[rank])
         trace.weights.append([x for p in lm.parameters() for x in p.flatten().tolist()])
         trace.bytes_sent.append(report.bytes_sent)
+        if one := report.discarded:
+            trace.discarded.append([one.round, one.updates[0], one.updates[-1], one.ranks])
         trace.is_agreed.append(sync.is_agreed())
         if step == rounds.stalled:
             trace.residuals = [residuals_in(sync.state()), residuals_in(sync.state())]

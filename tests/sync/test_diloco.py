@@ -72,6 +72,25 @@ def test_a_round_with_nan_on_one_rank_is_given_up_by_all(streaming):
     assert traces[0][-1] != traces[0][back], "training continues"
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [2, 5, 8, [1]]),
+        # Half of the layers agreed after update 4, and that much of updates 3 and 4 is kept.
+        ({"fragments": 2}, [2, 5, 6, [1]]),
+        ({"ddp_warmup_steps": 2}, [2, 5, 8, [1]]),
+    ],
+)
+def test_a_round_that_is_given_up_is_reported_when_that_happens(settings, expected):
+    """By all ranks alike, also by those that have resumed in its middle."""
+    settings = {"sync_every": 4, **settings}
+    rounds = Rounds(16, (1, 3), broken=[(1, 5)], saved_at=[5])
+    whole = rounds_in_memory(rounds, **settings)
+    assert [trace.discarded for trace in whole] == [[expected]] * 2
+    again = rounds_in_memory(resumed(rounds, 5), whole, **settings)
+    assert [trace.discarded for trace in again] == [[expected]] * 2
+
+
 def test_a_third_round_with_nan_in_a_row_ends_the_run_on_all_ranks():
     rounds = Rounds(12, (1, 1), broken=[(1, 1), (1, 4), (1, 7)])
     with pytest.raises(ForgeError) as error:
