@@ -52,6 +52,12 @@ class ElasticLaunch:
     lost_after: float = 8.0
     max_restarts: int = 10
 
+    @property
+    def where(self) -> str:
+        """The main machine's address and port."""
+        main = f"[{self.main}]" if ":" in self.main else self.main
+        return f"{main}:{self.port}"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -158,8 +164,8 @@ class Peer:
             try:
                 message = await self._stream.receive(self._launch.lost_after)
             except (Gone, Stranger) as error:
-                where = f"{self._launch.main}:{self._launch.port}"
-                found = f"lost the main machine at {where}: {error}; the workers here are ended"
+                found = f"lost the main machine at {self._launch.where}: {error}; the workers here"
+                found = f"{found} are ended"
                 fix = "start the same line again, on the main machine first: it resumes"
                 raise LostMain(found, f"{fix} if the script's line has --resume auto") from error
             kind = message.get("type")
@@ -228,7 +234,7 @@ class LostMain(ForgeError):
 
 async def _reach(launch: ElasticLaunch, place: Place) -> SignedStream:
     """A connection to the main machine, which may be started later. Raises ForgeError."""
-    where, deadline = f"{launch.main}:{launch.port}", time.monotonic() + launch.join_timeout
+    where, deadline = launch.where, time.monotonic() + launch.join_timeout
     state, has_said = "", False
     while True:
         state, stream = await _try(launch, place)
@@ -254,7 +260,6 @@ ENDS_AT_ONCE = "the connection is closed at once"
 
 async def _try(launch: ElasticLaunch, place: Place) -> tuple[str, SignedStream | None]:
     """What one try to reach the main machine shows, and the connection if there is one."""
-    where = f"{launch.main}:{launch.port}"
     state = await asyncio.to_thread(addresses.probe, launch.main, launch.port)
     if state != addresses.OPEN:
         return state, None
@@ -267,7 +272,7 @@ async def _try(launch: ElasticLaunch, place: Place) -> tuple[str, SignedStream |
         return ENDS_AT_ONCE, None
     except Stranger as error:
         raise ForgeError(
-            f"what answers at {where} is not the main machine of this launch, or has another"
+            f"what answers at {launch.where} is not the main machine of this launch, or has another"
             f" secret: {error}",
             "copy the same secret to all machines and name it by --secret-file on each; see on"
             f" {launch.main} which program has port {launch.port}",

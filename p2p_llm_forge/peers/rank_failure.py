@@ -1,11 +1,11 @@
-"""What ends one rank without being the user's mistake: a lost peer, too little memory, a disk."""
+"""What ends one rank without being the user's mistake: a lost peer, too little memory, a disk.
+
+torch is imported where it is used: launch/elastic.py answers at once.
+"""
 
 from __future__ import annotations
 
 import platform
-
-import torch
-import torch.distributed as dist
 
 from p2p_llm_forge.errors import ForgeError
 
@@ -34,12 +34,16 @@ class LostPeer(RankFailure):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a process or a GPU has no memory left."""
+    import torch
+
     is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return is_named or "allocate memory" in str(error)
 
 
 def explain(error: BaseException, rank: int) -> ForgeError | None:
     """What a library or the machine raised as a message of this rank; None if it is a bug."""
+    import torch.distributed as dist
+
     if isinstance(error, ForgeError):
         return error
     if not isinstance(error, RuntimeError | OSError | MemoryError):
