@@ -95,6 +95,16 @@ MORE: dict[str, dict[str, Any]] = {
         "attention_head_size": 16,
     },
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": "[linear_attention,linear_attention,hybrid,hybrid]",
+        **{"num_hidden_layers": 4, "mamba_dt_rank": 4},
+        **{"attention_hidden_size": 128, "attention_head_dim": 32},
+    },
+    "zamba2": {
+        "layers_block_type": "[linear_attention,hybrid]",
+        **{"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 UPDATES = 3
 
