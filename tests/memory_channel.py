@@ -55,6 +55,29 @@ class Exchanges:
             return [self._sent[key] for key in keys]
 
 
+class Tampered(Exchanges):
+    """The wire, with somebody on it who changes what rank 1 sends (or 0, what it sends to all)."""
+
+    def __init__(self, world_size: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(world_size)
+        self._change = change
+
+    def send(self, kind: str, number: int, rank: int, value: Any) -> None:
+        forger = 0 if kind == "spread" else 1
+        super().send(kind, number, rank, self._change(value) if rank == forger else value)
+
+
+def flipped(bit: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What flips a bit of the bytes that are sent."""
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        changed = value.clone()
+        changed.view(-1)[bit // 8 % changed.numel()] ^= 1 << bit % 8
+        return changed
+
+    return change
+
+
 class MemoryChannel(Channel):
     """A Channel between threads. As with gloo, calls of one kind pair up in their order."""
 

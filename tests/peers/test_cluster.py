@@ -13,7 +13,8 @@ import torch.distributed as dist
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import liveness
 from p2p_llm_forge.peers.rank_failure import RankFailure
-from tests.memory_channel import clusters, run_ranks
+from tests import memory_channel
+from tests.memory_channel import Tampered, clusters, flipped, run_ranks
 from tests.waiting import wait_until
 
 RANKS = pytest.mark.parametrize("world_size", [1, 3])
@@ -271,3 +272,27 @@ def test_old_heartbeats_that_are_put_back_keep_no_rank_alive(monkeypatch):
         finally:
             over.set()
             stranger.join()
+
+
+def test_numbers_that_are_changed_on_the_way_are_refused_by_the_name_of_their_rank(monkeypatch):
+    monkeypatch.setattr(memory_channel, "Exchanges", lambda ranks: Tampered(ranks, flipped(60)))
+
+    def ask(cluster):
+        if cluster.rank == 1:
+            return cluster.gather_numbers([5.0])
+        with pytest.raises(RankFailure, match="of rank 1 does not open with the cluster's secret"):
+            cluster.gather_numbers([7.0])
+
+    with clusters(2, secret=SECRET) as ranks:
+        assert run_ranks(ranks, ask) == [None, [[7.0], [5.0]]]
+
+
+def test_a_heartbeat_that_a_stranger_makes_up_is_refused_by_the_name_of_its_rank(monkeypatch):
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 0.02)
+    store, key = dist.HashStore(), "forge/run/alive/1"
+    with clusters(2, store, SECRET) as (main, silent):
+        wait_until(lambda: store.check([key]))
+        silent._peers.stop()
+        store.set(key, '{"count": 1000000, "host": "x", "end": "", "lost": []}')
+        with pytest.raises(RankFailure, match=f"rank 1 under {key} is not signed"):
+            main.wait_for("anything", 1)

@@ -18,7 +18,7 @@ from p2p_llm_forge.peers import sealing as sealing_module
 from p2p_llm_forge.peers.rank_failure import RankFailure
 from p2p_llm_forge.peers.sealing import TAG_BYTES, Exchange, Sealing
 from p2p_llm_forge.peers.secret import Session
-from tests.memory_channel import Exchanges, channels, run_ranks
+from tests.memory_channel import Exchanges, Tampered, channels, flipped, run_ranks
 
 SECRET = b"correct horse battery staple"
 KINDS = ("all_to_all", "all_gather", "send_from_main_")
@@ -102,27 +102,6 @@ def test_no_key_ever_meets_a_nonce_twice_and_what_arrives_is_what_was_sent(ranks
             for kind, _ in calls
         )
     assert sum(USED.values()) == 2 * sent and max(USED.values()) == 1
-
-
-class Tampered(Exchanges):
-    """The wire, with somebody on it who changes what rank 1 (of main: 0) sends."""
-
-    def __init__(self, world_size, change):
-        super().__init__(world_size)
-        self._change = change
-
-    def send(self, kind, number, rank, value):
-        forger = 0 if kind == "spread" else 1
-        super().send(kind, number, rank, self._change(value) if rank == forger else value)
-
-
-def flipped(bit):
-    def change(value):
-        changed = value.clone()
-        changed.view(-1)[bit // 8 % changed.numel()] ^= 1 << bit % 8
-        return changed
-
-    return change
 
 
 @pytest.mark.parametrize("kind", KINDS)
