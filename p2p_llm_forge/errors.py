@@ -137,6 +137,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(alike)}?" if alike else f"choose from: {', '.join(known)}"
 
 
+def _status_of(main: Callable[[], int | None]) -> int | None:
+    """What `main` returns, or exits with, when all that it has printed is written."""
+    try:
+        status = main()
+    except SystemExit as end:  # of --help
+        status = end.code if isinstance(end.code, int) else 0
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status
+
+
 MACHINE_FIX = "make it possible (memory, disk, names, permissions), and run this again"
 
 
@@ -147,12 +158,11 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
     that rank (`cluster.together` does) before it gets here. local_rank: of this process.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and shows everything
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook, nor where it is closed
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know all letters
     status: int | None = 0
     try:
-        status = main()
-        sys.stdout.flush()
+        status = _status_of(main)
     except BrokenPipeError:  # `--help | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + 13  # as of other programs, which SIGPIPE ends

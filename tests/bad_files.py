@@ -141,6 +141,8 @@ def make_bad_files(kit: Path, prepared: Path) -> None:
     pq.write_table(pa.table({"other": ["a"]}), kit / "other.parquet")
     (kit / "short.secret").chmod(0o600)
     (kit / "empty.secret").chmod(0o600)
+    (kit / "good.secret").write_text("0123456789abcdef0123456789abcdef\n")
+    (kit / "good.secret").chmod(0o600)
     (kit / "open.secret").write_text("0123456789abcdef0123456789abcdef\n")
     (kit / "open.secret").chmod(0o644)
     for name in ("folder", "folder.txt", "folder.yaml", "folder.secret"):

@@ -1,6 +1,6 @@
 """Bad input of every kind gets one message that says what was found, and status 2; each a line.
 
-A line is what is typed after `train.py`, `prepare_data.py` or `check_cluster.py`, perhaps with
+A line is what is typed after `train.py`, `prepare_data.py`, ..., perhaps with
 variables of the environment before it, and words that the message must hold. `@` is the folder of
 tests/bad_files.py, `%` a good dataset. What is typed comes after the words of a good run.
 """
@@ -57,7 +57,7 @@ TRAIN = r"""
 --model-type=llama --config-overrides=num_attention_heads=0 -> num_attention_heads
 --model-type=llama --config-overrides=num_key_value_heads=3 -> num_
 --model-type=llama --config-overrides=hidden_act=foo -> foo
---model-type=llama --config-overrides=rope_theta=0 -> rope_theta
+--model-type=llama --config-overrides=rope_theta=0,hidden_size=32,num_attention_heads=2 -> llama
 --model-type=llama --config-overrides=hidden_size=31,num_attention_heads=4 -> num_
 --model-name=@/nothing -> no such folder
 --model-name=no-such-model-anywhere -> could not be loaded
@@ -453,14 +453,32 @@ CHECK = r"""
 --json=perhaps -> --json is 'perhaps'
 """
 
+ELASTIC = r"""
+train.py -> --main is missing
+--main=127.0.0.1 -> no script to start
+--main=127.0.0.1 @/nothing.py -> no such file
+--main=127.0.0.1 --port=99999 train.py -> --port is 99999
+--main=127.0.0.1 --port=x train.py -> --port
+--main=127.0.0.1 --processes=0 train.py -> --processes is 0
+--main=127.0.0.1 --lost-after=nan train.py -> --lost-after is nan
+--main=127.0.0.1 --min-peers=3 --max-peers=2 train.py -> --max-peers 2 is below
+--main=127.0.0.1 --foo train.py -> unrecognized arguments: --foo
+--main=127.0.0.1 --secret-file=@/nothing train.py -> @/nothing
+--main=127.0.0.1 --secret-file=@/short.secret train.py -> @/short.secret
+--main=10.255.255.1 train.py -> secret
+--main=no.such.host.invalid --secret-file=@/good.secret train.py -> no.such.host.invalid
+--main=a..b --secret-file=@/good.secret train.py -> a..b
+"""
+
 GOOD = {
     "train": "--dataset-path=% --output-dir=@/out --max-steps=1 --cpu-threads=1 --report-to=none",
     "prepare_data": "--dataset-path=@/good.txt --output-dir=@/out --vocab-size=300"
     " --sequence-length=16 --num-workers=1",
     "check_cluster": "",
+    "launch.elastic": "",
 }
 BY_HAND = "--rank=0 --world-size=2 --master-addr=127.0.0.1 --master-port=29500"
-LISTS = {"train": TRAIN, "prepare_data": PREPARE, "check_cluster": CHECK}
+LISTS = {"train": TRAIN, "prepare_data": PREPARE, "check_cluster": CHECK, "launch.elastic": ELASTIC}
 KINDS = [
     (script, *line.rsplit(" -> ", 1))
     for script, lines in LISTS.items()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from p2p_llm_forge.errors import ForgeError, Problem, Problems, nearest, plain, quoted, run_script
+from tests import ROOT
 
 
 def test_an_error_has_what_was_found_and_the_fix():
@@ -95,6 +100,35 @@ def test_a_script_ends_with_one_message_and_a_status(raised, local_rank, status,
         run_script(main, local_rank)
     assert end.value.code == status
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes as Unix has them")
+def test_a_reader_that_has_enough_is_no_error():
+    """`python train.py --help | head`: what it closes is found out at the latest at the end."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "train.py", "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    ended = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_the_machine_refuses_is_one_message(capsys):
+    for raised, found in (
+        (OSError(28, "No space left on device", "/x"), "No space left on device: '/x'"),
+        (MemoryError(), "out of memory"),
+    ):
+
+        def main(error: BaseException = raised) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and found in printed and "fix: " in printed
 
 
 def test_what_all_ranks_report_is_printed_by_one(capsys, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 
 from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
 from p2p_llm_forge.data.splits import TRAIN
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, plain
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
@@ -28,7 +28,7 @@ def describe(folder: Path) -> str:
     if manifest.skipped_rows:
         lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
     lines += [f"first block of {TRAIN} ({END_MARK} ends a document):", _block_text(data, tokenizer)]
-    return "\n".join(lines)
+    return plain("\n".join(lines), longest=10**6)
 
 
 def _split_line(data: PreparedDataset, name: str) -> str:

@@ -145,14 +145,17 @@ def _judge_keys(file: LaunchFile) -> Judgements:
 
 
 def _judge_type(file: LaunchFile) -> Judgements:
-    kind, wants_many = file.keys.get("distributed_type"), file.processes > 1 or file.machines > 1
+    kind, number = file.keys.get("distributed_type"), file.keys.get("num_processes")
+    # What is no number is refused by itself, and must not hide what it would start.
+    wants_many = file.processes != 1 if kind == "MULTI_CPU" else file.processes > 1
+    wants_many = wants_many or file.machines > 1
     if kind is False:
         found = "distributed_type: NO without quotes, which YAML reads as false"
         yield failure, found, "write 'NO' in quotes"
     elif kind in ("MULTI_CPU", "NO") and wants_many:
         needs = ", which needs MPI," if kind == "MULTI_CPU" else ""
         found = f"distributed_type {kind}{needs} starts one process on each machine that knows"
-        whatever = f"whatever num_processes is ({file.keys.get('num_processes')})"
+        whatever = f"whatever num_processes is ({number})"
         yield failure, f"{found} nothing of the others, {whatever}", MULTI_GPU_FIX
     elif kind is None:
         yield failure, "no distributed_type", MULTI_GPU_FIX
@@ -260,6 +263,12 @@ def write_launch_files(
         )
     if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
         raise ForgeError(f"--hosts names {', '.join(twice)} twice", "give each machine once")
+    own = [host for host in hosts if host == "localhost" or is_literal(host) and is_loopback(host)]
+    if own and len(hosts) > 1:
+        raise ForgeError(
+            f"--hosts names {own[0]}, which is each machine's own: the others cannot reach it",
+            "write the address of that machine as the others reach it (`ip -brief address` there)",
+        )
     files = [folder / f"node{rank}.yaml" for rank in range(len(hosts))]
     there = [str(file) for file in files if file.exists()]
     if there and not overwrite:

@@ -133,6 +133,23 @@ def test_files_that_are_written_are_good(tmp_path, hosts, gpus):
         write_launch_files(tmp_path / "out", hosts, 29500, gpus, overwrite=False)
 
 
+@pytest.mark.parametrize("number", [None, "absent", "two", -1, [2]], ids=str)
+def test_a_number_that_is_none_hides_no_strangers(number):
+    judged_as = [f.found for f in judged(distributed_type="MULTI_CPU", num_processes=number)]
+    assert any("knows nothing of the others" in found for found in judged_as)
+    alone = judged(distributed_type="MULTI_CPU", num_processes=number, num_machines=1)
+    assert any("knows nothing of the others" in finding.found for finding in alone)
+
+
+def test_addresses_that_are_each_machines_own_are_not_written(tmp_path):
+    """The check of such files would warn of them."""
+    for own in ("127.0.0.1", "localhost", "::1"):
+        with pytest.raises(ForgeError, match=f"names {own}, which is each machine's own"):
+            write_launch_files(tmp_path / "out", ["10.0.0.1", own], 29500, None, False)
+    assert not (tmp_path / "out").exists()
+    assert write_launch_files(tmp_path / "out", ["127.0.0.1"], 29500, None, False)
+
+
 def test_what_cannot_be_read_or_written_is_reported(tmp_path):
     with pytest.raises(ForgeError, match="no such file"):
         read_launch_file(str(tmp_path / "nothing.yaml"))
