@@ -127,7 +127,7 @@ def test_one_machine_keeps_refused_filtered_and_no_route_apart(zygote, machines,
 
 def test_a_taken_port_is_reported_with_its_owner(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 2)
-    peers.meet("--peer-timeout=20")  # rank 1 comes later, so rank 0 holds the port meanwhile
+    peers.meet("--rendezvous-timeout=20")  # rank 1 comes later, so rank 0 holds the port meanwhile
     os.kill(peers.pids[1], signal.SIGSTOP)
     listening = ("ss", "-ltnH", f"sport = :{peers.port}")
     wait_until(lambda: machines[0].run(*listening))
@@ -150,7 +150,7 @@ def test_a_firewall_between_the_peers_is_reported_by_rank(zygote, machines, tmp_
     peers = Peers(zygote, machines, tmp_path, 3)
     rule = f"ip saddr {machines[1].address} tcp dport != {peers.port} ct state new drop"
     with machines[2].firewall(rule):
-        peers.meet("--peer-timeout=20")
+        peers.meet("--rendezvous-timeout=20")
         statuses, printed = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}, printed
     for number in range(3):
@@ -176,7 +176,7 @@ def test_an_address_that_only_its_own_machine_knows_is_reported(
     for number, file in enumerate(peers.files):
         environ = {"GLOO_SOCKET_IFNAME": "lo"} if (mistake, number) == ("interface", 1) else None
         peers.start(
-            *(number, "--config-file", file, "--meet", "--peer-timeout=2"),
+            *(number, "--config-file", file, "--meet", "--rendezvous-timeout=2"),
             environ=environ,
             hosts_file=files[number],
         )
@@ -200,7 +200,7 @@ def test_a_missing_peer_is_named_within_the_deadline(zygote, machines, tmp_path)
     peers = Peers(zygote, machines, tmp_path, 4)
     for number in (0, 3):
         file = peers.files[number]
-        peers.start(number, "--config-file", file, "--meet", "--peer-timeout=2")
+        peers.start(number, "--config-file", file, "--meet", "--rendezvous-timeout=2")
     started = time.monotonic()
     statuses, printed = peers.end()
     assert time.monotonic() - started < 25, "of the 30 s by default"
@@ -217,7 +217,7 @@ def test_two_machines_with_one_number_are_named_and_one_may_be_corrected(
     zygote, machines, tmp_path
 ):
     peers = Peers(zygote, machines, tmp_path, 3)
-    waits = ("--meet", "--peer-timeout=120")
+    waits = ("--meet", "--rendezvous-timeout=120")
     for number in (0, 1):
         peers.start(number, "--config-file", peers.files[number], *waits)
     wait_until(lambda: machines[0].connections(peers.port) >= 2, log=peers.logs[1])
@@ -237,7 +237,7 @@ def test_two_machines_with_one_number_are_named_and_one_may_be_corrected(
 def test_those_who_wait_in_vain_hear_of_the_number_that_came_twice(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 3)
     for number, file in enumerate((0, 1, 1)):
-        peers.start(number, "--config-file", peers.files[file], "--meet", "--peer-timeout=12")
+        peers.start(number, "--config-file", peers.files[file], "--meet", "--rendezvous-timeout=12")
     statuses, printed = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}, printed
     expected = (
@@ -252,7 +252,7 @@ def test_a_number_that_is_too_high_is_named(zygote, machines, tmp_path):
     two = Peers(zygote, machines, tmp_path / "two", 2)
     text = two.files[1].read_text().replace("machine_rank: 1", "machine_rank: 2")
     two.files[1].write_text(text)
-    peers.start(1, "--config-file", two.files[1], "--meet", "--peer-timeout=5")
+    peers.start(1, "--config-file", two.files[1], "--meet", "--rendezvous-timeout=5")
     statuses, printed = peers.end()
     assert statuses[1] == WILL_NOT_WORK, printed
     assert "machine_rank is 2, and num_machines is 2" in on_one_line(printed[1]), printed[1]
@@ -260,7 +260,7 @@ def test_a_number_that_is_too_high_is_named(zygote, machines, tmp_path):
     # A file of three machines among two.
     text = peers.files[2].read_text().replace(f": {peers.port}", f": {two.port}")
     peers.files[2].write_text(text)
-    peers.start(0, "--config-file", two.files[0], "--meet", "--peer-timeout=12")
+    peers.start(0, "--config-file", two.files[0], "--meet", "--rendezvous-timeout=12")
     wait_until(lambda: machines[0].connections(two.port), log=peers.logs[0])
     peers.start(2, "--config-file", peers.files[2], "--meet")
     statuses, printed = peers.end()
@@ -348,7 +348,7 @@ def test_a_peer_without_the_secret_is_refused_by_name(zygote, machines, tmp_path
         ([], r"FAILED secret rank 2 \(.*-2\) did not bring the cluster's secret fix: copy"),
         ([theirs], r"FAILED secret rank 2 \(.*-2\) could not prove to rank 0 that it knows"),
     ):
-        peers.meet(*folder, "--peer-timeout=20", each={**places, 2: third})
+        peers.meet(*folder, "--rendezvous-timeout=20", each={**places, 2: third})
         statuses, printed = peers.end()
         assert set(statuses.values()) == {WILL_NOT_WORK}, printed
         assert re.search(expected, on_one_line(printed[0])), printed[0]
@@ -373,7 +373,7 @@ def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_
     for number, host in enumerate(machines[:2]):
         host.run("ip", "address", "add", f"44.77.0.{number + 1}/24", "dev", "eth0")
     peers = Peers(zygote, machines, tmp_path, 2, main="44.77.0.1")
-    peers.meet("--peer-timeout=2")
+    peers.meet("--rendezvous-timeout=2")
     statuses, printed = peers.end()
     assert set(statuses.values()) == {WILL_NOT_WORK}
     expected = "44.77.0.1.* is a public address, and whoever reaches the ports .* can read"
@@ -389,7 +389,7 @@ def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_
     statuses, printed = peers.end()
     assert statuses[0] == 2 and re.search(f"error: {expected}", on_one_line(printed[0])), printed
 
-    peers.meet("--peer-timeout=20", "--allow-public-address")
+    peers.meet("--rendezvous-timeout=20", "--allow-public-address")
     statuses, printed = peers.end()
     assert set(statuses.values()) == {WORKS_WITH_WARNINGS}, printed
     assert re.search(f"WARNING public {expected}", on_one_line(printed[0]))
@@ -397,7 +397,7 @@ def test_a_public_address_is_refused_unless_it_is_allowed(zygote, machines, tmp_
 
 def test_a_main_machine_with_the_address_of_another_is_reported(zygote, machines, tmp_path):
     peers = Peers(zygote, machines, tmp_path, 2, main=machines[2].address)
-    peers.start(0, "--config-file", peers.files[0], "--meet", "--peer-timeout=2")
+    peers.start(0, "--config-file", peers.files[0], "--meet", "--rendezvous-timeout=2")
     statuses, printed = peers.end()
     assert statuses[0] == WILL_NOT_WORK
     main = re.escape(f"{machines[2].address}:{peers.port}")

@@ -24,7 +24,7 @@ def meet(zygote, machines, folder, main=None, forwarded=()):
     peers = Peers(zygote, machines, folder, len(machines), main)
     if forwarded:
         forward(forwarded[0], "tcp", peers.port, forwarded[1])
-    peers.meet("--peer-timeout=20")
+    peers.meet("--rendezvous-timeout=20")
     statuses, printed = peers.end()
     return list(statuses.values()), [on_one_line(text) for text in printed.values()]
 
