@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import runpy
 import shlex
@@ -122,6 +123,43 @@ def test_both_readmes_have_the_same_chapters_and_examples():
     assert shapes[0] == shapes[1]
     assert blocks(text_of("README.md"), "python") == blocks(text_of("README.tr.md"), "python")
     assert file_tree("README.md") == file_tree("README.tr.md")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_what_is_secret_is_made_for_its_owner_alone(readme, tmp_path):
+    """Each line is run as it stands; where WireGuard is not installed, `wg` is `cat`."""
+    text = text_of(readme)
+    lines = re.findall(r"`(\(umask 077; [^`]+\)|wg [^`]+)`", text)
+    assert len(lines) >= 3 and "wg genkey |" not in text
+    (tmp_path / "wg").write_text("#!/bin/sh\nexec cat\n")
+    (tmp_path / "wg").chmod(0o755)
+    environ = {"PATH": f"{os.environ['PATH']}:{tmp_path}"}
+    for line in lines:
+        before = set(tmp_path.iterdir())
+        subprocess.run(
+            ["sh", "-c", f"umask 022; {line}"],
+            cwd=tmp_path, env=environ, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        (made,) = set(tmp_path.iterdir()) - before
+        assert made.stat().st_mode & 0o077 == 0 or made.name == "public.key"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_firewall_lets_its_user_in_and_is_switched_on(readme):
+    rules = re.findall(r"`sudo ufw ([^`]+)`", text_of(readme))
+    assert rules[0] == "allow OpenSSH" and rules[-1] == "enable"
+    assert "allow 51820/udp" in rules and "allow in on wg0" in rules
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_two_ends_of_the_tunnel_fit_together(readme):
+    """Only one listens; the other, behind a router, keeps the way open; both have one MTU."""
+    ends = re.findall(r"^   ```ini\n(.*?)^   ```$", text_of(readme), re.DOTALL | re.MULTILINE)
+    first, second = (dict(re.findall(r"^   (\w+) = (.*)$", end, re.MULTILINE)) for end in ends)
+    assert first["ListenPort"] == "51820" and second["Endpoint"].endswith(":51820")
+    assert first["MTU"] == second["MTU"] == "1280" and second["PersistentKeepalive"] == "25"
+    for one, other in ((first, second), (second, first)):
+        assert one["AllowedIPs"] == other["Address"].replace("/24", "/32")
 
 
 @pytest.mark.parametrize("line", commands("README.md"))
