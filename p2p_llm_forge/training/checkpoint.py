@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import fsync, sha256_of, write_json
 from p2p_llm_forge.training.manifest import (
     FORMAT_VERSION,
@@ -44,6 +44,8 @@ __all__ += [
     "steps_saved",
 ]
 
+LONGEST_LINE = 1000  # about a folder that somebody has named
+
 
 # --- finding the one to resume from ---------------------------------------------------------------
 
@@ -63,7 +65,7 @@ def find(output_dir: Path, resume: str | None) -> Path | None:
         return Path(resume)
     found, skipped = newest_good(output_dir)
     for line in skipped:
-        print(line, file=sys.stderr, flush=True)
+        print(in_one_line(line, LONGEST_LINE), file=sys.stderr, flush=True)
     return found
 
 

@@ -117,6 +117,13 @@ def with_strategy(config: TrainConfig, strategy: Strategy) -> TrainConfig:
 
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     """The same run, its peers kept in step as by `begun`, the configuration in a checkpoint."""
-    of_rounds = OF_DILOCO if begun["sync"] == "diloco" else ()
+    of_rounds = OF_DILOCO if begun.get("sync") == "diloco" else ()
     names = ("sync", "compress", "powersgd_rank", *of_rounds)
-    return replace(config, **{name: begun[name] for name in names})
+    settled = replace(config, **{name: begun[name] for name in names if name in begun})
+    before = {problem.found for problem in config.problems().found}
+    if settled.sync == "auto" or {one.found for one in settled.problems().found} - before:
+        raise ForgeError(
+            "the checkpoint does not say how its peers were kept in step",
+            "name the strategy: --sync ddp or --sync diloco",
+        )
+    return settled

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.forecast import table
-from p2p_llm_forge.training.checkpoint import newest_good, read_state, steps_saved
+from p2p_llm_forge.training.checkpoint import LONGEST_LINE, newest_good, read_state, steps_saved
 from p2p_llm_forge.training.evaluation import evaluate_split
 from p2p_llm_forge.training.forecast import measure_and_forecast
 from p2p_llm_forge.training.job import Job, open_data
@@ -69,7 +69,7 @@ def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[
                 if path or there == steps_saved(output_dir):
                     break
         for line in skipped:
-            print(line, file=sys.stderr, flush=True)
+            print(in_one_line(line, LONGEST_LINE), file=sys.stderr, flush=True)
         return str(path or ""), step
 
     while True:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.links import Links
 from p2p_llm_forge.sync.forecast import Strategy
 from p2p_llm_forge.training import forecast
@@ -21,6 +22,16 @@ def test_auto_takes_of_a_run_by_ddp_no_settings_of_rounds():
     config = forecast.as_begun(auto, begun)
     assert (config.sync, config.compress, config.outer_lr) == ("ddp", "int8", None)
     config.problems().raise_any()
+
+
+@pytest.mark.parametrize(
+    "begun", [{}, {"sync": 5}, {"sync": "auto"}, {"sync": "ddp", "compress": []}]
+)
+def test_auto_refuses_a_checkpoint_that_names_no_strategy(begun):
+    auto = TrainConfig(dataset_path="data", output_dir="run", sync="auto")
+    with pytest.raises(ForgeError, match="does not say how its peers") as error:
+        forecast.as_begun(auto, begun)
+    assert "--sync ddp" in error.value.problems[0].fix
 
 
 def test_auto_takes_of_a_run_by_rounds_all_their_settings():
