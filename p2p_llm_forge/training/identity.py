@@ -32,7 +32,13 @@ def refuse_files_of_others(output_dir: Path) -> None:
     """Raise ForgeError if `output_dir` holds anything, but no run: it is not ours to write into."""
     if RunRecord.read(output_dir) is not None or not output_dir.is_dir():
         return
-    others = sorted(path.name for path in output_dir.iterdir() if not _is_ours(path))
+    try:
+        others = sorted(path.name for path in output_dir.iterdir() if not _is_ours(path))
+    except OSError as error:
+        raise ForgeError(
+            f"--output-dir {output_dir} cannot be read: {error.strerror or error}",
+            "give another folder, or make this one readable",
+        ) from error
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         shown = ", ".join(ascii(name)[1:-1] for name in others[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
     Raises ForgeError; a text that was prepared for a run that is refused leaves no trace then.
     """
     prepared = Path(config.output_dir) / PREPARED
-    was_there = cluster.main_only(prepared.exists)
+    was_there = cluster.main_only(lambda: os.path.lexists(prepared))
     data = open_data(config, cluster)
     job = Job(config, cluster, data, make_plan(config, cluster, data))
 
