@@ -16,7 +16,7 @@ from p2p_llm_forge.peers.signed_stream import Gone
 # How long workers may take to end by themselves, by why they are asked to. Seconds.
 TO_SAVE_S = 600.0  # a machine has come: all save first; an update may take minutes
 TO_EXPLAIN_S = 10.0  # a worker or launcher has ended: the others see it, say so, and end
-TO_END_S = 3.0  # a machine is silent: the others could not even save together
+TO_END_S = 2.0  # a machine is silent: the others could not even save together
 
 GATHERING, RUNNING, STOPPING, ENDED = "gathering", "running", "stopping", "ended"
 USERS_MISTAKE = 2  # exit status of train.py

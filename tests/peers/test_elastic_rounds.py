@@ -87,7 +87,7 @@ def test_a_full_launch_begins_at_once_and_lets_a_further_machine_wait():
     assert course.takes(machines[2])[0]["first_rank"] == 1
 
 
-@pytest.mark.parametrize(("gone", "patience_s"), [(CUT, 10.0), (SILENT, 3.0)])
+@pytest.mark.parametrize(("gone", "patience_s"), [(CUT, 10.0), (SILENT, 2.0)])
 def test_a_lost_machine_stops_the_others_and_the_next_round_begins_without_it(
     trio, gone, patience_s
 ):
