@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -90,6 +91,7 @@ class Pair:
 
 def main() -> int:
     """Measure the arms that are asked for and print a table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts and runs end with it
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mbit", type=float, default=1000)
     parser.add_argument("--pairs", type=int, default=12, metavar="N", help="turns of each")
