@@ -12,6 +12,8 @@ import torch
 
 from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import parse_json
+from p2p_llm_forge.peers.findings import as_sent_by, problems_of_peer
 from p2p_llm_forge.sync.base import STAY_FINITE, SavedSync, Sync, SyncState
 from p2p_llm_forge.sync.strategy import refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.training import checkpoint, snapshot
@@ -147,10 +149,8 @@ class Saving:
         def write(folder: Path) -> None:
             taken.write(folder, self._lm, self._job.data.tokenizer_dir)
             for rank in self._ranks_with_files:
-                answer = json.loads(self._job.cluster.wait_for(f"saved/{step}", rank))
-                if "failure" in answer:
-                    raise ForgeError(*answer["failure"])
-                snapshot.collect_rank_file(output_dir, answer["file"], rank, folder)
+                answer = self._job.cluster.wait_for(f"saved/{step}", rank)
+                snapshot.collect_rank_file(output_dir, file_in(answer, rank), rank, folder)
 
         checkpoint.commit(output_dir, step, write, self._job.config, self._folder.confirm)
 
@@ -162,9 +162,34 @@ class Saving:
         try:
             answer = {"file": snapshot.write_rank_file(self._folder.path, rank, own)}
         except ForgeError as error:
-            answer = {"failure": error.args}
+            one = error.problems[0]
+            answer = {"failure": [one.found, one.fix]}
         finally:  # the main process waits for the answer, whatever happens
             self._job.cluster.post(f"saved/{step}", json.dumps(answer))
+
+
+def file_in(answer: str, rank: int) -> str:
+    """The name of the file that a rank says to have written into the folder of the run.
+
+    Raises ForgeError where it says that it could not, and for what no rank of ours says: a path to
+    another file of this machine, for instance.
+    """
+    with as_sent_by(f"rank {rank}"):
+        said = parse_json(answer)
+        if not isinstance(said, dict) or not said.keys() & {"failure", "file"}:
+            raise ValueError("neither a file nor a failure")
+        if "failure" in said:
+            fields = dict(
+                zip(
+                    ("found", "fix"),
+                    said["failure"] if isinstance(said["failure"], list) else [],
+                    strict=False,
+                )
+            )
+            raise ForgeError.of(problems_of_peer(f"rank {rank}", [{**fields, "where": ""}]))
+        if not snapshot.is_name_of_rank_file(said["file"], rank):
+            raise ValueError("not the name of its file")
+        return said["file"]
 
 
 def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync: Sync) -> None:

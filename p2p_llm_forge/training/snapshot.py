@@ -6,6 +6,7 @@ Tensors are stored as safetensors, everything else as JSON; nothing is pickled.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -81,6 +82,12 @@ def write_rank_file(output_dir: Path, rank: int, own: dict[str, torch.Tensor]) -
     except (OSError, SafetensorError) as error:
         raise not_written(f"rank {rank} could not write {path}", error) from error
     return path.name
+
+
+def is_name_of_rank_file(name: Any, rank: int) -> bool:
+    """Whether `name` is what `write_rank_file` calls a file of this rank, and so no path."""
+    known = re.escape(f"tmp-{rank_file(rank)}.")
+    return isinstance(name, str) and re.fullmatch(f"{known}[0-9a-f]{{8}}", name) is not None
 
 
 def collect_rank_file(output_dir: Path, name: str, rank: int, checkpoint: Path) -> None:

