@@ -22,7 +22,7 @@ from typing import Any
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.elastic_main import BEAT_S, GREETING_S, MainMachine
-from p2p_llm_forge.peers.elastic_rounds import TO_END_S, Rounds
+from p2p_llm_forge.peers.elastic_rounds import TO_END_S, TO_EXPLAIN_S, Rounds
 from p2p_llm_forge.peers.elastic_workers import Workers
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.routes import own_addresses, route_to
@@ -149,11 +149,12 @@ class Peer:
             await asyncio.wait({course, self._asked}, return_when=asyncio.FIRST_COMPLETED)
             if self._asked.done():
                 await self._leave(course)
-                return 128 + self._asked.result()
-            return course.result()
+            status = course.result() if course.done() else 0
+            return 128 + self._asked.result() if self._asked.done() else status
         finally:
             if self._workers:
-                await self._workers.stop(TO_END_S)
+                is_alone = course.done() and course.exception()
+                await self._workers.stop(TO_END_S if is_alone else TO_EXPLAIN_S)
             for task in self._tasks:
                 task.cancel()
             self._stream.close()
@@ -212,8 +213,9 @@ class Peer:
             self._workers.ask_to_stop(wanted)
 
     def _report_idle(self, status: int | None) -> None:
-        port = _free_port(self._own)
-        self._stream.send({"type": "idle", "status": status, "port": port})
+        with contextlib.suppress(OSError):  # the address has gone, and so will the connection
+            port = _free_port(self._own)
+            self._stream.send({"type": "idle", "status": status, "port": port})
 
     def _tell(self, message: Message) -> None:
         if message.get("reason") and not self._is_main:  # there it has been said
