@@ -52,7 +52,7 @@ NAMES_OF_SIZES = {
     # Of the parts that scan, each with a head size of 16.
     8: "mamba_n_heads mamba_num_heads linear_num_key_heads linear_num_value_heads"
     " linear_num_heads index_n_heads",
-    16: "linear_head_dim index_head_dim mamba_d_head mamba_head_dim linear_key_head_dim"
+    16: "linear_head_dim mamba_d_head mamba_head_dim linear_key_head_dim"
     " linear_value_head_dim rotary_dim"
     " mamba_d_state ssm_state_size hidden_size_per_layer_input",
     32: "chunk_size mamba_chunk_size",

@@ -129,8 +129,10 @@ def require_sizes(model_config: Any, where: str, fix: str) -> None:
     transformers builds models without layers or heads, and a hundred million layers for hours.
     """
     problems, text = Problems(), model_config.get_text_config(decoder=True)
+    sizes = text.to_dict()  # xlnet has a property of -1 for its positions
     for name, most in MOST.items():
-        size, own = size_of(text, name), getattr(text, "attribute_map", {}).get(name, name)
+        own = getattr(text, "attribute_map", {}).get(name, name)
+        size = sizes.get(own)
         is_possible = not isinstance(size, int) or 0 < size <= most  # a list is for each layer
         can_be = f"{fix} ({own} can be 1 to {most:,})"
         problems.require(is_possible, f"{own} is {size} {where}", can_be)
@@ -220,7 +222,7 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     for, it is shared among those; a head size that the family leaves open is width over heads.
     """
     own_name = getattr(defaults, "attribute_map", {})
-    sizes = {own_name.get(name, name): size for name, size in sizes.items()}
+    sizes = by_own_names(defaults, sizes)
     for name, size in sizes.items():
         default = size_of(defaults, name)
         if isinstance(size, dict) and isinstance(default, dict):
@@ -242,6 +244,22 @@ def completed(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         part = number("num_kv_shared_layers") / size_of(defaults, "num_hidden_layers")
         sizes["num_kv_shared_layers"] = int(part * number("num_hidden_layers"))
     return sizes
+
+
+def by_own_names(defaults: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes by the family's own names.
+
+    BART and its kin take the usual names for their encoder's: their decoder, which is built, has
+    those sizes too.
+    """
+    own_name, names, result = getattr(defaults, "attribute_map", {}), names_in(defaults), {}
+    for name, size in sizes.items():
+        own = own_name.get(name, name)
+        of_decoder = own.replace("encoder", "decoder")
+        if own not in (name, of_decoder) and of_decoder in names - {*sizes}:
+            result[of_decoder] = size
+        result[own] = size
+    return result
 
 
 def default_heads(defaults: Any) -> int:

@@ -179,3 +179,11 @@ def test_a_family_that_must_have_a_token_of_padding_takes_the_rarest(text):
     config = new_model_config(asked("modernbert-decoder", **SMALL), text)
     assert config.pad_token_id == 299
     assert new_model_config(asked("llama", **SMALL), text).pad_token_id is None
+
+
+def test_usual_names_mean_the_decoder_where_only_that_is_built(text):
+    """BART's num_hidden_layers is that of its encoder."""
+    lm = build_model(asked("bart", **SMALL, decoder_ffn_dim=48), text)
+    assert len(lm.model.decoder.layers) == 2 and lm.config.decoder_attention_heads == 2
+    given = new_model_config(asked("bart", **SMALL, decoder_layers=3), text)
+    assert (given.decoder_layers, given.encoder_layers) == (3, 2)
