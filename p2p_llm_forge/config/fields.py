@@ -117,11 +117,11 @@ def _in_words(hint: Any) -> str:
     return " or ".join(words[kind] for kind in kinds if kind in words) or "a list of texts"
 
 
-def require_above_0(options: Options, problems: Problems, *names: str) -> None:
-    """Each value must be a finite number above 0, or None."""
+def require_above_0(options: Options, problems: Problems, *names: str, most: float = MOST) -> None:
+    """Each value must be a number above 0 and below `most`, or None."""
     for name in names:
         value = getattr(options, name)
-        holds = value is None or 0 < value < MOST
+        holds = value is None or 0 < value < most
         problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -149,7 +150,9 @@ class UpdateOptions(Options):
     seed: int = flag(0, "chooses initial weights, order of data and dropout")
 
     def check(self, problems: Problems) -> None:
-        require_above_0(self, problems, "epochs", "learning_rate")
+        require_above_0(self, problems, "epochs")
+        # However large: weights that it ruins are seen, and not saved.
+        require_above_0(self, problems, "learning_rate", most=math.inf)
         sizes = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
         require_between((1, MOST_BLOCKS), self, problems, *sizes)
         require_at_least(1, self, problems, "max_steps")
