@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
 import itertools
 import math
 import os
+import secrets
+import socket
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.routes import address_of
 
 ECHOES = 8  # round trips that the latency is the median of, after one that warms up
-FIRST_BYTES, LARGEST_BYTES, GROWTH = 16 << 10, 16 << 20, 4
-CHUNKS_AHEAD = 2  # the link stays busy while the receiver's answer travels
-SHORTEST_CHUNK_S = 0.04
-ROUND_TRIPS_OF_A_CHUNK = 4
-CHUNKS_MEASURED = 4  # the least that a rate is taken from
-STOP = 0
+PIECE_BYTES = 256 << 10
+SAMPLE_S, EXACT_S = 0.002, 0.001  # between looks at what has come; the longest that one may take
+SAMPLES_NEEDED = 24
+CONNECT_S, SILENCE_S = 30.0, 10.0
+AGREEMENT = 0.05  # of the middle half of all slopes, at which the measuring ends
 ALL_LINKS_S = 30.0  # what measuring all links may take, about
-LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction
+LINK_S, SHORTEST_LINK_S = 0.5, 0.15  # for one link in one direction, on a quiet machine
+LONGER = 4  # times as long where the rate is not clear by then
 
 
 @dataclass(frozen=True)
@@ -46,24 +52,29 @@ class Links:
 def measure_links(cluster: Cluster) -> Links:
     """Measure every pair of ranks, one link in one direction at a time. All ranks must call.
 
-    Takes about half a second for each, with many ranks less; a link with long round trips more.
+    Takes about a second for each, with many ranks less; a link with long round trips, or between
+    busy machines, more.
     """
     world = cluster.world_size
     budget_s = max(SHORTEST_LINK_S, min(LINK_S, ALL_LINKS_S / max(1, world * (world - 1))))
     latency_s, bytes_per_s = ([[math.nan] * world for _ in range(world)] for _ in range(2))
     if world == 1:
         return Links(latency_s, bytes_per_s)
-    chunk = torch.frombuffer(bytearray(os.urandom(LARGEST_BYTES)), dtype=torch.uint8)
-    with cluster.wire() as wire:
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    own = address_of(name) if name else "127.0.0.1"
+    family = socket.AF_INET6 if ":" in own else socket.AF_INET
+    with socket.create_server((own, 0), family=family) as server, cluster.wire() as wire:
+        facts = {"address": own, "port": server.getsockname()[1], "token": secrets.token_hex(16)}
+        ends = cluster.gather_facts(facts)
         for one, other in itertools.combinations(range(world), 2):
             one_way_s = _latency(cluster, wire, one, other)
             latency_s[one][other] = latency_s[other][one] = one_way_s
             for source, target in ((one, other), (other, one)):
                 rate = math.nan
                 if cluster.rank == source:
-                    _stream(wire, target, chunk)
+                    _stream(str(ends[target]["address"]), ends[target]["port"], ends[source])
                 elif cluster.rank == target:
-                    rate = _time_stream(wire, source, chunk, one_way_s, budget_s)
+                    rate = _time_stream(server, str(ends[source]["token"]), one_way_s, budget_s)
                 bytes_per_s[source][target] = cluster.gather_numbers([rate])[target][0]
     return Links(latency_s, bytes_per_s)
 
@@ -83,56 +94,103 @@ def _latency(cluster: Cluster, wire: dist.ProcessGroup, one: int, other: int) ->
     return cluster.gather_numbers([statistics.median(seconds[1:]) / 2])[one][0]
 
 
-def _stream(wire: dist.ProcessGroup, target: int, chunk: torch.Tensor) -> None:
-    """Send chunks of the sizes that the receiver asks for, until it asks for none."""
-    size = torch.zeros(1, dtype=torch.int64)
-    sent = [wire.send([chunk[:FIRST_BYTES]], target, 0) for _ in range(CHUNKS_AHEAD)]
-    while True:
-        wire.recv([size], target, 0).wait()
-        if size.item() == STOP:
-            break
-        sent.append(wire.send([chunk[: int(size.item())]], target, 0))
-    for work in sent:
-        work.wait()
+def _stream(address: str, port: int, own: dict[str, object]) -> None:
+    """Send as fast as the link takes it, until the receiver has seen enough and closes."""
+    data = os.urandom(PIECE_BYTES)
+    with socket.create_connection((address, port), timeout=CONNECT_S) as stream:
+        stream.settimeout(SILENCE_S)
+        with contextlib.suppress(OSError):
+            stream.sendall(str(own["token"]).encode())
+            while True:
+                stream.sendall(data)
 
 
-def _time_stream(
-    wire: dist.ProcessGroup, source: int, chunk: torch.Tensor, latency_s: float, budget_s: float
-) -> float:
-    """Ask for chunks until the budget is used; the bytes per second of the stream's second half.
+def _time_stream(server: socket.socket, token: str, latency_s: float, budget_s: float) -> float:
+    """The bytes per second that arrive here, once their rate is clear.
 
-    Its start is discarded: a shaper lets a burst through at the speed of the wire, and TCP begins
-    slowly. Chunks grow until one takes several round trips, so that answers cost nothing.
+    Counted is what the kernel has received, whether or not this process has had the time to read
+    it. The start is discarded: a shaper lets a burst through at the speed of the wire, and TCP
+    begins slowly.
     """
-    buffer = torch.empty_like(chunk)
-    chunk_s = max(SHORTEST_CHUNK_S, ROUND_TRIPS_OF_A_CHUNK * 2 * latency_s)
-    budget_s = max(budget_s, 2 * CHUNKS_MEASURED * chunk_s)
-    sizes = [FIRST_BYTES] * CHUNKS_AHEAD
-    works = [wire.recv([buffer[:size]], source, 0) for size in sizes]
-    arrivals: list[tuple[float, int]] = []  # (when, bytes until then)
-    started, total = time.perf_counter(), 0
-    for number, work in enumerate(works):  # grows while it is read
-        work.wait()
-        now = time.perf_counter()
-        last_s = now - (arrivals[-1][0] if arrivals else started)
-        total += sizes[number]
-        arrivals.append((now, total))
-        half = [when for when, _ in arrivals if when - started > (now - started) / 2]
-        is_enough = now - started > budget_s and len(half) > CHUNKS_MEASURED
-        if STOP in sizes:
-            continue  # what is still on its way
-        wanted = sizes[number] * chunk_s / max(last_s, 1e-6)
-        size = STOP if is_enough else int(min(max(wanted, FIRST_BYTES), GROWTH * sizes[-1]))
-        size = min(size, LARGEST_BYTES)
-        wire.send([torch.tensor([size])], source, 0).wait()
-        sizes.append(size)
-        if size != STOP:
-            works.append(wire.recv([buffer[:size]], source, 0))
-    return _slope(started, arrivals)
+    budget_s = max(budget_s, 60 * latency_s)
+    buffer, samples, total = bytearray(PIECE_BYTES), [(time.perf_counter(), 0)], 0
+    with _accepted(server, token) as stream:
+        stream.settimeout(SILENCE_S)
+        started = time.perf_counter()
+        with contextlib.suppress(TimeoutError):
+            while received := stream.recv_into(buffer):
+                total += received
+                if time.perf_counter() < samples[-1][0] + SAMPLE_S:
+                    continue
+                if (sample := _sample(stream, total)) is not None:
+                    samples.append(sample)
+                    if _is_clear(started, samples, budget_s):
+                        break
+    if slopes := _slopes(_second_half(started, samples)):
+        return statistics.median(slopes)
+    return total / (time.perf_counter() - started)
 
 
-def _slope(started: float, arrivals: list[tuple[float, int]]) -> float:
-    """Bytes per second over the second half of the time. arrivals: (when, bytes until then)."""
-    end, total = arrivals[-1]
-    when, before = next(entry for entry in arrivals if entry[0] - started > (end - started) / 2)
-    return (total - before) / (end - when)
+@contextlib.contextmanager
+def _accepted(server: socket.socket, token: str) -> Iterator[socket.socket]:
+    """The connection of the one who knows the token."""
+    server.settimeout(CONNECT_S)
+    while True:
+        stream, _ = server.accept()
+        with stream:
+            stream.settimeout(CONNECT_S)
+            if stream.recv(len(token), socket.MSG_WAITALL).decode(errors="replace") == token:
+                yield stream
+                return
+
+
+def _sample(stream: socket.socket, read: int) -> tuple[float, int] | None:
+    """(when, bytes received until then); None if this process was stopped in between."""
+    now = time.perf_counter()
+    received = read + _unread(stream)
+    return (now, received) if time.perf_counter() < now + EXACT_S else None
+
+
+def _unread(stream: socket.socket) -> int:
+    """The bytes that the kernel has received and this process has not read."""
+    try:
+        import fcntl
+        import termios
+    except ImportError:  # Windows
+        return 0
+    waiting = array.array("i", [0])
+    fcntl.ioctl(stream, termios.FIONREAD, waiting)
+    return waiting[0]
+
+
+def _is_clear(started: float, samples: list[tuple[float, int]], budget_s: float) -> bool:
+    """Whether the rate will hardly change any more, or has taken long enough."""
+    spent = samples[-1][0] - started
+    if spent < budget_s or len(samples) < SAMPLES_NEEDED:
+        return False
+    slopes = _slopes(_second_half(started, samples))
+    if len(slopes) < SAMPLES_NEEDED // 4:
+        return spent > LONGER**2 * budget_s  # so busy is this machine
+    if spent > LONGER * budget_s:
+        return True
+    low, middle, high = statistics.quantiles(slopes, n=4)
+    return high - low < AGREEMENT * middle
+
+
+def _second_half(started: float, samples: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Those in the second half of the time."""
+    end = samples[-1][0]
+    return [sample for sample in samples if sample[0] - started >= (end - started) / 2]
+
+
+def _slopes(samples: list[tuple[float, int]]) -> list[float]:
+    """Bytes per second over every quarter of the time, from each sample on. Their median does not
+    mind moments in which a busy sender sent nothing, nor the burst that comes after."""
+    quarter, slopes, later = (samples[-1][0] - samples[0][0]) / 4, [], 0
+    for when, before in samples:
+        while later < len(samples) and samples[later][0] < when + quarter:
+            later += 1
+        if later == len(samples) or quarter <= 0:
+            break
+        slopes.append((samples[later][1] - before) / (samples[later][0] - when))
+    return slopes

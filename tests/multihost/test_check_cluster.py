@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -69,6 +71,24 @@ def test_four_peers_meet_and_the_slow_link_is_measured(zygote, machines, tmp_pat
     assert len(report["update_s"]) == 4 and min(report["update_s"]) > 0
     assert any("--sync ddp --compress none" in line for line in report["forecast"])
     assert not (tmp_path / "run").exists(), "a check changes nothing"
+
+
+def test_a_slow_link_between_busy_machines_is_measured(zygote, machines, tmp_path):
+    peers = Peers(zygote, machines, tmp_path, 2)
+    work = [PYTHON, "-c", "while True: pass"]
+    with contextlib.ExitStack() as stack:
+        for host in machines[:2]:
+            stack.enter_context(host.slowed("10mbit"))
+        for _ in range(2 * (os.cpu_count() or 1)):
+            busy = subprocess.Popen(work)
+            stack.callback(busy.wait)
+            stack.callback(busy.kill)
+        peers.meet("--json", "--peer-timeout=120")
+        statuses, printed = peers.end()
+    assert set(statuses.values()) == {WORKS}, printed
+    rates = json.loads(printed[1][printed[1].index("{\n") :])["bytes_per_s"]
+    for rate in (rates[0][1], rates[1][0]):
+        assert rate * 8 == pytest.approx(10e6, rel=0.2)
 
 
 def test_accelerate_launch_starts_the_same_check(machines, tmp_path):
