@@ -54,6 +54,8 @@ class Case:
         words += [f"--world-size={len(machines)}", f"--master-addr={machines[0].address}"]
         words += [f"--master-port={29500 + number}", f"--peer-timeout={PEER_TIMEOUT_S}"]
         words += ["--rendezvous-timeout=600"]  # many start at once here
+        if victim:  # signed heartbeats and encrypted rows are waited for alike
+            words += [f"--cluster-secret-file={tmp_path / 'cluster.secret'}"]
         for rank, host in enumerate(machines):
             held = {"HELD": where, "MARK": str(self.mark)} if rank == victim else {}
             held |= {"SCRIPT": script}
@@ -90,6 +92,8 @@ class Case:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_all_others_end_in_time_and_name_the_host_that_vanished(zygote, prepared, tmp_path, victim):
     phases = [phase for phase in PHASES if victim == 0 or phase not in OF_MAIN]
+    (tmp_path / "cluster.secret").write_text("of this cluster, and of no other")
+    (tmp_path / "cluster.secret").chmod(0o600)
     began = time.monotonic()
     with hosts(3) as machines:
         cases = [
