@@ -170,6 +170,10 @@ class Liveness:
                 return gone
         raise AssertionError("pauses() never ends")
 
+    def silent(self) -> list[int]:
+        """The ranks that nobody needs to wait for in a farewell."""
+        return [r for r, peer in self._peers.items() if peer.silent_s > self.timeout_s / 2]
+
     def has_left(self, rank: int) -> bool:
         """Whether a rank has ended and said so."""
         return rank != self.rank and bool(self._peers[rank].end)

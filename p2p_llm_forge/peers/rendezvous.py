@@ -337,7 +337,7 @@ def _reach(
 
 def _publish(endpoint: Endpoint, peers: Liveness, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
-    store, lost = peers.store, getattr(peers.loss, "ranks", [])
+    store, lost = peers.store, peers.silent()
     with contextlib.suppress(StoreLost):
         if _published(endpoint, store) is None:
             texts = json.dumps([vars(found) for found in failures("peers", error)])
