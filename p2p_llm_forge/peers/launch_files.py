@@ -209,8 +209,8 @@ def _judge_devices(file: LaunchFile, gpus: int) -> Judgements:
         found = f"gpu_ids {ids} names {listed} GPU(s) for {here} processes on this machine"
         yield failure, found, "write `gpu_ids: all`, or name one for each process"
     elif not gpus:
-        found = "is for GPUs, and this machine has none that torch can use: it will train on CPUs"
-        fix = "write `use_cpu: true`, or install the driver and torch's build for this GPU"
+        found = "is for GPUs, and this machine has none that torch can use: train.py refuses that"
+        fix = "write `use_cpu: true`, add --cpu, or install the driver and torch's build for a GPU"
         yield warning, found, fix
     elif here != gpus and listed is None:
         found = f"starts {here} process(es) here, and this machine has {gpus} GPU(s)"
@@ -238,8 +238,8 @@ def _judge_ignored(file: LaunchFile) -> Judgements:
         fix = 'take it out; for peers that come and go see README, "When peers come and go"'
         yield warning, f"rdzv_backend {backend} is not read from the file", fix
     if file.keys.get("dynamo_config") or file.keys.get("dynamo_backend"):
-        found = "dynamo settings compile the whole wrapped model, loss and all"
-        yield warning, found, "take them out and train with --compile"
+        found = "dynamo settings are taken as --compile is, on the machines of this file only"
+        yield warning, found, "take them out and train with --compile on all machines"
     if file.keys.get("debug"):
         yield warning, "debug: true checks every exchange", "write false"
     if file.keys.get("mpirun_config"):
