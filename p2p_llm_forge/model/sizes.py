@@ -130,10 +130,15 @@ def require_sizes(model_config: Any, where: str, fix: str) -> None:
     """
     problems, text = Problems(), model_config.get_text_config(decoder=True)
     sizes = text.to_dict()  # xlnet has a property of -1 for its positions
+    try:
+        defaults = type(text)()  # where -1 or 0 may mean: no limit, or none of these
+    except Exception:  # whatever a family raises that needs to be told more
+        defaults = None
     for name, most in MOST.items():
         own = getattr(text, "attribute_map", {}).get(name, name)
         size = sizes.get(own)
         is_possible = not isinstance(size, int) or 0 < size <= most  # a list is for each layer
+        is_possible = is_possible or size == size_of(defaults, name)
         can_be = f"{fix} ({own} can be 1 to {most:,})"
         problems.require(is_possible, f"{own} is {size} {where}", can_be)
     problems.raise_any()
