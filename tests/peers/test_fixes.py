@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+from dataclasses import replace
+
 import pytest
 import yaml
 
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.findings import FINE
+from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.launch_files import judge_launch_file, judge_together, read_launch_file
+from p2p_llm_forge.peers.rendezvous import choose_endpoint
+from p2p_llm_forge.peers.secret import read_secret
+from tests.ports import free_port
 
 GOOD = {
     "compute_environment": "LOCAL_MACHINE",
@@ -109,3 +121,48 @@ def test_the_fix_of_files_that_do_not_belong_together_makes_them_one_launch(tmp_
 
     assert any(fix in finding.fix for finding in together(mistake))
     assert together({}) == []
+
+
+def test_the_fixes_of_a_secret_make_one_that_is_taken(tmp_path, monkeypatch):
+    """Missing, too short, open to others: each command is run as it is printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def follow(pattern):
+        with pytest.raises(ForgeError) as refused:
+            read_secret("cluster.secret")
+        (command,) = re.findall(pattern, refused.value.problems[0].fix)
+        subprocess.run(["sh", "-c", f"umask 022; {command}"], check=True)
+
+    follow(r"`(.*?)`")
+    assert len(read_secret("cluster.secret") or b"") == 64
+    (tmp_path / "cluster.secret").write_text("short")
+    follow(r"`(.*?)`")
+    (tmp_path / "cluster.secret").chmod(0o644)
+    follow(r"(chmod 600 \S+)")
+    assert len(read_secret("cluster.secret") or b"") == 64
+
+
+def test_the_fixes_of_a_port_and_a_name_lead_to_the_main_machine():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = addresses.judge_own_port(port)
+        assert found.level != FINE and "choose another port" in found.fix
+    assert addresses.judge_own_port(free_port()).level == FINE
+    refused = addresses.judge_reach(
+        addresses.probe("127.0.0.1", port), "127.0.0.1", port, "127.0.0.1"
+    )
+    assert "start machine 0 first" in refused.fix
+    with socket.create_server(("127.0.0.1", port)):
+        state = addresses.probe("127.0.0.1", port)
+        assert addresses.judge_reach(state, "127.0.0.1", port, "127.0.0.1").level == FINE
+    (name,) = addresses.judge_name("localhost", machines=2)
+    assert "write the address of machine 0" in name.fix
+    assert [one.level for one in addresses.judge_name("10.0.0.1", machines=2)] == [FINE]
+
+
+def test_the_fix_of_an_interface_that_is_not_there_is_to_choose_none():
+    launch = Launch(rank=1, world_size=2, master_addr="127.0.0.1", gloo_interface="none0")
+    with pytest.raises(ForgeError) as refused:
+        choose_endpoint(TrainConfig(), launch, {"GLOO_SOCKET_IFNAME": "none0"})
+    assert "unset GLOO_SOCKET_IFNAME" in refused.value.problems[0].fix
+    assert choose_endpoint(TrainConfig(), replace(launch, gloo_interface=None), {}) is not None
