@@ -87,7 +87,7 @@ def test_another_program_at_the_main_port_is_reported_within_the_deadline(zygote
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         port = silent.getsockname()[1]
-        flags = ["--world-size=2", "--rank=1", "--master-addr=127.0.0.1", "--peer-timeout=1"]
+        flags = ["--world-size=2", "--rank=1", "--master-addr=127.0.0.1", "--rendezvous-timeout=1"]
         pid = zygote.start([*flags, f"--master-port={port}", "--json"], log, script="check_cluster")
         assert zygote.wait(pid, 30) == 1
     report = json.loads(log.read_text())

@@ -100,7 +100,14 @@ def test_a_lock_is_held_while_entered_and_gone_afterwards(tmp_path):
     with only_writer(path, "the folder") as lock:
         lock.confirm()
         assert len(holders(path)) == 1
-    assert not path.exists() and os.listdir(tmp_path / "new") == []
+        (tmp_path / "new" / "made meanwhile").touch()
+    assert os.listdir(tmp_path / "new") == ["made meanwhile"]
+
+
+def test_a_folder_that_was_made_for_a_lock_goes_with_it(tmp_path):
+    with only_writer(tmp_path / "new" / "run.lock", "the folder"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_of_one_process_do_not_share_it(tmp_path):

@@ -46,6 +46,7 @@ class Zygote:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.preloaded"])
         self._runs: dict[int, BaseProcess] = {}
+        self._statuses: dict[int, int] = {}  # of those that have ended
 
     def start(self, argv: list[str], log: Path, environ: dict | None = None, **how: Any) -> int:
         """Start `train.py argv`, or another script; the fields of `Start` say how. Its pid."""
@@ -58,15 +59,19 @@ class Zygote:
     def wait(self, pid: int, idle_s: float = 60.0) -> int:
         """The status of a run that has ended: its exit status, or minus the signal's number."""
         wait_until(lambda: self.has_ended(pid), idle_s)
-        return self._runs[pid].exitcode
+        return self._statuses[pid]
 
     def has_ended(self, pid: int) -> bool:
         """Whether the run has ended by now."""
-        return not self._runs[pid].is_alive()
+        if pid in self._runs and not self._runs[pid].is_alive():
+            process = self._runs.pop(pid)
+            self._statuses[pid] = process.exitcode
+            process.close()  # it holds two files
+        return pid in self._statuses
 
     def close(self) -> None:
         """End what still runs."""
-        for pid in self._runs:
+        for pid in list(self._runs):
             if not self.has_ended(pid):
                 os.kill(pid, signal.SIGKILL)
                 self.wait(pid)
@@ -82,6 +87,8 @@ def _become(start: Start) -> None:
         os.dup2(source, target)
     # The fork server's own may have read ahead. As Python opens it: no newline is translated.
     sys.stdin = open(0, newline="\n", closefd=False)  # noqa: SIM115
+    # The fork server's own takes what it writes to for what it was: perhaps a file, now a terminal.
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     multiprocessing.set_start_method(None, force=True)  # the system's own again
     # As in a terminal: shells let what they start in the background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

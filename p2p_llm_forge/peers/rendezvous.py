@@ -185,13 +185,14 @@ def open_store(endpoint: Endpoint) -> Store:
     options |= {"world_size": endpoint.world_size, "is_master": listener is not None}
     options |= {"timeout": datetime.timedelta(seconds=endpoint.timeout_s)}
     options |= {"wait_for_workers": False, "multi_tenant": True}
-    # In a thread: where something else listens and never answers, torch (2.13) waits for ever.
+    # In a thread: where something else listens and never answers, torch (2.13) waits for ever. It
+    # also asks for the names of addresses, which takes 10 s where a name server is out of reach.
     opened = in_thread(lambda: dist.TCPStore(host, port, **options))
     try:
-        client = opened.result(endpoint.peer_timeout_s)
+        client = opened.result(endpoint.timeout_s)
         return Store(client, endpoint.rank, max(endpoint.peer_timeout_s, SHORTEST_TIMEOUT_S))
     except (futures.TimeoutError, dist.DistError, RuntimeError) as error:
-        reason = str(error) or f"no answer for {endpoint.peer_timeout_s:.0f} s"
+        reason = str(error) or f"no answer for {endpoint.timeout_s:.0f} s"
         found = f"rank {endpoint.rank}: what answers at {endpoint.main} is not rank 0 of a run"
         raise refusal(
             "rendezvous",

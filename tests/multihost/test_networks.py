@@ -37,8 +37,9 @@ def test_a_black_hole_is_named_and_its_fix_opens_the_way(zygote, tmp_path):
         statuses, printed = meet(zygote, machines, tmp_path / "before")
         assert statuses == [WILL_NOT_WORK] * 2, printed
         for text in printed:
-            (found,) = re.findall(r"FAILED mtu between (.*?) fix: (.*?\.) For WireGuard", text)
-            both, fix = found
+            found = re.findall(r"FAILED mtu between (.*?) fix: (.*?\.) For WireGuard", text)
+            assert len(found) == 1, text
+            both, fix = found[0]
             for number, host in enumerate(machines):
                 assert f"rank {number} ({host.name})" in both
         steps = re.findall(r"on (\S+): sudo (.*?)[;.]", fix)

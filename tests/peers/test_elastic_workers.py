@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers import elastic_workers
 from p2p_llm_forge.peers.elastic_workers import Workers, environ_of
 from p2p_llm_forge.peers.launch import read_launch
@@ -18,12 +19,8 @@ START = {
 }
 
 
-class NoConfig:
-    world_size = rank = master_addr = master_port = None
-
-
 def test_the_environment_is_what_train_py_reads():
-    launch = read_launch(NoConfig(), environ_of(START, 2, 1))
+    launch = read_launch(TrainConfig(), environ_of(START, 2, 1))
     assert (launch.rank, launch.world_size, launch.local_rank, launch.machines) == (3, 4, 1, 2)
     assert (launch.master_addr, launch.master_port) == ("10.0.0.1", 29999)
     assert launch.is_elastic and launch.run_id == "of this launch"
