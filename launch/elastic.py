@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from p2p_llm_forge.errors import ForgeError, Problems, nearest, run_script
 from p2p_llm_forge.peers.elastic import DEFAULT_PORT, ElasticLaunch, run_elastic
+from p2p_llm_forge.peers.launcher import value_of
 
 AT_LEAST = {"port": 1, "processes": 1, "min_peers": 1, "max_peers": 1, "max_restarts": 0}
 ABOVE_0 = ("last_call", "join_timeout", "lost_after")
@@ -119,8 +120,8 @@ def parse(words: list[str]) -> ElasticLaunch:
 def with_secret(launch: ElasticLaunch) -> ElasticLaunch:
     """The launch with one secret for launcher and script, whichever of the two was given it."""
     settings, script = dict(vars(launch)), list(launch.script)
-    of_script = value_of(script, "cluster_secret_file")
-    settings["secret_file"] = launch.secret_file or of_script
+    of_script = value_of("cluster_secret_file", script)
+    settings["secret_file"] = launch.secret_file or of_script or None
     if launch.secret_file and not of_script:
         script += ["--cluster-secret-file", launch.secret_file]
     is_public = any(word.replace("_", "-") == "--allow-public-address" for word in script)
@@ -128,15 +129,6 @@ def with_secret(launch: ElasticLaunch) -> ElasticLaunch:
         script += ["--allow-public-address"]
     settings |= {"script": script, "allow_public_address": launch.allow_public_address or is_public}
     return ElasticLaunch(**settings)
-
-
-def value_of(words: list[str], name: str) -> str | None:
-    """What a command line gives to a flag, written with dashes or underscores."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        flag, _, value = word.partition("=")
-        if flag.lstrip("-").replace("-", "_") == name and flag.startswith("--"):
-            return value or following
-    return None
 
 
 def main() -> int:

@@ -80,3 +80,15 @@ def test_a_mistake_is_one_message_and_status_2_and_nothing_heavy_is_imported():
     assert done.returncode == 2 and printed[0].startswith("error: the main address nowhere.invalid")
     assert printed[1].startswith("  fix: ") and len(printed) == 2
     assert "asyncio" in done.stderr and "torch" not in done.stderr
+
+
+def test_of_a_flag_given_twice_the_last_value_counts_as_for_the_script(launcher):
+    words = ["train.py", "--cluster-secret-file", "a", "--cluster_secret_file=b"]
+    launch = launcher.parse(["--main", "10.0.0.1", *words])
+    assert (launch.secret_file, launch.script) == ("b", words)
+
+
+def test_the_launcher_does_not_wait_for_torch():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code, str(LAUNCHER)]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"

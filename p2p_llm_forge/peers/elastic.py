@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.peers import addresses
 from p2p_llm_forge.peers.elastic_main import BEAT_S, GREETING_S, MainMachine
 from p2p_llm_forge.peers.elastic_rounds import TO_END_S, TO_EXPLAIN_S, Rounds
@@ -31,6 +31,7 @@ from p2p_llm_forge.peers.signed_stream import Gone, Message, SignedStream, Stran
 
 DEFAULT_PORT = 29600
 RETRY_S = 0.5
+LONGEST_LINE = 2000  # characters of what is said about the launch
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -299,6 +300,6 @@ def _free_port(address: str) -> int:
 
 
 def say(text: str) -> None:
-    """A line about the launch, beside the output of the workers."""
+    """A line about the launch, of which a part may come from others; beside the workers' output."""
     with contextlib.suppress(OSError):
-        print(f"elastic: {text}", flush=True)
+        print(f"elastic: {in_one_line(text, LONGEST_LINE)}", flush=True)

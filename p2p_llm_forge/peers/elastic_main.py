@@ -9,14 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import socket
 import time
+from collections import Counter
+from collections.abc import Iterator
 
 from p2p_llm_forge.peers.elastic_rounds import ENDED, Member, Rounds
+from p2p_llm_forge.peers.routes import own_addresses
 from p2p_llm_forge.peers.signed_stream import Gone, Message, SignedStream, Stranger
 
 GREETING_S = 10.0  # that a stranger may hold a connection
-LISTED = 100  # strangers that are named, and connections that may be greeting at once
+LISTED = 100  # strangers that are named
+# Connections that may be greeting at once: of one address, and of all others together, which leaves
+# this process files to open (1024 on most systems). Those of this machine are not counted.
+GREETINGS, ALL_GREETINGS = 8, 512
+SCOPE = re.compile(r"[\w.-]{1,15}", re.ASCII)  # the interface of a link-local address
 BEAT_S = 1.0
 FAREWELL_S = 5.0
 
@@ -31,7 +39,7 @@ class MainMachine:
         self.rounds = rounds
         self._secret, self._lost_after_s = secret, lost_after_s
         self._refused: set[str] = set()
-        self._greeting = 0
+        self._greeting: Counter[str] = Counter()  # by address
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve until the task is cancelled."""
@@ -61,6 +69,8 @@ class MainMachine:
         except Gone as error:
             if member:
                 self.rounds.left(member, error, time.monotonic())
+            elif error.is_silent:  # one that ends at once may be a launcher's look at the port
+                self._refuse(stream.address, str(error))
         finally:
             if member in self.rounds.members:
                 self.rounds.left(member, Gone("what it sent made no sense"), time.monotonic())
@@ -68,14 +78,9 @@ class MainMachine:
 
     async def _greet(self, stream: SignedStream) -> Member | None:
         """A new member, once it has proven that it may be here."""
-        if self._greeting >= LISTED:
-            return None
-        self._greeting += 1
-        try:
+        with self._counted(stream.address):
             await stream.greet(self._secret, GREETING_S)
             member = as_member(await stream.receive(GREETING_S), stream)
-        finally:
-            self._greeting -= 1
         rounds = self.rounds
         reason = f"the launch has ended with status {rounds.status}"
         if rounds.members and member.processes != rounds.members[0].processes:
@@ -88,6 +93,20 @@ class MainMachine:
         with contextlib.suppress(Gone):
             await stream.receive(GREETING_S)
         return None
+
+    @contextlib.contextmanager
+    def _counted(self, address: str) -> Iterator[None]:
+        """Count a greeting while it lasts. Raises Stranger if there are too many."""
+        if address.split("%")[0] in own_addresses():
+            yield
+            return
+        if self._greeting[address] >= GREETINGS or self._greeting.total() >= ALL_GREETINGS:
+            raise Stranger("too many connections at once have not said who they are")
+        self._greeting[address] += 1
+        try:
+            yield
+        finally:
+            self._greeting -= Counter([address])  # which drops a zero
 
     async def _listen(self, stream: SignedStream, member: Member) -> None:
         """Take what a member reports, until it is gone."""
@@ -110,10 +129,18 @@ class MainMachine:
 
 def as_member(join: Message, stream: SignedStream) -> Member:
     """What a launcher says of its machine. Raises Stranger if it says nothing that can be."""
+    said, processes = join.get("address"), join.get("processes")
     try:
-        address, processes = str(ipaddress.ip_address(join["address"])), int(join["processes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Stranger("it does not say which machine it is") from error
+        address = ipaddress.ip_address(said) if isinstance(said, str) else None
+    except ValueError:
+        address = None
+    scope = getattr(address, "scope_id", None)  # Python takes any text as one
+    if (
+        address is None
+        or type(processes) is not int
+        or not (scope is None or SCOPE.fullmatch(scope))
+    ):
+        raise Stranger("it does not say which machine it is")
     if not 1 <= processes <= 1024:
         raise Stranger(f"it says that it has {processes} processes")
-    return Member(address, processes, join.get("is_main") is True, stream.send)
+    return Member(str(address), processes, join.get("is_main") is True, stream.send)

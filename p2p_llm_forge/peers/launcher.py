@@ -113,7 +113,7 @@ def launch_words(cmdline: Sequence[str], of_script: int) -> list[str] | None:
 
 
 def value_of(name: str, words: Sequence[str]) -> str | None:
-    """The last value that is given to a flag of `accelerate launch`, with dashes or underscores."""
+    """The last value that is given to a flag, which is written with dashes or underscores."""
     value = None
     for word, following in zip(words, [*words[1:], ""], strict=False):
         flag, is_joined, joined = word.partition("=")

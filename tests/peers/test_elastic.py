@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.elastic import ElasticLaunch, find_place, run_elastic
+from p2p_llm_forge.peers.elastic import ElasticLaunch, find_place, run_elastic, say
 from tests.ports import free_port
 
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.1"  # the second is for documentation only (RFC 5737)
@@ -84,3 +84,10 @@ def test_another_program_at_the_main_port_is_named(says, found):
 
     with pytest.raises(ForgeError, match=found):
         asyncio.run(run())
+
+
+def test_what_is_said_is_one_line_whoever_wrote_it(capsys):
+    say("lost fe80::1%\x1b[31m\nerror: your disk is broken" + "x" * 10**5)
+    printed = capsys.readouterr().out
+    assert printed.startswith("elastic: lost fe80::1% error: your") and "\x1b" not in printed
+    assert printed.count("\n") == 1 and len(printed) < 3000
