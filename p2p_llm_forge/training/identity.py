@@ -10,7 +10,7 @@ from p2p_llm_forge.data.dataset import looks_like_prepared
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
 from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
-from p2p_llm_forge.training.run_record import METRICS, RUNS, RunRecord
+from p2p_llm_forge.training.run_record import METRICS, RunRecord
 
 LOCK = "run.lock"
 PREPARED = "prepared"  # the dataset that is made of a text, by the rules of data/prepare.py
@@ -95,16 +95,21 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -
 
     To be called when all else is known to work. Raises ForgeError for a folder not writable.
     """
+    metrics = output_dir / METRICS
+    if os.path.lexists(metrics) and not metrics.is_file():
+        raise ForgeError(
+            f"{metrics} is no file of this run, so its figures cannot be put in its place",
+            "move it out of --output-dir",
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
         record = RunRecord.read(output_dir)
         if overwrite:
             remove_run(output_dir, record or RunRecord({}))
-        there = {name for name in (METRICS, RUNS) if os.path.lexists(output_dir / name)}
         kept = {n for n in (record.wrote if record else ()) if os.path.lexists(output_dir / n)}
         # What is there and was not written by a run of ours is somebody else's, also from now on.
-        wrote = kept | {METRICS, RUNS} - there
+        wrote = kept if os.path.lexists(metrics) else kept | {METRICS}
         RunRecord(identity, frozenset(wrote)).write(output_dir)
     except OSError as error:
         raise ForgeError(

@@ -33,7 +33,6 @@ LEFTOVER = re.compile(
     re.ASCII,
 )
 PARTIAL = re.compile(r"tmp-(?P<name>.+)\.\d+\.\d+", re.ASCII)
-OF_TRACKER = re.compile(r"events\.out\.tfevents\..+|hparams\.yml")
 
 
 def is_leftover(name: str, wrote: Iterable[str] = ()) -> bool:
@@ -126,9 +125,9 @@ def remove_run(output_dir: Path, record: RunRecord) -> None:
     remove(output_dir, steps_saved(output_dir))
     for name in record.wrote:
         path = output_dir / name
-        if path.is_file() and not path.is_symlink() and not CHECKPOINT.fullmatch(name):
+        is_named = "/" not in name and not CHECKPOINT.fullmatch(name)
+        if is_named and path.is_file() and not path.is_symlink():
             path.unlink()
-    if RUNS in record.wrote and not (output_dir / RUNS).is_symlink():
-        events = files_in(output_dir / RUNS)
-        erase(output_dir / RUNS, [f for f in events if OF_TRACKER.fullmatch(Path(f).name)])
+    if events := [name[len(RUNS) + 1 :] for name in record.wrote if "/" in name]:
+        erase(output_dir / RUNS, events)
     fsync(output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -106,9 +107,14 @@ class RunFolder:
         except OSError as error:
             for name in names:
                 (self.path / f"tmp-{name}.{os.getpid()}.0").unlink(missing_ok=True)
+            fix = f"make {self.path} writable"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                fix = "make room on the disk"
+            elif folders := [name for name in names if (self.path / name).is_dir()]:
+                fix = f"move the folder {self.path / folders[0]} out of --output-dir"
             raise ForgeError(
                 f"{what} could not be written into {self.path}: {error.strerror or error}",
-                "make room on the disk and use --resume auto: nothing is trained again",
+                f"{fix} and use --resume auto: nothing is trained again",
             ) from error
 
 

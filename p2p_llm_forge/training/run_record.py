@@ -15,7 +15,7 @@ from typing import Any
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import read_json, write_json
-from p2p_llm_forge.shapes import is_count
+from p2p_llm_forge.shapes import is_count, is_path_inside
 
 RUN = "run.json"
 FORMAT_VERSION = 1
@@ -24,14 +24,14 @@ CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)", re.ASCII)
 
 # What earlier versions, which kept no such record, have put beside their checkpoints.
 UNRECORDED = (
-    *(METRICS, RUNS, "all_results.json", "README.md", "config.json", "generation_config.json"),
+    *(METRICS, "all_results.json", "README.md", "config.json", "generation_config.json"),
     *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
 )
 
 
 def is_name(value: Any) -> bool:
-    """Whether a JSON value names something in a folder, and nothing outside it."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
+    """Whether a JSON value names something in a run's folder, or a file below its runs/."""
+    return is_path_inside(value) and ("/" not in value or value.startswith(f"{RUNS}/"))
 
 
 SHAPE = {"format_version": is_count, "identity": dict, "wrote": (None, [is_name])}
@@ -39,7 +39,7 @@ SHAPE = {"format_version": is_count, "identity": dict, "wrote": (None, [is_name]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What run.json holds. wrote: names of files and folders in the run's folder."""
+    """What run.json holds. wrote: names in the run's folder, and runs/PATH of trackers."""
 
     identity: dict[str, Any]
     wrote: frozenset[str] = field(default_factory=frozenset)

@@ -21,8 +21,9 @@ from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
 from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import build_learner, new_model, prime
+from p2p_llm_forge.training.learner import Learner, build_learner, new_model, prime
 from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
+from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
@@ -47,15 +48,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     learner = build_learner(job, folder.checkpoint)
     state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
     blocks = cluster.together(job.data.train_blocks)
-    replica = Replica(
-        learner.model,
-        learner.lm,
-        learner.optimizer,
-        total_steps=plan.total_steps,
-        steps_done=state["step"],
-        tokens_per_update=plan.tokens_per_update,
-    )
-    sync = build_strategy(job.config, cluster, replica)
+    sync = build_strategy(job.config, cluster, replica_of(learner, plan, state["step"]))
     prime(job, learner, sync, blocks)
     if saved := folder.checkpoint:
         cluster.together(lambda: resume(saved, state, job, learner, sync))
@@ -89,6 +82,18 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         yield run
     finally:
         run.close()
+
+
+def replica_of(learner: Learner, plan: Plan, steps_done: int) -> Replica:
+    """What a strategy needs to know of this process's model and of the run."""
+    return Replica(
+        learner.model,
+        learner.lm,
+        learner.optimizer,
+        total_steps=plan.total_steps,
+        steps_done=steps_done,
+        tokens_per_update=plan.tokens_per_update,
+    )
 
 
 def settle_strategy(job: Job, checkpoint: Path | None) -> Job:

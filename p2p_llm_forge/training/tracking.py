@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +17,16 @@ from tqdm import tqdm
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
-from p2p_llm_forge.files import write_file
+from p2p_llm_forge.files import files_in, parse_json, write_file
 from p2p_llm_forge.peers.addresses import is_loopback, resolve
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import Launch
+from p2p_llm_forge.shapes import is_count, require_shape
 from p2p_llm_forge.training.plan import Plan
-from p2p_llm_forge.training.run_record import METRICS
+from p2p_llm_forge.training.run_record import METRICS, RUNS, put_on_record
 
 PLAIN_LINE_INTERVAL_S = 5.0
+OF_TRACKER = re.compile(r"events\.out\.tfevents\..+|hparams\.yml")
 
 
 class Silent:
@@ -99,11 +102,21 @@ class Tracking(Silent):
             folder, settings = self._config.output_dir, as_dict(self._config)
             settings |= {k: str(v) for k, v in settings.items() if not isinstance(v, int | float)}
             self._accelerator.log_with = filter_trackers(self._tracker_names, folder)
-            self._accelerator.init_trackers("runs", config=settings)
+            before = self._events()
+            self._accelerator.init_trackers(RUNS, config=settings)
+            with self._surviving("run.json"):
+                put_on_record(Path(folder), self._events() - before)
             self._opened.callback(self._accelerator.end_training)
         is_hidden = not sys.stderr.isatty()
         bar = tqdm(initial=first_step, total=total_steps, unit="step", disable=is_hidden)
         self._bar = self._opened.enter_context(bar)
+
+    def _events(self) -> set[str]:
+        """TensorBoard's files, as run.json names them. Other trackers write elsewhere."""
+        if "tensorboard" not in self._tracker_names:
+            return set()
+        found = files_in(Path(self._config.output_dir) / RUNS)
+        return {f"{RUNS}/{name}" for name in found if OF_TRACKER.fullmatch(Path(name).name)}
 
     def step(self) -> None:
         """One more update is done."""
@@ -197,12 +210,13 @@ def tracker_names(report_to: str) -> list[str]:
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, and a torn last one: they come again."""
+    """Drop the lines of metrics.jsonl after `step`, which come again, and damaged ones."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            require_shape(figures := parse_json(line), {"step": is_count})
+            if line.endswith("\n") and figures["step"] <= step:
                 kept.append(line)
     write_file(path, "".join(kept))

@@ -9,6 +9,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.identity import claim, refuse_another_run, settings_changed
 from p2p_llm_forge.training.run_record import RUN
+from tests.folders import tree
 from tests.training.saved import writer
 
 
@@ -48,6 +49,17 @@ def test_an_output_directory_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ForgeError, match="cannot be written"):
         claim(tmp_path / "file" / "run", {})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_the_place_of_the_figures_is_refused(tmp_path, overwrite):
+    claim(tmp_path, {})
+    (tmp_path / "metrics.jsonl").mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(ForgeError, match="metrics.jsonl is no file of this run") as error:
+        claim(tmp_path, {}, overwrite)
+    assert error.value.problems[0].fix == "move it out of --output-dir"
+    assert tree(tmp_path) == before
 
 
 def test_a_broken_run_file_is_told(tmp_path):

@@ -90,11 +90,29 @@ def test_a_run_is_removed_by_what_it_has_put_on_record(saved):
     (events / "events.out.tfevents.17.host.1.0").write_text("")
     (saved / "runs" / "hparams.yml").write_text("")
     (saved / "checkpoint-4" / "manifest.json").unlink()
-    record = RunRecord({}, frozenset([*names, "runs", "checkpoint-4"]))
+    events_named = ("runs/17.5/events.out.tfevents.17.host.1.0", "runs/hparams.yml")
+    record = RunRecord({}, frozenset([*names, *events_named, "checkpoint-4"]))
     remove_run(saved, record)
     assert sorted(path.name for path in saved.iterdir()) == [
         *("checkpoint-4", "config.json", "notes.txt", "run.json")
     ]
+
+
+def test_events_of_others_and_what_a_link_leads_to_outlive_a_run(saved, tmp_path_factory):
+    beyond = tmp_path_factory.mktemp("beyond")
+    mine, ours = "user/events.out.tfevents.1.user", "17/events.out.tfevents.17.host.1.0"
+    for file in (saved / "runs" / mine, saved / "runs" / ours, beyond / "hparams.yml"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    (saved / "runs" / "18").symlink_to(beyond)
+    names = ("runs", f"runs/{ours}", "runs/18/hparams.yml")
+    remove_run(saved, RunRecord({}, frozenset(names)))
+    assert (saved / "runs" / mine).exists() and (beyond / "hparams.yml").exists()
+    assert not (saved / "runs" / "17").exists()
+    (saved / "runs").rename(beyond / "runs")
+    (saved / "runs").symlink_to(beyond / "runs")
+    remove_run(saved, RunRecord({}, frozenset([f"runs/{mine}"])))
+    assert (beyond / "runs" / mine).exists()
 
 
 def test_what_a_kill_leaves_of_a_replacement_is_cleared_but_for_what_others_put_there(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 from dataclasses import replace
 
@@ -55,6 +57,23 @@ def test_the_published_model_is_without_the_state_of_training(open_small_job):
         folder.publish(saved)
         files = sorted(path.name for path in folder.path.iterdir() if path.is_file())
         assert files == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [
+        *((errno.ENOSPC, "make room"), (errno.EDQUOT, "make room")),
+        *((errno.EACCES, "make .* writable"), (errno.EISDIR, "move the folder .*/config.json out")),
+    ],
+)
+def test_the_fix_of_a_failed_write_fits_what_failed(open_small_job, code, fix):
+    with run_folder(open_small_job()) as folder:
+        folder.claim()
+        with pytest.raises(ForgeError) as error, folder._writing("the model", ["config.json"]):
+            if code == errno.EISDIR:
+                (folder.path / "config.json").mkdir()
+            raise OSError(code, "as the disk says")
+        assert re.match(fix, error.value.problems[0].fix)
 
 
 def test_a_run_whose_folder_is_taken_over_ends_and_writes_nothing_more(

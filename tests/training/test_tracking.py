@@ -11,6 +11,8 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.training import tracking as tracking_module
+from p2p_llm_forge.training.identity import claim
+from p2p_llm_forge.training.run_record import RunRecord
 from p2p_llm_forge.training.tracking import (
     METRICS,
     Elsewhere,
@@ -116,6 +118,48 @@ def test_steps_that_come_again_and_torn_lines_are_dropped(tmp_path):
     keep_metrics_until(file, 3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"[]", b"7", b"null", b'{"step": null}', b'{"step": "1"}', b'{"step": true}'),
+        *(b'{"step": -1}', b'{"step": 1.0}', b'{"step": NaN}', b"[" * 100_000, bytes(range(256))),
+        b'{"step": ' + b"1" * 5000 + b"}",
+    ],
+    ids=lambda line: ascii(line[:12]),
+)
+def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, line):
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2, "loss": 1.5}\n')
+    keep_metrics_until(tmp_path / METRICS, 2)
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2, "loss": 1.5}]
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_only_what_tensorboard_has_opened_is_put_on_record(tmp_path, report_to):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    claim(tmp_path, {})
+    diary = tmp_path / "runs" / "user" / "events.out.tfevents.1.user"
+    diary.parent.mkdir(parents=True)
+    diary.write_text("mine")
+    config = TrainConfig(output_dir=str(tmp_path), report_to=report_to)
+    accelerator = Accelerator(cpu=True, project_dir=str(tmp_path))
+    tracking = Tracking(config, SimpleNamespace(accelerator=accelerator))
+    try:
+        tracking.start(0, 3)
+        tracking.log({"step": 1, "loss": 2.0})
+        tracking.finish()
+    finally:
+        AcceleratorState._reset_state(True)
+    there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    there -= {"run.json", "runs/user/events.out.tfevents.1.user"}
+    assert RunRecord.read(tmp_path).wrote == there
+    assert (len(there) > 1) == (report_to == "tensorboard")
+    claim(tmp_path, {}, overwrite=True)
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == [diary]
+    assert diary.read_text() == "mine"
 
 
 def test_a_resumed_run_writes_after_the_lines_of_the_one_before(tracking, tmp_path):
