@@ -37,6 +37,20 @@ TRAIN = r"""
 --config-overrides=n_haed=2 -> n_head
 --config-overrides=activation_function=foo -> foo
 --config-overrides=dtype=foo -> foo
+--config-overrides=dtype=float16 -> --mixed-precision bf16
+--config-overrides=torch_dtype=float16 -> --mixed-precision bf16
+--config-overrides=model_type=llama -> --model-type llama
+--config-overrides=architectures=[LlamaForCausalLM] -> --model-type llama
+--config-overrides=is_encoder_decoder=true -> a causal language model is trained
+--config-overrides=add_cross_attention=true -> a causal language model is trained
+--config-overrides=problem_type=regression -> a causal language model is trained
+--config-overrides=n_layer=2,n_layer=3 -> n_layer is given twice
+--config-overrides=n_layer=2,num_hidden_layers=3 -> num_hidden_layers is given twice
+--config-overrides=pad_token_id=99999 -> pad_token_id is 99999, the vocabulary has
+--config-overrides=pad_token_id=word -> pad_token_id
+--config-overrides=bos_token_id=99999 -> bos_token_id is 99999, the vocabulary has
+--config-overrides=eos_token_id=-1 -> eos_token_id is -1, the vocabulary has
+--config-overrides=use_cache=maybe -> give true or false
 --config-overrides=resid_pdrop=2 -> resid_pdrop
 --config-overrides=resid_pdrop=nan -> resid_pdrop
 --config-overrides=resid_pdrop=-1 -> resid_pdrop

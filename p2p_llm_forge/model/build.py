@@ -27,6 +27,7 @@ from p2p_llm_forge.model.sizes import (
     one_line,
     padding,
     require_sizes,
+    require_tokens,
     share_vocabulary,
     sizes_asked_for,
     sizes_in,
@@ -158,5 +159,6 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
             f" {text.vocab_size} tokens",
             "leave vocab_size out, and it is taken from the data",
         )
+    require_tokens(overrides, model_config.vocab_size)
     require_positions(model_config, "the model that --config-overrides asks for", text)
     return model_config

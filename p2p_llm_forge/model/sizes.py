@@ -19,6 +19,15 @@ MOST = {
     **{"num_hidden_layers": 10_000, "num_attention_heads": 2**20, "num_key_value_heads": 2**20},
     **{"hidden_size": 2**31, "vocab_size": 2**31, "max_position_embeddings": 2**31},
 }
+# What no override changes, and what to do instead: each makes another kind of model or training.
+TYPE = "leave it out; --model-type llama, for example, takes another family"
+DTYPE = "leave it out; --mixed-precision bf16 computes with fewer bits"
+CAUSAL = "leave it out: a causal language model is trained"
+NO_SIZES = {
+    **{"model_type": TYPE, "architectures": TYPE, "torch_dtype": DTYPE, "dtype": DTYPE},
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "problem_type"), CAUSAL),
+}
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -35,6 +44,7 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         raise ForgeError(f"--model-type {family}: no such family of models", fix)
     part, defaults = text_part(family)
     overrides: dict[str, Any] = {}
+    seen: set[str] = set()
     problems = Problems()
     for pair in pairs_in(config.config_overrides or ""):
         key, _, value = map(str.strip, pair.partition("="))
@@ -43,6 +53,14 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
             problems.require(False, found, "write it like hidden_size=64,num_hidden_layers=2")
             continue
         path = key.removeprefix(f"{part}.").split(".")
+        found = f"--config-overrides: {key}={value} is no size of a {family}"
+        problems.require(path[-1] not in NO_SIZES, found, NO_SIZES.get(path[-1], ""))
+        if path[-1] in NO_SIZES:
+            continue
+        name = ".".join([getattr(defaults, "attribute_map", {}).get(path[0], path[0]), *path[1:]])
+        found = f"--config-overrides: {key} is given twice"
+        problems.require(name not in seen, found, "give it once (some sizes have two names)")
+        seen.add(name)
         own, known = default_at(defaults, path)
         found = f"--config-overrides: a {family} has no '{key}'"
         fix = nearest(path[-1], known) if known else f"{path[0]} holds no sizes: leave it out"
@@ -51,7 +69,8 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         problems.require(is_known, found, fix)
         is_number = isinstance(size, int | float) or not isinstance(own, int | float)
         found = f"--config-overrides: {key} is '{value}'"
-        problems.require(is_number, found, f"give a number like {own}")
+        fix = "give true or false" if isinstance(own, bool) else f"give a number like {own}"
+        problems.require(is_number, found, fix)
         merge(overrides, path, size)
     problems.raise_any()
     return defaults, overrides
@@ -121,6 +140,19 @@ def size_of(part: Any, name: str) -> Any:
         return getattr(part, name, None)
     except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError: some layers have their own
         return part.to_dict().get(name)
+
+
+def require_tokens(overrides: dict[str, Any], vocab_size: int) -> None:
+    """Raise ForgeError for a special token of `--config-overrides` outside the vocabulary."""
+    problems = Problems()
+    for name in SPECIAL:
+        token = overrides.get(name)
+        tokens = token if isinstance(token, list) else [token]  # some families end on several
+        is_token = all(type(one) is int and 0 <= one < vocab_size for one in tokens)
+        found = f"--config-overrides: {name} is {token}, the vocabulary has {vocab_size} tokens"
+        fix = f"leave {name} out, or give one of 0 to {vocab_size - 1}"
+        problems.require(token is None or is_token, found, fix)
+    problems.raise_any()
 
 
 def require_sizes(model_config: Any, where: str, fix: str) -> None:

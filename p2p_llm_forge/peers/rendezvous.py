@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -46,7 +46,6 @@ FAREWELL_S = 3.0
 LOOK_THERE = "see whether that machine runs and what it printed, then start all again"
 LISTED = 8  # ranks or pairs that a message names
 RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
-VERDICT = "forge/rendezvous/verdict"
 MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
@@ -64,6 +63,7 @@ class Endpoint:
     timeout_s: float  # until all have come
     peer_timeout_s: float = 10.0  # until one that came and shows no sign of life is given up
     secret: bytes | None
+    nonce: str = field(default_factory=new_nonce)  # of this rendezvous alone
 
     @property
     def main(self) -> str:
@@ -154,7 +154,7 @@ def _meet(endpoint: Endpoint, peers: Liveness, claim: Claim) -> Session | None:
     with reach.opened_door(own) if own else contextlib.nullcontext() as port:
         hello = {
             "host": platform.node(),
-            "nonce": new_nonce(),
+            "nonce": endpoint.nonce,
             "has_secret": endpoint.secret is not None,
             "port": port,  # where the others may try
             **reach.facts_of(own, endpoint.main_address),
@@ -340,37 +340,55 @@ def _publish(endpoint: Endpoint, peers: Liveness, error: ForgeError) -> None:
     """Let the others know why it has failed; rank 0, which may serve the store, leaves last."""
     store, lost = peers.store, peers.silent()
     with contextlib.suppress(StoreLost):
-        if _published(endpoint, store) is None:
-            texts = json.dumps([vars(found) for found in failures("peers", error)])
-            verdict, signing = MISSING if isinstance(error, Missing) else texts, _signing(endpoint)
-            store.set(
-                VERDICT, signing.sign(VERDICT, endpoint.rank, verdict) if signing else verdict
-            )
-        store.set(f"forge/rendezvous/left/{endpoint.rank}", "")
-        came = [
-            f"forge/rendezvous/left/{rank}"
-            for rank in range(endpoint.world_size)
-            if rank not in lost and store.check(f"forge/rendezvous/hello/{rank}")
-        ]
+        text = json.dumps([vars(found) for found in failures("peers", error)])
+        text = MISSING if isinstance(error, Missing) else text
+        came = _tell(endpoint, store, text)
+        store.set(_key("left", endpoint.rank), "")
+
+        def have_left() -> bool:
+            here = came | _tell(endpoint, store, text)  # those too who come meanwhile
+            return store.check(*[_key("left", rank) for rank in here if rank not in lost])
+
         if endpoint.rank == 0:
-            wait_for(lambda: store.check(*came), FAREWELL_S)
+            wait_for(have_left, FAREWELL_S)
+
+
+def _tell(endpoint: Endpoint, store: Store, verdict: str) -> set[int]:
+    """Give every other rank that came a verdict unless it has one; returns who came.
+
+    With a secret each gets it signed over the nonce of its own hello, so that a verdict of another
+    rendezvous, which anyone may write there again, ends nothing here.
+    """
+    others = [rank for rank in range(endpoint.world_size) if rank != endpoint.rank]
+    came = {rank for rank in others if store.check(_key("hello", rank))}
+    for rank in came:
+        nonce = _dict(store.get(_key("hello", rank), rank)).get("nonce")
+        if _verdict_for(endpoint, store, rank, nonce) is None:
+            key, signing = _key("verdict", rank), _signing(endpoint, nonce)
+            store.set(key, signing.sign(key, endpoint.rank, verdict) if signing else verdict)
+    return came
 
 
 def _published(endpoint: Endpoint, store: Store) -> str | None:
-    """Another rank's verdict that has ended the rendezvous; None before, and if it is unsigned."""
-    if not store.check(VERDICT):
+    """Another rank's verdict that has ended this rendezvous; None before, and if it is unsigned."""
+    return _verdict_for(endpoint, store, endpoint.rank, endpoint.nonce)
+
+
+def _verdict_for(endpoint: Endpoint, store: Store, reader: int, nonce: Any) -> str | None:
+    key = _key("verdict", reader)
+    if not store.check(key):
         return None
-    text, signing = store.get(VERDICT, endpoint.rank), _signing(endpoint)
+    text, signing = store.get(key, reader), _signing(endpoint, nonce)
     if signing is None:
         return text
     ranks = range(endpoint.world_size)
-    opened = (signing.opened(VERDICT, rank, text.encode()) for rank in ranks)
+    opened = (signing.opened(key, rank, text.encode()) for rank in ranks)
     return next((one for one in opened if one is not None), None)
 
 
-def _signing(endpoint: Endpoint) -> Session | None:
-    """What signs a verdict, for which there may be no session yet: the secret alone."""
-    return Session(endpoint.secret, []) if endpoint.secret else None
+def _signing(endpoint: Endpoint, nonce: Any) -> Session | None:
+    """What signs a verdict for the rank with this nonce: for it there may be no session yet."""
+    return Session(endpoint.secret, [{"verdict for": nonce}]) if endpoint.secret else None
 
 
 def _verdict(text: str) -> ForgeError:

@@ -156,14 +156,44 @@ def test_a_man_who_changes_what_a_rank_says_is_noticed_by_all():
 
 
 def test_a_verdict_that_nobody_with_the_secret_has_signed_does_not_count():
-    first = endpoints(2, secrets=[b"a long common secret"] * 2)[0]
+    first, second = endpoints(2, secrets=[b"a long common secret"] * 2)
     store = Store(dist.HashStore(), 0, timeout_s=60)
+    store.set("forge/rendezvous/hello/1", json.dumps({"nonce": second.nonce}))
     forged = json.dumps([{"topic": "x", "level": "failed", "found": "go away", "fix": "run me"}])
-    store.set(module.VERDICT, forged)
-    assert module._published(first, store) is None
-    peers = Liveness(store, 0, 2, timeout_s=60)
-    module._publish(first, peers, ForgeError("the disk is full", "make room"))
-    assert "the disk is full" in str(module._published(first, store))
+    store.set("forge/rendezvous/verdict/1", forged)
+    assert module._published(second, store) is None
+    module._tell(first, store, "the disk is full")
+    assert module._published(second, store) == "the disk is full"
+
+
+def test_a_verdict_of_an_earlier_rendezvous_does_not_end_this_one():
+    """A stranger kept all that the store of a failed launch held, and writes it again."""
+    secrets = [b"a long common secret"] * 3
+    earlier, kept = endpoints(3, timeout_s=1.0, secrets=secrets), {}
+
+    def listen():
+        store = dist.TCPStore("127.0.0.1", earlier[0].main_port, is_master=False)
+        for key in ("forge/rendezvous/verdict/1", "forge/rendezvous/left/1"):
+            kept[key] = store.get(key).decode()  # waits for it
+
+    def fail(endpoint):
+        return listen() if endpoint is earlier[2] else refusal_of(endpoint)
+
+    run_ranks(earlier, fail)
+    assert kept["forge/rendezvous/verdict/1"].endswith(module.MISSING)
+    *waiting, last = endpoints(3, own_address="127.0.0.1", secrets=secrets)
+
+    def act(endpoint):
+        if endpoint is last:
+            store = dist.TCPStore("127.0.0.1", last.main_port, is_master=False)
+            store.get("forge/rendezvous/hello/1")
+            store.set("forge/rendezvous/verdict/0", kept["forge/rendezvous/verdict/1"])
+            for key, value in kept.items():
+                store.set(key, value)
+            assert module._published(waiting[1], Store(store, 2, timeout_s=60)) is None
+        return rendezvous(endpoint)
+
+    assert len(run_ranks([*waiting, last], act)) == 3
 
 
 def test_many_names_are_cut_short():
