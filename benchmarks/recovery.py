@@ -48,14 +48,14 @@ def print_stall(data: Path, folder: Path, in_background: bool) -> None:
     from p2p_llm_forge.training.run import Run
 
     stalls = []
-    save = Run.save
+    save = Run.evaluate_and_save
 
     def timed(*args: object) -> None:
         began = time.perf_counter()
         save(*args)
         stalls.append(time.perf_counter() - began)
 
-    Run.save = timed
+    Run.evaluate_and_save = timed
     try:
         train.train(
             TrainConfig(
@@ -70,7 +70,7 @@ def print_stall(data: Path, folder: Path, in_background: bool) -> None:
             )
         )
     finally:
-        Run.save = save
+        Run.evaluate_and_save = save
     how = "background" if in_background else "foreground"
     shown = statistics.median(stalls[:-1]) * 1000  # the last one is at the end of the run
     print(f"stall of a save, {how}: {shown:.0f} ms (median of {len(stalls) - 1})")
