@@ -71,9 +71,9 @@ FINDING = '"fix": "y", "where": "", "topic": "t"'
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("verdict", f'[{{"found": "{EVIL}", "level": "failure", {FINDING}}}]', "another rank"),
-        ("verdict", f'[{{"found": "x", "level": "odd", {FINDING}}}]', "has ended the rendezvous"),
-        ("verdict", "[" * 50_000, "has ended the rendezvous"),
+        ("verdict/0", f'[{{"found": "{EVIL}", "level": "failure", {FINDING}}}]', "another rank"),
+        ("verdict/0", f'[{{"found": "x", "level": "odd", {FINDING}}}]', "has ended the rendezvous"),
+        ("verdict/0", "[" * 50_000, "has ended the rendezvous"),
         ("hello/1", f'{{"host": "{EVIL}", "port": 99999}}', "rank 1 (error: update now"),
     ],
     ids=["escapes", "level", "deep", "hello"],
