@@ -26,12 +26,13 @@ read -ra ssh <<<"${SSH:-ssh}"
 ssh+=(-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 
 # On each machine: run the command until it ends, or until standard input does. That is the sign to
-# stop, and it also comes when the connection is lost.
+# stop, and it also comes when the connection is lost. A shell may say how a job that it waits for
+# was ended: of the command that is news, of the guard it is not.
 # shellcheck disable=SC2016  # expanded there, not here
 there='cd "$1" || exit 2; shift; exec 3<&0; "$@" </dev/null & run=$!
-{ read -r _ <&3; kill -TERM $run; sleep 60 & nap=$!; trap "kill $nap; exit" TERM; wait $nap
+{ read -r _ <&3; sleep 60 & nap=$!; trap "kill $nap; exit" TERM; kill -TERM $run; wait $nap
   kill -KILL $run; } >/dev/null 2>&1 & guard=$!
-wait $run; status=$?; kill $guard 2>/dev/null; wait $guard; exit $status'
+wait $run; status=$?; kill $guard 2>/dev/null; wait $guard 2>/dev/null; exit $status'
 
 # One word for the shell there, whatever it holds: newlines, quotes, bytes of any encoding. Not
 # printf %q, whose $'...' only bash and zsh read.

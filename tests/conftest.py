@@ -48,13 +48,18 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Any]:
-    """Forks runs of the scripts; one for all tests, because its imports cost seconds."""
+def one_zygote() -> Any:
+    """One for all tests, because its imports cost seconds."""
     from tests.zygote import Zygote
 
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
+    return Zygote()
+
+
+@pytest.fixture
+def zygote(one_zygote: Any) -> Iterator[Any]:
+    """Forks runs of the scripts; those that still run when the test is over are ended."""
+    yield one_zygote
+    one_zygote.close()
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

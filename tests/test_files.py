@@ -163,6 +163,7 @@ def test_a_zombie_holds_nothing(tmp_path):
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked how
     with only_writer(tmp_path / "run.lock", "the folder") as lock:
         lock.confirm()
+        assert holders(tmp_path / "run.lock") == [lock.mark.name]
     process.wait()
 
 
@@ -172,6 +173,7 @@ def test_an_elastic_launch_takes_over_its_own_lock(tmp_path):
     left_behind(path, table="elsewhere", host="elsewhere", run=own.run)
     with only_writer(path, "the folder", run_id="home") as lock:
         lock.confirm()
+        assert holders(path) == [lock.mark.name]
 
 
 def test_a_lock_that_was_taken_over_is_neither_touched_nor_removed_by_the_old_holder(tmp_path):

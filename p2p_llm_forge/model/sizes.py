@@ -164,7 +164,7 @@ def require_sizes(model_config: Any, where: str, fix: str) -> None:
     sizes = text.to_dict()  # xlnet has a property of -1 for its positions
     try:
         defaults = type(text)()  # where -1 or 0 may mean: no limit, or none of these
-    except Exception:  # whatever a family raises that needs to be told more
+    except Exception:  # whatever a family raises that needs further sizes
         defaults = None
     for name, most in MOST.items():
         own = getattr(text, "attribute_map", {}).get(name, name)

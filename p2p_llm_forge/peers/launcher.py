@@ -70,7 +70,7 @@ def is_for_gpus(file: LaunchFile) -> bool:
 
 
 def refuse_parallelism(file: LaunchFile) -> None:
-    """Raise ForgeError for sizes in `parallelism_config`, which one process alone is not told."""
+    """Raise ForgeError for sizes in `parallelism_config`, which do not reach one process alone."""
     given = file.keys.get("parallelism_config")
     sizes = given if isinstance(given, dict) else {}
     asked = [way for name, way in PARALLEL.items() if sizes.get(name.lower()) not in (1, None)]

@@ -137,7 +137,7 @@ def _connect(host: str, port: int, mtu: int | None) -> socket.socket:
     family, headers = (socket.AF_INET6, 60) if ":" in host else (socket.AF_INET, 40)
     stream = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # Told to the other side too, which then sends no larger packets either.
+        # The other side learns it too, and then sends no larger packets either.
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - headers)
         stream.settimeout(addresses.CONNECT_S)
         stream.connect((host, port))

@@ -22,7 +22,6 @@ from p2p_llm_forge.peers.sockets import give_up_early
 
 Result = TypeVar("Result")
 
-
 GROUPS_TIMEOUT = datetime.timedelta(days=1)  # they are abandoned earlier: see liveness.py
 
 

@@ -119,6 +119,7 @@ def test_all_hosts_start_and_stop_when_one_fails_or_the_user_says_so(machines, s
     output = seen + process.communicate()[0]
     assert process.returncode == ENDS[cause], output
     assert ("rank 0 saved" in output) == (cause != "success")
+    assert "Terminated" not in output, output
     if cause == "failure":
         assert "a machine ended with status 5: stopping the others" in output
     # The last shell there ends at about the moment at which ssh here does.
@@ -154,7 +155,7 @@ def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script):
     for rank, host in enumerate(machines[0]):
         for said in (f"rank {rank} writes file 199", f"rank {rank} saved"):
             assert f"[{host.address}] {said}" in seen, seen
-    assert "Killed" not in seen and "Terminated" not in seen
+    assert "Killed" not in seen and "Terminated" not in seen, seen
 
 
 def read(terminal):

@@ -49,8 +49,9 @@ def test_a_launch_outlives_a_killed_worker_and_a_newcomers_mistake(start, prepar
     wait_until(lambda: step_logged(folder) > reached + 10)
 
     newcomer = start(*words(port, prepared, folder, **long, seed=7))
-    told, _ = newcomer.communicate()
-    assert newcomer.returncode == 2 and "the others continue without this machine" in told, told
+    refused, _ = newcomer.communicate()
+    assert newcomer.returncode == 2, refused
+    assert "the others continue without this machine" in refused
     reached = step_logged(folder)
     wait_until(lambda: step_logged(folder) > reached + 10)
 

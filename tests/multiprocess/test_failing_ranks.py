@@ -195,4 +195,6 @@ def test_a_rank_that_cannot_write_is_named_and_the_run_continues(zygote, prepare
     )
     reached = newest_step(folder)
     wait_until(lambda: newest_step(folder) > reached + 8)
+    os.kill(ranks[0], signal.SIGTERM)
+    assert [zygote.wait(pid) for pid in ranks] == [143, 143], read(log)
     assert "rank 1 could not write" in read(log)

@@ -1,4 +1,4 @@
-"""A rank is taken once; twice, too high, too late and of another launch are told apart."""
+"""A rank is taken once; twice, too high, too late, of another launch: each is named for that."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_a_process_may_run_again_at_the_same_store(store):
     first = claim(store, 1)
     first.take()
     first.all_came()
-    claim(store, 1).take()
+    again = claim(store, 1)
+    again.take()
+    assert again.refused() == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"found": 1}', '{"a": "b"}'])
