@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from p2p_llm_forge.config.fields import Options, flag, require_between
+from p2p_llm_forge.config.fields import Options, flag, require_at_least, require_between
 from p2p_llm_forge.config.launch import MOST_THREADS
 from p2p_llm_forge.config.train import LONGEST_BLOCK, MOST_WORDS
 from p2p_llm_forge.errors import Problems
@@ -85,6 +85,30 @@ class TextOptions(Options):
 
 
 @dataclass
+class DocumentOptions(Options):
+    """Which documents of the text are left out."""
+
+    heading = "documents that are left out"
+
+    min_document_tokens: int | None = flag(
+        None, "documents of fewer tokens (without their end) are left out and counted"
+    )
+    max_document_tokens: int | None = flag(
+        None, "documents of more tokens are left out and counted; they are not cut"
+    )
+
+    def check(self, problems: Problems) -> None:
+        least, most = self.min_document_tokens, self.max_document_tokens
+        require_at_least(1, self, problems, "min_document_tokens", "max_document_tokens")
+        problems.require(
+            least is None or most is None or least <= most,
+            f"--min-document-tokens {least} is above --max-document-tokens {most}, which leaves out"
+            " every document",
+            "give a smaller --min-document-tokens or a larger --max-document-tokens",
+        )
+
+
+@dataclass
 class TokenizerOptions(Options):
     """The tokenizer, loaded or trained."""
 
@@ -156,10 +180,10 @@ class BlockOptions(Options):
 
 # A dataclass takes the fields of its last base first: so the text comes first, as in GROUPS.
 @dataclass
-class PrepareConfig(BlockOptions, TokenizerOptions, TextOptions):
+class PrepareConfig(BlockOptions, TokenizerOptions, DocumentOptions, TextOptions):
     """One preparation: which text, which tokenizer, which blocks."""
 
-    GROUPS = [TextOptions, TokenizerOptions, BlockOptions]
+    GROUPS = [TextOptions, DocumentOptions, TokenizerOptions, BlockOptions]
 
     def check_together(self, problems: Problems) -> None:
         problems.require(

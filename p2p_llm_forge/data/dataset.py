@@ -9,7 +9,7 @@ from typing import Any
 
 from p2p_llm_forge.config.train import LONGEST_BLOCK
 from p2p_llm_forge.data.blocks import PREPARE_AGAIN, STATE, Blocks
-from p2p_llm_forge.data.splits import TRAIN, VALIDATION
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import (
     erase,
@@ -30,6 +30,8 @@ DATASET_DICT = "dataset_dict.json"
 REPLACED = "replaced.json"  # in the unfinished folder: the manifest of what is being replaced
 NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
 
+# Arguments that choose documents, in the dataset's fingerprint.
+DECIDES_DOCUMENTS = ("encoding_errors", "min_document_tokens", "max_document_tokens")
 SPLIT_SHAPE = dict.fromkeys(("documents", "blocks", "tokens", "bytes", "dropped_tokens"), is_count)
 FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}
 OF_ANY_VERSION = {
@@ -43,6 +45,7 @@ SHAPE = {
     **{"tokenizer_fingerprint": str, "content_fingerprint": (None, str), "arguments": dict},
     "splits": {TRAIN: SPLIT_SHAPE, str: {**SPLIT_SHAPE, "left_out_tokens": (None, is_count)}},
     "files": (None, FILES_SHAPE),
+    "left_out": (None, {str: dict.fromkeys(("documents", "bytes", "tokens"), is_count)}),
 }
 
 
@@ -70,7 +73,7 @@ class Manifest:
 
     It holds no time, machine or absolute path: the same input and arguments give the same bytes.
     What follows the arguments is known at the end: files are size and SHA-256 of every other file,
-    skipped_rows the bad rows that were left out.
+    skipped_rows the bad rows that were left out, left_out the documents, by the reason.
     """
 
     sequence_length: int
@@ -83,6 +86,7 @@ class Manifest:
     content_fingerprint: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped_rows: int = 0
+    left_out: dict[str, SplitCounts] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -91,7 +95,7 @@ class Manifest:
         content = asdict(self) | {"arguments": None, "files": None}
         # Names of files may differ where the text does not; the rest is in the fields already
         # but for how documents were divided.
-        for key in ("seed", "validation_fraction", "document_separator", "encoding_errors"):
+        for key in ("seed", "validation_fraction", "document_separator", *DECIDES_DOCUMENTS):
             content[key] = self.arguments.get(key)
         return fingerprint(content)
 
@@ -119,7 +123,9 @@ class Manifest:
             if content["eos_token_id"] >= content["vocab_size"]:
                 raise ValueError("its end of documents is not in its vocabulary")
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
-            return cls(splits=splits, **content)
+            left_out = content.pop("left_out", None) or {}
+            left_out = {why: SplitCounts(**counts) for why, counts in left_out.items()}
+            return cls(splits=splits, left_out=left_out, **content)
         except FileNotFoundError as error:
             is_unfinished = (folder / UNFINISHED).exists()
             what = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
-from p2p_llm_forge.data.splits import TRAIN
+from p2p_llm_forge.data.splits import TRAIN, in_words
 from p2p_llm_forge.errors import ForgeError, plain
 from p2p_llm_forge.files import sha256_of
 
@@ -27,6 +27,8 @@ def describe(folder: Path) -> str:
     lines += [_split_line(data, name) for name in manifest.splits]
     if manifest.skipped_rows:
         lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
+    if manifest.left_out:
+        lines.append(f"left out: {in_words(manifest.left_out)}")
     lines += [f"first block of {TRAIN} ({END_MARK} ends a document):", _block_text(data, tokenizer)]
     return plain("\n".join(lines), longest=10**6)
 

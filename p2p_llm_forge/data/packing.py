@@ -18,7 +18,7 @@ from p2p_llm_forge.data.dataset import DATASET_DICT, MANIFEST, TOKENIZER, Manife
 from p2p_llm_forge.data.parts import Part
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
 from p2p_llm_forge.data.preparation import Preparation
-from p2p_llm_forge.data.splits import TRAIN, SplitCounts
+from p2p_llm_forge.data.splits import TRAIN, SplitCounts, total
 from p2p_llm_forge.data.tokenizer import bytes_of_text
 from p2p_llm_forge.data.unfinished import require_room
 from p2p_llm_forge.files import fingerprint, write_json
@@ -170,6 +170,7 @@ class Packer:
             # Of the text, whatever its files are called and packed in.
             content_fingerprint=fingerprint([piece.record.digest for piece in self._done]),
             skipped_rows=sum(piece.record.skipped for piece in self._done),
+            left_out=total([piece.record.left_out for piece in self._done]),
         )
         for split in self._splits:
             split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")

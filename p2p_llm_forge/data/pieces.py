@@ -7,7 +7,7 @@ looked at, and several machines with one folder agree without any message.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -38,8 +38,8 @@ class PieceId(NamedTuple):
 class Record:
     """What is known of a piece that is done.
 
-    splits: what it adds to each; digest: of its documents; checksum: of its tokens; skipped: rows;
-    is_last: of its part.
+    splits: what it adds to each; left_out: what to none, by the reason; digest: of its documents;
+    checksum: of its tokens; skipped: rows; is_last: of its part.
     """
 
     splits: dict[str, SplitCounts]
@@ -47,6 +47,7 @@ class Record:
     checksum: str
     skipped: int
     is_last: bool
+    left_out: dict[str, SplitCounts] = field(default_factory=dict)
 
 
 class Pieces:
@@ -73,8 +74,9 @@ class Pieces:
                 content = read_json(self._path(piece, "json"))
             except (OSError, ValueError):
                 return None
-            splits = {key: SplitCounts(**counts) for key, counts in content["splits"].items()}
-            record = Record(**content | {"splits": splits})
+            for name in ("splits", "left_out"):
+                content[name] = {key: SplitCounts(**of) for key, of in content[name].items()}
+            record = Record(**content)
             if self._read(piece, record) is None:
                 return None
             self._records[piece] = record

@@ -14,7 +14,7 @@ from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
-from p2p_llm_forge.data.splits import TRAIN, VALIDATION
+from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
 from p2p_llm_forge.data.unfinished import Helpers, OtherRank, Ranks, alive, claimed, room_explained
@@ -191,23 +191,27 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
     documents = sum(facts.documents for facts in manifest.splits.values())
     divided = f"{documents} documents, divided at {config.separator()!r} (--document-separator)"
+    less = ""
+    if manifest.left_out:
+        divided += f"; left out: {in_words(manifest.left_out)}"
+        less = "leave out fewer documents, "
     if not train.blocks:
         raise ForgeError(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
             f"block of {length}; found {divided}",
-            "add text, or use a shorter --sequence-length",
+            f"{less}add text, or use a shorter --sequence-length",
         )
     if validation and not validation.blocks:
         what, fix = (
             "the validation split",
             (
-                f"use a larger --validation-fraction (now {config.validation_fraction}), "
+                f"{less}use a larger --validation-fraction (now {config.validation_fraction}), "
                 "--validation-fraction 0 for no such split, or a shorter --sequence-length"
             ),
         )
         if config.validation_path:
             what = f"the text of --validation-path {', '.join(config.validation_path)}"
-            fix = "add text there, or use a shorter --sequence-length"
+            fix = f"{less}add text there, or use a shorter --sequence-length"
         raise ForgeError(
             f"{what} is too short: {validation.documents} documents, "
             f"{validation.dropped_tokens} tokens, fill no block of {length}; found {divided}",
@@ -227,4 +231,5 @@ def summary(manifest: Manifest) -> str:
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
         + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
+        + (f"; left out: {in_words(manifest.left_out)}" if manifest.left_out else "")
     )

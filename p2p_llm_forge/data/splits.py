@@ -11,6 +11,12 @@ import pyarrow as pa
 from p2p_llm_forge.data.parts import values_and_offsets
 
 TRAIN, VALIDATION = "train", "validation"
+# Why documents are in no split.
+TOO_SHORT, TOO_LONG = "too_short", "too_long"
+REASONS = {
+    TOO_SHORT: "shorter than --min-document-tokens",
+    TOO_LONG: "longer than --max-document-tokens",
+}
 
 
 def held_out(piece_number: int, documents: int, fraction: float, seed: int) -> np.ndarray:
@@ -37,7 +43,10 @@ def _splitmix64(numbers: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What a piece adds to a split: documents, bytes of their text, tokens (EOS included)."""
+    """What a piece adds to a split: documents, bytes of their text, tokens (EOS included).
+
+    Also what is left out of both.
+    """
 
     documents: int
     bytes: int
@@ -53,15 +62,28 @@ class EncodeOptions:
     dtype: str
     validation_fraction: float
     seed: int
+    min_document_tokens: int | None = None
+    max_document_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPiece:
+    """A piece's documents as tokens: first those to train on, then those held out.
+
+    left_out: what is in no split, by the reason.
+    """
+
+    tokens: np.ndarray
+    splits: dict[str, SplitCounts]
+    left_out: dict[str, SplitCounts]
 
 
 def encode_piece(
     number: int, column: pa.LargeBinaryArray, is_validation: bool, options: EncodeOptions
-) -> tuple[np.ndarray, dict[str, SplitCounts]]:
-    """Tokenize documents and divide them between the splits.
+) -> EncodedPiece:
+    """Tokenize documents, leave out what is too short or long, divide the rest between the splits.
 
-    number: seeds the choice of the documents that are held out; is_validation: all are. Returns
-    the tokens of the documents to train on, then those of the others, and the splits' counts.
+    number: seeds the choice of the documents that are held out; is_validation: all are.
     """
     hidden = held_out(number, len(column), options.validation_fraction, options.seed)
     if is_validation:
@@ -71,13 +93,56 @@ def encode_piece(
         # The documents are divided, not their tokens: that moves whole texts, not token by token.
         column = column.take(np.argsort(hidden, kind="stable"))
     tokens, lengths = options.encode(column)
+    sizes = np.diff(values_and_offsets(column)[1])
+    out = of_wrong_length(lengths, options)
+    left_out = {why: counts_of(sizes[is_out], lengths[is_out]) for why, is_out in out.items()}
+    fits = ~np.logical_or.reduce([np.zeros(len(lengths), bool), *out.values()])
+    if not fits.all():
+        train = int(fits[:train].sum())
+        tokens, lengths, sizes = tokens[np.repeat(fits, lengths)], lengths[fits], sizes[fits]
+    splits = {
+        TRAIN: counts_of(sizes[:train], lengths[:train]),
+        VALIDATION: counts_of(sizes[train:], lengths[train:]),
+    }
     tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
-    ends = values_and_offsets(column)[1]
-    of_train = SplitCounts(train, int(ends[train]), int(lengths[:train].sum()) + train)
-    others = SplitCounts(
-        len(hidden) - train, int(ends[-1]) - of_train.bytes, len(tokens) - of_train.tokens
+    return EncodedPiece(tokens, splits, left_out)
+
+
+def of_wrong_length(lengths: np.ndarray, options: EncodeOptions) -> dict[str, np.ndarray]:
+    """Which documents of so many tokens are left out (bool), by every reason that is asked for."""
+    least, most = options.min_document_tokens, options.max_document_tokens
+    out = {}
+    if least is not None:
+        out[TOO_SHORT] = lengths < least
+    if most is not None:
+        out[TOO_LONG] = lengths > most
+    return out
+
+
+def counts_of(sizes: np.ndarray, lengths: np.ndarray) -> SplitCounts:
+    """The counts of documents of so many bytes and tokens each."""
+    return SplitCounts(len(sizes), int(sizes.sum()), int(lengths.sum()) + len(lengths))
+
+
+def total(left_out: list[dict[str, SplitCounts]]) -> dict[str, SplitCounts]:
+    """What many pieces leave out, by the reason."""
+    found: dict[str, SplitCounts] = {}
+    for why, counts in (item for of_piece in left_out for item in of_piece.items()):
+        before = found.get(why, SplitCounts(0, 0, 0))
+        found[why] = SplitCounts(
+            before.documents + counts.documents,
+            before.bytes + counts.bytes,
+            before.tokens + counts.tokens,
+        )
+    return found
+
+
+def in_words(left_out: dict[str, SplitCounts]) -> str:
+    """How many documents are left out, by the reason, for people."""
+    return ", ".join(
+        f"{counts.documents:,} documents {REASONS.get(why, why)} ({counts.bytes:,} bytes)"
+        for why, counts in left_out.items()
     )
-    return tokens, {TRAIN: of_train, VALIDATION: others}
 
 
 def with_document_ends(

@@ -36,6 +36,8 @@ class Job:
             dtype=manifest.dtype,
             validation_fraction=preparation.validation_fraction,
             seed=preparation.config.seed,
+            min_document_tokens=preparation.config.min_document_tokens,
+            max_document_tokens=preparation.config.max_document_tokens,
         )
         decides = asdict(preparation.read_options) | vars(self._options)
         decides |= {"encode": encoders.is_fast, "tokenizer": manifest.tokenizer_fingerprint}
@@ -47,18 +49,19 @@ class Job:
         piece_id, piece = task
         part = self.preparation.parts[piece_id.part]
         piece = piece or next(readers.read_pieces(part, self.preparation.read_options))
-        tokens, counts = splits.encode_piece(
+        encoded = splits.encode_piece(
             piece_id.number, piece.column, part.is_validation, self._options
         )
         record = Record(
-            splits=counts,
+            splits=encoded.splits,
+            left_out=encoded.left_out,
             digest=digest_of(piece.column),
-            checksum=digest(tokens),
+            checksum=digest(encoded.tokens),
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
-        self.pieces.write(piece_id, tokens, record)
-        return piece.source_bytes, tokens
+        self.pieces.write(piece_id, encoded.tokens, record)
+        return piece.source_bytes, encoded.tokens
 
 
 def tokenize(job: Job, ranks: Ranks, after_each: Callable[[], object] = lambda: None) -> None:

@@ -22,6 +22,8 @@ GIVEN = {"dataset_path": ["text.txt"], "output_dir": "out"}
         ({"num_workers": -1}, "--num-workers is -1"),
         ({"document_separator": ""}, "--document-separator is empty"),
         ({"document_separator": "\\"}, "--document-separator '\\\\'"),
+        ({"min_document_tokens": 0}, "--min-document-tokens is 0"),
+        ({"min_document_tokens": 9, "max_document_tokens": 8}, "leaves out every document"),
         ({"verify": True}, "--verify checks a prepared dataset"),
         ({"dataset_path": [3], "seed": "x"}, "--seed is 'x'"),
     ],

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import AutoTokenizer
 
+from p2p_llm_forge.data.dataset import Manifest
+from p2p_llm_forge.data.describe import describe
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.splits import (
     TRAIN,
     VALIDATION,
@@ -14,6 +18,9 @@ from p2p_llm_forge.data.splits import (
     held_out,
     with_document_ends,
 )
+from p2p_llm_forge.errors import ForgeError
+from tests.data.preparations import with_tokenizer
+from tests.texts import contents, decoded_documents, write_rows
 
 EOS = 7
 
@@ -64,7 +71,8 @@ def test_a_piece_gives_its_documents_in_order_to_train_on_and_then_those_held_ou
     sizes = [100 + n for n in range(50)]
     column = pa.array([b"x" * size for size in sizes], pa.large_binary())
     options = EncodeOptions(lengths_as_tokens, EOS, "uint16", validation_fraction=0.3, seed=1)
-    tokens, counts = encode_piece(4, column, is_validation, options)
+    encoded = encode_piece(4, column, is_validation, options)
+    tokens, counts = encoded.tokens, encoded.splits
     hidden = [True] * 50 if is_validation else held_out(4, 50, 0.3, 1).tolist()
     of_split = {
         TRAIN: [size for size, is_hidden in zip(sizes, hidden, strict=True) if not is_hidden],
@@ -79,3 +87,59 @@ def test_a_piece_gives_its_documents_in_order_to_train_on_and_then_those_held_ou
         assert counts[split].documents == len(sizes_of_split)
         assert counts[split].bytes == sum(sizes_of_split)
         assert counts[split].tokens == sum(sizes_of_split) + len(sizes_of_split)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_documents_of_too_few_or_many_tokens_are_left_out_and_counted(
+    tmp_path, tokenizer_folder, capsys
+):
+    texts = [f"{n} " + "kürzer und länger 模型 " * (n % 23) + "." for n in range(300)]
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    asked = {"min_document_tokens": 30, "max_document_tokens": 170, "validation_fraction": 0.2}
+    for name, workers in (("one", 1), ("two", 3)):
+        how = asked | {"num_workers": workers}
+        prepare(with_tokenizer(path, tmp_path / name, tokenizer_folder, **how))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    kept, left_out = [], {"too_short": [0, 0, 0], "too_long": [0, 0, 0]}
+    for text in texts:
+        length = len(tokenizer(text)["input_ids"])
+        if 30 <= length <= 170:
+            kept.append(text)
+            continue
+        counts = left_out["too_short" if length < 30 else "too_long"]
+        for place, more in enumerate((1, len(text.encode()), length + 1)):
+            counts[place] += more
+    assert all(counts[0] > 20 for counts in left_out.values()) and len(kept) > 80
+    manifest = Manifest.load(tmp_path / "one")
+    for why, (documents, text_bytes, tokens) in left_out.items():
+        found = manifest.left_out[why]
+        assert (found.documents, found.bytes, found.tokens) == (documents, text_bytes, tokens)
+    assert sum(facts.documents for facts in manifest.splits.values()) == len(kept)
+    there = [*decoded_documents(tmp_path / "one", "train")]
+    there += decoded_documents(tmp_path / "one", "validation")
+    assert len(kept) - 2 <= len(set(there) & set(kept)) and len(there) <= len(kept)
+    printed, described = capsys.readouterr().out, describe(tmp_path / "one")
+    for text in (printed, described):
+        short, long = (left_out[why][0] for why in ("too_short", "too_long"))
+        assert f"{short} documents shorter than --min-document-tokens" in text
+        assert f"{long} documents longer than --max-document-tokens" in text
+
+
+def test_other_limits_are_another_dataset(tmp_path, tokenizer_folder):
+    path = write_rows(tmp_path / "a.jsonl", ["some text " * n for n in range(1, 60)])
+    out, asked = tmp_path / "out", {"min_document_tokens": 10}
+    first = prepare(with_tokenizer(path, out, tokenizer_folder, **asked))
+    assert prepare(with_tokenizer(path, out, tokenizer_folder, **asked)) == first
+    with pytest.raises(ForgeError, match="min_document_tokens: 10 there, None asked"):
+        prepare(with_tokenizer(path, out, tokenizer_folder))
+    other = prepare(with_tokenizer(path, tmp_path / "other", tokenizer_folder))
+    assert other.fingerprint != first.fingerprint and not other.left_out
+
+
+def test_where_every_document_is_left_out_the_error_names_the_flag(tmp_path, tokenizer_folder):
+    path = write_rows(tmp_path / "a.jsonl", ["some text " * n for n in range(1, 60)])
+    asked = {"min_document_tokens": 100_000}
+    with pytest.raises(ForgeError, match="59 documents shorter than --min-document-tokens") as why:
+        prepare(with_tokenizer(path, tmp_path / "out", tokenizer_folder, **asked))
+    assert "leave out fewer documents" in why.value.problems[0].fix
