@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -12,14 +13,16 @@ import pyarrow as pa
 
 from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
+from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.errors import ForgeError
 
 Backend = Literal["auto", "fast", "reference"]
 
-RENEWED_AFTER_BYTES = 12 << 20  # of text, at the earliest: then an encoder may be replaced
-MEMORY_OF_A_THREAD = 256 << 20  # that encoding may take for each before that happens
+RENEWED_AFTER_BYTES = 6 << 20  # of text, at the earliest: then an encoder may be replaced
+MEMORY_OF_A_THREAD = 112 << 20  # that encoding may take for each before that happens
+BYTES_AT_A_TIME = 2 << 20  # that a fast encoder is asked for, or the document that is longer
 DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 
 
@@ -76,21 +79,32 @@ class Encoders:
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
         cannot be distinguished from a control token.
         """
+        encode = self._encoder_of_this_thread()
+        if self.is_fast:
+            fast_path.require_same(encode, self._reference, fast_path.sample(documents))
+            tokens, lengths = self._by_fast_path(documents)
+        else:
+            tokens, lengths = self._in_portions(encode, documents)
+        self._refuse_control_tokens(tokens, lengths, documents)
+        return tokens, lengths
+
+    def _encoder_of_this_thread(self) -> Encode:
         own = self._of_this_thread
         if not hasattr(own, "bytes"):
             self._threads += 1
         if not hasattr(own, "encode"):
             own.encode, own.bytes = self._new_encoder(), 0
-        if self.is_fast:
-            tokens, lengths = own.encode(documents)
-            fast_path.require_same(own.encode, self._reference, fast_path.sample(documents))
-            own.bytes += documents.nbytes
+        return own.encode
+
+    def _by_fast_path(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some text at a time, so that an encoder whose caches grow is replaced in time."""
+        own, found = self._of_this_thread, []
+        for portion in _portions(documents, BYTES_AT_A_TIME):
+            found.append(self._encoder_of_this_thread()(portion))
+            own.bytes += portion.nbytes
             if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
                 del own.encode
-        else:
-            tokens, lengths = self._in_portions(own.encode, documents)
-        self._refuse_control_tokens(tokens, lengths, documents)
-        return tokens, lengths
+        return _joined(found)
 
     def _has_grown(self) -> bool:
         """Whether caches may have become too large.
@@ -124,8 +138,7 @@ class Encoders:
             if self._is_closed:
                 raise ForgeError("the work was given up", "run the same command again")
             found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
-        tokens, lengths = zip(*found, strict=True)
-        return np.concatenate(tokens), np.concatenate(lengths)
+        return _joined(found)
 
     def _refuse_control_tokens(
         self, tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray
@@ -148,5 +161,25 @@ class Encoders:
         )
 
 
+def _portions(documents: pa.LargeBinaryArray, at_most: int) -> Iterator[pa.LargeBinaryArray]:
+    """The documents, some at a time: at most so many bytes of text, or one document."""
+    ends, start = values_and_offsets(documents)[1], 0
+    while start < len(documents) or not start:
+        end = int(np.searchsorted(ends, ends[start] + at_most, side="right")) - 1
+        end = min(max(end, start + 1), len(documents))
+        yield documents[start:end]
+        start = max(end, 1)
+
+
+def _joined(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens and lengths of several portions as those of one."""
+    if len(found) == 1:
+        return found[0]
+    tokens, lengths = zip(*found, strict=True)
+    return np.concatenate(tokens), np.concatenate(lengths)
+
+
 def _memory_of_process() -> int:
-    return psutil.Process().memory_info().rss
+    """Bytes that are this process's own, without files that it has mapped and Arrow's text."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0) - pa.total_allocated_bytes()

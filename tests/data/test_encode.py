@@ -108,6 +108,25 @@ def test_an_encoder_whose_cache_has_grown_is_renewed_and_the_tokens_are_the_same
     assert len(made) == 1 + 2, "after every second call"
 
 
+def test_an_encoder_is_renewed_in_the_middle_of_a_long_piece(tokenizer, monkeypatch):
+    """As for text of ever new words: one call must not grow a cache without bound."""
+    right, made = fast_path.fast_encoder, []
+    monkeypatch.setattr(
+        fast_path, "fast_encoder", lambda rules: (made.append(rules), right(rules))[1]
+    )
+    texts = ["", *some_documents(40), "long " * 200, ""]
+    monkeypatch.setattr(encode, "BYTES_AT_A_TIME", 500)
+    monkeypatch.setattr(encode, "RENEWED_AFTER_BYTES", 600)
+    monkeypatch.setattr(encode, "MEMORY_OF_A_THREAD", -(1 << 40))
+    tokens, lengths = Encoders(tokenizer).encode(column_of([text.encode() for text in texts]))
+    expected = [tokenizer.encode(text, split_special_tokens=True) for text in texts]
+    assert np.split(tokens, np.cumsum(lengths)[:-1])[5].tolist() == expected[5]
+    assert tokens.tolist() == [token for document in expected for token in document]
+    assert lengths.tolist() == list(map(len, expected))
+    assert len(made) > 3
+    assert [len(found) for found in Encoders(tokenizer).encode(column_of([]))] == [0, 0]
+
+
 def test_what_is_closed_encodes_no_more(tokenizer):
     encoders = Encoders(tokenizer, "reference")
     encoders.close()
