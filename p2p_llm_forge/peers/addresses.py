@@ -65,8 +65,8 @@ def judge_name(host: str, machines: int) -> list[Finding]:
         fix = "write the address of machine 0 as the others reach it (`ip -brief address` there);"
         return [warning("address", own, f"{fix} this is right only if all run on this machine")]
     own = f"the name {host} means {loopback[0]} on this machine, where no other can reach it"
-    fix = f"write the machine's IP address instead of its name, or take {host} off the line"
-    return [failure("address", own, f"{fix} `{loopback[0]}` in /etc/hosts")]
+    fix = "write the machine's IP address instead of its name, or in /etc/hosts in place of"
+    return [failure("address", own, f"{fix} {loopback[0]} before {host}")]
 
 
 def judge_public(addresses: list[str], is_allowed: bool) -> list[Finding]:
@@ -102,21 +102,22 @@ def state_of(error: OSError) -> str:
     return NO_ROUTE if error.errno in NO_ROUTE_ERRORS else FILTERED
 
 
-def opening(port: int | None, source: str) -> str:
-    """The command that lets `source` through to a port, or to all of them."""
+def opening(machine: str, port: int | None, source: str) -> str:
+    """The commands on a machine that let `source` through to a port, or to all of them."""
     ufw = f" to any port {port} proto tcp" if port else ""
-    nft = f" tcp dport {port}" if port else ""
+    nft = f"{'ip6' if ':' in source else 'ip'} saddr {source}" + (f" tcp dport {port}" * bool(port))
     firewalld = f"--add-port={port}/tcp" if port else f"--zone=trusted --add-source={source}"
     return (
-        f"on that machine: sudo ufw allow from {source}{ufw}  (or: sudo nft insert rule inet filter"
-        f" input ip saddr {source}{nft} accept; firewalld: sudo firewall-cmd {firewalld})"
+        f"on {machine}: sudo ufw allow from {source}{ufw}  (or, into the chain that holds your own"
+        f" rules: sudo nft insert rule inet filter input {nft} accept; firewalld: sudo firewall-cmd"
+        f" {firewalld})"
     )
 
 
 def letting_in(port: int, source: str, are_neighbours: bool) -> str:
-    """`opening`, and what to do where a router makes that vain."""
+    """`opening` of the main machine, and what to do where a router makes that vain."""
     nat = f". If a router between them translates addresses (NAT), that is not enough: {NAT_FIX}"
-    return opening(port, source) + ("" if are_neighbours else nat)
+    return opening("machine 0", port, source) + ("" if are_neighbours else nat)
 
 
 def judge_reach(
@@ -139,7 +140,7 @@ def judge_reach(
     # firewalld answers what it forbids by ICMP "prohibited", which Linux reports as no route.
     found = f"there is no route to {where}, or its firewall says that it is prohibited"
     check = f"check the address, the cable or VPN, and `ip route get {host}`"
-    fix = f"{check}; if another machine gets there, open the firewall: {fix}"
+    fix = f"{check}; if that shows a way, open the firewall: {fix}"
     return failure("port", found, fix)
 
 

@@ -273,13 +273,14 @@ def _closed(hellos: list[dict[str, Any]], rank: int, other: int, state: str) -> 
         return failure("reach", found, f"{fix} that rank has ended: see what it printed")
     if state == STALLED:
         found += ": small messages pass, 64 KB do not, in small packets neither"
-        return failure(
-            "reach", found, f"try the link with `ping -s 1000 {target}`: packets get lost"
-        )
-    fix = "let the peers talk freely: " + addresses.opening(None, str(source))
+        fix = "look for what loses packets on the way (Wi-Fi, a cable, a firewall's rule), until"
+        ping = f"`ping -c 20 -s 1000 {target}` on the first shows no loss"
+        return failure("reach", found, f"{fix} {ping}")
+    fix = addresses.opening(f"the machine of rank {other}", None, str(source))
+    fix = f"let the peers talk freely: {fix}"
     if state == addresses.NO_ROUTE:
-        fix = f"check `ip route get {target}` on the first, and that both are on one network"
-        fix = f"{fix} (GLOO_SOCKET_IFNAME chooses the interface)"
+        check = f"check `ip route get {target}` on the first, and that both are on one network"
+        fix = f"{check} (GLOO_SOCKET_IFNAME chooses the interface); if that shows a way, {fix}"
     found += "; gloo and NCCL open ports of their own beside the main port"
     return failure("reach", found, fix)
 

@@ -99,3 +99,15 @@ def forward(router: Host, protocol: str, port: int, inside: Host) -> None:
     rule = f"ip daddr {router.address} {protocol} dport {port} dnat to {inside.address}"
     router.run("nft", f"add rule ip nat in {rule}")
     router.run("nft", "add rule ip nat out iifname right oifname right masquerade")
+
+
+def tunnel(one: Host, other: Host, seen_other: str) -> None:
+    """A network of their own through one UDP port, as WireGuard makes it; here it is VXLAN, which
+    every kernel has. seen_other: the address of `other` as `one` sees it."""
+    for host, far, own in ((one, seen_other, "10.9.0.1"), (other, one.address, "10.9.0.2")):
+        ip(
+            *("-n", host.name, "link", "add", "wg0", "type", "vxlan", "id", "7", "remote", far),
+            *("dstport", "51820", "srcport", "51820", "51821"),
+        )
+        ip("-n", host.name, "address", "add", f"{own}/24", "dev", "wg0")
+        ip("-n", host.name, "link", "set", "wg0", "up")

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from tests.multihost.checks import WILL_NOT_WORK, WORKS, Peers, on_one_line
-from tests.multihost.hosts import ip, why_not
-from tests.multihost.networks import block_messages, forward, in_a_row, translate
+from tests.multihost.hosts import why_not
+from tests.multihost.networks import block_messages, forward, in_a_row, translate, tunnel
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,18 +48,6 @@ def test_a_black_hole_is_named_and_its_fix_opens_the_way(zygote, tmp_path):
             host.run(*command.split())
         statuses, printed = meet(zygote, machines, tmp_path / "after")
         assert statuses == [WORKS] * 2, printed
-
-
-def tunnel(one, other, seen_other):
-    """A network of their own through one UDP port, as WireGuard makes it; here it is VXLAN, which
-    every kernel has."""
-    for host, far, own in ((one, seen_other, "10.9.0.1"), (other, one.address, "10.9.0.2")):
-        ip(
-            *("-n", host.name, "link", "add", "wg0", "type", "vxlan", "id", "7", "remote", far),
-            *("dstport", "51820", "srcport", "51820", "51821"),
-        )
-        ip("-n", host.name, "address", "add", f"{own}/24", "dev", "wg0")
-        ip("-n", host.name, "link", "set", "wg0", "up")
 
 
 @pytest.mark.parametrize("inside", [1, 0], ids=["a peer", "the main machine"])
