@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.texts import write_manifest
+
 DEEP = "[" * 100_000 + "]" * 100_000
 BOMB = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
@@ -94,6 +96,10 @@ MANIFESTS: dict[str, dict[str, Any]] = {
     "eos_beyond": {"eos_token_id": 999},
     "eos_none": {"eos_token_id": None},
     "dtype_other": {"dtype": "float32"},
+    "skipped_null": {"skipped_rows": None},
+    "fingerprint_null": {"content_fingerprint": None},
+    "files_null": {"files": None},
+    "files_none": {"files": {}},
     "field_more": {"surprise": 1},
     "field_absent": {"tokenizer_fingerprint": "absent"},
     "arguments_list": {"arguments": []},
@@ -170,8 +176,10 @@ def make_bad_datasets(kit: Path, prepared: Path) -> None:
                 **good["splits"],
                 "train": {**good["splits"]["train"], "blocks": 5},
             }
-        (copy(name) / "manifest.json").write_text(json.dumps(content))
-    for name, text in MANIFEST_TEXTS.items():
+        write_manifest(copy(name), content)
+    text = (prepared / "manifest.json").read_text()
+    changed = {"changed": text.replace('"tokens": ', '"tokens": 1', 1), "spaced": text + " "}
+    for name, text in (MANIFEST_TEXTS | changed).items():
         (copy(f"manifest_{name}") / "manifest.json").write_text(text)
     (copy("no_manifest") / "manifest.json").unlink()
     shutil.rmtree(copy("no_train") / "train")

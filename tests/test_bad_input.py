@@ -256,6 +256,12 @@ BY_HAND --cluster-secret-file=@/nothing -> @/nothing
 --dataset-path=@/data_eos_beyond -> manifest
 --dataset-path=@/data_eos_none -> eos_token_id
 --dataset-path=@/data_dtype_other -> dtype
+--dataset-path=@/data_skipped_null -> skipped_rows
+--dataset-path=@/data_fingerprint_null -> content_fingerprint
+--dataset-path=@/data_files_null -> files
+--dataset-path=@/data_files_none -> names no files
+--dataset-path=@/data_manifest_changed -> was changed after it was written
+--dataset-path=@/data_manifest_spaced -> was changed after it was written
 --dataset-path=@/data_field_more -> manifest
 --dataset-path=@/data_field_absent -> manifest
 --dataset-path=@/data_arguments_list -> arguments
@@ -435,6 +441,7 @@ $'--tokenizer=@/tokenizer_no_eos' $'--eos-token=\udc80' -> --eos-token
 --describe=@/data_no_tokenizer -> tokenizer
 --describe=@/data_tokenizer_deep -> tokenizer
 --describe=@/data_arrow_cut --verify -> is damaged
+--describe=@/data_manifest_changed --verify -> was changed after it was written
 --verify -> add --describe FOLDER
 --config=@/bomb.yaml -> bomb.yaml
 --config=@/deep.yaml -> deep.yaml

@@ -81,6 +81,16 @@ def write_rows(path: Path, texts: list[str], column: str = "text") -> Path:
     return compress(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def write_manifest(folder: Path, content: dict) -> None:
+    """Write the manifest of a dataset with its digest, that of the file while that is empty."""
+    text = json.dumps(content | {"digest": ""}, indent=1)
+    assert text.count('"digest": ""') == 1
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_bytes(
+        text.replace('"digest": ""', f'"digest": "{digest}"').encode()
+    )
+
+
 def contents(folder: Path) -> dict[str, str]:
     """The checksum of every file below a folder, by its path there."""
     return {

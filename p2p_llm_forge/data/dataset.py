@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,23 +18,26 @@ from p2p_llm_forge.files import (
     files_in,
     fingerprint,
     fsync,
+    parse_json,
     read_json,
     sha256_of,
-    write_json,
+    write_file,
 )
 from p2p_llm_forge.shapes import is_count, is_path_inside, is_positive, require_shape
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
 TOKENIZER = "tokenizer"
 DATASET_DICT = "dataset_dict.json"
 REPLACED = "replaced.json"  # in the unfinished folder: the manifest of what is being replaced
+NO_DIGEST = b'"digest": ""'
 NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
 
 # Arguments that choose documents, in the dataset's fingerprint.
 DECIDES_DOCUMENTS = ("encoding_errors", "min_document_tokens", "max_document_tokens")
-SPLIT_SHAPE = dict.fromkeys(("documents", "blocks", "tokens", "bytes", "dropped_tokens"), is_count)
+COUNTS = ("documents", "blocks", "tokens", "bytes", "dropped_tokens", "left_out_tokens")
+SPLIT_SHAPE = dict.fromkeys(COUNTS, is_count)
 FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}
 OF_ANY_VERSION = {
     **{"format_version": is_count, "files": FILES_SHAPE},
@@ -41,11 +46,10 @@ OF_ANY_VERSION = {
 SHAPE = {
     "sequence_length": lambda length: is_positive(length) and length <= LONGEST_BLOCK,
     "vocab_size": lambda size: is_positive(size) and size <= 2**32,
-    **{"eos_token_id": is_count, "skipped_rows": (None, is_count), "dtype": str},
-    **{"tokenizer_fingerprint": str, "content_fingerprint": (None, str), "arguments": dict},
-    "splits": {TRAIN: SPLIT_SHAPE, str: {**SPLIT_SHAPE, "left_out_tokens": (None, is_count)}},
-    "files": (None, FILES_SHAPE),
-    "left_out": (None, {str: dict.fromkeys(("documents", "bytes", "tokens"), is_count)}),
+    **{"eos_token_id": is_count, "skipped_rows": is_count, "dtype": str},
+    **{"tokenizer_fingerprint": str, "content_fingerprint": str, "arguments": dict},
+    **{"splits": {TRAIN: SPLIT_SHAPE, str: SPLIT_SHAPE}, "files": FILES_SHAPE, "digest": str},
+    "left_out": {str: dict.fromkeys(("documents", "bytes", "tokens"), is_count)},
 }
 
 
@@ -72,6 +76,7 @@ class Manifest:
     """What a prepared dataset is and from what it was made; written last, so it proves the rest.
 
     It holds no time, machine or absolute path: the same input and arguments give the same bytes.
+    In its file it proves itself too: `digest` there is the SHA-256 of that file without it.
     What follows the arguments is known at the end: files are size and SHA-256 of every other file,
     skipped_rows the bad rows that were left out, left_out the documents, by the reason.
     """
@@ -106,7 +111,7 @@ class Manifest:
             facts = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             files[path.relative_to(folder).as_posix()] = facts
         complete = replace(self, files=files)
-        write_json(folder / MANIFEST, asdict(complete))
+        write_file(folder / MANIFEST, sealed(asdict(complete)))
         return complete
 
     @classmethod
@@ -115,16 +120,21 @@ class Manifest:
         path = folder / MANIFEST
         fix = NEW_FOLDER if own_files(folder) is None else PREPARE_AGAIN
         try:
-            content = read_json(path, dict)
+            text = path.read_bytes()
+            content = parse_json(text)
+            require_shape(content, dict)
             if content["format_version"] != FORMAT_VERSION:
                 versions = f"{ascii(content['format_version'])[:60]}, this program reads"
                 raise ForgeError(f"{path} has format version {versions} {FORMAT_VERSION}", fix)
             require_shape(content, SHAPE)
             if content["eos_token_id"] >= content["vocab_size"]:
                 raise ValueError("its end of documents is not in its vocabulary")
+            if not content["files"]:
+                raise ValueError("it names no files")
+            if not is_sealed(text, content.pop("digest")):
+                raise ValueError("it was changed after it was written: its digest is another one")
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
-            left_out = content.pop("left_out", None) or {}
-            left_out = {why: SplitCounts(**counts) for why, counts in left_out.items()}
+            left_out = {why: SplitCounts(**of) for why, of in content.pop("left_out").items()}
             return cls(splits=splits, left_out=left_out, **content)
         except FileNotFoundError as error:
             is_unfinished = (folder / UNFINISHED).exists()
@@ -137,6 +147,20 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = f"{path} cannot be read as a manifest: {error}"
             raise ForgeError(found, fix) from error
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """The file of a manifest, with its own digest in it, so that every changed byte is found."""
+    text = json.dumps(content | {"digest": ""}, indent=2, sort_keys=True, ensure_ascii=False)
+    blank = f"{text}\n".encode()
+    digest = hashlib.sha256(blank).hexdigest()
+    return blank.replace(NO_DIGEST, NO_DIGEST[:-1] + f'{digest}"'.encode(), 1)
+
+
+def is_sealed(text: bytes, digest: str) -> bool:
+    """Whether the file of a manifest is as it was written. digest: what it says of itself."""
+    blank = text.replace(NO_DIGEST[:-1] + f'{digest}"'.encode(), NO_DIGEST, 1)
+    return hashlib.sha256(blank).hexdigest() == digest
 
 
 def publish(finished: Path, folder: Path) -> None:

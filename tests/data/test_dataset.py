@@ -21,7 +21,7 @@ from p2p_llm_forge.data.dataset import (
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import config
-from tests.texts import contents
+from tests.texts import contents, write_manifest
 
 
 def a_manifest(**changes) -> Manifest:
@@ -40,9 +40,28 @@ def a_manifest(**changes) -> Manifest:
 
 
 def test_a_manifest_comes_back_as_it_was_saved(tmp_path):
-    a_manifest().save(tmp_path)
-    assert Manifest.load(tmp_path) == a_manifest()
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    saved = a_manifest().save(tmp_path)
+    assert Manifest.load(tmp_path) == saved and saved.files
     assert Manifest.load(tmp_path).fingerprint == a_manifest().fingerprint
+
+
+def test_every_changed_byte_of_a_manifest_is_found(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    a_manifest().save(tmp_path)
+    path = tmp_path / "manifest.json"
+    written = path.read_bytes()
+    for place in range(len(written)):
+        for changed in (bytes([written[place] ^ 1]), b"", b" " + written[place : place + 1]):
+            path.write_bytes(written[:place] + changed + written[place + 1 :])
+            with pytest.raises(ForgeError, match="manifest.json"):
+                Manifest.load(tmp_path)
+    for changed in (written[::-1], written + b"\n", written.replace(b"\n", b"\r\n")):
+        path.write_bytes(changed)
+        with pytest.raises(ForgeError, match="manifest.json"):
+            open_prepared(tmp_path)
+    write_manifest(tmp_path, json.loads(written))
+    assert Manifest.load(tmp_path).splits == a_manifest().splits, "the digest is as it is described"
 
 
 def test_the_fingerprint_tells_datasets_apart_and_ignores_names():
@@ -63,8 +82,8 @@ def test_the_fingerprint_tells_datasets_apart_and_ignores_names():
         (None, "(?s)no manifest.json.*python prepare_data.py"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format_version": 3}', "cannot be read"),
-        ('{"format_version": 2}', "format version 2, this program reads 3"),
+        ('{"format_version": 4}', "cannot be read"),
+        ('{"format_version": 2}', "format version 2, this program reads 4"),
         ('{"format_version": 99}', "(?s)format version 99.*--overwrite"),
     ],
 )
@@ -109,7 +128,7 @@ def test_no_manifest_is_more_than_a_message(prepared_corpus, data):
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train", "validation", "tokenizer"):
             Path(folder, name).symlink_to(prepared_corpus / name)
-        Path(folder, "manifest.json").write_text(json.dumps(content))
+        write_manifest(Path(folder), content)
         try:
             prepared = open_prepared(folder)
             assert len(prepared.train_blocks()) == prepared.manifest.splits["train"].blocks
@@ -125,6 +144,21 @@ def test_no_bytes_are_more_than_a_message(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ForgeError, match="manifest.json"):
         open_prepared(tmp_path)
+
+
+def test_a_dataset_of_an_earlier_version_is_refused_and_its_fix_works(corpus, tmp_path):
+    prepare(config(corpus, tmp_path / "a"))
+    content = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    content |= {"format_version": 3}
+    del content["digest"]
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(content, indent=2))
+    with pytest.raises(ForgeError, match="format version 3, this program reads 4") as error:
+        open_prepared(tmp_path / "a")
+    assert error.value.problems[0].fix == "prepare the text again with --overwrite"
+    with pytest.raises(ForgeError, match="format version 3, this program reads 4") as error:
+        prepare(config(corpus, tmp_path / "a"))
+    prepare(config(corpus, tmp_path / "a", overwrite=True))
+    assert open_prepared(tmp_path / "a").train_blocks()
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
@@ -163,7 +197,7 @@ def test_a_dataset_that_lost_blocks_is_an_error(corpus, tmp_path):
     prepare(config(corpus, tmp_path / "a"))
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     manifest["splits"]["train"]["blocks"] += 1
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "a", manifest)
     with pytest.raises(ForgeError, match="blocks where the manifest promises"):
         open_prepared(tmp_path / "a").blocks("train")
     next((tmp_path / "a" / "train").glob("*.arrow")).unlink()

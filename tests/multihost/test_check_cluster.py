@@ -25,6 +25,7 @@ from tests.multihost.checks import (
 from tests.multihost.hosts import PYTHON, hosts, why_not
 from tests.ports import free_port
 from tests.runs import TINY_MODEL
+from tests.texts import write_manifest
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -328,7 +329,7 @@ def test_other_data_and_versions_are_named(zygote, machines, tmp_path, prepared)
     other = shutil.copytree(prepared, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["content_fingerprint"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(other, manifest)
     fake = tmp_path / "fake" / "accelerate-1.11.0.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.11.0\n")
