@@ -30,8 +30,8 @@ TRAIN = r"""
 --config-overrides=n_embd=1000000000 -> memory
 --config-overrides=n_embd=99999999999999999999 -> n_embd
 --config-overrides=n_layer=100000000 -> n_layer is 100000000
---config-overrides=n_inner=-5 -> n_inner
---config-overrides=n_inner=0 -> fails in transformers
+--config-overrides=n_inner=-5 -> or leave n_inner out
+--config-overrides=n_inner=0 -> give n_inner a size of 1 or more
 --config-overrides=n_head -> is not KEY=VALUE
 --config-overrides== -> is not KEY=VALUE
 --config-overrides=n_haed=2 -> n_head
@@ -47,7 +47,7 @@ TRAIN = r"""
 --config-overrides=n_layer=2,n_layer=3 -> n_layer is given twice
 --config-overrides=n_layer=2,num_hidden_layers=3 -> num_hidden_layers is given twice
 --config-overrides=pad_token_id=99999 -> pad_token_id is 99999, the vocabulary has
---config-overrides=pad_token_id=word -> pad_token_id
+--config-overrides=pad_token_id=word -> give another value for pad_token_id
 --config-overrides=bos_token_id=99999 -> bos_token_id is 99999, the vocabulary has
 --config-overrides=eos_token_id=-1 -> eos_token_id is -1, the vocabulary has
 --config-overrides=use_cache=maybe -> give true or false

@@ -22,10 +22,12 @@ from p2p_llm_forge.model.fit import (
     require_same_words,
 )
 from p2p_llm_forge.model.sizes import (
+    below_1,
     combined,
     completed,
     one_line,
     padding,
+    refused_alone,
     require_sizes,
     require_tokens,
     share_vocabulary,
@@ -68,17 +70,26 @@ def model_from_scratch(
     require_sizes(model_config, f"in this {family}", "change it by --config-overrides")
     require_memory(model_config, processes_here)
     torch.manual_seed(config.seed)
-    other_sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
-    other_sizes += "; or take another family"
+    asked = f" by --config-overrides {config.config_overrides}" * bool(config.config_overrides)
+    other_sizes = fix_of_sizes(config, model_config)
     try:
         model = AutoModelForCausalLM.from_config(model_config).float()
     except Exception as error:  # whatever a family raises for sizes that do not go together
-        asked = f" by --config-overrides {config.config_overrides}" * bool(config.config_overrides)
         found = f"transformers cannot build this {family}{asked}: {one_line(error)}"
         raise ForgeError(found, other_sizes) from error
-    fewer = "prepare the data with a smaller --sequence-length"
-    require_causal(model, f"a {family} from scratch", text.sequence_length, fewer, other_sizes)
+    what, fewer = f"a {family} from scratch{asked}", "prepare the data with a smaller"
+    fewer += " --sequence-length"
+    require_causal(model, what, text.sequence_length, fewer, other_sizes)
     return model
+
+
+def fix_of_sizes(config: TrainConfig, model_config: Any) -> str:
+    """What to do where a model from scratch cannot be built, or computes nothing."""
+    if below := below_1(*sizes_asked_for(config)):
+        names = " and ".join(below)
+        return f"give {names} a size of 1 or more, or leave {names} out"
+    sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
+    return f"{sizes}; or take another family"
 
 
 def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> Any:
@@ -147,9 +158,10 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     try:
         model_config = type(defaults)(**settings)
     except Exception as error:  # whatever a family's own checks raise
+        wrong = " and ".join(refused_alone(defaults, overrides) or overrides)
         raise ForgeError(
             f"--config-overrides {config.config_overrides}: {one_line(error)}",
-            "change these values",
+            f"give another value for {wrong}, or leave {wrong} out",
         ) from error
     share_vocabulary(defaults, model_config)
     model_config.use_cache = False

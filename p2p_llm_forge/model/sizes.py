@@ -204,6 +204,29 @@ def is_read(defaults: Any, name: str, size: Any) -> bool:
     return False
 
 
+def refused_alone(defaults: Any, overrides: dict[str, Any]) -> list[str]:
+    """The sizes that a family refuses, each for itself."""
+    refused = []
+    for name, size in overrides.items():
+        try:
+            type(defaults)(**{name: size})
+        except Exception:  # whatever a family's own checks raise
+            refused.append(name)
+    return refused
+
+
+def below_1(defaults: Any, overrides: dict[str, Any], prefix: str = "") -> list[str]:
+    """The numbers below 1 that a family does not have by default, by the names that were typed."""
+    found = []
+    for name, size in overrides.items():
+        own = size_of(defaults, name)
+        if isinstance(size, dict):
+            found += below_1(own, size, f"{prefix}{name}.")
+        elif type(size) is int and size < 1 and size != own:
+            found.append(f"{prefix}{name}")
+    return found
+
+
 def merge(sizes: dict[str, Any], path: list[str], size: Any) -> None:
     """Put a size at a path of names."""
     for name in path[:-1]:

@@ -54,6 +54,9 @@ def test_initial_weights_depend_on_the_seed_alone(text):
         ({"config_overrides": "n_layer=two"}, "n_layer is 'two'", "give a number like 12"),
         ({"config_overrides": "n_layer"}, "'n_layer' is not KEY=VALUE", "hidden_size=64"),
         ({"config_overrides": "n_embd=10,n_head=3"}, "cannot build this gpt2", "change"),
+        ({"config_overrides": "n_inner=0"}, "n_inner=0 fails", "give n_inner a size of 1 or more"),
+        ({"config_overrides": "n_layer=1,n_inner=-5"}, "cannot build", "or leave n_inner out"),
+        ({"config_overrides": "n_head=2,pad_token_id=word"}, "'word'", "value for pad_token_id, or"),
         ({"config_overrides": "vocab_size=10"}, "the data has 300 tokens", "leave vocab_size out"),
         ({"config_overrides": "n_positions=16"}, "takes at most 16", "--sequence-length 16"),
         (
@@ -68,6 +71,11 @@ def test_what_cannot_be_built_is_refused_with_the_fix(text, settings, found, fix
         build_model(TrainConfig(**settings), text)
     (problem,) = error.value.problems
     assert found in problem.found and fix in problem.fix
+
+
+@pytest.mark.parametrize("fixed", ["n_layer=1,n_inner=1", "n_layer=1", "n_layer=1,pad_token_id=7"])
+def test_what_the_fix_of_a_wrong_size_says_is_built(text, fixed):
+    assert build_model(TrainConfig(config_overrides=fixed), text).num_parameters() > 0
 
 
 @pytest.mark.parametrize(
