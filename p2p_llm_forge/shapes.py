@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST_SHOWN = 60  # characters
+
 
 def require_shape(value: Any, shape: Any, name: str = "it") -> None:
     """Raise ValueError, naming the part, unless a JSON value is what a reader counts on.
@@ -20,9 +22,20 @@ def require_shape(value: Any, shape: Any, name: str = "it") -> None:
         require_shape(value, dict, name)
         for wanted, of_key in shape.items():
             for key in value if wanted is str else [wanted]:
-                require_shape(value.get(key), of_key, ascii(key))
-    elif not any(_fits(value, one) for one in (shape if isinstance(shape, tuple) else (shape,))):
-        raise ValueError(f"{name} is {ascii(value)[:60]}")
+                require_shape(value.get(key), of_key, _shown(key))
+    else:
+        shapes = shape if isinstance(shape, tuple) else (shape,)
+        if any(_fits(value, one) for one in shapes):
+            return
+        for one in shapes:
+            if isinstance(one, list) and isinstance(value, list):
+                require_shape(value, one, name)  # raises, and names the item
+        raise ValueError(f"{name} is {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _fits(value: Any, shape: Any) -> bool:

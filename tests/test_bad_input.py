@@ -322,6 +322,10 @@ RANK=² WORLD_SIZE=2 -> RANK is '²'
 WORLD_SIZE=2 -> RANK is not set
 MASTER_ADDR=10.0.0.1 -> RANK is not
 OMPI_COMM_WORLD_SIZE=2 -> MPI
+HF_HOME=/dev/null -> HF_HOME is /dev/null
+HF_HOME=@/empty.txt/hub -> empty.txt is no folder
+--tokenizer=gpt2 -> --tokenizer gpt2 is for a text file
+--vocab-size=999 -> --vocab-size 999 is for a text file
 OMP_NUM_THREADS=abc -> OMP_NUM_THREADS is 'abc'
 OMP_NUM_THREADS=² -> OMP_NUM_THREADS
 OMP_NUM_THREADS=99999999999 -> OMP_NUM_THREADS

@@ -166,6 +166,21 @@ def test_what_is_in_the_way_of_the_last_checkpoint_is_refused_at_once(
     assert train(replace(config, max_steps=9, resume="auto")).steps == 9
 
 
+@pytest.mark.parametrize("again", [{"resume": "auto"}, {"overwrite": True}], ids=str)
+def test_a_file_in_the_way_of_tensorboard_is_refused_before_training(config, tmp_path, again):
+    train(replace(config, max_steps=3))
+    (tmp_path / "run" / "runs").write_text("mine")
+    before = tree(tmp_path / "run")
+    shown = replace(config, report_to="tensorboard", **again)
+    with pytest.raises(ForgeError, match="runs is no folder") as error:
+        train(shown)
+    assert tree(tmp_path / "run") == before
+    assert error.value.problems[0].fix == "move it out of --output-dir, or add --report-to none"
+    assert train(replace(shown, report_to="none")).steps == 6
+    (tmp_path / "run" / "runs").rename(tmp_path / "elsewhere")
+    assert train(replace(shown, resume="auto", overwrite=False, max_steps=7)).steps == 7
+
+
 def test_a_readme_and_a_model_of_others_are_not_replaced(config, tmp_path):
     """They were put there while the run was interrupted, say."""
     train(replace(config, max_steps=3))

@@ -7,7 +7,9 @@ import pytest
 from p2p_llm_forge.shapes import is_count, is_number, is_path_inside, require_shape
 
 SHAPE = {"a": is_count, "b": (None, str), "c": [{"d": is_number}], "e": {str: (int, None)}}
+SHAPE |= {"f": (None, [is_path_inside])}
 GOOD = {"a": 0, "b": None, "c": [{"d": 0.5}, {"d": 3}], "e": {"x": 1, "y": None}, "more": []}
+GOOD |= {"f": ["a", "b"]}
 
 
 def test_a_good_value_has_its_shape():
@@ -29,6 +31,9 @@ def test_a_good_value_has_its_shape():
         ({"c": [{"d": 1e999}]}, "'d' is inf"),
         ({"c": [5]}, r"'c'\[0\] is 5"),
         ({"e": None}, "'e' is None"),
+        ({"f": [*"abcdefghijklmnopqrstuvwxyz", "../x"]}, r"'f'\[26\] is '../x'"),
+        ({"f": "a"}, "'f' is 'a'"),
+        ({"a": "x" * 99}, f"'a' is '{'x' * 59}[.]{{3}}$"),
         ({"e": {"\x1b": "x"}}, r"'\\x1b' is 'x'"),
     ],
 )

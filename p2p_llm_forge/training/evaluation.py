@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from typing import Any
 
 import torch
@@ -51,12 +52,14 @@ def evaluate_split(
         from p2p_llm_forge.training.language_modeling_metric import LanguageModelingMetric
 
         tokens, correct = (int(sum(counts)) for counts in counted)
-        found = LanguageModelingMetric().compute(
-            nats=[math.fsum(nats_by_rank)],
-            tokens=[tokens],
-            correct=[correct],
-            bytes_of_text=bytes_of_text,
-        )
+        # evaluate (0.4) writes a file for every metric, below HF_HOME if no other place is named.
+        with tempfile.TemporaryDirectory() as folder:
+            found = LanguageModelingMetric(cache_dir=folder, keep_in_memory=True).compute(
+                nats=[math.fsum(nats_by_rank)],
+                tokens=[tokens],
+                correct=[correct],
+                bytes_of_text=bytes_of_text,
+            )
         # JSON has no infinity.
         return {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.data.dataset import looks_like_prepared
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
 from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
-from p2p_llm_forge.training.run_record import METRICS, RunRecord
+from p2p_llm_forge.training.run_record import METRICS, RUNS, RunRecord
 
 LOCK = "run.lock"
 PREPARED = "prepared"  # the dataset that is made of a text, by the rules of data/prepare.py
@@ -20,6 +20,8 @@ NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "lost+found")
 # What --resume-changed may change. Another model or tokenizer would give the saved numbers another
 # meaning.
 MAY_CHANGE = ("dataset", "seed", "batch_size")
+
+MOST_SHOWN, LONGEST_VALUE = 10, 300  # differences that a message lists, and their characters
 
 
 def recorded_identity(output_dir: Path) -> dict[str, Any] | None:
@@ -78,15 +80,31 @@ def refuse_another_run(
         fix = "choose another --output-dir, or throw that run away with --overwrite"
         if not fixed:
             fix += ", or continue with these changes by --resume auto --resume-changed"
-        differences = "".join(
-            f"\n    {key}: the run has {recorded.get(key)}, asked was {identity.get(key)}"
-            for key in (fixed if resume_changed else changed)
-        )
+        shown = fixed if resume_changed else changed
+        differences = "".join(_difference(key, recorded, identity) for key in shown[:MOST_SHOWN])
+        if len(shown) > MOST_SHOWN:
+            differences += f"\n    and {len(shown) - MOST_SHOWN} more"
         raise ForgeError(f"{output_dir} holds another run:{differences}", fix)
     if not resume:
         raise ForgeError(
             f"{output_dir} holds this run already",
             "continue it with --resume auto, or start it from scratch with --overwrite",
+        )
+
+
+def _difference(key: str, recorded: dict[str, Any], identity: dict[str, Any]) -> str:
+    """A line of a message. A run.json may hold anything, of any length."""
+    before, now = (in_one_line(one.get(key), LONGEST_VALUE) for one in (recorded, identity))
+    return f"\n    {in_one_line(key)}: the run has {before}, asked was {now}"
+
+
+def refuse_file_of_trackers(output_dir: Path, report_to: str) -> None:
+    """Raise ForgeError if TensorBoard is to write into runs/, and something else is called so."""
+    runs = output_dir / RUNS
+    if "tensorboard" in report_to and os.path.lexists(runs) and not runs.is_dir():
+        raise ForgeError(
+            f"{runs} is no folder, so TensorBoard cannot write there",
+            "move it out of --output-dir, or add --report-to none",
         )
 
 

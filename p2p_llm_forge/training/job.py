@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
+from p2p_llm_forge.config.fields import option
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
@@ -23,6 +24,8 @@ from p2p_llm_forge.training.identity import (
     refuse_files_of_others,
 )
 from p2p_llm_forge.training.plan import Plan, plan_updates
+
+OF_TEXTS = ("tokenizer", "vocab_size", "encoding_errors")  # flags that only a text file obeys
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     folder = Path(config.dataset_path)
     if folder.suffix and not cluster.main_only(folder.exists):
         raise ForgeError(f"--dataset-path {folder}: no such file", "give a text or a folder")
-    if cluster.main_only(lambda: folder.is_file()):
+    is_text = cluster.main_only(lambda: folder.is_file())
+    if is_text:
         if config.dry_run:
             raise ForgeError(
                 f"--dry-run writes nothing, and {folder} is a text",
@@ -120,6 +124,8 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
         return data
 
     data = cluster.together(opened)
+    if not is_text:
+        cluster.together(lambda: refuse_flags_of_texts(config, data))
     refuse_different_data(cluster, data)
     asked, found = config.sequence_length, data.manifest.sequence_length
     if asked not in (None, found):
@@ -128,6 +134,29 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
             "leave the flag out, or prepare the data again with it",
         )
     return data
+
+
+def refuse_flags_of_texts(config: TrainConfig, data: PreparedDataset) -> None:
+    """Raise ForgeError for flags that decide how a text is prepared, where the data already are.
+
+    With the values that these were made with they may stay: a recipe can serve both.
+    """
+    made_with, problems = data.manifest.arguments, Problems()
+    for name in OF_TEXTS:
+        given = getattr(config, name)
+        may_be = [
+            getattr(TrainConfig, name),
+            made_with.get(name),
+            getattr(data.manifest, name, None),
+        ]
+        last_part = Path(given).name if name == "tokenizer" and given else given  # as recorded
+        problems.require(
+            given in may_be or last_part in may_be,
+            f"{option(name)} {given} is for a text file, and {data.path} is prepared already",
+            f"leave the flag out, or prepare the text again: prepare_data.py {option(name)} {given}"
+            " ...",
+        )
+    problems.raise_any()
 
 
 def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:

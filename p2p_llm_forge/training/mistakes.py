@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.errors import ForgeError, Problems
+from p2p_llm_forge.errors import ForgeError, Problems, in_one_line
 
 
 def mistakes_in(config: TrainConfig) -> Problems:
@@ -13,6 +17,7 @@ def mistakes_in(config: TrainConfig) -> Problems:
     transformers takes seconds, and that --output-dir is missing should be reported at once.
     """
     problems = config.problems()
+    require_hub_folder(problems)
     try:
         if config.model_type or config.config_overrides:
             from p2p_llm_forge.model.sizes import sizes_asked_for
@@ -28,3 +33,17 @@ def mistakes_in(config: TrainConfig) -> Problems:
     except ForgeError as error:
         problems.add(error)
     return problems
+
+
+def require_hub_folder(problems: Problems, environ: Mapping[str, str] = os.environ) -> None:
+    """Note a HF_HOME that is a file, or would lie in one; Hugging Face's libraries fail late at it.
+
+    One that is a folder and cannot be written is no mistake: a local run needs nothing of it.
+    """
+    folder = Path(environ.get("HF_HOME") or "~").expanduser()
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    problems.require(
+        there.is_dir(),
+        f"HF_HOME is {in_one_line(folder)} in the environment; {in_one_line(there)} is no folder",
+        "unset HF_HOME, or set it to the folder where downloads are to lie",
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import secrets
 import shutil
@@ -126,7 +127,8 @@ def remove_run(output_dir: Path, record: RunRecord) -> None:
     for name in record.wrote:
         path = output_dir / name
         is_named = "/" not in name and not CHECKPOINT.fullmatch(name)
-        if is_named and path.is_file() and not path.is_symlink():
+        # os.path, since Path.is_file fails for names that are too long for the file system.
+        if is_named and os.path.isfile(path) and not path.is_symlink():
             path.unlink()
     if events := [name[len(RUNS) + 1 :] for name in record.wrote if "/" in name]:
         erase(output_dir / RUNS, events)

@@ -13,7 +13,7 @@ from typing import Any
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
 from p2p_llm_forge.training import checkpoint, snapshot
-from p2p_llm_forge.training.identity import LOCK, claim
+from p2p_llm_forge.training.identity import LOCK, claim, refuse_file_of_trackers
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import RunRecord, put_on_record
@@ -48,6 +48,7 @@ class RunFolder:
 
         def write() -> None:
             self.confirm()
+            refuse_file_of_trackers(self.path, self._job.config.report_to)
             claim(self.path, self._job.identity(), self._job.config.overwrite)
 
         self._job.cluster.main_only(write)

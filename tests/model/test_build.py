@@ -56,7 +56,11 @@ def test_initial_weights_depend_on_the_seed_alone(text):
         ({"config_overrides": "n_embd=10,n_head=3"}, "cannot build this gpt2", "change"),
         ({"config_overrides": "n_inner=0"}, "n_inner=0 fails", "give n_inner a size of 1 or more"),
         ({"config_overrides": "n_layer=1,n_inner=-5"}, "cannot build", "or leave n_inner out"),
-        ({"config_overrides": "n_head=2,pad_token_id=word"}, "'word'", "value for pad_token_id, or"),
+        (
+            {"config_overrides": "n_head=2,pad_token_id=word"},
+            "'word'",
+            "value for pad_token_id, or",
+        ),
         ({"config_overrides": "vocab_size=10"}, "the data has 300 tokens", "leave vocab_size out"),
         ({"config_overrides": "n_positions=16"}, "takes at most 16", "--sequence-length 16"),
         (

@@ -7,8 +7,13 @@ import pytest
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.identity import claim, refuse_another_run, settings_changed
-from p2p_llm_forge.training.run_record import RUN
+from p2p_llm_forge.training.identity import (
+    claim,
+    refuse_another_run,
+    refuse_file_of_trackers,
+    settings_changed,
+)
+from p2p_llm_forge.training.run_record import RUN, RunRecord
 from tests.folders import tree
 from tests.training.saved import writer
 
@@ -106,3 +111,52 @@ def test_settings_that_change_at_a_resume_are_named():
     )
     now |= {"learning_rate": 0.2, "seed": 0, "output_dir": "b"}
     assert settings_changed(before, now) == ["learning_rate: 0.1 -> 0.2"]
+
+
+def test_a_long_or_odd_record_leaves_room_for_what_can_be_done(tmp_path):
+    own = {"dataset": "aaa", "model_type": "gpt2"}
+    odd = {"z" * 20_000: 1, "a\nfix: rm -rf": "b\x1b[2Jc", **{f"k{n}": n for n in range(30)}}
+    claim(tmp_path / "run", {**own, "model_type": "x" * 20_000, **odd})
+    with pytest.raises(ForgeError) as error:
+        refuse(tmp_path / "run", own, resume=True)
+    (problem,) = error.value.problems
+    assert len(problem.found) < 3000 and problem.found.endswith("\n    and 23 more")
+    assert "a fix: rm -rf: the run has bc, asked was None" in problem.found
+    assert "--overwrite" in problem.fix
+    claim(tmp_path / "run", own, overwrite=True)
+    refuse(tmp_path / "run", own, resume=True)
+
+
+def test_names_that_no_file_can_have_are_in_nobodys_way(tmp_path):
+    identity = {"dataset": "aaa"}
+    claim(tmp_path, identity)
+    wrote = frozenset(["README.md", "x" * 300, "runs/" + "y" * 300])
+    RunRecord(identity, wrote).write(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    claim(tmp_path, identity, overwrite=True)
+    assert RunRecord.read(tmp_path).wrote == {"metrics.jsonl"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RUN]
+
+
+def test_a_wrong_name_in_a_record_is_the_one_that_is_shown(tmp_path):
+    claim(tmp_path, {})
+    RunRecord({}, frozenset([*(f"file-{n}" for n in range(50)), "../theirs"])).write(tmp_path)
+    with pytest.raises(ForgeError, match=r"'wrote'\[0\] is '\.\./theirs'"):
+        RunRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize("in_the_way", ["a file", "a link to nowhere", "a folder", "nothing"])
+def test_what_is_in_the_way_of_trackers_is_refused(tmp_path, in_the_way):
+    runs = tmp_path / "runs"
+    if in_the_way == "a file":
+        runs.write_text("mine")
+    elif in_the_way == "a link to nowhere":
+        runs.symlink_to("gone")
+    elif in_the_way == "a folder":
+        runs.mkdir()
+    refuse_file_of_trackers(tmp_path, "none")
+    if in_the_way in ("a folder", "nothing"):
+        return refuse_file_of_trackers(tmp_path, "wandb,tensorboard")
+    with pytest.raises(ForgeError, match="runs is no folder, so TensorBoard cannot") as error:
+        refuse_file_of_trackers(tmp_path, "wandb,tensorboard")
+    assert error.value.problems[0].fix == "move it out of --output-dir, or add --report-to none"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import job as jobs
 from p2p_llm_forge.training.identity import claim
+from prepare_data import prepare
 
 
 def test_a_job_holds_the_data_and_the_plan(open_small_job, prepared):
@@ -34,6 +36,34 @@ def test_a_text_is_not_prepared_in_a_dry_run(open_small_job, text_file):
     with pytest.raises(ForgeError, match="--dry-run writes nothing") as error:
         open_small_job(dataset_path=str(text_file), dry_run=True)
     assert error.value.problems[0].fix.startswith("prepare it with prepare_data.py first")
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"tokenizer": "gpt2"}, "--tokenizer gpt2"),
+        ({"vocab_size": 500}, "--vocab-size 500"),
+        ({"encoding_errors": "replace"}, "--encoding-errors replace"),
+    ],
+    ids=str,
+)
+def test_flags_that_only_a_text_obeys_are_refused_beside_prepared_data(open_small_job, given, flag):
+    with pytest.raises(ForgeError, match=f"{flag} is for a text file, and .* is prepared already"):
+        open_small_job(**given)
+
+
+def test_flags_that_the_data_were_made_with_may_stay(text_file, tmp_path, open_small_job, prepared):
+    assert open_small_job(vocab_size=300).data.path == prepared  # as fixtures prepare it
+    ready = prepared / "tokenizer"
+    made = tmp_path / "made"
+    prepare(PrepareConfig([str(text_file)], str(made), tokenizer=str(ready), sequence_length=32))
+    for given in (str(ready), "tokenizer", None):
+        assert open_small_job(dataset_path=str(made), tokenizer=given).data.path == made
+    text = open_small_job(dataset_path=str(text_file), tokenizer=str(ready), sequence_length=32)
+    assert text.data.manifest.tokenizer_fingerprint  # of a text the flag is obeyed
+    assert (
+        text.data.load_tokenizer().get_vocab() == open_small_job().data.load_tokenizer().get_vocab()
+    )
 
 
 def test_ranks_with_other_data_are_named(alone, open_small_job, monkeypatch):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.training.mistakes import mistakes_in
+from p2p_llm_forge.errors import Problems
+from p2p_llm_forge.training.mistakes import mistakes_in, require_hub_folder
 from tests import ROOT
 
 
@@ -27,3 +30,20 @@ def test_a_missing_flag_is_reported_without_importing_a_heavy_library():
     assert done.returncode == 2
     assert done.stderr == "error: no place for the run\n  fix: add --output-dir FOLDER\n"
     assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+@pytest.mark.parametrize("inside", ["", "a/b"])
+def test_a_home_of_downloads_that_can_be_no_folder_is_named(tmp_path, inside):
+    (tmp_path / "file").touch()
+    problems = Problems()
+    require_hub_folder(problems, {"HF_HOME": str(tmp_path / "file" / inside)})
+    (problem,) = problems.found
+    assert f"{tmp_path / 'file'} is no folder" in problem.found and "unset HF_HOME" in problem.fix
+
+
+@pytest.mark.parametrize("home", [None, "", "~", "new/folder", "/proc/never"])
+def test_a_home_of_downloads_that_is_not_there_yet_is_no_mistake(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems = Problems()
+    require_hub_folder(problems, {} if home is None else {"HF_HOME": home})
+    assert not problems.found
