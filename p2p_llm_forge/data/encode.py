@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
+from p2p_llm_forge.data.kept_proofs import KeptProof
 from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
@@ -52,11 +53,11 @@ class Encoders:
         self._spare = [self._reference]
         self._processes: list[TokenizerProcess] = []
         self._is_closed = False
-        self._rules, self.reason = "", "asked for by --tokenizer-backend"
+        self.reason = "asked for by --tokenizer-backend"
         if backend != "reference":
             try:
-                self._rules, fast = fast_path.check_fast_path(tokenizer, self._reference)
-                self._spare, self.reason = [fast], ""
+                self._new_fast, first = fast_path.check_fast_path(tokenizer, self._reference)
+                self._spare, self.reason = [first], ""
             except FastPathDiffers as difference:
                 self.reason = str(difference)
                 if backend == "fast":
@@ -81,7 +82,7 @@ class Encoders:
         """
         encode = self._encoder_of_this_thread()
         if self.is_fast:
-            fast_path.require_same(encode, self._reference, fast_path.sample(documents))
+            self._require_same(encode, documents)
             tokens, lengths = self._by_fast_path(documents)
         else:
             tokens, lengths = self._in_portions(encode, documents)
@@ -106,6 +107,14 @@ class Encoders:
                 del own.encode
         return _joined(found)
 
+    def _require_same(self, encode: Encode, documents: pa.LargeBinaryArray) -> None:
+        """Raise FastPathDiffers, here and in later runs, if a sample has other tokens."""
+        try:
+            fast_path.require_same(encode, self._reference, fast_path.sample(documents))
+        except FastPathDiffers as difference:
+            KeptProof(self._tokenizer).keep(str(difference))
+            raise
+
     def _has_grown(self) -> bool:
         """Whether caches may have become too large.
 
@@ -120,7 +129,7 @@ class Encoders:
             return self._spare.pop()
         if self.is_fast:
             # gigatoken's cache of words is per encoder: one per thread is 1.4 times as fast.
-            return fast_path.fast_encoder(self._rules)
+            return self._new_fast()
         if not (is_slow(self._tokenizer) and self._loaded_from):
             return self._reference
         process = TokenizerProcess(self._loaded_from)

@@ -1,4 +1,4 @@
-"""The fast path of encoding, gigatoken, and the check that it answers as the tokenizer does.
+"""The fast path of encoding, gigatoken, and the proof that it answers as the tokenizer does.
 
 `check_fast_path` is asked once for a tokenizer, `require_same` on a `sample` of every piece.
 """
@@ -6,64 +6,125 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read, settings_of
+from p2p_llm_forge.data.hard_texts import HARD_TEXTS, glued, overlapping, random_texts
+from p2p_llm_forge.data.input_file import first_line
+from p2p_llm_forge.data.kept_proofs import KeptProof
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
-from p2p_llm_forge.data.tokenizer import Encode, control_tokens, rules_of
+from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, rules_of
 
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
-# Text on which tokenizers have been seen to disagree. Every fast encoder must get these right.
-HARD_TEXTS = (
-    # combining marks and compatibility forms
-    "e\u0301 n\u0303 Z\u0351\u036b\u0343 \u1e9b\u0323 \u212b \ufb01",
-    # joined emoji, skin tones, flags, variation selectors
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308",
-    "\U0001f44d\U0001f3fd \U0001f1f9\U0001f1f7\U0001f1e9\U0001f1ea \u263a\ufe0f",
-    # every kind of line end; long runs of white space
-    "one\r\ntwo\rthree\n\n\nfour\u2028five\x0bsix\x85seven",
-    " " * 200 + "x" + "\t" * 50 + "\n" * 50 + " \n \n\t ",
-    # replacement, edges of the planes, controls
-    "\ufffd\ud7ff\ue000\ufffe\U0010ffff\x00\x01\x7f\x80",
-    # right to left, with marks
-    "\u0645\u0631\u062d\u064e\u0628\u0627 \u202b\u05e9\u05c1\u05dc\u05d5\u05dd\u202c 12\u200f!",
-    # very long words and numbers
-    "Donaudampfschifffahrtsgesellschaft" * 60 + " " + "9" * 300,
-    # contractions
-    "I'll you're it'S WE'VE don\u2019t 'tis ''quoted''",
-    # scripts without spaces; unusual spaces
-    "汉字かな交じり文、한국어 ภาษาไทย हिन्दी \u3000wide\u00a0fixed\u200bzero",
-    # code, symbols, numerals
-    "x=1;y+=2 //=-> {[(<|>)]} ___init___ 3.14e-10 $£€ ½²ⅷ\u0663",
-    # letters whose other case has another length
-    "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
-)
 
+def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[Callable[[], Encode], Encode]:
+    """What makes fast encoders, and one; such a one gave the tokenizer's answer to all hard texts.
 
-class FastPathDiffers(Exception):
-    """The fast encoder gives other tokens than the tokenizer itself, or does not support it."""
-
-
-def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[str, Encode]:
-    """The rules for fast encoders, and one that gave the tokenizer's own answer to hard texts.
-
-    reference: encodes by the tokenizer itself. Raises FastPathDiffers, with the reason.
+    reference: encodes by the tokenizer itself. Raises FastPathDiffers, with the reason. A proof
+    that was made before counts.
     """
-    spellings = [f"a {text}{text} b" for text in control_tokens(tokenizer)]
+    if is_slow(tokenizer):
+        kind = type(tokenizer).__name__
+        raise FastPathDiffers(f"gigatoken does not support it ({kind} is written in Python)")
+    proof = KeptProof(tokenizer)
+    reason = proof.reason()
+    if reason:
+        raise FastPathDiffers(reason)
     try:
         rules = rules_of_text(tokenizer)
-        fast = fast_encoder(rules)
-        require_same(fast, reference, column_of([t.encode() for t in (*HARD_TEXTS, *spellings)]))
-        return rules, fast
-    except FastPathDiffers:
+        require_all_read(rules)
+        new = _maker(rules, reference)
+        first = new()
+        if reason is None:
+            texts = column_of([text.encode() for text in texts_of_proof(tokenizer)])
+            require_same(first, reference, texts)
+            proof.keep("")
+        return new, first
+    except FastPathDiffers as difference:
+        proof.keep(str(difference))
         raise
     except Exception as error:  # gigatoken has several for a tokenizer that it does not know
-        raise FastPathDiffers(
-            f"gigatoken does not support it ({str(error) or type(error).__name__})"
-        ) from error
+        raise FastPathDiffers(f"gigatoken does not support it ({first_line(error)})") from error
+
+
+def texts_of_proof(tokenizer: Any) -> Iterator[str]:
+    """Texts on which encoders of this tokenizer are likely to differ, if they do."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    spellings = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()})
+    spellings += [text for text in control_tokens(tokenizer) if text not in spellings]
+    yield from HARD_TEXTS
+    yield from glued(spellings)
+    yield from overlapping(spellings)
+    yield from random_texts(normalizer.normalize_str if normalizer else str)
+
+
+def _maker(rules: str, reference: Encode) -> Callable[[], Encode]:
+    """What makes fast encoders by these rules."""
+    if not _is_nfc(settings_of(rules)["normalizer"]):
+        return lambda: fast_encoder(rules)
+    # gigatoken 0.10 composes by another version of Unicode than tokenizers 0.23.
+    rules = _with(rules, "normalizer", lambda _: None)
+    return lambda: composed_only(fast_encoder(rules), reference)
+
+
+def _is_nfc(normalizer: Any) -> bool:
+    """Whether this normalizer does nothing but compose."""
+    if normalizer and normalizer["type"] == "Sequence":
+        return bool(normalizer["normalizers"]) and all(map(_is_nfc, normalizer["normalizers"]))
+    return bool(normalizer) and normalizer["type"] == "NFC"
+
+
+def composed_only(fast: Encode, reference: Encode) -> Encode:
+    """`fast`, which does not normalize, for documents in NFC; `reference` for the few others.
+
+    What is in NFC by Python's Unicode (13 or later) is so by that of tokenizers 0.23 (older) too: a
+    character keeps what it was given, and one that is not known yet is not changed.
+    """
+
+    def encode(documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+        others = not_composed(documents)
+        if not others.any():
+            return fast(documents)
+        encoded = [fast(documents.filter(~others)), reference(documents.filter(others))]
+        return interleaved(others, *encoded)
+
+    return encode
+
+
+def not_composed(documents: pa.LargeBinaryArray) -> np.ndarray:
+    """Which of the documents are not in NFC (bool)."""
+    others = np.zeros(len(documents), bool)
+    text, ends = values_and_offsets(documents)
+    # Below U+0300, whose UTF-8 begins with 0xCC, everything is composed; so is each part of a text
+    # that is.
+    unusual = text >= 0xCC
+    if not unusual.any() or unicodedata.is_normalized("NFC", text.tobytes().decode()):
+        return others
+    for place in np.unique(np.searchsorted(ends, np.flatnonzero(unusual), side="right") - 1):
+        document = text[ends[place] : ends[place + 1]].tobytes().decode()
+        others[place] = not unicodedata.is_normalized("NFC", document)
+    return others
+
+
+def interleaved(
+    is_second: np.ndarray,
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and lengths of all documents, from those of the ones that `is_second` (bool, one for
+    each document) says no to, and of the ones that it says yes to."""
+    lengths = np.empty(len(is_second), np.int64)
+    lengths[~is_second], lengths[is_second] = first[1], second[1]
+    of_second = np.repeat(is_second, lengths)
+    tokens = np.empty(len(of_second), np.uint32)
+    tokens[~of_second], tokens[of_second] = first[0], second[0]
+    return tokens, lengths
 
 
 def require_same(fast: Encode, reference: Encode, texts: pa.LargeBinaryArray) -> None:
@@ -122,11 +183,17 @@ def rules_of_text(tokenizer: Any) -> str:
     gigatoken 0.10, like tokenizers, turns the spelling of a special token into that token, but has
     no setting against it: it must not know them.
     """
-    rules = rules_of(tokenizer)
+
+    def ordinary(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [token for token in tokens if not token["special"]]
+
+    return _with(rules_of(tokenizer), "added_tokens", ordinary)
+
+
+def _with(rules: str, key: str, change: Callable[[Any], Any]) -> str:
+    """The JSON of a tokenizer with one of its values changed."""
     # The first key of that name is the tokenizer's own. Only its value is parsed: the vocabulary
     # and its merges, which stay as they are, would take ten times as long as all the rest.
-    key = '"added_tokens":'
-    before, _, rest = rules.partition(key)
-    tokens, end = json.JSONDecoder().raw_decode(rest)
-    ordinary = [token for token in tokens if not token["special"]]
-    return f"{before}{key}{json.dumps(ordinary)}{rest[end:]}"
+    before, _, rest = rules.partition(f'"{key}":')
+    value, end = json.JSONDecoder().raw_decode(rest)
+    return f'{before}"{key}":{json.dumps(change(value))}{rest[end:]}'

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from p2p_llm_forge.data.prepare import prepare
@@ -14,6 +17,19 @@ from tests.texts import contents, some_text
 def small_pieces(monkeypatch):
     """Many pieces of work, record batches and files, of which a small text would have one."""
     make_pieces_small(monkeypatch.setattr)
+
+
+@pytest.fixture
+def no_kept_proofs(tmp_path, monkeypatch):
+    """A cache of this test alone, and what to call for another one that is empty."""
+
+    def another() -> Path:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        return folder
+
+    another()
+    return another
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from p2p_llm_forge.data import encode, fast_path
 from p2p_llm_forge.data.encode import Encoders
-from p2p_llm_forge.data.fast_path import HARD_TEXTS
+from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from p2p_llm_forge.errors import ForgeError
@@ -91,7 +91,7 @@ def test_a_vocabulary_that_cannot_tell_text_from_control_is_refused():
 
 
 def test_an_encoder_whose_cache_has_grown_is_renewed_and_the_tokens_are_the_same(
-    tokenizer, monkeypatch
+    tokenizer, monkeypatch, no_kept_proofs
 ):
     right, made = fast_path.fast_encoder, []
     monkeypatch.setattr(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 
+import gigatoken
 import numpy as np
 import pytest
+from tokenizers import AddedToken, normalizers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import ByT5Tokenizer
 
 from p2p_llm_forge.data import fast_path
@@ -13,7 +18,13 @@ from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers, check_fast_path, require_same, sample
 from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import END_OF_TEXT, reference_encoder, train_tokenizer
-from tests.data.tokenizers import some_documents, word_tokenizer
+from tests.data.tokenizers import (
+    byte_tokenizer,
+    expected,
+    per_document,
+    some_documents,
+    word_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +33,7 @@ def tokenizer():
 
 
 def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
-    tokenizer, monkeypatch
+    tokenizer, monkeypatch, no_kept_proofs
 ):
     right = fast_path.fast_encoder
 
@@ -45,21 +56,85 @@ def test_a_fast_encoder_that_differs_is_found_out_before_and_during_the_work(
     assert not encoders.is_fast and "differ" in encoders.reason
     assert encoders.encode(column_of([b"peer"]))[0].tolist() == tokenizer("peer")["input_ids"]
 
-    monkeypatch.setattr(fast_path, "fast_encoder", wrong_on(b"\xf0\x9f\xa6\x80"))
+    no_kept_proofs()
+    monkeypatch.setattr(fast_path, "fast_encoder", wrong_on("🦀👽".encode()))
     encoders = Encoders(tokenizer)
     assert encoders.is_fast
     with pytest.raises(FastPathDiffers, match="peers"):
         # one document among thousands: sought out because it is not plain ASCII
-        encoders.encode(column_of([b"peers and blocks"] * 5_000 + ["peers 🦀".encode()]))
+        encoders.encode(column_of([b"peers and blocks"] * 5_000 + ["peers 🦀👽".encode()]))
 
 
 def test_a_fast_path_that_passes_answers_as_the_tokenizer(tokenizer):
-    rules, fast = check_fast_path(tokenizer, reference_encoder(tokenizer))
+    new, fast = check_fast_path(tokenizer, reference_encoder(tokenizer))
     documents = column_of([text.encode() for text in some_documents(100, seed=4)])
     expected = reference_encoder(tokenizer)(documents)
-    for encode in (fast, fast_path.fast_encoder(rules)):
+    for encode in (fast, new()):
         for ours, right in zip(encode(documents), expected, strict=True):
             assert ours.dtype == right.dtype and np.array_equal(ours, right)
+
+
+NFC = normalizers.NFC()
+GLUED = [
+    "peersöğrenciler",
+    "öğrencilerпир",
+    "模öğrenciler型",
+    "öğrenciler.",
+    " öğrenciler öğrenciler",
+]
+RARE = ["\ufb1e\U00011070", "\U00011a34\U00010f4d", "e\u0301", "é", "\u1100\u1161", "ﬁ \u212b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts", "reason"),
+    [
+        (
+            {"added": (AddedToken("öğrenciler", single_word=True),)},
+            GLUED,
+            "single_word.*öğrenciler",
+        ),
+        ({"added": (AddedToken("d|>x", normalized=False),)}, ["<|end|>x", "d|>x"], "differ on"),
+        ({"pre_tokenizer": ByteLevel(False, use_regex=False)}, ["peer  block 12"], "pre-tokenizer"),
+        ({"normalizer": normalizers.NFD()}, RARE, "does not support it .Unsupported normalizer"),
+    ],
+)
+def test_what_gigatoken_gets_wrong_is_encoded_by_the_tokenizer_and_the_reason_said(
+    settings, texts, reason
+):
+    tokenizer = byte_tokenizer(**settings)
+    encoders = Encoders(tokenizer)
+    assert not encoders.is_fast
+    assert re.search(reason, encoders.reason) and "\n" not in encoders.reason
+    got = per_document(*encoders.encode(column_of([text.encode() for text in texts])))
+    assert got == expected(tokenizer, texts)
+
+
+def test_composing_is_left_to_the_tokenizer_and_all_else_stays_fast():
+    added = (AddedToken("<think>", normalized=False), AddedToken("öğrenciler"))
+    tokenizer = byte_tokenizer(normalizer=NFC, added=added)
+    texts = RARE + GLUED + ["<think>\u0338", "o\u0308ğrenciler", "<think>", *some_documents(50)]
+    column = column_of([text.encode() for text in texts])
+    right = expected(tokenizer, texts)
+    # The trap: gigatoken by itself, without this project.
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["special"]]
+    alone = gigatoken.Tokenizer.from_json(json.dumps(rules)).encode_batch(texts)
+    assert alone.to_list() != right
+    encoders = Encoders(tokenizer)
+    assert encoders.is_fast
+    for documents in (column, column[3:20], column[:0]):
+        got = per_document(*encoders.encode(documents))
+        assert got == expected(tokenizer, [text.decode() for text in documents.to_pylist()])
+
+
+def test_only_documents_that_are_not_composed_are_told_from_the_others():
+    texts = ["plain", "é", "e\u0301", "", "“quoted”", "\u0301", "a", "模型 \u212b"]
+    right = [unicodedata.normalize("NFC", text) != text for text in texts]
+    assert sum(right) == 2
+    column = column_of([text.encode() for text in texts])
+    assert fast_path.not_composed(column).tolist() == right
+    assert fast_path.not_composed(column[1:]).tolist() == right[1:]
+    assert not fast_path.not_composed(column[:1]).any()
 
 
 @pytest.mark.parametrize("make", [word_tokenizer, ByT5Tokenizer])
@@ -69,14 +144,14 @@ def test_a_tokenizer_that_gigatoken_does_not_support_is_named_with_the_reason(ma
         check_fast_path(tokenizer, reference_encoder(tokenizer))
 
 
-def test_the_spellings_of_control_tokens_are_compared_too(tokenizer, monkeypatch):
+def test_the_spellings_of_control_tokens_are_compared_too(tokenizer, monkeypatch, no_kept_proofs):
     rules = fast_path.rules_of_text
     right = fast_path.fast_encoder
     monkeypatch.setattr(
         fast_path, "fast_encoder", lambda _: right(tokenizer.backend_tokenizer.to_str())
     )
     assert rules(tokenizer) != tokenizer.backend_tokenizer.to_str()
-    with pytest.raises(FastPathDiffers, match=f"differ on .a .*{END_OF_TEXT[2:-2]}"):
+    with pytest.raises(FastPathDiffers, match=f"differ on .*{END_OF_TEXT[2:-2]}"):
         check_fast_path(tokenizer, reference_encoder(tokenizer))
 
 
