@@ -90,6 +90,11 @@ class DocumentOptions(Options):
 
     heading = "documents that are left out"
 
+    deduplicate: Literal["none", "exact"] = flag(
+        "none",
+        "leave out, and count, documents that are there already: the same text but for white space"
+        " and Unicode's composition (exact); the first is kept, of one that is held out just that",
+    )
     min_document_tokens: int | None = flag(
         None, "documents of fewer tokens (without their end) are left out and counted"
     )

@@ -35,7 +35,9 @@ NO_DIGEST = b'"digest": ""'
 NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
 
 # Arguments that choose documents, in the dataset's fingerprint.
-DECIDES_DOCUMENTS = ("encoding_errors", "min_document_tokens", "max_document_tokens")
+DECIDES_DOCUMENTS = (
+    *("encoding_errors", "deduplicate", "min_document_tokens", "max_document_tokens"),
+)
 COUNTS = ("documents", "blocks", "tokens", "bytes", "dropped_tokens", "left_out_tokens")
 SPLIT_SHAPE = dict.fromkeys(COUNTS, is_count)
 FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}

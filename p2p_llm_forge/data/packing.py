@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from p2p_llm_forge.data import duplicates
 from p2p_llm_forge.data.blocks import BlockWriter
 from p2p_llm_forge.data.dataset import DATASET_DICT, MANIFEST, TOKENIZER, Manifest, SplitFacts
 from p2p_llm_forge.data.parts import Part
@@ -30,6 +31,7 @@ class Done(NamedTuple):
     id: PieceId
     part: Part
     record: Record
+    is_kept: np.ndarray | None = None  # by document; None: all are
 
     @property
     def train_tokens(self) -> int:
@@ -134,6 +136,11 @@ class Packer:
         self._next = PieceId(0, 0)
 
     @property
+    def _waits_for_all(self) -> bool:
+        """Whether what becomes of a piece follows from the others."""
+        return bool(self._preparation.weights) or self._preparation.config.deduplicate != "none"
+
+    @property
     def has_all(self) -> bool:
         """Whether every piece is done and taken."""
         return self._next.part == len(self._preparation.parts)
@@ -148,12 +155,15 @@ class Packer:
             piece = Done(self._next, self._preparation.parts[number], record)
             self._done.append(piece)
             self._next = PieceId(number + 1, 0) if record.is_last else PieceId(number, place + 1)
-            if not self._preparation.weights:
+            if not self._waits_for_all:
                 self._add(piece, piece.train_tokens)
 
     def _add(self, piece: Done, limit: int) -> None:
         """Write a piece, of its training tokens at most `limit`."""
         tokens = self._pieces.tokens(piece.id)
+        if piece.is_kept is not None:
+            lengths = self._pieces.documents(piece.id)[:, 0]
+            tokens = duplicates.tokens_kept(tokens, lengths, piece.is_kept)
         require_room(self.written, sum(of_split.nbytes for of_split in tokens.values()))
         for split in self._splits:
             allowed = limit if split.name == TRAIN else len(tokens[split.name])
@@ -161,16 +171,24 @@ class Packer:
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
-        weights = self._preparation.weights
-        for piece, limit in mixed(self._done, weights) if weights else ():
-            self._add(piece, limit)
+        weights, done = self._preparation.weights, self._done
+        if self._preparation.config.deduplicate != "none":
+            chosen = duplicates.chosen([(piece.id, piece.record) for piece in done], self._pieces)
+            done = [
+                piece._replace(record=record, is_kept=is_kept)
+                for piece, (record, is_kept) in zip(done, chosen, strict=True)
+            ]
+        if self._waits_for_all:
+            in_order = mixed(done, weights) if weights else ((p, p.train_tokens) for p in done)
+            for piece, limit in in_order:
+                self._add(piece, limit)
         manifest = replace(
             self._manifest,
             splits={split.name: split.finish() for split in self._splits},
             # Of the text, whatever its files are called and packed in.
-            content_fingerprint=fingerprint([piece.record.digest for piece in self._done]),
-            skipped_rows=sum(piece.record.skipped for piece in self._done),
-            left_out=total([piece.record.left_out for piece in self._done]),
+            content_fingerprint=fingerprint([piece.record.digest for piece in done]),
+            skipped_rows=sum(piece.record.skipped for piece in done),
+            left_out=total([piece.record.left_out for piece in done]),
         )
         for split in self._splits:
             split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")

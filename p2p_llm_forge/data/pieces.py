@@ -7,7 +7,7 @@ looked at, and several machines with one folder agree without any message.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -39,7 +39,8 @@ class Record:
     """What is known of a piece that is done.
 
     splits: what it adds to each; left_out: what to none, by the reason; digest: of its documents;
-    checksum: of its tokens; skipped: rows; is_last: of its part.
+    checksum: of its tokens; skipped: rows; is_last: of its part; documents_checksum: of what is
+    known of each document, where duplicates are looked for.
     """
 
     splits: dict[str, SplitCounts]
@@ -48,6 +49,7 @@ class Record:
     skipped: int
     is_last: bool
     left_out: dict[str, SplitCounts] = field(default_factory=dict)
+    documents_checksum: str = ""
 
 
 class Pieces:
@@ -77,7 +79,7 @@ class Pieces:
             for name in ("splits", "left_out"):
                 content[name] = {key: SplitCounts(**of) for key, of in content[name].items()}
             record = Record(**content)
-            if self._read(piece, record) is None:
+            if self._read(piece, record) is None or not self._has_documents(piece, record):
                 return None
             self._records[piece] = record
         return self._records[piece]
@@ -89,10 +91,22 @@ class Pieces:
             piece = PieceId(part, piece.place + 1)
         return record is not None
 
-    def write(self, piece: PieceId, tokens: np.ndarray, record: Record) -> None:
-        """Keep the tokens of a piece: those to train on, then those held out. Raises OSError."""
+    def write(
+        self,
+        piece: PieceId,
+        tokens: np.ndarray,
+        record: Record,
+        documents: np.ndarray | None = None,
+    ) -> None:
+        """Keep the tokens of a piece: those to train on, then those held out. Raises OSError.
+
+        documents: what is known of each, in that order (documents x columns, uint64).
+        """
         # Not durable: a crash of the machine can damage these, which the checksum shows.
         write_file(self._path(piece, "tokens"), tokens.data, durable=False)
+        if documents is not None:
+            write_file(self._path(piece, "documents"), documents.data, durable=False)
+            record = replace(record, documents_checksum=digest(documents))
         write_json(self._path(piece, "json"), asdict(record), durable=False)
         self._fresh[piece] = tokens
         self._records[piece] = record
@@ -103,20 +117,39 @@ class Pieces:
         if tokens is None:
             tokens = self._read(piece, record)
         if tokens is None:
-            raise ForgeError(
-                f"{self._path(piece, 'tokens')} was damaged on the disk",
-                "run the same command again: the piece is tokenized from scratch",
-            )
+            raise self._damaged(piece, "tokens")
         train = record.splits[TRAIN].tokens
         return {TRAIN: tokens[:train], VALIDATION: tokens[train:]}
 
+    def documents(self, piece: PieceId) -> np.ndarray:
+        """What was written of each document of a piece that is done."""
+        record = self._records[piece]
+        documents = self._intact(piece, "documents", "<u8", record.documents_checksum)
+        if documents is None:
+            raise self._damaged(piece, "documents")
+        count = sum(counts.documents for counts in record.splits.values())
+        return documents.reshape(count, -1) if count else documents.reshape(0, 1)
+
+    def _damaged(self, piece: PieceId, kind: str) -> ForgeError:
+        return ForgeError(
+            f"{self._path(piece, kind)} was damaged on the disk",
+            "run the same command again: the piece is tokenized from scratch",
+        )
+
+    def _has_documents(self, piece: PieceId, record: Record) -> bool:
+        checksum = record.documents_checksum
+        return not checksum or self._intact(piece, "documents", "<u8", checksum) is not None
+
     def _read(self, piece: PieceId, record: Record) -> np.ndarray | None:
-        """The tokens in a file, if they are as they were written."""
+        return self._intact(piece, "tokens", self._dtype, record.checksum)
+
+    def _intact(self, piece: PieceId, kind: str, dtype: str, checksum: str) -> np.ndarray | None:
+        """What a file holds, if it is as it was written."""
         try:
-            tokens = np.fromfile(self._path(piece, "tokens"), self._dtype)
+            content = np.fromfile(self._path(piece, kind), dtype)
         except OSError:
             return None
-        return tokens if digest(tokens) == record.checksum else None
+        return content if digest(content) == checksum else None
 
     def _path(self, piece: PieceId, kind: str) -> Path:
         return self.folder / f"{self._keys[piece.part]}-{piece.place:06d}.{kind}"

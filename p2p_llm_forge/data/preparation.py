@@ -23,7 +23,7 @@ from p2p_llm_forge.files import fingerprint
 DECIDING = (
     *("one_document_per_file", "text_column", "dataset_config", "dataset_split", "skip_bad_rows"),
     *("encoding_errors", "eos_token", "seed", "sequence_length"),
-    *("min_document_tokens", "max_document_tokens"),
+    *("deduplicate", "min_document_tokens", "max_document_tokens"),
 )
 
 

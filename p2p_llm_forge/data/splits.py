@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from p2p_llm_forge.data.document_keys import Kind, document_keys
 from p2p_llm_forge.data.parts import values_and_offsets
 
 TRAIN, VALIDATION = "train", "validation"
 # Why documents are in no split.
-TOO_SHORT, TOO_LONG = "too_short", "too_long"
+TOO_SHORT, TOO_LONG, REPEATED, HELD_OUT_TOO = "too_short", "too_long", "repeated", "held_out_too"
 REASONS = {
     TOO_SHORT: "shorter than --min-document-tokens",
     TOO_LONG: "longer than --max-document-tokens",
+    REPEATED: "that repeat an earlier one",
+    HELD_OUT_TOO: "to train on that are held out too",
 }
 
 
@@ -64,18 +67,21 @@ class EncodeOptions:
     seed: int
     min_document_tokens: int | None = None
     max_document_tokens: int | None = None
+    deduplicate: Kind = "none"
 
 
 @dataclass(frozen=True)
 class EncodedPiece:
     """A piece's documents as tokens: first those to train on, then those held out.
 
-    left_out: what is in no split, by the reason.
+    left_out: what is in no split, by the reason. documents: tokens (EOS included), bytes and key of
+    each (documents x columns, uint64), where duplicates are looked for.
     """
 
     tokens: np.ndarray
     splits: dict[str, SplitCounts]
     left_out: dict[str, SplitCounts]
+    documents: np.ndarray | None = None
 
 
 def encode_piece(
@@ -99,13 +105,18 @@ def encode_piece(
     fits = ~np.logical_or.reduce([np.zeros(len(lengths), bool), *out.values()])
     if not fits.all():
         train = int(fits[:train].sum())
+        column = column.filter(pa.array(fits))
         tokens, lengths, sizes = tokens[np.repeat(fits, lengths)], lengths[fits], sizes[fits]
     splits = {
         TRAIN: counts_of(sizes[:train], lengths[:train]),
         VALIDATION: counts_of(sizes[train:], lengths[train:]),
     }
     tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
-    return EncodedPiece(tokens, splits, left_out)
+    if options.deduplicate == "none":
+        return EncodedPiece(tokens, splits, left_out)
+    keys = document_keys(column, options.deduplicate)
+    documents = np.column_stack([(lengths + 1).astype("<u8"), sizes.astype("<u8"), keys])
+    return EncodedPiece(tokens, splits, left_out, documents)
 
 
 def of_wrong_length(lengths: np.ndarray, options: EncodeOptions) -> dict[str, np.ndarray]:

@@ -38,6 +38,7 @@ class Job:
             seed=preparation.config.seed,
             min_document_tokens=preparation.config.min_document_tokens,
             max_document_tokens=preparation.config.max_document_tokens,
+            deduplicate=preparation.config.deduplicate,
         )
         decides = asdict(preparation.read_options) | vars(self._options)
         decides |= {"encode": encoders.is_fast, "tokenizer": manifest.tokenizer_fingerprint}
@@ -60,7 +61,7 @@ class Job:
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
-        self.pieces.write(piece_id, encoded.tokens, record)
+        self.pieces.write(piece_id, encoded.tokens, record, encoded.documents)
         return piece.source_bytes, encoded.tokens
 
 

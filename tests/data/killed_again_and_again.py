@@ -1,8 +1,8 @@
 """Preparations that are killed: half of them by themselves, at a random one of the operations on
 files (so that every kind of moment comes), half from outside, at a random time.
 
-Its arguments are TEXT FOLDER KILLS; it prints how many were killed, how many finished (in
-FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces were done.
+Its arguments are TEXT FOLDER KILLS DEDUPLICATE; it prints how many were killed, how many finished
+(in FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces were done.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def kill_self_at(operation: int, folder: str) -> None:
     sys.addaudithook(count)
 
 
-def work(text: str, folder: str, finished: int, dies_at: int) -> None:
+def work(text: str, folder: str, deduplicate: str, dies_at: int) -> None:
     """What a child does."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         if dies_at:
             kill_self_at(dies_at, folder)
-        prepare(config(text, f"{folder}/{finished}", num_workers=2))
+        prepare(config(text, folder, num_workers=2, deduplicate=deduplicate))
         os._exit(0)
     except BaseException as error:
         print("failed:", repr(error), file=sys.stderr, flush=True)
@@ -47,7 +47,7 @@ def work(text: str, folder: str, finished: int, dies_at: int) -> None:
 
 def main() -> None:
     """Kill so many preparations."""
-    text, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    text, folder, kills, deduplicate = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     make_pieces_small()
     chosen = random.Random(7)
     killed = finished = after_some_pieces = 0
@@ -56,7 +56,7 @@ def main() -> None:
         dies_at = chosen.randint(1, 400) if killed % 2 else 0
         child = os.fork()
         if child == 0:
-            work(text, folder, finished, dies_at)
+            work(text, f"{folder}/{finished}", deduplicate, dies_at)
         if not dies_at:
             time.sleep(chosen.uniform(0.02, 0.25))
             os.kill(child, signal.SIGKILL)

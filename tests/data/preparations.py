@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import blocks, parts
+from p2p_llm_forge.data import blocks, packing, parts
 from tests.texts import some_text, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,3 +60,7 @@ def start(
 def interrupt(*_: object) -> None:
     """What to put in the place of a function at which the user interrupts."""
     raise KeyboardInterrupt
+
+
+# Ends a preparation when all is tokenized.
+BEFORE_PACKING = mock.patch.object(packing.Packer, "finish", interrupt)

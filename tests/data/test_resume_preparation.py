@@ -7,21 +7,20 @@ from unittest import mock
 
 import pytest
 
-from p2p_llm_forge.data import packing, splits
 from p2p_llm_forge.data import prepare as chapters
+from p2p_llm_forge.data import splits
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
-from tests.data.preparations import config, interrupt
+from tests.data.preparations import BEFORE_PACKING, config, interrupt
 from tests.texts import contents
 
-BEFORE_PACKING = mock.patch.object(packing.Packer, "finish", interrupt)
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(zygote, text, tmp_path, undisturbed):
-    words, log = [str(text), str(tmp_path / "out"), "30"], tmp_path / "log"
+    words, log = [str(text), str(tmp_path / "out"), "30", "none"], tmp_path / "log"
     pid = zygote.start(words, log, script="tests.data.killed_again_and_again")
     assert zygote.wait(pid) == 0, log.read_text()
     killed, finished, after_some_pieces = map(int, log.read_text().split())
