@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -48,10 +50,13 @@ def write_text(path: Path, documents: int, seed: int = 0) -> Path:
     return path
 
 
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 def compress(path: Path, content: bytes) -> Path:
     """Write a file, compressed as its name says."""
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
+    if path.suffix in COMPRESS:
+        content = COMPRESS[path.suffix](content)
     elif path.suffix == ".zst":
         stream = pa.BufferOutputStream()
         with pa.CompressedOutputStream(stream, "zstd") as out:
@@ -64,15 +69,16 @@ def compress(path: Path, content: bytes) -> Path:
 def write_rows(path: Path, texts: list[str], column: str = "text") -> Path:
     """Write the texts as rows, in the format of the file's name, with a column of numbers."""
     rows = [{"n": n, column: text} for n, text in enumerate(texts)]
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    plain = path.with_suffix("") if path.suffix in (*COMPRESS, ".zst") else path
     if plain.suffix == ".parquet":
         table = pa.table({"n": range(len(texts)), column: texts})
         stream = pa.BufferOutputStream()
         pq.write_table(table, stream, row_group_size=2)
         return compress(path, stream.getvalue().to_pybytes())
-    if plain.suffix == ".csv":
+    if plain.suffix in (".csv", ".tsv"):
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, ["n", column])
+        between = "," if plain.suffix == ".csv" else "\t"
+        writer = csv.DictWriter(lines, ["n", column], delimiter=between)
         writer.writeheader()
         writer.writerows(rows)
         return compress(path, lines.getvalue().encode())

@@ -11,6 +11,9 @@ from p2p_llm_forge.config.launch import MOST_THREADS
 from p2p_llm_forge.config.train import LONGEST_BLOCK, MOST_WORDS
 from p2p_llm_forge.errors import Problems
 
+CAN_DELIMIT = {*map(chr, range(1, 127))} - set('"\r\n')
+BLANK_LINES = "\n\n"  # as a separator: one or more of them
+
 
 @dataclass
 class TextOptions(Options):
@@ -33,14 +36,24 @@ class TextOptions(Options):
         [], "text that is held out for evaluation, instead of a share of the documents"
     )
     validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
-    document_separator: str = flag(
-        "\\n\\n", "what ends a document; \\n\\n: blank lines; escapes like \\n are understood"
+    document_separator: str | None = flag(
+        None,
+        "what ends a document of a text file; \\n\\n: blank lines; escapes like \\n are understood"
+        " (default: blank lines, and in source code and Markdown the end of the file)",
     )
     one_document_per_file: bool = flag(
         False, "a text file is one document, whatever lines it holds"
     )
     text_column: str = flag(
-        "text", "column or key that holds the text of a row", "--text_column_name"
+        "text",
+        "column or key that holds the text of a row; meta.text: inside an object; title,body: both,"
+        " joined by a blank line",
+        "--text_column_name",
+    )
+    csv_delimiter: str | None = flag(
+        None,
+        "what divides the fields of .csv and .tsv, such as ';' (default: of .csv what its first row"
+        " shows, of .tsv a tab)",
     )
     dataset_config: str | None = flag(
         None, "configuration of a dataset of the Hub", "--dataset_config_name"
@@ -66,6 +79,17 @@ class TextOptions(Options):
             "give the text that ends a document",
         )
         problems.require(
+            all(self.text_column.split(",")),
+            f"--text-column {self.text_column!r} names a column without a name",
+            "give the names of columns with commas between them, as in title,body",
+        )
+        delimiter = self.delimiter()
+        problems.require(
+            delimiter is None or (len(delimiter) == 1 and delimiter in CAN_DELIMIT),
+            f"--csv-delimiter is {self.csv_delimiter!r}",
+            "give one ASCII character that ends no quotes and no line, or \\t for a tab",
+        )
+        problems.require(
             abs(self.seed) < 2**63, f"--seed is {self.seed}", "use a number of at most 63 bits"
         )
         try:
@@ -77,9 +101,15 @@ class TextOptions(Options):
                 "write \\\\ for a backslash",
             )
 
+    def delimiter(self) -> str | None:
+        """What divides the fields of CSV, if that is asked for; a tab may be written \\t."""
+        return {"\\t": "\t", "tab": "\t"}.get(self.csv_delimiter or "", self.csv_delimiter)
+
     def separator(self) -> str:
         """The document separator with its escapes resolved."""
         # unicode_escape reads Latin-1; everything beyond it is first written as an escape itself.
+        if self.document_separator is None:
+            return BLANK_LINES
         latin = self.document_separator.encode("latin-1", "backslashreplace")
         return latin.decode("unicode_escape")
 

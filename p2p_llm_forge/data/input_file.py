@@ -13,7 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from p2p_llm_forge.data.parts import ReadOptions, Span, compression_of
+from p2p_llm_forge.data.formats import compression_of
+from p2p_llm_forge.data.parts import ReadOptions, Span
+from p2p_llm_forge.data.xz import XzStream
 from p2p_llm_forge.errors import ForgeError
 
 # Documents, some at a time, each time with the bytes of the file that they took.
@@ -89,7 +91,10 @@ class InputFile:
         try:
             with pa.OSFile(self.path) as file:
                 name = compression_of(self.path)
-                yield (pa.CompressedInputStream(file, name) if name else file), file
+                if name == "xz":
+                    yield XzStream(file), file
+                else:
+                    yield (pa.CompressedInputStream(file, name) if name else file), file
         except OSError as error:  # also what pyarrow raises for damaged streams
             self.skip_damaged(error)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json
 
+from p2p_llm_forge.data import columns
 from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
 from p2p_llm_forge.data.parts import column_of
 
@@ -47,18 +48,23 @@ def _lines_before(file: InputFile) -> int:
     return lines
 
 
-def _parsed(raw: bytes, name: str) -> pa.LargeBinaryArray | None:
+def _parsed(raw: bytes, text_column: str) -> pa.LargeBinaryArray | None:
     """The text of JSON lines by pyarrow's parser; None where a line must be looked at."""
     if not raw.strip():
         return column_of([])
-    schema = pa.schema([(name, pa.large_string())])
+    schema = columns.schema_of(text_column)
+    if schema is None:
+        return None
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(raw),
             pyarrow.json.ReadOptions(use_threads=False, block_size=len(raw) + 1),
             pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
-        column = table.column(0).cast(pa.large_binary())
+        text = columns.text_of_rows(table, text_column)
+        if text is None:
+            return None
+        column = text.cast(pa.large_binary())
         column.cast(pa.large_string())  # the parser does not check that strings are UTF-8
     except pa.ArrowException:
         return None
@@ -88,22 +94,12 @@ def _line_by_line(raw: bytes, file: InputFile, first_line: int) -> pa.LargeBinar
 def _text_of_row(row: Any, where: str, file: InputFile) -> list[bytes]:
     """The text of a row that was JSON, if it has one; lone surrogates, which UTF-8 cannot hold, as
     U+FFFD."""
-    name = file.options.text_column
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        file.skip(f"{where} holds a {kind} where an object with '{name}' is expected")
-    elif name not in row:
-        found = ", ".join(map(str, row)) or "nothing"
-        fix = "choose another with --text-column"
-        file.skip(f"{where} has no text column '{name}': found {found}", fix)
-    elif not isinstance(row[name], str):
-        file.skip(f"{where}: '{name}' is {type(row[name]).__name__}, expected a string")
-    else:
-        try:
-            return [row[name].encode()]
-        except UnicodeEncodeError:
-            return [re.sub("[\ud800-\udfff]", "\ufffd", row[name]).encode()]
-    return []
+    try:
+        text = columns.text_in(row, file.options.text_column)
+    except columns.NoTextError as error:
+        file.skip(where + error.found, error.fix)
+        return []
+    return [re.sub("[\ud800-\udfff]", "\ufffd", text).encode()]
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,42 +16,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.config.prepare import BLANK_LINES
+from p2p_llm_forge.data.formats import ONE_DOCUMENT, compression_of
 
 PIECE_BYTES = 8 << 20  # text that is read, tokenized and counted as one piece of work
-BLANK_LINES = "\n\n"
-
-FORMATS = {
-    ".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
-    ".csv": "csv", ".parquet": "parquet",
-}  # fmt: skip
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-
-
-def compression_of(path: str | Path) -> str | None:
-    """The compression that a file's name shows, in pyarrow's words."""
-    return COMPRESSIONS.get(Path(path).suffix.lower())
-
-
-def suffix_of(path: Path) -> str:
-    """The ending that shows the format: `.jsonl` of a.jsonl and of a.jsonl.gz."""
-    return (path.with_suffix("") if compression_of(path) else path).suffix.lower()
-
-
-def format_of(path: Path) -> str | None:
-    """The format that a file's name shows; None for an unknown ending."""
-    return FORMATS.get(suffix_of(path))
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How files are read; named as in PrepareConfig.
 
-    separator: what ends a document in a text file; piece_bytes: of text, in a piece.
+    separator: what ends a document in a text file; whole_sources: files of source code and Markdown
+    are one document each; piece_bytes: of text, in a piece.
     """
 
     separator: str = BLANK_LINES
     one_document_per_file: bool = False
+    whole_sources: bool = True
     text_column: str = "text"
+    csv_delimiter: str | None = None
     encoding_errors: str = "strict"
     skip_bad_rows: bool = False
     dataset_config: str | None = None
@@ -63,6 +45,8 @@ class ReadOptions:
     def of(cls, config: PrepareConfig) -> ReadOptions:
         """As a preparation asks for."""
         own: dict[str, Any] = {"separator": config.separator(), "piece_bytes": PIECE_BYTES}
+        own["csv_delimiter"] = config.delimiter()
+        own["whole_sources"] = config.document_separator is None
         names = {field.name for field in dataclasses.fields(cls)} - set(own)
         return cls(**own, **{name: getattr(config, name) for name in names})
 
@@ -95,7 +79,8 @@ class Part:
     @property
     def is_one_piece(self) -> bool:
         """Whether it is known to be one piece; how many the others are is seen by reading them."""
-        return self.kind in ("text", "jsonl") and not compression_of(self.spans[0].path)
+        can_be_cut = self.kind in ("text", "jsonl", *ONE_DOCUMENT)
+        return can_be_cut and not compression_of(self.spans[0].path)
 
     @property
     def bytes(self) -> int:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from p2p_llm_forge.data import json_files, table_files, text_files
+from p2p_llm_forge.data import csv_files, json_files, table_files, text_files
+from p2p_llm_forge.data.formats import ONE_DOCUMENT
 from p2p_llm_forge.data.input_file import Columns, InputFile
 from p2p_llm_forge.data.parts import Part, Piece, ReadOptions, column_of, without_empty
 
+PLAIN = {
+    "text": text_files.plain, "jsonl": json_files.plain_lines,
+    **dict.fromkeys(ONE_DOCUMENT, text_files.plain_document),
+}  # fmt: skip
 READERS = {
     "text": text_files.compressed, "jsonl": json_files.compressed_lines,
-    "json": json_files.values, "csv": table_files.csv, "parquet": table_files.parquet,
+    **dict.fromkeys(ONE_DOCUMENT, text_files.compressed_document),
+    "json": json_files.values, "csv": csv_files.rows, "parquet": table_files.parquet,
     "saved": table_files.saved, "hub": table_files.streamed,
 }  # fmt: skip
 
@@ -42,7 +48,6 @@ def read_pieces(part: Part, options: ReadOptions) -> Iterator[Piece]:
 
 def _columns(part: Part, files: list[InputFile]) -> Columns:
     if part.is_one_piece:
-        read = text_files.plain if part.kind == "text" else json_files.plain_lines
-        yield pa.concat_arrays([read(file) for file in files]), part.bytes
+        yield pa.concat_arrays([PLAIN[part.kind](file) for file in files]), part.bytes
     else:
         yield from READERS[part.kind](files[0])

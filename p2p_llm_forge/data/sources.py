@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,31 +14,34 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, InputFile, first_line
-from p2p_llm_forge.data.parts import (
-    FORMATS,
-    Part,
-    ReadOptions,
-    Span,
+from p2p_llm_forge.data.formats import (
+    NO_TEXT,
+    ONE_DOCUMENT,
+    SHORT_LIST,
     compression_of,
     format_of,
     suffix_of,
 )
+from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, InputFile, first_line
+from p2p_llm_forge.data.parts import Part, ReadOptions, Span
 from p2p_llm_forge.data.text_files import separator_pattern
 from p2p_llm_forge.errors import ForgeError
 
-NO_TEXT = {".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".arrow", ".pdf", ".docx", ".bin"}
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Found:
-    """All parts of the sources in their order, and each source's weight (empty: no mixture)."""
+    """All parts of the sources in their order, and each source's weight (empty: no mixture).
+
+    left_out: how many files of folders are no text by their names, by suffix.
+    """
 
     parts: list[Part] = field(default_factory=list)
     weights: tuple[float, ...] = ()
     unreadable: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Found:
@@ -57,14 +61,14 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
     if weights and min(weights) <= 0:
         raise ForgeError(f"{flag} has a weight of {min(weights):g}", "give weights above 0")
     parts: list[Part] = []
-    unreadable = 0
+    unreadable, left_out = 0, Counter[str]()
     for source, (path, _) in enumerate(weighted):
         part = partial(Part, source=source, is_validation=validation)
         if kind := _kind_of_dataset(path):
             parts.append(part(kind, (Span(path, 0, 0),)))
             continue
         spans: list[tuple[str, Span]] = []
-        for file in _files_of(path, flag):
+        for file in _files_of(path, flag, left_out):
             try:
                 spans += _spans_of(file, options, flag)
             except (OSError, pa.ArrowException) as error:
@@ -73,7 +77,7 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
                 bad.skip(f"{file} cannot be read: {reason}", "replace it by a readable file")
                 unreadable += 1
         parts += _grouped(spans, part, options.piece_bytes)
-    return Found(parts, tuple(weight / sum(weights) for weight in weights), unreadable)
+    return Found(parts, tuple(weight / sum(weights) for weight in weights), unreadable, left_out)
 
 
 def split_weight(path: str) -> tuple[str, float | None]:
@@ -93,11 +97,13 @@ def _kind_of_dataset(path: str) -> str | None:
     return "hub" if HUB_NAME.fullmatch(path) else None
 
 
-def _files_of(path: str, flag: str) -> list[Path]:
+def _files_of(path: str, flag: str, left_out: Counter[str]) -> list[Path]:
     if Path(path).is_dir():
-        files = [file for file in sorted(Path(path).rglob("*")) if format_of(file)]
-        found = f" is a folder without text: found none of {', '.join(sorted(FORMATS))} (.gz, .zst)"
-        fix = f"for files of other names give a glob, as in '{path}/*.md'"
+        there = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        files = [file for file in there if format_of(file)]
+        left_out.update(suffix_of(file) for file in there if not format_of(file))
+        found = f" is a folder without text: found none of {SHORT_LIST} (.gz, .zst, .bz2, .xz)"
+        fix = f"for files of other names give a glob, as in '{path}/*.log'"
     elif glob.has_magic(path) and not Path(path).exists():
         files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
         found = ": no file matches this pattern"
@@ -120,7 +126,7 @@ def _spans_of(path: Path, options: ReadOptions, flag: str) -> list[tuple[str, Sp
     if suffix_of(path) in NO_TEXT:
         raise ForgeError(
             f"{flag} {path}: {suffix_of(path)} is not text that can be read here",
-            f"give {', '.join(sorted(FORMATS))}, each perhaps .gz or .zst",
+            f"give {SHORT_LIST}, each perhaps .gz, .zst, .bz2 or .xz",
         )
     stat = path.stat()
     if not stat.st_size:
@@ -140,6 +146,11 @@ def _cuts_of(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The kind of a file, and the ranges of bytes or row groups that are read by themselves."""
     kind = format_of(path) or "text"
+    if kind == "text" or kind in ONE_DOCUMENT:
+        if options.one_document_per_file:
+            kind = "document"
+        elif not options.whole_sources:
+            kind = "text"
     if kind == "json" and not _holds_array(path, options):
         kind = "jsonl"
     if compression_of(path):
@@ -147,7 +158,7 @@ def _cuts_of(
     if kind == "parquet":
         groups = range(pq.ParquetFile(file).num_row_groups)
         return kind, [(group, group + 1) for group in groups]
-    if kind in ("json", "csv") or (kind == "text" and options.one_document_per_file):
+    if kind in ("json", "csv", *ONE_DOCUMENT):
         return kind, [(0, size)]
     separator = "\n" if kind == "jsonl" else options.separator
     return kind, _ranges(file, size, separator_pattern(separator), options.piece_bytes)

@@ -1,4 +1,4 @@
-"""Tables, whose text is in one of their columns: CSV, parquet, datasets of Hugging Face."""
+"""Tables, whose text is in some of their columns: parquet, datasets of Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,53 +7,61 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from p2p_llm_forge.data.input_file import TO_UTF8, Columns, InputFile, first_line
-from p2p_llm_forge.data.parts import column_of, compression_of, is_utf8, values_and_offsets
+from p2p_llm_forge.data import columns
+from p2p_llm_forge.data.formats import compression_of
+from p2p_llm_forge.data.input_file import Columns, InputFile, first_line
+from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.errors import ForgeError
 
 # --- columns of any table -------------------------------------------------------------------------
 
 
-def _require_column(schema: Any, file: InputFile) -> None:
-    name = file.options.text_column
-    if name not in schema.names:
-        raise ForgeError(
-            f"{file.path} has no text column '{name}': found {', '.join(schema.names)}",
-            "choose one with --text-column",
-        )
-
-
-def _texts(
-    columns: Iterable[pa.Array], file: InputFile, row: int = 1
-) -> Iterator[pa.LargeBinaryArray]:
-    """Columns of strings as UTF-8. row: the number of the first. Nulls are bad rows."""
-    name = file.options.text_column
-    for column in columns:
+def _text_of(batch: Any, file: InputFile) -> Any:
+    """The text of the rows of a batch or table, strings or null. Raises ForgeError."""
+    asked = file.options.text_column
+    texts = []
+    for name in columns.names_of(asked, batch.schema.names):
+        path = columns.path_in(batch.schema, name)
+        if path is None:
+            found = columns.found_names(columns.leaves(batch.schema))
+            raise ForgeError(
+                f"{file.path} has no text column '{name}': found {found}",
+                "choose one with --text-column",
+            )
+        column = columns.inside(batch, path)
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
             raise ForgeError(
                 f"{file.path}: column '{name}' holds {column.type}, expected strings",
                 "choose another with --text-column",
             )
+        texts.append(column.cast(pa.large_string()))
+    return columns.joined(texts)
+
+
+def _texts(batches: Iterable[Any], file: InputFile, row: int = 1) -> Iterator[pa.LargeBinaryArray]:
+    """The text of batches, or tables, as UTF-8. row: the number of the first. Nulls are bad."""
+    for batch in batches:
+        column = _text_of(batch, file)
         if column.null_count:
             place = row + column.is_null().index(True).as_py()
-            found = f"{file.path}, row {place}: '{name}' is null, expected a string"
-            file.skip(found, rows=column.null_count)
+            found = f"{file.path}, row {place}: '{file.options.text_column}' is null"
+            file.skip(f"{found}, expected a string", rows=column.null_count)
         row += len(column)
-        yield pc.drop_null(column).cast(pa.large_string()).cast(pa.large_binary())
+        column = pc.drop_null(column).cast(pa.large_binary())
+        yield from column.chunks if isinstance(column, pa.ChunkedArray) else [column]
 
 
-def _joined_by_size(
-    columns: Iterable[pa.LargeBinaryArray], piece_bytes: int
+def joined_by_size(
+    texts: Iterable[pa.LargeBinaryArray], piece_bytes: int
 ) -> Iterator[pa.LargeBinaryArray]:
     """Small columns joined to such of `piece_bytes` of text, or little more."""
     waiting: list[pa.LargeBinaryArray] = []
     size, damage = 0, None
     try:
-        for column in columns:
+        for column in texts:
             waiting.append(column)
             size += len(values_and_offsets(column)[0])
             if size >= piece_bytes:
@@ -67,76 +75,6 @@ def _joined_by_size(
         raise damage
 
 
-# --- CSV ------------------------------------------------------------------------------------------
-
-
-def csv(file: InputFile) -> Columns:
-    """The documents of a CSV file."""
-
-    def skip(row: Any) -> str:
-        if not file.options.skip_bad_rows:
-            return "error"
-        file.skipped += 1
-        return "skip"
-
-    name, piece_bytes = file.options.text_column, file.options.piece_bytes
-    with file.decompressed() as (stream, raw):
-        try:
-            rows = pyarrow.csv.open_csv(
-                stream,
-                pyarrow.csv.ReadOptions(use_threads=False, block_size=piece_bytes),
-                pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
-                # One row that is not UTF-8 would end the parser's work: that is checked here.
-                pyarrow.csv.ConvertOptions(
-                    column_types={name: pa.large_binary()}, include_columns=[name]
-                ),
-            )
-            read = 0
-            for column in _joined_by_size(_utf8_of_batches(rows, file), piece_bytes):
-                yield column, raw.tell() - read
-                read = raw.tell()
-        except (pa.ArrowException, KeyError) as error:
-            _refuse_csv(file, error)
-
-
-def _utf8_of_batches(batches: Iterable[Any], file: InputFile) -> Iterator[pa.LargeBinaryArray]:
-    """The only column of every batch; rows that are not UTF-8 are bad, or get U+FFFD."""
-    first_row = 2  # after the header
-    for batch in batches:
-        column = batch.column(0)
-        try:
-            column.cast(pa.large_string())  # checks that it is UTF-8
-        except pa.ArrowInvalid:
-            documents = []
-            for row, document in enumerate(column.to_pylist(), start=first_row):
-                if file.options.encoding_errors == "replace":
-                    document = document.decode(errors="replace").encode()
-                if is_utf8(document):
-                    documents.append(document)
-                else:
-                    found = f"{file.path}, row {row} (the header is row 1) is not UTF-8"
-                    file.skip(found, TO_UTF8)
-            column = column_of(documents)
-        yield column
-        first_row += len(batch)
-
-
-def _refuse_csv(file: InputFile, error: Exception) -> None:
-    reason = first_line(error)
-    if reason == "Empty CSV file":  # seen so late because it is compressed
-        return
-    if "straddling" in reason:
-        size = f"{file.options.piece_bytes >> 20} MiB"
-        found = f"{file.path}: a row is longer than {size}, which is not read from CSV"
-        raise ForgeError(found, "write such text as .jsonl or .parquet") from error
-    if isinstance(error, KeyError) or "does not exist" in reason:
-        raise ForgeError(
-            f"{file.path} has no text column '{file.options.text_column}'",
-            "choose one with --text-column",
-        ) from error
-    file.skip(f"{file.path}: {reason}")
-
-
 # --- parquet --------------------------------------------------------------------------------------
 
 
@@ -145,7 +83,7 @@ def parquet(file: InputFile) -> Columns:
     try:
         with file.seekable() as stream:
             table = pq.ParquetFile(stream, buffer_size=1 << 20)
-            _require_column(table.schema_arrow, file)
+            _text_of(table.schema_arrow.empty_table(), file)  # raises for what is not there
             groups = range(table.num_row_groups)
             if not compression_of(file.path):
                 groups = range(file.span.start, file.span.end)
@@ -161,21 +99,22 @@ def _rows_of_group(table: Any, group: int, file: InputFile) -> Columns:
     batches = table.iter_batches(
         batch_size=max(1, min(1 << 16, file.options.piece_bytes // row_bytes)),
         row_groups=[group],
-        columns=[file.options.text_column],
+        # Of nested ones too these names are enough, and of two that one may mean both are read.
+        columns=columns.all_names(file.options.text_column),
         use_threads=False,
     )
     rows_left, bytes_left = facts.num_rows, file.span.bytes
     first_row = 1 + sum(table.metadata.row_group(other).num_rows for other in range(group))
 
-    def columns() -> Iterator[pa.Array]:
+    def counted() -> Iterator[pa.RecordBatch]:
         nonlocal rows_left
         for batch in batches:
             rows_left -= len(batch)
-            yield batch.column(0)
+            yield batch
 
-    documents = _texts(columns(), file, first_row)
+    documents = _texts(counted(), file, first_row)
     try:
-        for column in _joined_by_size(documents, file.options.piece_bytes):
+        for column in joined_by_size(documents, file.options.piece_bytes):
             progress = min(bytes_left, len(values_and_offsets(column)[0]))
             bytes_left -= progress
             yield column, progress
@@ -226,10 +165,6 @@ def streamed(file: InputFile) -> Columns:
 
 
 def _rows_of_dataset(rows: Any, file: InputFile) -> Columns:
-    def columns() -> Iterator[pa.Array]:
-        for table in rows.with_format("arrow").iter(batch_size=1000):
-            _require_column(table.schema, file)
-            yield from table.column(file.options.text_column).chunks
-
-    for column in _joined_by_size(_texts(columns(), file), file.options.piece_bytes):
+    tables = rows.with_format("arrow").iter(batch_size=1000)
+    for column in joined_by_size(_texts(tables, file), file.options.piece_bytes):
         yield column, 0

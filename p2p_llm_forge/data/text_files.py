@@ -7,15 +7,10 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from p2p_llm_forge.config.prepare import BLANK_LINES
+from p2p_llm_forge.data.formats import compression_of
 from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
-from p2p_llm_forge.data.parts import (
-    BLANK_LINES,
-    ReadOptions,
-    column_of,
-    compression_of,
-    is_utf8,
-    without_empty,
-)
+from p2p_llm_forge.data.parts import column_of, is_utf8, without_empty
 from p2p_llm_forge.errors import ForgeError
 
 EMPTY_LINES = r"\n\r?\n[\r\n]*"
@@ -33,27 +28,44 @@ def plain(file: InputFile) -> pa.LargeBinaryArray:
     return text_column(raw, file, file.span.end - len(raw))
 
 
+def plain_document(file: InputFile) -> pa.LargeBinaryArray:
+    """A file that is one document."""
+    raw = file.read()
+    return text_column(raw, file, file.span.end - len(raw), is_document=True)
+
+
 def compressed(file: InputFile) -> Columns:
     """The documents of a compressed text file."""
-    one = file.options.one_document_per_file
+    return _compressed(file, separator_pattern(file.options.separator))
+
+
+def compressed_document(file: InputFile) -> Columns:
+    """A compressed file that is one document."""
+    return _compressed(file, None)
+
+
+def _compressed(file: InputFile, pattern: re.Pattern[bytes] | None) -> Columns:
     offset = 0
-    for raw, source_bytes in file.pieces(
-        None if one else separator_pattern(file.options.separator)
-    ):
+    for raw, source_bytes in file.pieces(pattern):
         text = raw if offset else raw.removeprefix(BYTE_ORDER_MARK)
         offset += len(raw)
-        yield text_column(text, file, offset - len(text)), source_bytes
+        is_document = pattern is None
+        yield text_column(text, file, offset - len(text), is_document), source_bytes
 
 
-def text_column(raw: bytes, file: InputFile, offset: int) -> pa.LargeBinaryArray:
-    """The documents of a text that begins at `offset`. Raises ForgeError, naming a byte."""
-    column = _divided(raw, file.options)
+def text_column(
+    raw: bytes, file: InputFile, offset: int, is_document: bool = False
+) -> pa.LargeBinaryArray:
+    """The documents of a text that begins at `offset`, or is one. Raises ForgeError, naming a
+    byte."""
+    separator = None if is_document else file.options.separator
+    column = _divided(raw, separator)
     try:
         column.cast(pa.large_string())  # checks UTF-8, 20 times as fast as Python
         return column
     except pa.ArrowInvalid:
         if file.options.encoding_errors == "replace":
-            return _divided(raw.decode("utf-8", errors="replace").encode(), file.options)
+            return _divided(raw.decode("utf-8", errors="replace").encode(), separator)
     if file.options.skip_bad_rows:
         good = [document for document in column.to_pylist() if is_utf8(document)]
         file.skipped += len(column) - len(good)
@@ -72,17 +84,17 @@ def text_column(raw: bytes, file: InputFile, offset: int) -> pa.LargeBinaryArray
     )
 
 
-def _divided(raw: bytes, options: ReadOptions) -> pa.LargeBinaryArray:
-    r"""The documents of a text, in order; empty ones are left out.
+def _divided(raw: bytes, separator: str | None) -> pa.LargeBinaryArray:
+    r"""The documents of a text, in order; empty ones are left out. separator: None is one document.
 
     One or more empty lines end a document, whether lines end in LF or CRLF, and line ends at the
     borders of a document are not part of it. A line of spaces is not empty. Inside a document every
     byte stays as it is, CRLF too. Another separator is taken literally.
     """
-    if options.one_document_per_file:
+    if separator is None:
         return without_empty(column_of([raw]))
-    if options.separator != BLANK_LINES:
-        return without_empty(pc.split_pattern(column_of([raw]), options.separator).flatten())
+    if separator != BLANK_LINES:
+        return without_empty(pc.split_pattern(column_of([raw]), separator).flatten())
     documents = pc.split_pattern_regex(column_of([raw]), EMPTY_LINES).flatten()
     # Viewed, not cast, for it may be no UTF-8; pyarrow trims only strings.
     trimmed = pc.ascii_trim(documents.view(pa.large_string()), "\r\n")

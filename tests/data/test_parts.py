@@ -1,8 +1,6 @@
-"""Parts: what names show, and columns of documents, whose text is seen without a copy."""
+"""Parts: the options of reading, and columns of documents, whose text is seen without a copy."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -18,26 +16,12 @@ def test_a_preparation_decides_all_options(monkeypatch):
     asked = PrepareConfig(
         ["a.txt"], "out", document_separator="\\t", one_document_per_file=True, text_column="body",
         encoding_errors="replace", skip_bad_rows=True, dataset_config="en", dataset_split="test",
+        csv_delimiter="\\t",
     )  # fmt: skip
     assert ReadOptions.of(asked) == ReadOptions(
-        "\t", True, "body", "replace", True, "en", "test", 5
+        "\t", True, False, "body", "\t", "replace", True, "en", "test", 5
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "format_", "compression"),
-    [
-        ("a.txt", "text", None),
-        ("b/a.JSONL.GZ", "jsonl", "gzip"),
-        ("a.ndjson.zst", "jsonl", "zstd"),
-        ("a.parquet", "parquet", None),
-        ("a.md", None, None),
-        ("a.gz", None, "gzip"),
-    ],
-)
-def test_a_name_shows_format_and_compression(name, format_, compression):
-    assert parts.format_of(Path(name)) == format_
-    assert parts.compression_of(name) == compression
+    assert ReadOptions.of(PrepareConfig(["a.txt"], "out")) == ReadOptions(piece_bytes=5)
 
 
 def test_only_plain_text_and_lines_are_known_to_be_one_piece():

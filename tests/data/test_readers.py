@@ -19,17 +19,17 @@ from tests.data.reading import documents, pieces
 from tests.texts import TEXTS, compress, write_rows
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 @pytest.mark.parametrize("piece_bytes", [10, 1 << 20])
 def test_every_format_gives_its_rows_back(tmp_path, suffix, compression, piece_bytes):
-    piece_bytes = max(piece_bytes, 4000 if suffix == ".csv" else 0)
+    piece_bytes = max(piece_bytes, 4000 if suffix in (".csv", ".tsv") else 0)
     path = write_rows(tmp_path / f"rows{suffix}{compression}", TEXTS, "body")
     found = pieces(path, text_column="body", piece_bytes=piece_bytes)
     assert [d for piece in found for d in piece.column.to_pylist()] == [t.encode() for t in TEXTS]
     parts = sources.find([str(path)], ReadOptions(piece_bytes=piece_bytes)).parts
     assert [piece.is_last for piece in found].count(True) == len(parts)
-    if piece_bytes < 4000 and suffix != ".csv":
+    if piece_bytes < 4000:
         assert len(found) > 1
 
 
@@ -117,7 +117,20 @@ def test_a_bad_row_is_named_or_counted(tmp_path, damage):
     assert sum(piece.skipped for piece in found) == bad_rows
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst", "a.csv.gz", "a.parquet", "a.json.gz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt.gz",
+        "a.jsonl.zst",
+        "a.csv.gz",
+        "a.parquet",
+        "a.json.gz",
+        "a.txt.xz",
+        "a.jsonl.bz2",
+        "a.tsv.xz",
+        "a.parquet.xz",
+    ],
+)
 def test_a_truncated_file_is_named_or_counted(tmp_path, name):
     path = write_rows(tmp_path / name, [random.Random(n).randbytes(200).hex() for n in range(50)])
     path.write_bytes(path.read_bytes()[:-300])

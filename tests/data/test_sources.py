@@ -28,8 +28,11 @@ def test_globs_and_folders_are_read_in_the_order_of_names(tmp_path):
     for name in ("b/one.md", "two.md", "a.md", "data.bin"):
         (tmp_path / name).write_text(name)
     assert documents(tmp_path / "**/*.md") == [b"a.md", b"b/one.md", b"two.md"]
+    assert documents(tmp_path) == [b"a.md", b"b/one.md", b"two.md"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.bin").write_text("no text")
     with pytest.raises(ForgeError, match="(?s)without text.*glob"):
-        documents(tmp_path)
+        documents(tmp_path / "other")
     with pytest.raises(ForgeError, match="no file matches"):
         documents(tmp_path / "*.rst")
 

@@ -62,7 +62,7 @@ def test_blank_lines_divide_as_the_pattern_says(text):
     text=st.text(alphabet="ab\n\r-é", max_size=200),
     piece_bytes=st.integers(1, 50),
     separator=st.sampled_from(["\n\n", "-a", "é"]),
-    suffix=st.sampled_from(["", ".gz", ".zst"]),
+    suffix=st.sampled_from(["", ".gz", ".zst", ".bz2", ".xz"]),
 )
 def test_pieces_cut_a_file_only_between_documents(
     tmp_path_factory, text, piece_bytes, separator, suffix
