@@ -23,9 +23,9 @@ class TextOptions(Options):
 
     dataset_path: list[str] = flag(
         [],
-        "text to prepare: files (.txt .jsonl .json .csv .parquet, each also .gz .zst), folders,"
-        " globs, save_to_disk folders, names of datasets of the Hub; PATH:0.7 gives a weight by"
-        " tokens",
+        "text to prepare: files (.txt .jsonl .json .csv .tsv .parquet, source code, Markdown, each"
+        " also .gz .zst .bz2 .xz), folders, globs, save_to_disk folders, names of datasets of the"
+        " Hub; PATH:0.7 gives a weight by tokens",
         "--input",
         metavar="PATH[:WEIGHT]",
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from p2p_llm_forge.files import fingerprint
 DECIDING = (
     *("one_document_per_file", "text_column", "dataset_config", "dataset_split", "skip_bad_rows"),
     *("encoding_errors", "eos_token", "seed", "sequence_length"),
-    *("deduplicate", "min_document_tokens", "max_document_tokens"),
+    *("csv_delimiter", "deduplicate", "min_document_tokens", "max_document_tokens"),
 )
 
 
@@ -36,6 +37,7 @@ class Preparation:
     parts: list[Part]
     weights: tuple[float, ...]
     unreadable: int
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Preparation:
@@ -49,7 +51,8 @@ class Preparation:
             )
         held_out = sources.find(config.validation_path, options, validation=True)
         parts, unreadable = found.parts + held_out.parts, found.unreadable + held_out.unreadable
-        return cls(config, options, parts, weights=found.weights, unreadable=unreadable)
+        left_out = found.left_out + held_out.left_out
+        return cls(config, options, parts, found.weights, unreadable, left_out)
 
     @property
     def output_dir(self) -> Path:
@@ -77,6 +80,12 @@ class Preparation:
         options = {"trust_remote_code": config.trust_remote_code, "eos_token": config.eos_token}
         return options | {"name": config.tokenizer} if config.tokenizer is not None else None
 
+    @property
+    def whole_files(self) -> list[str] | None:
+        """The kinds of files that are one document each without being asked for; None: no file."""
+        kinds = {part.kind for part in self.parts}
+        return [kind for kind in ("code", "markdown") if kind in kinds] or None
+
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """The arguments that decide what the dataset holds; paths by their last part only."""
@@ -88,6 +97,7 @@ class Preparation:
             "weights": [sources.split_weight(path)[1] for path in config.dataset_path],
             "validation_path": [Path(path).name for path in config.validation_path],
             "document_separator": config.separator(),
+            "one_document_each": self.whole_files,
             "tokenizer": tokenizer,
             "validation_fraction": self.validation_fraction,
             "vocab_size": None if config.tokenizer else config.vocab_size,

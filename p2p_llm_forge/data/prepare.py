@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import cutting
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
@@ -36,6 +38,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     preparation, is_main = Preparation.of(config), ranks.rank == 0
     if preparation.unreadable and is_main:
         print(f"{preparation.unreadable} files cannot be read and are left out (--skip-bad-rows)")
+    if preparation.left_out and is_main:
+        print(cutting.left_out(preparation.left_out))
     arguments = preparation.tokenizer_arguments
     tokenizer = tokenization.load_tokenizer(**arguments) if arguments else None
     there = already_prepared(preparation, tokenizer)
@@ -105,6 +109,11 @@ def build(
     except ForgeError:
         shutil.rmtree(job.pieces.folder)  # the same text is of no use
         raise
+    print(
+        cutting.summary(
+            preparation.parts, preparation.read_options, partial(cutting.documents_of, job.pieces)
+        )
+    )
     publish(packer.written, preparation.output_dir)
     return manifest
 
@@ -190,7 +199,8 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     config, length = preparation.config, manifest.sequence_length
     train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
     documents = sum(facts.documents for facts in manifest.splits.values())
-    divided = f"{documents} documents, divided at {config.separator()!r} (--document-separator)"
+    ways = " and ".join(cutting.ways(preparation.parts, preparation.read_options))
+    divided = f"{documents} documents, {ways} (--document-separator)"
     less = ""
     if manifest.left_out:
         divided += f"; left out: {in_words(manifest.left_out)}"
