@@ -25,7 +25,7 @@ class LaunchOptions(Options):
 
     heading = "launch"
     PER_RANK = [
-        *("config", "rank", "world_size", "master_addr", "master_port", "cpu_threads"),
+        *("config", "rank", "world_size", "master_addr", "master_port", "cpu", "cpu_threads"),
         *("cluster_secret_file", "allow_public_address", "allow_unauthenticated"),
     ]
 

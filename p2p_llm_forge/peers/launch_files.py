@@ -79,6 +79,7 @@ def by_hand(config: CheckConfig, file: LaunchFile) -> CheckConfig:
         world_size=file.machines,
         master_addr=file.address or "127.0.0.1",
         master_port=file.port,
+        cpu=config.cpu or bool(file.keys.get("use_cpu")),
     )
 
 
@@ -198,14 +199,9 @@ def _judge_main(file: LaunchFile) -> Judgements:
 def _judge_devices(file: LaunchFile, gpus: int) -> Judgements:
     here, ids = file.processes_here, file.keys.get("gpu_ids")
     listed = None if ids in (None, "all") else len(str(ids).split(","))
-    if file.keys.get("distributed_type") not in STARTS_PROCESSES:
+    if file.keys.get("distributed_type") not in STARTS_PROCESSES or file.keys.get("use_cpu"):
         return
-    if file.keys.get("use_cpu"):
-        if gpus:
-            found = f"use_cpu is true, this machine has {gpus} GPU(s), and Accelerate does not hand"
-            fix = "set ACCELERATE_USE_CPU=true in the environment, or train with --cpu"
-            yield warning, f"{found} the key on to several processes", fix
-    elif listed is not None and listed < here:
+    if listed is not None and listed < here:
         found = f"gpu_ids {ids} names {listed} GPU(s) for {here} processes on this machine"
         yield failure, found, "write `gpu_ids: all`, or name one for each process"
     elif not gpus:

@@ -43,6 +43,8 @@ def as_asked(launch: Launch) -> tuple[Launch, LaunchFile | None]:
     if file is not None:
         refuse_parallelism(file)
         launch = replace(launch, ignored=(*launch.ignored, *ignored_of(file)))
+        # Of several processes Accelerate (1.15) forgets the key: they would train on GPUs.
+        launch = replace(launch, wants_cpu=launch.wants_cpu or bool(file.keys.get("use_cpu")))
     threads = value_of("num_cpu_threads_per_process", words or [])
     if threads and threads.isdecimal() and int(threads):
         launch = replace(launch, threads=int(threads))  # also a 1, which is the user's own then

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.launch_files import (
     LaunchFile,
+    by_hand,
     judge_launch_file,
     judge_together,
     read_launch_file,
@@ -84,7 +86,6 @@ def test_what_will_not_work_is_reported_with_its_fix(changes, found, fix):
         (0, {"debug": True}, "checks every exchange"),
         (0, {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "dynamo"),
         (0, {"use_cpu": False}, "this machine has none"),
-        (2, {}, "Accelerate does not hand the key on"),
         (2, {"use_cpu": False}, "starts 1 process(es) here, and this machine has 2"),
     ],
     ids=str,
@@ -93,6 +94,17 @@ def test_what_works_badly_is_a_warning(gpus, changes, found):
     findings = judged(gpus, **changes)
     assert {finding.level for finding in findings} == {"fine", "warning"}
     assert any(found in finding.found for finding in findings if finding.fix)
+
+
+def test_a_file_for_cpus_is_good_on_a_machine_with_gpus():
+    assert [finding.level for finding in judged(gpus=2)] == ["fine"]
+
+
+def test_a_check_without_a_launcher_computes_where_the_file_says():
+    for use_cpu in (True, False):
+        file = LaunchFile("my.yaml", {**GOOD, "use_cpu": use_cpu})
+        assert by_hand(CheckConfig(), file).cpu is use_cpu
+        assert by_hand(CheckConfig(cpu=True), file).cpu is True
 
 
 def test_files_of_one_launch_agree_and_have_numbers_of_their_own():

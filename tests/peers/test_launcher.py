@@ -216,3 +216,14 @@ def test_real_launches_are_refused_with_a_fix_that_works(run, prepared, tmp_path
     assert (
         printed.count("deepspeed_config of") == 1 and "is ignored: it is for DEEPSPEED" in printed
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_file_for_cpus_is_one_where_accelerate_forgets_its_key(run, tmp_path, use_cpu):
+    file = write(tmp_path / "a.yaml", {"use_cpu": use_cpu, "main_process_port": 0})
+    program = ROOT / "tests" / "peers" / "asked.py"
+    status, printed = run(ACCELERATE, "launch", "--config_file", file, program)
+    assert status == 0, printed
+    for rank in (0, 1):
+        assert printed.count(f"rank {rank} of 2 wants the CPU: {use_cpu}") == 1, printed
