@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from p2p_llm_forge.files import fingerprint
 
 # A tokenizer is trained on about so much of a larger text, chosen by a hash: more changes little.
 TRAINING_BYTES = 256 << 20
+# A trainer keeps every different word in memory, with some 90 bytes for each of its own.
+MOST_BYTES_OF_WORDS = 4 << 20
+WORDS = re.compile(r"[^\W\d_]+|\d+|[^\s\w]+|_+")  # nearly as a trainer divides a text
+MOST_STRINGS = 300_000
+CHARACTERS_AT_A_TIME = 64 << 10  # a trainer is given so long texts at most
 
 
 def trained_tokenizer(preparation: Preparation) -> Any:
@@ -29,7 +36,8 @@ def trained_tokenizer(preparation: Preparation) -> Any:
         print(f"training a tokenizer of {vocab_size} entries")
         partial = folder.with_name("tmp-tokenizer")
         shutil.rmtree(partial, ignore_errors=True)
-        train_tokenizer(training_text(preparation), vocab_size).save_pretrained(partial)
+        text = within_memory(training_text(preparation))
+        train_tokenizer(text, vocab_size).save_pretrained(partial)
         partial.rename(folder)
     return load_tokenizer(str(folder))
 
@@ -55,7 +63,9 @@ def training_text(preparation: Preparation) -> Iterator[str]:
     def is_chosen(piece: PieceId) -> bool:
         return fraction == 1 or bool(held_out(piece.number, 1, fraction, seed + 1)[0])
 
-    for number, part in enumerate(parts):
+    # In any order, for the first ones may be all that memory allows.
+    for number in random.Random(seed).sample(range(len(parts)), len(parts)):
+        part = parts[number]
         if part.is_validation or (part.is_one_piece and not is_chosen(PieceId(number, 0))):
             continue
         for place, piece in enumerate(readers.read_pieces(part, preparation.read_options)):
@@ -68,3 +78,24 @@ def training_text(preparation: Preparation) -> Iterator[str]:
                 text = document.as_py().decode()
                 bytes_left -= len(text)
                 yield text
+
+
+def within_memory(documents: Iterable[str]) -> Iterator[str]:
+    """The documents in pieces, up to the one in which all different words become too many."""
+    strings: set[str] = set()  # between spaces: most are known, and need not be divided again
+    words: set[str] = set()
+    bytes_left = MOST_BYTES_OF_WORDS
+    for document in documents:
+        for start in range(0, len(document), CHARACTERS_AT_A_TIME):
+            text = document[start : start + CHARACTERS_AT_A_TIME]
+            yield text
+            new_strings = set(text.split()) - strings
+            new_words = set(WORDS.findall(" ".join(new_strings))) - words
+            bytes_left -= len(" ".join(new_words).encode())
+            if bytes_left < 0:
+                print("the text has more different words than a tokenizer is trained on")
+                return
+            if len(strings) > MOST_STRINGS:
+                strings.clear()
+            strings |= new_strings
+            words |= new_words

@@ -41,3 +41,18 @@ def test_a_tokenizer_for_a_large_text_is_trained_on_some_of_it_always_the_same(
     first = list(tokenizer_training.training_text(found))
     assert first == list(tokenizer_training.training_text(found))
     assert 8_000 < len("".join(first).encode()) < 40_000 < (tmp_path / "a.txt").stat().st_size
+
+
+def test_a_tokenizer_is_trained_on_no_more_different_words_than_memory_allows(monkeypatch):
+    monkeypatch.setattr(tokenizer_training, "MOST_BYTES_OF_WORDS", 20_000)
+    monkeypatch.setattr(tokenizer_training, "CHARACTERS_AT_A_TIME", 1_000)
+    monkeypatch.setattr(tokenizer_training, "MOST_STRINGS", 100)
+    chosen = random.Random(0)
+    words = ["".join(chosen.choices("abcdefghijklmnopq", k=8)) for _ in range(10_000)]
+    strange = [" ".join(words[n : n + 100]) for n in range(0, len(words), 100)]
+    given = "".join(tokenizer_training.within_memory([*strange, " ".join(strange)]))
+    # Every word is new, and is nearly all of the text.
+    assert 20_000 < len(given) < 24_000
+    usual = [some_text(50, seed=3) for _ in range(40)]
+    assert "".join(tokenizer_training.within_memory(usual)) == "".join(usual)
+    assert len("".join(usual)) > 100_000
