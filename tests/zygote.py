@@ -54,6 +54,7 @@ class Zygote:
         process = self._context.Process(target=_become, args=(start,))
         process.start()
         self._runs[process.pid] = process
+        self._statuses.pop(process.pid, None)  # of one that had this number before
         return process.pid
 
     def wait(self, pid: int, idle_s: float = 60.0) -> int:
