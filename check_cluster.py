@@ -40,7 +40,7 @@ def check(config: CheckConfig) -> ClusterReport:
     """
     config.problems().raise_any()
     files = [launch_files.read_launch_file(path) for path in config.config_file]
-    report = ClusterReport(launch_files.judge_launch_files(files))
+    report = ClusterReport(launch_files.judge_launch_files(files, config.cpu))
     report.is_of_one_machine = len(files) > 1
     if report.is_of_one_machine:
         return report  # one machine can find no more about the others
@@ -93,8 +93,8 @@ def look_at_data(
         add(fine("data", "no --dataset-path: data and the time of an update were not looked at"))
         return None
     if cluster.main_only(lambda: Path(path).is_file()):
-        fix = "prepare it with prepare_data.py first, to have it checked"
-        add(warning("data", f"{path} is a text", fix))
+        fix = f"python prepare_data.py --dataset-path {path} --output-dir FOLDER, then check with"
+        add(warning("data", f"{path} is a text", f"{fix} --dataset-path FOLDER"))
         return None
     with report.failures_as("data"):
         data = open_data(config, cluster)

@@ -24,6 +24,10 @@ UNTIL_THEY_MEET = (
     "as far as one machine can tell, this launch will work; to know, start this on all of them"
     " with --meet"
 )
+SAME_VERSION_FIX = (
+    "start the same version of this program on all machines; if it is, let only the peers reach the"
+    " main port, with --cluster-secret-file on all of them"
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,7 @@ def as_sent_by(peer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         found = f"{peer} sent what no rank of this program sends ({in_one_line(error)})"
-        fix = "start the same version on all machines; if they do, a stranger reaches the main"
-        fix += " port: give all machines one --cluster-secret-file"
-        raise refusal("peers", found, fix) from error
+        raise refusal("peers", found, SAME_VERSION_FIX) from error
 
 
 def problems_of_peer(by: str, sent: Any) -> list[Problem]:

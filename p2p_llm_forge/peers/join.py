@@ -33,6 +33,7 @@ NCCL_TIMEOUT = datetime.timedelta(minutes=10)  # torch's own; ends what _abort_c
 SAME = {
     "precision": "give the same --mixed-precision on all machines",
     "backend": "give --backend gloo on all machines: a GPU then works with a CPU",
+    "forge": "take the same version of this program on all machines (git pull)",
 }
 
 
@@ -186,9 +187,6 @@ def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | No
     refuse_failures(differences(facts))
     if wanted == "auto":
         return "bf16" if all(fact["bf16"] for fact in facts) else "no"
-    if wanted not in ("no", "bf16", "fp16"):
-        found = f"mixed precision {wanted} comes from the launcher's config"
-        raise ForgeError(found, "write no, bf16 or fp16 there, or add --mixed-precision")
     if wanted == "fp16" and cluster.device.type == "cpu":
         found = "fp16 needs a GPU, and this run is on the CPU"
         raise ForgeError(found, "use --mixed-precision bf16 or no")

@@ -58,11 +58,14 @@ def read_launch_file(path: str) -> LaunchFile:
     return LaunchFile(path, {str(key): value for key, value in keys.items()})
 
 
-def judge_launch_files(files: Sequence[LaunchFile]) -> list[Finding]:
-    """The files of one or of several machines, each on this machine, and together."""
+def judge_launch_files(files: Sequence[LaunchFile], on_cpu: bool = False) -> list[Finding]:
+    """The files of one or of several machines, each on this machine, and together.
+
+    on_cpu: whatever the files say.
+    """
     from p2p_llm_forge.peers.machine import accelerators
 
-    gpus = accelerators() if files else 0
+    gpus = accelerators() if files and not on_cpu else None
     found = [finding for file in files for finding in judge_launch_file(file, gpus)]
     return found + judge_together(files)
 
@@ -110,8 +113,11 @@ def judge_together(files: Sequence[LaunchFile]) -> list[Finding]:
     return found or [fine("files", f"{len(files)} files of one launch")]
 
 
-def judge_launch_file(file: LaunchFile, gpus: int) -> list[Finding]:
-    """Whether the file starts what it promises on this machine, which has so many GPUs."""
+def judge_launch_file(file: LaunchFile, gpus: int | None) -> list[Finding]:
+    """Whether the file starts what it promises on this machine.
+
+    gpus: so many it has; None: none is wanted.
+    """
     judged = chain(
         _judge_keys(file),
         _judge_type(file),
@@ -196,10 +202,11 @@ def _judge_main(file: LaunchFile) -> Judgements:
         yield failure, f"{found} for {file.machines} machines", fix
 
 
-def _judge_devices(file: LaunchFile, gpus: int) -> Judgements:
+def _judge_devices(file: LaunchFile, gpus: int | None) -> Judgements:
     here, ids = file.processes_here, file.keys.get("gpu_ids")
     listed = None if ids in (None, "all") else len(str(ids).split(","))
-    if file.keys.get("distributed_type") not in STARTS_PROCESSES or file.keys.get("use_cpu"):
+    is_for_cpus = file.keys.get("use_cpu") or gpus is None
+    if file.keys.get("distributed_type") not in STARTS_PROCESSES or is_for_cpus:
         return
     if listed is not None and listed < here:
         found = f"gpu_ids {ids} names {listed} GPU(s) for {here} processes on this machine"
@@ -210,11 +217,9 @@ def _judge_devices(file: LaunchFile, gpus: int) -> Judgements:
         yield warning, found, fix
     elif here != gpus and listed is None:
         found = f"starts {here} process(es) here, and this machine has {gpus} GPU(s)"
-        fix = "lower num_processes to the GPUs there are"
-        if here < gpus:
-            total = gpus * file.machines
-            fix = f"write num_processes: {total} in all files if the others have {gpus} too"
-        yield warning, found, fix
+        fix = f"write num_processes: {gpus * file.machines}"
+        others = f" in all files if the others have {gpus} too" if file.machines > 1 else ""
+        yield warning, found, fix + others
 
 
 def _judge_precision(file: LaunchFile) -> Judgements:

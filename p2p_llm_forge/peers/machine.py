@@ -61,7 +61,11 @@ def judge_machine(config: TrainConfig, launch: Launch) -> list[Finding]:
     if threads * processes <= cores():
         found.append(fine("threads", use))
     else:
-        fix = f"unset OMP_NUM_THREADS, or set --cpu-threads {max(1, cores() // processes)}"
+        fix = f"set --cpu-threads {max(1, cores() // processes)}"
+        if processes > cores():
+            fix = f"start {cores()} process(es) on this machine, with --cpu-threads 1"
+        elif not config.cpu_threads:
+            fix = f"unset OMP_NUM_THREADS, or {fix}"
         found.append(warning("threads", f"{use}: they will wait for each other", fix))
     return found
 
@@ -70,13 +74,15 @@ def judge_checkpoints(config: TrainConfig, parameters: int) -> Finding:
     """Whether the checkpoints of a model of so many parameters fit on this machine's disk."""
     # Those that are kept, the one that is being written, and the final model.
     one = CHECKPOINT_BYTES_PER_PARAMETER * parameters
-    kept = config.keep_checkpoints + config.keep_best + 1
-    needed = one * kept + MODEL_BYTES_PER_PARAMETER * parameters
+    model = MODEL_BYTES_PER_PARAMETER * parameters
+    needed = one * (config.keep_checkpoints + config.keep_best + 1) + model
     free = _free_disk(config.output_dir)
-    found = f"checkpoints need {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+    found = f"checkpoints need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
     if free > needed:
         return fine("disk", found)
-    fix = "make room, lower --keep-checkpoints, or choose another --output-dir"
+    fix = f"make {(needed - free) / 1e9:.2f} GB of room, or choose another --output-dir"
+    if (fits := int((free - model - 1) // one) - config.keep_best - 1) > 0:
+        fix = f"{fix}, or write --keep-checkpoints {fits}"
     return failure("disk", found, fix) if free < one else warning("disk", found, fix)
 
 

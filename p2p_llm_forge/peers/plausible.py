@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from p2p_llm_forge.peers.findings import SAME_VERSION_FIX
 from p2p_llm_forge.peers.rank_failure import RankFailure
 
 LEAST, LARGEST = -sys.float_info.max, sys.float_info.max  # of what is finite
@@ -41,8 +42,4 @@ def entry(values: Any, number: int) -> Any:
 def _implausible(what: str, rank: int, value: Any) -> RankFailure:
     shown = ascii(value)
     shown = shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + "..."
-    return RankFailure(
-        f"rank {rank} says that {what} {shown}, which cannot be",
-        "start the same version of this program on all machines; if it is, let only the peers reach"
-        " the main port, with --cluster-secret-file on all of them",
-    )
+    return RankFailure(f"rank {rank} says that {what} {shown}, which cannot be", SAME_VERSION_FIX)

@@ -105,7 +105,8 @@ def judge_pythons(cluster: Cluster, hosts: list[str]) -> list[Finding]:
     """Whether all ranks run the same minor version of Python; libraries are compared before."""
     own = ".".join(platform.python_version_tuple()[:2])
     pythons = [fact["python"] for fact in cluster.gather_facts({"python": own})]
-    first, fix = pythons[0], "use the same minor version everywhere: libraries may behave otherwise"
+    first = pythons[0]
+    fix = f"use Python {first} there too: libraries may behave otherwise"
     found = []
     for rank, python in enumerate(pythons):
         if python != first:
