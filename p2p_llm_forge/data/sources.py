@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from p2p_llm_forge.data import hub
 from p2p_llm_forge.data.formats import (
     NO_TEXT,
     ONE_DOCUMENT,
@@ -28,7 +29,6 @@ from p2p_llm_forge.data.text_files import separator_pattern
 from p2p_llm_forge.errors import ForgeError
 
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
     unreadable, left_out = 0, Counter[str]()
     for source, (path, _) in enumerate(weighted):
         part = partial(Part, source=source, is_validation=validation)
-        if kind := _kind_of_dataset(path):
-            parts.append(part(kind, (Span(path, 0, 0),)))
+        if dataset := _dataset(path, flag):
+            kind, name = dataset
+            parts.append(part(kind, (Span(name, 0, 0),)))
             continue
         spans: list[tuple[str, Span]] = []
         for file in _files_of(path, flag, left_out):
@@ -88,13 +89,13 @@ def split_weight(path: str) -> tuple[str, float | None]:
     return match["path"], float(match["weight"])
 
 
-def _kind_of_dataset(path: str) -> str | None:
-    """`saved`: a folder of `save_to_disk`; `hub`: perhaps a name there; None: files of text."""
+def _dataset(path: str, flag: str) -> tuple[str, str] | None:
+    """A dataset of Hugging Face as its kind (`saved` by save_to_disk, or of the `hub`) and its
+    name; None for files of text, which may not be there."""
     if any((Path(path) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-        return "saved"
-    if Path(path).exists() or format_of(Path(path)) or suffix_of(Path(path)) in NO_TEXT:
-        return None
-    return "hub" if HUB_NAME.fullmatch(path) else None
+        return "saved", path
+    name = None if glob.has_magic(path) else hub.name_on_hub(path, flag)
+    return ("hub", name) if name else None
 
 
 def _files_of(path: str, flag: str, left_out: Counter[str]) -> list[Path]:
@@ -111,7 +112,7 @@ def _files_of(path: str, flag: str, left_out: Counter[str]) -> list[Path]:
     elif Path(path).exists():
         return [Path(path)]
     else:
-        files, found, fix = [], ": no such file", "give a file, a folder or a glob"
+        raise hub.not_here(flag, path)
     files = [file for file in files if file.is_file()]
     if not files:
         raise ForgeError(f"{flag} {path}{found}", fix)
