@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +32,9 @@ PLAIN: dict[str, str | bytes] = {
     "garbage.txt.gz": b"no gzip at all",
     "cut.txt.gz": gzip.compress(b"some words\n\n" * 500)[:-20],
     "garbage.txt.zst": b"no zstd at all",
+    "garbage.txt.xz": b"no xz at all",
+    "cut.txt.xz": lzma.compress(b"some words\n\n" * 500)[:-20],
+    "cut.txt.bz2": bz2.compress(b"some words\n\n" * 500)[:-20],
     "garbage.parquet": b"PAR1 and no more",
     "cut.parquet": b"PAR1" + bytes(40) + b"PAR1",
     "empty.parquet": b"",

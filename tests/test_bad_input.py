@@ -360,6 +360,10 @@ PREPARE = r"""
 --dataset-path=@/garbage.gz -> garbage.gz
 --dataset-path=@/cut.txt.gz -> cut.txt.gz is damaged
 --dataset-path=@/garbage.txt.zst -> garbage.txt.zst is damaged
+--dataset-path=@/garbage.txt.xz -> garbage.txt.xz is damaged
+--dataset-path=@/cut.txt.xz -> cut.txt.xz is damaged
+--dataset-path=@/cut.txt.bz2 -> cut.txt.bz2 is damaged
+--dataset-path=@/shrt.txt -> short.txt?
 --dataset-path=@/garbage.parquet -> garbage.parquet
 --dataset-path=@/cut.parquet -> cut.parquet
 --dataset-path=@/empty.parquet -> empty.parquet
@@ -402,6 +406,13 @@ $'--dataset-path=@/a\udc80.txt' -> not UTF-8
 '--document-separator=\x' -> --document-separator
 $'--document-separator=\udc80' -> --document-separator
 --text-column=body --dataset-path=@/not_text.jsonl -> body
+--text-column=text.b --dataset-path=@/not_text.jsonl -> found text.a
+--text-column=a,,b -> a column without a name
+--csv-delimiter= -> --csv-delimiter is ''
+--csv-delimiter=;; -> --csv-delimiter is ';;'
+'--csv-delimiter="' -> --csv-delimiter
+--csv-delimiter=ß -> --csv-delimiter is 'ß'
+'--csv-delimiter=;' --dataset-path=@/other.csv -> found a,b
 --tokenizer=@/nothing -> @/nothing could not be loaded
 --tokenizer=@/folder -> could not be loaded
 --tokenizer=@/empty.txt -> could not be loaded
