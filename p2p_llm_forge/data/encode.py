@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.kept_proofs import KeptProof
 from p2p_llm_forge.data.parts import values_and_offsets
+from p2p_llm_forge.data.token_runs import Run, interleaved, joined, without
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
+from p2p_llm_forge.data.without_control import PlainTextEncoder
 from p2p_llm_forge.errors import ForgeError
 
 Backend = Literal["auto", "fast", "reference"]
@@ -37,14 +40,22 @@ class Encoders:
     loaded_from: the arguments of `load_tokenizer`. With them, a tokenizer written in Python works
     in further processes, one for every thread but the first; they end when this is closed.
 
+    skips_bad: a document that the tokenizer cannot encode is no error.
+
     In text, the spelling of a control token (`<|endoftext|>`) is text like any other: it never
     becomes that token.
     """
 
     def __init__(
-        self, tokenizer: Any, backend: Backend = "auto", loaded_from: dict[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        backend: Backend = "auto",
+        loaded_from: dict[str, Any] | None = None,
+        skips_bad: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._skips_bad = skips_bad
+        self._plain = PlainTextEncoder(tokenizer)
         self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
         self._control = sorted(control_tokens(tokenizer).values())
@@ -73,21 +84,20 @@ class Encoders:
         for process in self._processes:
             process.close()
 
-    def encode(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, documents: pa.LargeBinaryArray) -> Run:
         """Tokens of all documents (uint32, one after the other) and the length of each (int64).
 
         Any thread may call this. On the fast path a few texts of every call are encoded by the
-        tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when a document
-        cannot be distinguished from a control token.
+        tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when the tokenizer
+        cannot encode a document as text; where bad ones are skipped, its length is -1 instead.
         """
         encode = self._encoder_of_this_thread()
         if self.is_fast:
             self._require_same(encode, documents)
-            tokens, lengths = self._by_fast_path(documents)
+            run = self._by_fast_path(documents)
         else:
-            tokens, lengths = self._in_portions(encode, documents)
-        self._refuse_control_tokens(tokens, lengths, documents)
-        return tokens, lengths
+            run = self._in_portions(encode, documents)
+        return self._without_control(documents, run)
 
     def _encoder_of_this_thread(self) -> Encode:
         own = self._of_this_thread
@@ -97,7 +107,7 @@ class Encoders:
             own.encode, own.bytes = self._new_encoder(), 0
         return own.encode
 
-    def _by_fast_path(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    def _by_fast_path(self, documents: pa.LargeBinaryArray) -> Run:
         """Encode some text at a time, so that an encoder whose caches grow is replaced in time."""
         own, found = self._of_this_thread, []
         for portion in _portions(documents, BYTES_AT_A_TIME):
@@ -105,7 +115,7 @@ class Encoders:
             own.bytes += portion.nbytes
             if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
                 del own.encode
-        return _joined(found)
+        return joined(found)
 
     def _require_same(self, encode: Encode, documents: pa.LargeBinaryArray) -> None:
         """Raise FastPathDiffers, here and in later runs, if a sample has other tokens."""
@@ -138,36 +148,44 @@ class Encoders:
             process.close()
         return process.encode
 
-    def _in_portions(
-        self, encode: Encode, documents: pa.LargeBinaryArray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _in_portions(self, encode: Encode, documents: pa.LargeBinaryArray) -> Run:
         """Encode some documents at a time: whoever closes this does not wait for all."""
         found = []
         for start in range(0, max(1, len(documents)), DOCUMENTS_AT_A_TIME):
             if self._is_closed:
                 raise ForgeError("the work was given up", "run the same command again")
             found.append(encode(documents[start : start + DOCUMENTS_AT_A_TIME]))
-        return _joined(found)
+        return joined(found)
 
-    def _refuse_control_tokens(
-        self, tokens: np.ndarray, lengths: np.ndarray, documents: pa.LargeBinaryArray
-    ) -> None:
-        """Raise ForgeError for a control token: encoders here read the spelling of one as text, but
-        some vocabularies list it among their ordinary entries and cannot tell the two apart."""
+    def _without_control(self, documents: pa.LargeBinaryArray, run: Run) -> Run:
+        """Encode by other means what has come out as a control token, or has not come out.
+
+        Encoders read the spelling of a control token as text, but some vocabularies list it among
+        their ordinary entries.
+        """
+        tokens, lengths = run
+        again = lengths < 0
         # Few are compared one by one; for many, isin makes a table and answers in one pass.
-        if len(self._control) <= 4 and not any((tokens == token).any() for token in self._control):
-            return
-        places = np.flatnonzero(np.isin(tokens, self._control))
-        if not len(places):
-            return
-        spelling = self._tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
-        row = int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))
-        begins = documents[row].as_py()[:40].decode(errors="ignore")
-        raise ForgeError(
-            f"the text holds {spelling!r}, which this tokenizer cannot tell from its control token "
-            f"(in the document that begins {begins!r})",
-            "take it out of the text, or use another --tokenizer",
+        if len(self._control) > 4 or any((tokens == token).any() for token in self._control):
+            places = np.flatnonzero(np.isin(tokens, self._control))
+            again[np.searchsorted(np.cumsum(lengths.clip(0)), places, side="right")] = True
+        if not again.any():
+            return run
+        texts = [document.decode() for document in documents.filter(again).to_pylist()]
+        found = [self._encode_carefully(text) for text in texts]
+        second = (
+            np.fromiter(itertools.chain.from_iterable(one or () for one in found), np.uint32),
+            np.array([-1 if one is None else len(one) for one in found], np.int64),
         )
+        return interleaved(again, without(again, run), second)
+
+    def _encode_carefully(self, text: str) -> list[int] | None:
+        try:
+            return self._plain.encode(text)
+        except ForgeError:
+            if self._skips_bad:
+                return None
+            raise
 
 
 def _portions(documents: pa.LargeBinaryArray, at_most: int) -> Iterator[pa.LargeBinaryArray]:
@@ -178,14 +196,6 @@ def _portions(documents: pa.LargeBinaryArray, at_most: int) -> Iterator[pa.Large
         end = min(max(end, start + 1), len(documents))
         yield documents[start:end]
         start = max(end, 1)
-
-
-def _joined(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens and lengths of several portions as those of one."""
-    if len(found) == 1:
-        return found[0]
-    tokens, lengths = zip(*found, strict=True)
-    return np.concatenate(tokens), np.concatenate(lengths)
 
 
 def _memory_of_process() -> int:

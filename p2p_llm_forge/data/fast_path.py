@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read, settings_of
+from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read
 from p2p_llm_forge.data.hard_texts import HARD_TEXTS, glued, overlapping, random_texts
 from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.data.kept_proofs import KeptProof
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
-from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, rules_of
+from p2p_llm_forge.data.token_runs import interleaved
+from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, rules_of, settings_of
 
 SAMPLE_WINDOW = 1 << 17  # bytes in which unusual characters are looked for, a few times a piece
 
@@ -110,21 +111,6 @@ def not_composed(documents: pa.LargeBinaryArray) -> np.ndarray:
         document = text[ends[place] : ends[place + 1]].tobytes().decode()
         others[place] = not unicodedata.is_normalized("NFC", document)
     return others
-
-
-def interleaved(
-    is_second: np.ndarray,
-    first: tuple[np.ndarray, np.ndarray],
-    second: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and lengths of all documents, from those of the ones that `is_second` (bool, one for
-    each document) says no to, and of the ones that it says yes to."""
-    lengths = np.empty(len(is_second), np.int64)
-    lengths[~is_second], lengths[is_second] = first[1], second[1]
-    of_second = np.repeat(is_second, lengths)
-    tokens = np.empty(len(of_second), np.uint32)
-    tokens[~of_second], tokens[of_second] = first[0], second[0]
-    return tokens, lengths
 
 
 def require_same(fast: Encode, reference: Encode, texts: pa.LargeBinaryArray) -> None:

@@ -9,19 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from p2p_llm_forge.data.tokenizer import settings_of
+
 
 class FastPathDiffers(Exception):
     """The fast encoder gives other tokens than the tokenizer itself, or does not support it."""
-
-
-def settings_of(rules: str) -> dict[str, Any]:
-    """A tokenizer's JSON without its model's vocabulary, and without what follows after that.
-
-    Parsing the vocabulary would take ten times as long as all the rest.
-    """
-    # As a key it stands there but once: within a string its quotes would have backslashes.
-    settings: dict[str, Any] = json.loads(rules.partition(',"vocab":')[0] + "}}")
-    return settings
 
 
 def require_all_read(rules: str) -> None:

@@ -81,8 +81,8 @@ def build(
 ) -> Manifest:
     """Tokenize, with the other ranks, pack what is done meanwhile, and publish the dataset."""
     blank = blank_manifest(preparation, tokenizer)
-    from_where = preparation.tokenizer_arguments
-    with contextlib.closing(Encoders(tokenizer, backend, from_where)) as encoders:
+    from_where, skips_bad = preparation.tokenizer_arguments, preparation.config.skip_bad_rows
+    with contextlib.closing(Encoders(tokenizer, backend, from_where, skips_bad)) as encoders:
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
         job = Job(preparation, blank, encoders)
@@ -162,12 +162,12 @@ def tokenize_for_main(
                 raise
             return  # the main rank has finished, and cleared up, meanwhile
     blank = blank_manifest(preparation, tokenizer)
-    from_where = preparation.tokenizer_arguments
+    from_where, skips_bad = preparation.tokenizer_arguments, preparation.config.skip_bad_rows
     backends: tuple[Backend, Backend] = (preparation.config.tokenizer_backend, "reference")
     for backend in backends:
         with (
             contextlib.suppress(FastPathDiffers),
-            contextlib.closing(Encoders(tokenizer, backend, from_where)) as encoders,
+            contextlib.closing(Encoders(tokenizer, backend, from_where, skips_bad)) as encoders,
         ):
             return tokenize(Job(preparation, blank, encoders), ranks)
 

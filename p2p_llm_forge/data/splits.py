@@ -10,12 +10,15 @@ import pyarrow as pa
 
 from p2p_llm_forge.data.document_keys import Kind, document_keys
 from p2p_llm_forge.data.parts import values_and_offsets
+from p2p_llm_forge.data.token_runs import without
 
 TRAIN, VALIDATION = "train", "validation"
 # Why documents are in no split.
 TOO_SHORT, TOO_LONG, REPEATED, HELD_OUT_TOO = "too_short", "too_long", "repeated", "held_out_too"
+NOT_ENCODED = "not_encoded"
 REASONS = {
     TOO_SHORT: "shorter than --min-document-tokens",
+    NOT_ENCODED: "that the tokenizer cannot encode",
     TOO_LONG: "longer than --max-document-tokens",
     REPEATED: "that repeat an earlier one",
     HELD_OUT_TOO: "to train on that are held out too",
@@ -101,12 +104,14 @@ def encode_piece(
     tokens, lengths = options.encode(column)
     sizes = np.diff(values_and_offsets(column)[1])
     out = of_wrong_length(lengths, options)
+    if (lengths < 0).any():
+        out[NOT_ENCODED] = lengths < 0
     left_out = {why: counts_of(sizes[is_out], lengths[is_out]) for why, is_out in out.items()}
     fits = ~np.logical_or.reduce([np.zeros(len(lengths), bool), *out.values()])
     if not fits.all():
         train = int(fits[:train].sum())
         column = column.filter(pa.array(fits))
-        tokens, lengths, sizes = tokens[np.repeat(fits, lengths)], lengths[fits], sizes[fits]
+        (tokens, lengths), sizes = without(~fits, (tokens, lengths)), sizes[fits]
     splits = {
         TRAIN: counts_of(sizes[:train], lengths[:train]),
         VALIDATION: counts_of(sizes[train:], lengths[train:]),
@@ -124,7 +129,7 @@ def of_wrong_length(lengths: np.ndarray, options: EncodeOptions) -> dict[str, np
     least, most = options.min_document_tokens, options.max_document_tokens
     out = {}
     if least is not None:
-        out[TOO_SHORT] = lengths < least
+        out[TOO_SHORT] = (lengths < least) & (lengths >= 0)
     if most is not None:
         out[TOO_LONG] = lengths > most
     return out

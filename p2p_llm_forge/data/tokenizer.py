@@ -118,6 +118,16 @@ def rules_of(tokenizer: Any) -> str:
     return backend.to_str()
 
 
+def settings_of(rules: str) -> dict[str, Any]:
+    """A tokenizer's JSON without its model's vocabulary, and without what follows after that.
+
+    Parsing the vocabulary would take ten times as long as all the rest.
+    """
+    # As a key it stands there but once: within a string its quotes would have backslashes.
+    settings: dict[str, Any] = json.loads(rules.partition(',"vocab":')[0] + "}}")
+    return settings
+
+
 def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
     """UTF-8 bytes of the text that `tokens` stand for; control tokens stand for none.
 
@@ -135,47 +145,69 @@ def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens that no text may produce, by their spelling; the unknown token is not one."""
+    """The tokens that no text may produce, by their spelling; the unknown token is not one.
+
+    Nor is the one that the tokenizer's model makes of what it does not know, declared or not.
+    """
     added = tokenizer.added_tokens_decoder
     control = {token.content: number for number, token in added.items() if token.special}
     control[tokenizer.eos_token] = tokenizer.eos_token_id
-    if tokenizer.unk_token != tokenizer.eos_token:
-        control.pop(tokenizer.unk_token, None)
+    for unknown in {tokenizer.unk_token, unknown_of_model(tokenizer)} - {tokenizer.eos_token}:
+        control.pop(unknown, None)
     return control
 
 
+def unknown_of_model(tokenizer: Any) -> str | None:
+    """The token that the model of a tokenizer makes of what it does not know."""
+    if is_slow(tokenizer):
+        return None
+    model = tokenizer.backend_tokenizer.model
+    if type(model).__name__ != "Unigram":
+        unknown: str | None = model.unk_token
+        return unknown
+    number = settings_of(rules_of(tokenizer))["model"]["unk_id"]
+    return None if number is None else str(tokenizer.convert_ids_to_tokens(number))
+
+
 def reference_encoder(tokenizer: Any) -> Encode:
-    """Encode by the tokenizer itself."""
-    encode_texts = _asking_python(tokenizer) if is_slow(tokenizer) else _asking_rust(tokenizer)
+    """Encode by the tokenizer itself. The length of a document on which it fails is -1."""
+    in_rust = None if is_slow(tokenizer) else ask_rust(rules_of(tokenizer))
+
+    def ask(texts: list[str]) -> list[list[int]]:
+        return in_rust(texts) if in_rust else [ask_python(tokenizer, text) for text in texts]
+
+    def encode_one(text: str) -> list[int] | None:
+        try:
+            return ask([text])[0]
+        except Exception:  # anything: it may be code that came with the tokenizer
+            return None
 
     def encode(documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
-        ids = encode_texts([document.decode() for document in documents.to_pylist()])
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = itertools.chain.from_iterable(ids)
-        return np.fromiter(flat, np.uint32, int(lengths.sum())), lengths
+        texts = [document.decode() for document in documents.to_pylist()]
+        ids: list[Any]
+        try:
+            ids = ask(texts)
+        except Exception:  # on one of them
+            ids = [encode_one(text) for text in texts]
+        lengths = np.fromiter((-1 if one is None else len(one) for one in ids), np.int64, len(ids))
+        flat = itertools.chain.from_iterable(one or () for one in ids)
+        return np.fromiter(flat, np.uint32, int(lengths.clip(0).sum())), lengths
 
     return encode
 
 
-def _asking_rust(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+def ask_rust(rules: str) -> Callable[[list[str]], list[list[int]]]:
+    """The tokens of texts by the tokenizer of this JSON, in which control tokens are plain text."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(rules_of(tokenizer))  # what is set next is for this one alone
+    backend = Tokenizer.from_str(rules)
     backend.encode_special_tokens = True  # the spelling of a special token is plain text
     ask = backend.encode_batch_fast
     return lambda texts: [one.ids for one in ask(texts, add_special_tokens=False)]
 
 
-def _asking_python(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    def encode_texts(texts: list[str]) -> list[list[int]]:
-        ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        try:
-            return [tokenizer(text, **ask)["input_ids"] for text in texts]
-        except Exception as error:  # anything: it may be code that came with the tokenizer
-            raise ForgeError(
-                f"the tokenizer failed ({type(error).__name__}: {error}) on one of the documents "
-                f"after the one that begins {texts[0][:40]!r}",
-                "correct the tokenizer's code, or use another --tokenizer",
-            ) from error
-
-    return encode_texts
+def ask_python(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text by a tokenizer written in Python, which may raise anything."""
+    ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    tokens: list[int] = tokenizer(text, **ask)["input_ids"]
+    return tokens

@@ -48,7 +48,7 @@ class TokenizerProcess:
         try:
             self._questions.write_batch(pa.record_batch([documents], schema=QUESTION))
             self._child.stdin.flush()  # type: ignore[union-attr]
-            answer, notes = self._answers.read_next_batch_with_custom_metadata()
+            answer = self._answers.read_next_batch()
         except (OSError, ValueError, StopIteration, pa.ArrowException) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(5)
@@ -58,10 +58,9 @@ class TokenizerProcess:
                 "run the same command again, perhaps with fewer --num-workers; what is tokenized "
                 "so far is kept",
             ) from error
-        if notes:
-            raise ForgeError(notes["found"].decode(), notes["fix"].decode())
         column = answer.column(0)
-        return column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
+        lengths = np.diff(column.offsets.to_numpy())
+        return column.flatten().to_numpy(), np.where(column.is_valid(), lengths, -1)
 
     def close(self) -> None:
         """End the child, whatever it is doing. Any thread may call this."""
@@ -88,13 +87,10 @@ def main() -> None:
     encode = reference_encoder(load_tokenizer(**json.loads(sys.argv[1])))
     stream = pa.ipc.new_stream(answers, ANSWER)
     for batch in _asked(sys.stdin.buffer):
-        tokens, lengths, notes = np.empty(0, np.uint32), np.empty(0, np.int64), None
-        try:
-            tokens, lengths = encode(batch.column(0))
-        except ForgeError as error:
-            notes = {"found": error.problems[0].found, "fix": error.problems[0].fix}
-        column = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(lengths)), tokens)
-        stream.write_batch(pa.record_batch([column], schema=ANSWER), custom_metadata=notes)
+        tokens, lengths = encode(batch.column(0))
+        offsets, failed = np.append(0, np.cumsum(lengths.clip(0))), pa.array(lengths < 0)
+        column = pa.LargeListArray.from_arrays(offsets, tokens, mask=failed)
+        stream.write_batch(pa.record_batch([column], schema=ANSWER))
         answers.flush()
 
 

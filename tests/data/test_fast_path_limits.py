@@ -9,7 +9,8 @@ import pytest
 from tokenizers import AddedToken, Regex, models, normalizers
 from tokenizers import pre_tokenizers as pre
 
-from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read, settings_of
+from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read
+from p2p_llm_forge.data.tokenizer import settings_of
 from tests.data.tokenizers import byte_tokenizer, expected, some_documents, word_tokenizer
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

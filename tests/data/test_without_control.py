@@ -1,0 +1,196 @@
+"""Text never becomes a control token and never stops the work, whatever the tokenizer is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers as pre
+from transformers import AutoTokenizer, GPTSw3Tokenizer, PreTrainedTokenizerFast
+
+from p2p_llm_forge.data.dataset import Manifest
+from p2p_llm_forge.data.encode import Encoders
+from p2p_llm_forge.data.parts import column_of
+from p2p_llm_forge.data.prepare import prepare
+from p2p_llm_forge.data.tokenizer import control_tokens
+from p2p_llm_forge.errors import ForgeError
+from tests.data.preparations import with_tokenizer
+from tests.data.tokenizers import byte_tokenizer, per_document
+
+LETTERS = "<|/>s abcdehilotxpn[]SEPUNKworldfm"
+TEXTS = [
+    *("plain", "</s>", "a</s>b", "hello </s> world", "</s></s>", "<</s>/s>", "</s", "/s> </s>x"),
+    *(" </s> ", "x<|end|></s>", "[SEP] hello [SEP]", "[UNK] </s>", "<s>hello</s>", "", "world "),
+]
+
+
+def wrapped(backend: Tokenizer, **named) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "</s>"} | named)
+
+
+def unigram(normalizer=None) -> PreTrainedTokenizerFast:
+    """Lists `</s>` among its pieces, as T5's and Llama's do."""
+    letters = sorted(set(LETTERS) - {" "}) + ["▁", "he", "▁wor"]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((text, -3.0) for text in letters)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return wrapped(backend, unk_token="<unk>", bos_token="<s>")
+
+
+def bpe_that_merges_to_its_end(**model) -> PreTrainedTokenizerFast:
+    """Byte-level, whose own merges give `</s>`, or which takes whole words of the vocabulary."""
+    alphabet = {text: n for n, text in enumerate(sorted(pre.ByteLevel.alphabet()))}
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    vocabulary = alphabet | {"</": 256, "</s": 257, "</s>": 258, "[SEP]": 259}
+    backend = Tokenizer(models.BPE(vocabulary, merges, **model))
+    backend.pre_tokenizer = pre.Sequence(
+        [pre.Split(" ", "merged_with_next"), pre.ByteLevel(False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return wrapped(backend, additional_special_tokens=["[SEP]"])
+
+
+def words(kind, **settings) -> PreTrainedTokenizerFast:
+    """Whole words between spaces, `</s>` and `[SEP]` among them."""
+    vocabulary = ["[UNK]", "</s>", "[SEP]", "hello", "world", "plain", "<s>"]
+    backend = Tokenizer(kind({text: n for n, text in enumerate(vocabulary)}, **settings))
+    backend.pre_tokenizer = pre.WhitespaceSplit()
+    backend.add_special_tokens(["[UNK]", "</s>", "[SEP]"])
+    return wrapped(backend)
+
+
+LOSSLESS = {
+    "Unigram": unigram,
+    "byte-level": byte_tokenizer,
+    "merges": bpe_that_merges_to_its_end,
+    "whole words": lambda: bpe_that_merges_to_its_end(ignore_merges=True),
+    "an end that is no special token": lambda: byte_tokenizer(added=(AddedToken("</s>"),)),
+}
+
+
+def encoded(tokenizer, texts, **how) -> list[list[int]]:
+    return per_document(*Encoders(tokenizer, **how).encode(column_of([t.encode() for t in texts])))
+
+
+def no_control(tokenizer, ids) -> bool:
+    vocabulary = tokenizer.get_vocab()
+    ends = (tokenizer.eos_token, tokenizer.bos_token, "[SEP]", "<s>", "</s>", "<|end|>")
+    control = {vocabulary[text] for text in ends if text in vocabulary}
+    return tokenizer.eos_token_id in control and not control & {n for one in ids for n in one}
+
+
+@pytest.mark.parametrize("make", LOSSLESS.values(), ids=LOSSLESS)
+def test_text_that_spells_control_tokens_comes_back_and_holds_none(make):
+    tokenizer = make()
+    if make is LOSSLESS["an end that is no special token"]:
+        tokenizer.eos_token = "</s>"
+    spelled = [control for control in control_tokens(tokenizer) if control]
+    texts = TEXTS + [f"a{control}b {control}" for control in spelled]
+    ids = encoded(tokenizer, texts)
+    assert no_control(tokenizer, ids)
+    assert [tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids] == texts
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "trap"),
+    [(normalizers.NFKC(), "a\uff1c/s\uff1eb"), (normalizers.Lowercase(), "a</S>b")],
+)
+def test_letters_of_which_a_normalizer_makes_a_control_token_are_text_too(normalizer, trap):
+    tokenizer = unigram(normalizer)
+    alone = tokenizer.backend_tokenizer.encode(trap, add_special_tokens=False).ids
+    assert tokenizer.eos_token_id in alone, "the trap that this test is about"
+    [ids] = encoded(tokenizer, [trap])
+    assert no_control(tokenizer, [ids])
+    assert tokenizer.decode(ids) == "a</s>b"
+
+
+@pytest.mark.parametrize("kind", [models.WordLevel, models.WordPiece])
+def test_words_that_are_control_tokens_become_the_unknown_one(kind):
+    tokenizer = words(kind, unk_token="[UNK]")
+    assert tokenizer.unk_token is None, "its model makes one that its wrapper does not declare"
+    ids = encoded(tokenizer, ["hello </s> world", "hello [UNK] you", "[SEP]"])
+    names = [tokenizer.convert_ids_to_tokens(one) for one in ids]
+    assert names == [["hello", "[UNK]", "world"], ["hello", "[UNK]", "[UNK]"], ["[UNK]"]]
+
+
+def test_the_unknown_token_of_a_unigram_model_is_no_control_token_either():
+    backend = unigram().backend_tokenizer
+    tokenizer = wrapped(backend)
+    assert tokenizer.unk_token is None
+    assert encoded(tokenizer, ["é"]) == [[0]]
+    assert set(control_tokens(tokenizer)) == {"<s>", "</s>"}
+
+
+def test_what_a_tokenizer_cannot_encode_is_one_error_or_left_out(tmp_path):
+    tokenizer = words(models.WordLevel, unk_token="<none>")  # not in its vocabulary: it raises
+    texts = ["hello world", "hello you", "plain", "a </s> b", "world"]
+    with pytest.raises(ForgeError, match="'hello you'.*Missing .*(?s:.)*--skip-bad-rows"):
+        Encoders(tokenizer).encode(column_of([text.encode() for text in texts]))
+    column = column_of([text.encode() for text in texts])
+    tokens, lengths = Encoders(tokenizer, skips_bad=True).encode(column)
+    assert tokens.tolist() == [3, 4, 5, 4] and lengths.tolist() == [2, -1, 1, -1, 1]
+
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts * 20))
+    asked = with_tokenizer(tmp_path / "text.txt", tmp_path / "out", tmp_path / "words")
+    with pytest.raises(ForgeError, match="cannot encode the document that begins 'hello you'"):
+        prepare(asked)
+    asked = with_tokenizer(
+        tmp_path / "text.txt", tmp_path / "out", tmp_path / "words", skip_bad_rows=True
+    )
+    manifest = prepare(asked)
+    assert manifest.splits["train"].documents == 60
+    assert manifest.left_out["not_encoded"].documents == 40
+    assert manifest.left_out["not_encoded"].bytes == 20 * len("hello youa </s> b")
+    assert Manifest.load(tmp_path / "out").left_out == manifest.left_out
+
+
+def test_an_unknown_token_that_is_the_end_of_text_cannot_stand_for_text():
+    tokenizer = words(models.WordLevel, unk_token="</s>")
+    with pytest.raises(ForgeError, match="control token '</s>' of the text"):
+        encoded(tokenizer, ["hello you"])
+    assert encoded(tokenizer, ["hello world"]) == [[3, 4]]
+
+
+def sentencepiece_tokenizer(folder: Path) -> GPTSw3Tokenizer:
+    """One that is written in Python."""
+    (folder / "text").write_text("\n".join(["hello world", " ".join(LETTERS)] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=50,
+        hard_vocab_limit=False, user_defined_symbols=["<|end|>"], minloglevel=2,
+    )  # fmt: skip
+    return GPTSw3Tokenizer(str(folder / "sp.model"), eos_token="<|end|>", pad_token="<s>")
+
+
+def test_a_tokenizer_in_python_whose_pieces_hold_its_end_spells_it(tmp_path):
+    tokenizer = sentencepiece_tokenizer(tmp_path)
+    trap = "hello <|end|> world"
+    alone = tokenizer(trap, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert tokenizer.eos_token_id in alone, "the trap that this test is about"
+    texts = [trap, "a<|end|>b", "<|end|><|end|>", "plain", "</s> x"]
+    ids = encoded(tokenizer, texts)
+    assert no_control(tokenizer, ids)
+    assert [tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids] == texts
+
+
+def test_a_stranger_in_python_of_whole_words_gives_its_unknown_token(tmp_path, monkeypatch):
+    stranger = Path(__file__).with_name("word_by_word_tokenizer.py")
+    shutil.copy(stranger, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["word_by_word_tokenizer.WordByWord", null]}, '
+        '"tokenizer_class": "WordByWord", "eos_token": "</s>", "unk_token": "<unk>"}'
+    )
+    (tmp_path / "words.json").write_text('["<unk>", "</s>", "hello", "world"]')
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert encoded(tokenizer, ["hello </s> world", "you"]) == [[2, 0, 3], [0]]
+    with pytest.raises(ForgeError, match="ValueError: no such letters"):
+        encoded(tokenizer, ["hello", "boom"])
+    assert encoded(tokenizer, ["hello"], skips_bad=True) == [[2]]
