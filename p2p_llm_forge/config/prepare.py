@@ -120,10 +120,11 @@ class DocumentOptions(Options):
 
     heading = "documents that are left out"
 
-    deduplicate: Literal["none", "exact"] = flag(
+    deduplicate: Literal["none", "exact", "near"] = flag(
         "none",
         "leave out, and count, documents that are there already: the same text but for white space"
-        " and Unicode's composition (exact); the first is kept, of one that is held out just that",
+        " and Unicode's composition (exact), or about 0.8 of the runs of five words in common"
+        " (near); the first is kept, and what is held out rather than what is to train on",
     )
     min_document_tokens: int | None = flag(
         None, "documents of fewer tokens (without their end) are left out and counted"

@@ -173,7 +173,8 @@ class Packer:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
         weights, done = self._preparation.weights, self._done
         if self._preparation.config.deduplicate != "none":
-            chosen = duplicates.chosen([(piece.id, piece.record) for piece in done], self._pieces)
+            records = [(piece.id, piece.record) for piece in done]
+            chosen = duplicates.chosen(records, self._pieces, self.written / "keys")
             done = [
                 piece._replace(record=record, is_kept=is_kept)
                 for piece, (record, is_kept) in zip(done, chosen, strict=True)

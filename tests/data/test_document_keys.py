@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import unicodedata
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_llm_forge.data.document_keys import document_keys, normalised
+from p2p_llm_forge.data.document_keys import VALUES, document_keys, normalised, words
 
 TEXTS = [
     "a b",
@@ -70,3 +71,88 @@ def test_a_key_does_not_change_with_what_stands_beside_it():
     sliced = document_keys(column_of(["first ", *TEXTS])[1:], "exact")
     assert (document_keys(column_of(TEXTS), "exact") == alone).all() and (sliced == alone).all()
     assert document_keys(column_of([]), "exact").shape == (0, 2)
+
+
+# --- sketches -------------------------------------------------------------------------------------
+
+
+def stands_alone(character: str) -> bool:
+    """Whether a character is a word: of a script that is written without spaces."""
+    scripts = [(0x3000, 0xDFFF), (0xE00, 0xEFF), (0x1000, 0x10BF), (0x1780, 0x17FF)]
+    return any(first <= ord(character) <= last for first, last in scripts)
+
+
+def words_of(text: str) -> list[bytes]:
+    """The words of a document, letter by letter."""
+    found = []
+    for run in as_promised(text).split():
+        parts = [""]
+        for character in run:
+            if stands_alone(character):
+                parts += [character, ""]
+            else:
+                parts[-1] += character
+        for part in filter(None, (part.encode() for part in parts)):
+            found += [part[at : at + 64] for at in range(0, len(part), 64)]
+    return found
+
+
+def runs_of(text: str) -> set[tuple[bytes, ...]]:
+    """The runs of five words in a text."""
+    found = words_of(text)
+    return {tuple(found[at : at + 5]) for at in range(max(1, len(found) - 4))}
+
+
+WORDS = st.sampled_from(
+    ["模型", "ร้านค้า", "word", "x" * 64, "x" * 65, "x" * 130, "a模b", "모델", "é", "😀"]
+)
+
+
+@given(st.lists(st.lists(WORDS | st.text(max_size=3), max_size=9).map(" ".join), max_size=9))
+def test_words_are_what_white_space_separates_or_a_character(texts):
+    hashes, firsts, ends = words(*normalised(column_of(texts)))
+    expected = [words_of(text) for text in texts]
+    assert (ends - firsts).tolist() == [len(of_text) for of_text in expected]
+    flat = [word for of_text in expected for word in of_text]
+    assert len(flat) == len(hashes)
+    assert (
+        len(set(flat))
+        == len(set(hashes.tolist()))
+        == len(set(zip(flat, hashes.tolist(), strict=True)))
+    )
+
+
+def test_sketches_agree_in_the_share_of_runs_that_both_texts_have():
+    chosen = random.Random(5)
+    pairs = []
+    for replaced in range(0, 40):
+        one = [f"w{chosen.randrange(10**6)}" for _ in range(200)]
+        other = list(one)
+        for place in chosen.sample(range(200), replaced):
+            other[place] = f"v{chosen.randrange(10**6)}"
+        pairs.append((" ".join(one), " ".join(other)))
+    texts = [text for pair in pairs for text in pair]
+    values = document_keys(column_of(texts), "near").view("<u2")
+    assert values.shape == (80, VALUES) == (80, 128)
+    errors, similarities = [], []
+    for number, (one, other) in enumerate(pairs):
+        of_one, of_other = runs_of(one), runs_of(other)
+        similarities.append(len(of_one & of_other) / len(of_one | of_other))
+        errors.append((values[2 * number] == values[2 * number + 1]).mean() - similarities[-1])
+    assert errors[0] == 0 and min(similarities) < 0.3
+    # The standard deviation of a share of 128 is at most 0.044.
+    assert max(map(abs, errors)) < 4 * 0.044 and abs(np.mean(errors)) < 0.015
+
+
+def test_a_sketch_is_that_of_every_version_and_machine():
+    texts = [
+        "Peers meet over ordinary networks, share a folder, come and go.",
+        "ağ 模型模型模型",
+        " ",
+    ]
+    found = document_keys(column_of(texts), "near")
+    first_values = [0x3263048F4023DB0C, 0xC7A3487006470A04, 0xFFFFFFFFFFFFFFFF]
+    assert found[:, 0].tolist() == first_values, "another version would leave out others"
+    alone = np.concatenate([document_keys(column_of([text]), "near") for text in texts])
+    assert (alone == found).all()
+    assert document_keys(column_of([]), "near").shape == (0, 32)

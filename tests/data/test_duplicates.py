@@ -134,9 +134,10 @@ def test_what_a_seed_holds_out_is_not_trained_on(folder, texts, tmp_path, tokeni
     assert {key_of(text) for text in held_out[:-1]} <= chosen
 
 
-def test_workers_ranks_and_mixtures_give_the_same_bytes(folder, tmp_path, tokenizer_folder):
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_workers_ranks_and_mixtures_give_the_same_bytes(folder, tmp_path, tokenizer_folder, kind):
     paths = [f"{folder}/a.jsonl:0.5", f"{folder}/b.jsonl.gz:0.5"]
-    asked = {"deduplicate": "exact", "validation_fraction": 0.1, "num_workers": 1}
+    asked = {"deduplicate": kind, "validation_fraction": 0.1, "num_workers": 1}
     one = with_tokenizer(paths, tmp_path / "one", tokenizer_folder, **asked)
     manifest = prepare(one)
     prepare(with_tokenizer(paths, tmp_path / "two", tokenizer_folder, **asked | {"num_workers": 3}))
@@ -148,6 +149,60 @@ def test_workers_ranks_and_mixtures_give_the_same_bytes(folder, tmp_path, tokeni
     found = [key_of(text) for text in documents(tmp_path / "one", "train", manifest)[:-1]]
     assert len(found) == len(set(found)) > 50
     assert Manifest.load(tmp_path / "one").left_out["repeated"].documents > 100
+
+
+def pair(chosen: random.Random, replaced: int) -> tuple[str, str]:
+    """A text of 300 words, and the same with some of them replaced."""
+    one = [f"w{chosen.randrange(10**5)}" for _ in range(300)]
+    other = list(one)
+    for place in chosen.sample(range(300), replaced):
+        other[place] = f"v{chosen.randrange(10**5)}"
+    return " ".join(one), " ".join(other)
+
+
+def jaccard(one: str, other: str) -> float:
+    """The share of their runs of five words that both have."""
+    of_one, of_other = (
+        {tuple(text.split()[at : at + 5]) for at in range(len(text.split()) - 4)}
+        for text in (one, other)
+    )
+    return len(of_one & of_other) / len(of_one | of_other)
+
+
+def test_near_duplicates_are_left_out_and_others_stay(tmp_path, tokenizer_folder):
+    chosen = random.Random(4)
+    pairs = [pair(chosen, replaced) for replaced in [*range(0, 4), *range(20, 60, 4)] * 4]
+    alike = [jaccard(*both) for both in pairs]
+    near = [similarity > 0.89 for similarity in alike]
+    assert 10 < sum(near) < 40 and max(s for s in alike if s <= 0.89) < 0.62
+    train = [one for one, _ in pairs[:40]] + [other for _, other in pairs]
+    held_out = [one for one, _ in pairs[40:]]
+    write_rows(tmp_path / "train.jsonl", train)
+    write_rows(tmp_path / "held.jsonl", held_out)
+    path, held = tmp_path / "train.jsonl", {"validation_path": [str(tmp_path / "held.jsonl")]}
+    for name, workers in (("one", 1), ("two", 3)):
+        how = held | {"deduplicate": "near", "num_workers": workers}
+        manifest = prepare(with_tokenizer(path, tmp_path / name, tokenizer_folder, **how))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert not list(tmp_path.rglob("keys"))
+    right = train[:40] + [train[40 + n] for n, is_near in enumerate(near) if not is_near]
+    assert documents(tmp_path / "one", "train", manifest)[:-1] == right[:-1]
+    assert manifest.splits["train"].documents == len(right)
+    assert manifest.splits["validation"].documents == len(held_out)
+    assert manifest.left_out["repeated"].documents == sum(near[:40]) > 5
+    assert manifest.left_out["held_out_too"].documents == sum(near[40:]) > 2
+
+
+def test_many_documents_that_share_a_band_are_compared_with_several(tmp_path):
+    chosen = np.random.default_rng(1)
+    families = chosen.integers(0, 2**16, (10, 128), dtype=np.uint16)
+    families[:, :8] = 7  # of one band, and no two alike
+    rows = chosen.permutation(np.repeat(np.arange(10), 5))
+    found = verdicts(np.ascontiguousarray(families[rows]).view(np.uint64), held_out=0)
+    seen: set[int] = set()
+    for row, verdict in zip(rows.tolist(), found.tolist(), strict=True):
+        assert (verdict == Verdict.REPEATED) == (row in seen)
+        seen.add(row)
 
 
 @pytest.mark.slow
@@ -164,9 +219,10 @@ def test_killed_at_random_moments_it_leaves_out_the_same(zygote, folder, tmp_pat
         assert contents(tmp_path / "out" / str(number)) == contents(whole)
 
 
-def test_what_was_noted_of_documents_and_damaged_is_noted_again(folder, tmp_path):
-    prepare(config(folder, tmp_path / "whole", deduplicate="exact"))
-    asked = config(folder, tmp_path / "out", deduplicate="exact")
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_what_was_noted_of_documents_and_damaged_is_noted_again(folder, tmp_path, kind):
+    prepare(config(folder, tmp_path / "whole", deduplicate=kind))
+    asked = config(folder, tmp_path / "out", deduplicate=kind)
     with BEFORE_PACKING, pytest.raises(KeyboardInterrupt):
         prepare(asked)
     notes = sorted((tmp_path / "out" / "unfinished" / "pieces").glob("*.documents"))
