@@ -6,6 +6,7 @@ import ast
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,8 @@ def test_flags_arrive_byte_by_byte(machines, script, locale):
 def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script):
     pid, terminal = pty.fork()
     if pid == 0:
+        # As in a terminal: shells let what they start in the background ignore it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execvpe("ip", command(machines, "--signal"), environment(machines, script))
     seen = ""
     while seen.count("running") < 2:
@@ -160,6 +163,7 @@ def test_ctrl_c_on_a_terminal_shows_what_the_ranks_say_last(machines, script):
 
 def read(terminal):
     """What a terminal shows next; nothing once all that wrote there have ended."""
+    assert select.select([terminal], [], [], 60)[0], "nothing for a minute"
     try:
         return os.read(terminal, 1 << 16).decode(errors="replace")
     except OSError:
