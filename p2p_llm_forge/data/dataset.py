@@ -23,7 +23,7 @@ from p2p_llm_forge.files import (
     sha256_of,
     write_file,
 )
-from p2p_llm_forge.shapes import is_count, is_path_inside, is_positive, require_shape
+from p2p_llm_forge.shapes import is_count, is_number, is_path_inside, is_positive, require_shape
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
@@ -38,8 +38,9 @@ NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what
 DECIDES_DOCUMENTS = (
     *("encoding_errors", "deduplicate", "min_document_tokens", "max_document_tokens"),
 )
-COUNTS = ("documents", "blocks", "tokens", "bytes", "dropped_tokens", "left_out_tokens")
-SPLIT_SHAPE = dict.fromkeys(COUNTS, is_count)
+COUNTS = ("documents", "bytes", "tokens", "dropped_tokens", "left_out_tokens")
+SPLIT_SHAPE = dict.fromkeys((*COUNTS, "blocks"), is_count)
+SOURCE_SHAPE = {**dict.fromkeys(COUNTS, is_count), "name": str, "weight": (None, is_number)}
 FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}
 OF_ANY_VERSION = {
     **{"format_version": is_count, "files": FILES_SHAPE},
@@ -51,6 +52,7 @@ SHAPE = {
     **{"eos_token_id": is_count, "skipped_rows": is_count, "dtype": str},
     **{"tokenizer_fingerprint": str, "content_fingerprint": str, "arguments": dict},
     **{"splits": {TRAIN: SPLIT_SHAPE, str: SPLIT_SHAPE}, "files": FILES_SHAPE, "digest": str},
+    "sources": [SOURCE_SHAPE],
     "left_out": {str: dict.fromkeys(("documents", "bytes", "tokens"), is_count)},
 }
 
@@ -74,6 +76,27 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """What one --dataset-path has given to the split to train on, counted as in `SplitFacts`.
+
+    name: the last part of the path; weight: its share as it was asked for, of 1; None: no mixture.
+    """
+
+    name: str
+    weight: float | None
+    documents: int
+    bytes: int
+    tokens: int
+    dropped_tokens: int
+    left_out_tokens: int
+
+    @property
+    def found(self) -> int:
+        """Tokens to train on that it has, taken or not."""
+        return self.tokens + self.dropped_tokens + self.left_out_tokens
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a prepared dataset is and from what it was made; written last, so it proves the rest.
 
@@ -90,6 +113,7 @@ class Manifest:
     tokenizer_fingerprint: str
     arguments: dict[str, Any]
     splits: dict[str, SplitFacts] = field(default_factory=dict)
+    sources: list[SourceFacts] = field(default_factory=list)
     content_fingerprint: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped_rows: int = 0
@@ -100,8 +124,12 @@ class Manifest:
     def fingerprint(self) -> str:
         """Identifies the blocks: equal for two datasets that hold the same (64 hex digits)."""
         content = asdict(self) | {"arguments": None, "files": None}
-        # Names of files may differ where the text does not; the rest is in the fields already
-        # but for how documents were divided.
+        # Names of files may differ where the text does not, and so may what is a source but for
+        # a mixture; the rest is in the fields already but for how documents were divided.
+        for source in content["sources"]:
+            source["name"] = None
+        if not any(source.weight for source in self.sources):
+            content["sources"] = None
         for key in ("seed", "validation_fraction", "document_separator", *DECIDES_DOCUMENTS):
             content[key] = self.arguments.get(key)
         return fingerprint(content)
@@ -136,8 +164,9 @@ class Manifest:
             if not is_sealed(text, content.pop("digest")):
                 raise ValueError("it was changed after it was written: its digest is another one")
             splits = {name: SplitFacts(**facts) for name, facts in content.pop("splits").items()}
+            sources = [SourceFacts(**facts) for facts in content.pop("sources")]
             left_out = {why: SplitCounts(**of) for why, of in content.pop("left_out").items()}
-            return cls(splits=splits, left_out=left_out, **content)
+            return cls(splits=splits, sources=sources, left_out=left_out, **content)
         except FileNotFoundError as error:
             is_unfinished = (folder / UNFINISHED).exists()
             what = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"

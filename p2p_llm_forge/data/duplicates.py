@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
-from p2p_llm_forge.data.splits import HELD_OUT_TOO, REPEATED, TRAIN, VALIDATION, SplitCounts
+from p2p_llm_forge.data.splits import (
+    HELD_OUT_TOO,
+    REPEATED,
+    ROW,
+    TRAIN,
+    VALIDATION,
+    SplitCounts,
+)
 
 SPLITS = (TRAIN, VALIDATION)
 SIMILARITY = 0.8  # of near duplicates: the share of their runs of words that both have
@@ -49,7 +56,7 @@ def chosen(
     with work.open("xb") as file:
         columns = 0
         for (piece, _), of_splits in zip(done, rows, strict=True):
-            of_piece = pieces.documents(piece)[:, 2:]
+            of_piece = pieces.documents(piece)[:, ROW + 1 :]
             columns = max(columns, of_piece.shape[1])
             for where, own in zip(of_splits, _places(of_splits), strict=True):
                 file.seek(where.start * columns * 8)

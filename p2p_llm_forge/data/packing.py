@@ -6,22 +6,32 @@ import contextlib
 import itertools
 import shutil
 import tempfile
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from p2p_llm_forge.data import duplicates
+from p2p_llm_forge.data import duplicates, readers
 from p2p_llm_forge.data.blocks import BlockWriter
-from p2p_llm_forge.data.dataset import DATASET_DICT, MANIFEST, TOKENIZER, Manifest, SplitFacts
+from p2p_llm_forge.data.dataset import (
+    DATASET_DICT,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    SourceFacts,
+    SplitFacts,
+)
 from p2p_llm_forge.data.parts import Part
-from p2p_llm_forge.data.pieces import PieceId, Pieces, Record
-from p2p_llm_forge.data.preparation import Preparation
-from p2p_llm_forge.data.splits import TRAIN, SplitCounts, total
-from p2p_llm_forge.data.tokenizer import bytes_of_text
+from p2p_llm_forge.data.pieces import PieceId, Record, digest_of
+from p2p_llm_forge.data.sources import split_weight
+from p2p_llm_forge.data.splits import BYTES, ROW, TOKENS, TRAIN, VALIDATION, total
+from p2p_llm_forge.data.text_bytes import CutDocuments
+from p2p_llm_forge.data.tokenizing import Job
 from p2p_llm_forge.data.unfinished import require_room
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint, write_json
 
 
@@ -50,13 +60,14 @@ def quotas(totals: list[int], weights: tuple[float, ...]) -> list[int]:
 def blended(sizes: list[list[int]], limits: list[int]) -> list[tuple[int, int]]:
     """An order (source, place) that takes sizes[source] in turn, in proportion to the limits.
 
-    Next is always a piece of the source that has given the smallest part of its limit.
+    Next is always a piece of the source that has given the smallest part of its limit; the source
+    that gives most comes last of several, so that it loses the tail that fills no block.
     """
     order = []
     for source, (of_source, limit) in enumerate(zip(sizes, limits, strict=True)):
         given_before = itertools.accumulate(of_source[:-1], initial=0)
-        order += [(given / limit, source, place) for place, given in enumerate(given_before)]
-    return [(source, place) for given, source, place in sorted(order) if given < 1]
+        order += [(given / limit, limit, source, place) for place, given in enumerate(given_before)]
+    return [(source, place) for given, _, source, place in sorted(order) if given < 1]
 
 
 def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, int]]:
@@ -79,39 +90,76 @@ def mixed(done: list[Done], weights: tuple[float, ...]) -> Iterator[tuple[Done, 
     yield from ((piece, 0) for piece in done if piece.id not in used)
 
 
-class _Split:
-    """One split while it is written."""
+def place_to_cut(ends: np.ndarray, limit: int, filled: int, sequence_length: int) -> int:
+    """After which token a source that may give `limit` more ends: never far from that many.
 
-    def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any) -> None:
+    Where a document ends, if one does within half a block; else where a block does, so that nothing
+    follows in that block on a document without its end. ends: of the documents; filled: tokens that
+    are in the split already.
+    """
+    ends = np.append(0, ends)
+    nearest = int(ends[np.abs(ends - limit).argmin()])
+    if 2 * abs(nearest - limit) <= sequence_length:
+        return nearest
+    return round((filled + limit) / sequence_length) * sequence_length - filled
+
+
+@dataclass
+class _Counts:
+    """What a source has given to a split, by the names of `SourceFacts`."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    dropped_tokens: int = 0
+    left_out_tokens: int = 0
+
+
+class _Split:
+    """One split while it is written. bytes_before, documents: the methods of Packer."""
+
+    def __init__(self, folder: Path, manifest: Manifest, packer: Packer) -> None:
         self.name = folder.name
         self.writer = BlockWriter(folder, manifest.sequence_length, manifest.dtype)
-        self._manifest = manifest
-        self._tokenizer = tokenizer
-        self._documents = self._bytes = self._left_out = 0
+        self.of_source: defaultdict[int, _Counts] = defaultdict(_Counts)
+        self._length = manifest.sequence_length
+        self._packer = packer
+        self._tokens = 0
+        self._last: deque[tuple[Done, int]] = deque()  # pieces and their tokens, a block at least
 
-    def add(self, tokens: np.ndarray, limit: int, counts: SplitCounts) -> None:
-        """Add a piece's tokens, at most `limit`, to the end of a document."""
-        self._documents += counts.documents
-        self._bytes += counts.bytes
-        if limit < len(tokens):
-            ends = np.flatnonzero(tokens == self._manifest.eos_token_id) + 1
-            kept = int(np.searchsorted(ends, limit, side="right"))
-            tokens, rest = np.split(tokens, [ends[kept - 1] if kept else 0])
-            self._documents -= counts.documents - kept
-            self._bytes -= bytes_of_text(self._tokenizer, rest)
-            self._left_out += len(rest)
-        self.writer.append(tokens)
+    def add(self, piece: Done, tokens: np.ndarray, limit: int) -> None:
+        """Add the tokens of a piece, not many more than `limit`."""
+        counts, whole = self.of_source[piece.part.source], piece.record.splits[self.name]
+        kept, documents, size = whole.tokens, whole.documents, whole.bytes
+        if limit < kept:
+            ends = np.cumsum(self._packer.documents(piece, self.name)[:, TOKENS])
+            kept = place_to_cut(ends, limit, self._tokens, self._length)
+            documents = int(np.searchsorted(ends, kept)) + 1 if kept else 0
+            size = self._packer.bytes_before(kept, piece, self.name)
+        counts.documents += documents
+        counts.bytes += size
+        counts.tokens += kept
+        counts.left_out_tokens += whole.tokens - kept
+        self.writer.append(tokens[:kept])
+        self._tokens += kept
+        self._last.append((piece, kept))
+        while sum(kept for _, kept in self._last) - self._last[0][1] >= self._length:
+            self._last.popleft()
 
     def finish(self) -> SplitFacts:
-        tail = self.writer.finish()
-        return SplitFacts(
-            documents=self._documents,
-            blocks=self.writer.blocks,
-            tokens=self.writer.blocks * self._manifest.sequence_length,
-            bytes=self._bytes - bytes_of_text(self._tokenizer, tail),
-            dropped_tokens=len(tail),
-            left_out_tokens=self._left_out,
-        )
+        """Write what is left; the tail that fills no block is taken from who gave it."""
+        tail = len(self.writer.finish())
+        for piece, kept in reversed(self._last):
+            counts, dropped = self.of_source[piece.part.source], min(tail, kept)
+            if dropped:
+                text = self._packer.bytes_before(kept, piece, self.name)
+                counts.bytes -= text - self._packer.bytes_before(kept - dropped, piece, self.name)
+            counts.tokens -= dropped
+            counts.dropped_tokens += dropped
+            tail -= dropped
+        every = [asdict(counts) for counts in self.of_source.values()]
+        totals = {name: sum(one[name] for one in every) for name in asdict(_Counts())}
+        return SplitFacts(blocks=self.writer.blocks, **totals)
 
 
 class Packer:
@@ -121,17 +169,16 @@ class Packer:
     order follows from the sizes of all. manifest: not yet counted.
     """
 
-    def __init__(
-        self, preparation: Preparation, manifest: Manifest, tokenizer: Any, pieces: Pieces
-    ) -> None:
+    def __init__(self, job: Job, manifest: Manifest, tokenizer: Any) -> None:
         # No other process writes to it, whatever becomes of the lock.
-        self.written = Path(tempfile.mkdtemp(prefix="dataset-", dir=preparation.folder))
-        self._preparation = preparation
+        self.written = Path(tempfile.mkdtemp(prefix="dataset-", dir=job.preparation.folder))
+        self._preparation = job.preparation
         self._manifest = manifest
         self._tokenizer = tokenizer
-        self._pieces = pieces
-        folders = [self.written / name for name in preparation.splits]
-        self._splits = [_Split(folder, manifest, tokenizer) for folder in folders]
+        self._pieces = job.pieces
+        self._cut_documents = CutDocuments(tokenizer, job.encode_text)
+        folders = [self.written / name for name in job.preparation.splits]
+        self._splits = [_Split(folder, manifest, self) for folder in folders]
         self._done: list[Done] = []
         self._next = PieceId(0, 0)
 
@@ -160,14 +207,56 @@ class Packer:
 
     def _add(self, piece: Done, limit: int) -> None:
         """Write a piece, of its training tokens at most `limit`."""
-        tokens = self._pieces.tokens(piece.id)
-        if piece.is_kept is not None:
-            lengths = self._pieces.documents(piece.id)[:, 0]
-            tokens = duplicates.tokens_kept(tokens, lengths, piece.is_kept)
+        tokens = self._tokens(piece)
         require_room(self.written, sum(of_split.nbytes for of_split in tokens.values()))
         for split in self._splits:
             allowed = limit if split.name == TRAIN else len(tokens[split.name])
-            split.add(tokens[split.name], allowed, piece.record.splits[split.name])
+            split.add(piece, tokens[split.name], allowed)
+
+    def _tokens(self, piece: Done) -> dict[str, np.ndarray]:
+        """The tokens of the documents of a piece that are kept, by split."""
+        tokens = self._pieces.tokens(piece.id)
+        if piece.is_kept is None:
+            return tokens
+        lengths = self._pieces.documents(piece.id)[:, TOKENS]
+        return duplicates.tokens_kept(tokens, lengths, piece.is_kept)
+
+    def documents(self, piece: Done, split: str) -> np.ndarray:
+        """What is known of the documents that a piece gives to a split (see `EncodedPiece`)."""
+        known = self._pieces.documents(piece.id).astype(np.int64)
+        if piece.is_kept is not None:
+            known = known[piece.is_kept]
+        train = piece.record.splits[TRAIN].documents
+        return {TRAIN: known[:train], VALIDATION: known[train:]}[split]
+
+    def bytes_before(self, cut: int, piece: Done, split: str) -> int:
+        """Bytes of the text of the first `cut` tokens that a piece gives to a split."""
+        known = self.documents(piece, split)
+        ends = np.cumsum(known[:, TOKENS])
+        whole = int(np.searchsorted(ends, cut, side="right"))
+        before = int(known[:whole, BYTES].sum())
+        begin = int(ends[whole - 1]) if whole else 0
+        if begin == cut:
+            return before
+        tokens = self._tokens(piece)[split][begin : ends[whole] - 1]
+
+        def text() -> bytes:
+            return self._text(piece, int(known[whole, ROW]))
+
+        size = int(known[whole, BYTES])
+        return before + self._cut_documents.bytes_before(cut - begin, tokens, size, text)
+
+    def _text(self, piece: Done, row: int) -> bytes:
+        """The text of a document of a piece, read once more."""
+        pieces = readers.read_pieces(piece.part, self._preparation.read_options)
+        again = next(itertools.islice(pieces, piece.id.place, None), None)
+        if again is None or digest_of(again.column) != piece.record.digest:
+            path = piece.part.spans[0].path
+            raise ForgeError(
+                f"{path} holds another text than a moment ago",
+                "run the same command again when nothing writes to it",
+            )
+        return bytes(again.column[row].as_py())
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""
@@ -186,6 +275,7 @@ class Packer:
         manifest = replace(
             self._manifest,
             splits={split.name: split.finish() for split in self._splits},
+            sources=self._sources(),
             # Of the text, whatever its files are called and packed in.
             content_fingerprint=fingerprint([piece.record.digest for piece in done]),
             skipped_rows=sum(piece.record.skipped for piece in done),
@@ -196,6 +286,17 @@ class Packer:
         write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
         self._tokenizer.save_pretrained(self.written / TOKENIZER)
         return manifest.save(self.written)
+
+    def _sources(self) -> list[SourceFacts]:
+        """What each source has given to train on, when that split is finished."""
+        paths = self._preparation.config.dataset_path
+        names = [Path(split_weight(path)[0]).name for path in paths]
+        weights = self._preparation.weights or itertools.repeat(None)
+        given = self._splits[0].of_source
+        return [
+            SourceFacts(name=name, weight=weight, **asdict(given[source]))
+            for source, (name, weight) in enumerate(zip(names, weights, strict=False))
+        ]
 
     def close(self) -> None:
         """End the files that are being written; what is not finished is removed."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from p2p_llm_forge.data.parts import Part, values_and_offsets
-from p2p_llm_forge.data.splits import TRAIN, VALIDATION, SplitCounts
+from p2p_llm_forge.data.splits import ROW, TRAIN, VALIDATION, SplitCounts
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint, read_json, write_file, write_json
 
@@ -128,7 +128,7 @@ class Pieces:
         if documents is None:
             raise self._damaged(piece, "documents")
         count = sum(counts.documents for counts in record.splits.values())
-        return documents.reshape(count, -1) if count else documents.reshape(0, 1)
+        return documents.reshape(count, -1) if count else documents.reshape(0, ROW + 3)
 
     def _damaged(self, piece: PieceId, kind: str) -> ForgeError:
         return ForgeError(

@@ -16,6 +16,7 @@ from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
+from p2p_llm_forge.data.shares import require_shares, share_lines, share_warnings
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
@@ -86,7 +87,7 @@ def build(
         if not encoders.is_fast:
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
         job = Job(preparation, blank, encoders)
-        packer = Packer(preparation, blank, tokenizer, job.pieces)
+        packer = Packer(job, blank, tokenizer)
         helpers = Helpers(preparation.folder, ranks)
 
         def take_what_is_done() -> bool:
@@ -104,6 +105,7 @@ def build(
             wait_for(all_is_done)
             manifest = packer.finish()
     lock.confirm()
+    require_shares(manifest)  # the same tokens are of use with other weights
     try:
         require_blocks(preparation, manifest)
     except ForgeError:
@@ -230,16 +232,18 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
 
 
 def summary(manifest: Manifest) -> str:
-    """Documents, blocks, tokens and bytes, for people."""
+    """Documents, blocks, tokens, bytes and shares, for people."""
     parts = [
         f"{name} {facts.documents:,} documents in {facts.blocks:,} blocks"
         for name, facts in manifest.splits.items()
     ]
     tokens = sum(facts.tokens for facts in manifest.splits.values())
     text_bytes = sum(facts.bytes for facts in manifest.splits.values())
-    return (
+    facts = (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
         + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
         + (f"; left out: {in_words(manifest.left_out)}" if manifest.left_out else "")
     )
+    warnings = [f"warning: {warning}" for warning in share_warnings(manifest)]
+    return "\n".join([facts, *share_lines(manifest), *warnings])

@@ -13,6 +13,7 @@ from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.data.token_runs import without
 
 TRAIN, VALIDATION = "train", "validation"
+TOKENS, BYTES, ROW = range(3)  # columns of `EncodedPiece.documents`; those of keys follow
 # Why documents are in no split.
 TOO_SHORT, TOO_LONG, REPEATED, HELD_OUT_TOO = "too_short", "too_long", "repeated", "held_out_too"
 NOT_ENCODED = "not_encoded"
@@ -77,14 +78,15 @@ class EncodeOptions:
 class EncodedPiece:
     """A piece's documents as tokens: first those to train on, then those held out.
 
-    left_out: what is in no split, by the reason. documents: tokens (EOS included), bytes and key of
-    each (documents x columns, uint64), where duplicates are looked for.
+    left_out: what is in no split, by the reason. documents: tokens (EOS included), bytes and row in
+    the piece's column of each, and its key where duplicates are looked for (documents x columns,
+    uint64).
     """
 
     tokens: np.ndarray
     splits: dict[str, SplitCounts]
     left_out: dict[str, SplitCounts]
-    documents: np.ndarray | None = None
+    documents: np.ndarray
 
 
 def encode_piece(
@@ -98,9 +100,10 @@ def encode_piece(
     if is_validation:
         hidden[:] = True
     train = len(hidden) - int(hidden.sum())
+    rows = np.argsort(hidden, kind="stable")
     if 0 < train < len(hidden):
         # The documents are divided, not their tokens: that moves whole texts, not token by token.
-        column = column.take(np.argsort(hidden, kind="stable"))
+        column = column.take(rows)
     tokens, lengths = options.encode(column)
     sizes = np.diff(values_and_offsets(column)[1])
     out = of_wrong_length(lengths, options)
@@ -110,18 +113,17 @@ def encode_piece(
     fits = ~np.logical_or.reduce([np.zeros(len(lengths), bool), *out.values()])
     if not fits.all():
         train = int(fits[:train].sum())
-        column = column.filter(pa.array(fits))
-        (tokens, lengths), sizes = without(~fits, (tokens, lengths)), sizes[fits]
+        column, (tokens, lengths) = column.filter(pa.array(fits)), without(~fits, (tokens, lengths))
+        sizes, rows = sizes[fits], rows[fits]
     splits = {
         TRAIN: counts_of(sizes[:train], lengths[:train]),
         VALIDATION: counts_of(sizes[train:], lengths[train:]),
     }
     tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
-    if options.deduplicate == "none":
-        return EncodedPiece(tokens, splits, left_out)
-    keys = document_keys(column, options.deduplicate)
-    documents = np.column_stack([(lengths + 1).astype("<u8"), sizes.astype("<u8"), keys])
-    return EncodedPiece(tokens, splits, left_out, documents)
+    documents = [of.astype("<u8") for of in (lengths + 1, sizes, rows)]
+    if options.deduplicate != "none":
+        documents.append(document_keys(column, options.deduplicate))
+    return EncodedPiece(tokens, splits, left_out, np.column_stack(documents))
 
 
 def of_wrong_length(lengths: np.ndarray, options: EncodeOptions) -> dict[str, np.ndarray]:

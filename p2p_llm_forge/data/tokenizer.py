@@ -128,22 +128,6 @@ def settings_of(rules: str) -> dict[str, Any]:
     return settings
 
 
-def bytes_of_text(tokenizer: Any, tokens: np.ndarray) -> int:
-    """UTF-8 bytes of the text that `tokens` stand for; control tokens stand for none.
-
-    Exact for byte-level tokenizers, even where the tokens begin inside a character; for others it
-    is the length of the decoded text, which a normalizer can make differ by some bytes.
-    """
-    tokens = np.asarray(tokens, np.int64)
-    tokens = tokens[~np.isin(tokens, list(control_tokens(tokenizer).values()))]
-    if is_slow(tokenizer) or type(tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
-        return len(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False).encode())
-    # One character of a byte-level token stands for one byte.
-    kinds, counts = np.unique(tokens, return_counts=True)
-    spellings = tokenizer.convert_ids_to_tokens(kinds.tolist())
-    return int(sum(len(text) * n for text, n in zip(spellings, counts, strict=True)))
-
-
 def control_tokens(tokenizer: Any) -> dict[str, int]:
     """The tokens that no text may produce, by their spelling; the unknown token is not one.
 

@@ -29,6 +29,7 @@ class Job:
 
     def __init__(self, preparation: Preparation, manifest: Manifest, encoders: Encoders) -> None:
         self.preparation = preparation
+        self.encode_text = encoders.encode
         self.give_up = encoders.close  # makes pieces that are being encoded fail soon
         self._options = EncodeOptions(
             encode=encoders.encode,

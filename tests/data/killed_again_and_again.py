@@ -1,8 +1,9 @@
 """Preparations that are killed: half of them by themselves, at a random one of the operations on
 files (so that every kind of moment comes), half from outside, at a random time.
 
-Its arguments are TEXT FOLDER KILLS DEDUPLICATE; it prints how many were killed, how many finished
-(in FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces were done.
+Its arguments are TEXTS FOLDER KILLS DEDUPLICATE (commas between texts); it prints how many were
+killed, how many finished (in FOLDER/0, FOLDER/1, ...), and how many were killed after some pieces
+were done.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def work(text: str, folder: str, deduplicate: str, dies_at: int) -> None:
     try:
         if dies_at:
             kill_self_at(dies_at, folder)
-        prepare(config(text, folder, num_workers=2, deduplicate=deduplicate))
+        asked = {"num_workers": 2, "deduplicate": deduplicate, "dataset_path": text.split(",")}
+        prepare(config(text, folder, **asked))
         os._exit(0)
     except BaseException as error:
         print("failed:", repr(error), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from p2p_llm_forge.data.dataset import (
     Manifest,
+    SourceFacts,
     SplitFacts,
     looks_like_prepared,
     open_prepared,
@@ -74,6 +75,20 @@ def test_the_fingerprint_tells_datasets_apart_and_ignores_names():
         a_manifest(arguments={"dataset_path": ["a.txt"], "seed": 1}),
     ]
     assert len({manifest.fingerprint for manifest in [same, *others]}) == 5
+
+
+def test_weights_are_part_of_the_fingerprint_and_names_of_sources_are_not():
+    def of_sources(*weights, names="ab", tokens=16):
+        given = zip(names, weights, strict=True)
+        return a_manifest(
+            sources=[SourceFacts(name, weight, 1, 9, tokens, 0, 0) for name, weight in given]
+        ).fingerprint
+
+    mixture = of_sources(0.7, 0.3)
+    assert of_sources(0.7, 0.3, names="xy") == mixture
+    others = [of_sources(0.6, 0.4), of_sources(0.7, 0.3, tokens=8), of_sources(None, None)]
+    assert len({mixture, *others}) == 4
+    assert of_sources(None, None) == of_sources(None, names="a") == a_manifest().fingerprint
 
 
 @pytest.mark.parametrize(

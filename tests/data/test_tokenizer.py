@@ -49,19 +49,6 @@ def test_fingerprints_differ_where_the_tokens_or_the_end_of_text_do(tokenizer):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("first", range(6))
-def test_bytes_of_text_are_exact_wherever_the_tokens_begin(tokenizer, first):
-    text = "öğ模👩🏽‍🚀 plain text 模型 ğ" * 3
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # ByteLevel's own alphabet: each of its characters is a byte.
-    before = sum(len(token) for token in tokenizer.convert_ids_to_tokens(tokens[:first]))
-    expected = len(text.encode()) - before
-    assert tokenization.bytes_of_text(tokenizer, tokens) == len(text.encode())
-    assert (
-        tokenization.bytes_of_text(tokenizer, [*tokens[first:], tokenizer.eos_token_id]) == expected
-    )
-
-
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])
 def test_a_tokenizer_out_of_reach_is_a_clear_error(name):
     with pytest.raises(ForgeError) as error:

@@ -1,0 +1,95 @@
+"""The shares of a dataset's sources: what was asked, what each has got, and what that means."""
+
+from __future__ import annotations
+
+from p2p_llm_forge.data.dataset import Manifest, SourceFacts
+from p2p_llm_forge.data.splits import TRAIN
+from p2p_llm_forge.errors import Problems, in_one_line
+
+MISSED_BY = 0.1  # of a share: then it is a warning
+SHORTEST_BLOCK = 2
+
+
+def share_lines(manifest: Manifest) -> list[str]:
+    """Of every source its share of the training tokens, for people; nothing where there is one."""
+    if len(manifest.sources) < 2:
+        return []
+    total = manifest.splits[TRAIN].tokens
+    return [f"{TRAIN} by source:", *(_line(source, total) for source in manifest.sources)]
+
+
+def _line(source: SourceFacts, total: int) -> str:
+    asked = "" if source.weight is None else f"{source.weight:.2%} asked, "
+    left_out = f"; {source.left_out_tokens:,} tokens left out" if source.left_out_tokens else ""
+    return (
+        f"  {in_one_line(source.name)}: {asked}{source.tokens / max(1, total):.2%} got, "
+        f"{source.tokens:,} tokens of {source.documents:,} documents{left_out}"
+    )
+
+
+def share_warnings(manifest: Manifest) -> list[str]:
+    """Shares that are not what was asked for, and weights that leave out most of the text."""
+    sources, total = manifest.sources, manifest.splits[TRAIN].tokens
+    found = []
+    for source in sources:
+        asked, got = source.weight, source.tokens / max(1, total)
+        if asked is not None and abs(got - asked) > MISSED_BY * asked:
+            found.append(
+                f"{in_one_line(source.name)} has got {got:.2%} of the training tokens, not "
+                f"{asked:.2%}: a share ends where a document or a block does, so it comes nearer "
+                "with more text or a shorter --sequence-length"
+            )
+    if sum(source.left_out_tokens for source in sources) > total:
+        scarce = min(sources, key=lambda source: source.left_out_tokens / max(1, source.found))
+        found.append(
+            f"{in_one_line(scarce.name)} has only {scarce.found:,} tokens to train on, so that "
+            "these weights leave out more than half of the text: to take all of it, "
+            f"{_without_loss(sources)}"
+        )
+    return found
+
+
+def _without_loss(sources: list[SourceFacts]) -> str:
+    weights = " and ".join(f"{source.found}" for source in sources)
+    return f"give no weights, or, for the order of a mixture, the weights {weights}"
+
+
+def require_shares(manifest: Manifest) -> None:
+    """Raise ForgeError that names every source of a mixture that has got nothing."""
+    sources, length = manifest.sources, manifest.sequence_length
+    text = sum(source.found for source in sources)
+    if len(sources) < 2 or any(source.weight is None for source in sources):
+        return
+    problems = Problems()
+    for source in sources:
+        problems.require(
+            source.found > 0,
+            f"{in_one_line(source.name)} has no text to train on",
+            "leave it out of --dataset-path",
+        )
+    problems.raise_any()
+    if text < length:
+        return  # too short for any weights
+    shares = _shares(sources)
+    shorter = _power_of_two_below(min(shares) // 2)
+    fix = f"use --sequence-length {shorter} or a shorter one, or leave it out of --dataset-path"
+    if shorter < SHORTEST_BLOCK:
+        fix = "leave it out of --dataset-path, or give it a larger weight"
+    for source, share in zip(sources, shares, strict=True):
+        problems.require(
+            source.tokens > 0,
+            f"{in_one_line(source.name)} gets nothing: its share is {share:,} tokens, a block has "
+            f"{length}",
+            fix,
+        )
+    problems.raise_any()
+
+
+def _shares(sources: list[SourceFacts]) -> list[int]:
+    """The tokens of every source when none is taken twice."""
+    scale = min(source.found / (source.weight or 1.0) for source in sources)
+    return [int(scale * (source.weight or 1.0)) for source in sources]
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number else 0

@@ -1,0 +1,239 @@
+"""Sources get the shares that are asked for, which are told as they are, and missing ones found."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from p2p_llm_forge.data.dataset import Manifest, SourceFacts, SplitFacts
+from p2p_llm_forge.data.prepare import prepare
+from p2p_llm_forge.data.shares import share_lines, share_warnings
+from p2p_llm_forge.errors import ForgeError
+from tests.data.preparations import BEFORE_PACKING, config, make_pieces_small, with_tokenizer
+from tests.data.word_tokenizers import KINDS, Documents, documents, given, save
+from tests.texts import contents, write_rows
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Every kind of tokenizer, and the folder where it is."""
+    folder = tmp_path_factory.mktemp("kinds")
+    made = {name: make() for name, make in KINDS.items()}
+    return {name: (kind, save(kind, folder / name)) for name, kind in made.items()}
+
+
+def rows_of(folder: Path, split: str = "train") -> list[list[int]]:
+    """The blocks, as `datasets` reads them."""
+    return datasets.load_from_disk(str(folder))[split]["input_ids"][:]
+
+
+def check(folder: Path, sources: list[Documents], split: str = "train") -> Manifest:
+    """Compare the manifest of a dataset with what is in its blocks; return it."""
+    manifest = Manifest.load(folder)
+    found = given(rows_of(folder, split), manifest.eos_token_id, sources)
+    facts = manifest.splits[split]
+    assert facts.tokens == sum(source.tokens for source in found) > 0
+    assert facts.bytes == sum(source.bytes for source in found) > 0
+    if split != "train":
+        return manifest
+    for source, told, written in zip(found, manifest.sources, sources, strict=True):
+        assert (told.tokens, told.bytes) == (source.tokens, source.bytes)
+        assert told.documents >= source.documents
+        all_tokens = sum(len(tokens) + 1 for tokens in written.tokens.values())
+        assert told.found <= all_tokens, "some are held out"
+    for name in ("tokens", "bytes", "documents", "dropped_tokens", "left_out_tokens"):
+        assert getattr(facts, name) == sum(getattr(told, name) for told in manifest.sources)
+    assert facts.dropped_tokens < manifest.sequence_length
+    return manifest
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_and_tokens_of_a_mixture_are_those_of_its_text(name, kinds, tmp_path, small_pieces):
+    kind, tokenizer = kinds[name]
+    sources = [documents(kind, range(200), 40), documents(kind, range(200, 320), 400, seed=1)]
+    paths = [
+        write_rows(tmp_path / file, source.texts)
+        for file, source in zip(("a.jsonl", "b.jsonl.gz"), sources, strict=True)
+    ]
+    asked = {"dataset_path": [f"{paths[0]}:3", f"{paths[1]}:1"], "validation_fraction": 0.1}
+    asked |= {"output_dir": "", "sequence_length": 64}
+    for workers in (1, 3):
+        folder = tmp_path / f"{workers}"
+        changes = asked | {"output_dir": str(folder), "num_workers": workers}
+        prepare(with_tokenizer([], folder, tokenizer, **changes))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    manifest = check(folder, sources)
+    assert manifest.splits["train"].left_out_tokens > 1_000, "there is something to cut"
+    shares = [source.tokens / manifest.splits["train"].tokens for source in manifest.sources]
+    assert shares == pytest.approx([0.75, 0.25], abs=64 / manifest.splits["train"].tokens)
+    check(folder, sources, "validation")
+    with BEFORE_PACKING, pytest.raises(KeyboardInterrupt):
+        prepare(with_tokenizer([], folder, tokenizer, **changes, overwrite=True))
+    prepare(with_tokenizer([], folder, tokenizer, **changes, overwrite=True))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3"), "after an interruption"
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("length", [16, 100])
+def test_bytes_of_splits_are_those_of_their_text(name, length, kinds, tmp_path):
+    kind, tokenizer = kinds[name]
+    source, held_out = documents(kind, range(60), 30), documents(kind, range(60, 90), 30)
+    paths = [
+        write_rows(tmp_path / file, one.texts)
+        for file, one in (("a.csv", source), ("held.parquet", held_out))
+    ]
+    asked = {"validation_path": [str(paths[1])], "sequence_length": length}
+    prepare(with_tokenizer(paths[0], tmp_path / "out", tokenizer, **asked))
+    check(tmp_path / "out", [source])
+    manifest = check(tmp_path / "out", [held_out], "validation")
+    assert all(facts.dropped_tokens for facts in manifest.splits.values()), "tails are cut"
+
+
+def test_a_long_document_is_cut_at_the_end_of_a_block(kinds, tmp_path, capsys):
+    kind, tokenizer = kinds["word piece"]
+    sources = [documents(kind, range(400), 30), documents(kind, range(900, 901), 9_000)]
+    assert len(sources[1].tokens[900]) > 3_000
+    for name, source in zip("ab", sources, strict=True):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(source.texts))
+    paths = [f"{tmp_path}/a.txt:0.7", f"{tmp_path}/b.txt:0.3"]
+    prepare(with_tokenizer(paths, tmp_path / "out", tokenizer, sequence_length=32))
+    manifest = check(tmp_path / "out", sources)
+    long = manifest.sources[1]
+    assert long.documents == 1 and long.tokens % 32 == 0 and long.left_out_tokens > 2_000
+    assert long.tokens / manifest.splits["train"].tokens == pytest.approx(0.3, abs=0.02)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_shares_that_are_told_are_those_of_the_blocks(kinds, tmp_path, capsys):
+    kind, tokenizer = kinds["unigram"]
+    sources = [documents(kind, range(100), 20), documents(kind, range(100, 300), 20, seed=1)]
+    paths = [
+        f"{write_rows(tmp_path / f'{name}.jsonl', source.texts)}:{weight}"
+        for name, source, weight in zip("ab", sources, (0.6, 0.4), strict=True)
+    ]
+    prepare(with_tokenizer(paths, tmp_path / "out", tokenizer, sequence_length=32))
+    manifest = check(tmp_path / "out", sources)
+    printed = capsys.readouterr().out
+    total = manifest.splits["train"].tokens
+    for name, source, weight in zip("ab", manifest.sources, (0.6, 0.4), strict=True):
+        assert source.name == f"{name}.jsonl" and source.weight == pytest.approx(weight)
+        line = f"{name}.jsonl: {weight:.2%} asked, {100 * source.tokens / total:.2f}% got, "
+        assert f"{line}{source.tokens:,} tokens of {source.documents:,} documents" in printed
+    assert manifest.sources[0].left_out_tokens <= 16 and "; " in printed.splitlines()[-1]
+    left_out = manifest.sources[1].left_out_tokens
+    assert printed.rstrip().endswith(f"{left_out:,} tokens left out")
+
+
+def test_a_scarce_source_limits_the_others_which_is_said_with_a_fix_that_works(
+    kinds, tmp_path, capsys
+):
+    kind, tokenizer = kinds["word piece"]
+    sources = [documents(kind, range(100), 20), documents(kind, range(100, 101), 30, seed=1)]
+    paths = [
+        str(write_rows(tmp_path / f"{name}.jsonl", source.texts))
+        for name, source in zip("ab", sources, strict=True)
+    ]
+    weighted = [f"{paths[0]}:0.7", f"{paths[1]}:0.3"]
+    prepare(with_tokenizer(weighted, tmp_path / "small", tokenizer))
+    check(tmp_path / "small", sources)
+    printed = capsys.readouterr().out
+    tokens = len(sources[1].tokens[100]) + 1
+    assert f"warning: b.jsonl has only {tokens} tokens to train on" in printed
+    weights = re.search(r"give no weights, or, .* the weights (\d+) and (\d+)", printed)
+    advised = [f"{path}:{weight}" for path, weight in zip(paths, weights.groups(), strict=True)]
+    for number, following in enumerate((paths, advised)):
+        prepare(with_tokenizer(following, tmp_path / f"{number}", tokenizer))
+        manifest = check(tmp_path / f"{number}", sources)
+        assert not manifest.splits["train"].left_out_tokens
+        assert "warning" not in capsys.readouterr().out
+
+
+def test_a_source_that_gets_nothing_is_an_error_whose_fixes_work(kinds, tmp_path):
+    kind, tokenizer = kinds["word piece"]
+    sources = [documents(kind, range(300), 20), documents(kind, range(300, 301), 900, seed=3)]
+    assert len(sources[1].tokens[300]) > 200
+    paths = [
+        str(write_rows(tmp_path / f"{name}.jsonl", source.texts))
+        for name, source in zip("ab", sources, strict=True)
+    ]
+    weighted = [f"{paths[0]}:0.99", f"{paths[1]}:0.01"]
+    asked = with_tokenizer(weighted, tmp_path / "out", tokenizer, sequence_length=512)
+    with pytest.raises(ForgeError, match="b.jsonl gets nothing: its share is") as error:
+        prepare(asked)
+    [problem] = error.value.problems
+    length = int(
+        re.match(r"use --sequence-length (\d+) or a shorter one, or leave", problem.fix)[1]
+    )
+    for number, shorter in enumerate((length, length // 2, length - 1)):
+        folder = tmp_path / f"{number}"
+        prepare(with_tokenizer(weighted, folder, tokenizer, sequence_length=shorter))
+        assert all(source.tokens for source in check(folder, sources).sources)
+    prepare(with_tokenizer(weighted[:1], tmp_path / "out", tokenizer, sequence_length=512))
+    check(tmp_path / "out", sources[:1])
+
+
+def test_a_source_without_text_to_train_on_is_an_error_whose_fix_works(kinds, tmp_path):
+    _, tokenizer = kinds["word piece"]
+    write_rows(tmp_path / "a.jsonl", ["w1 fin"] * 50)
+    (tmp_path / "b.txt").write_text("\n\n\n")
+    paths = [f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b.txt:0.5"]
+    with pytest.raises(ForgeError, match="b.txt has no text to train on") as error:
+        prepare(with_tokenizer(paths, tmp_path / "out", tokenizer))
+    assert error.value.problems[0].fix == "leave it out of --dataset-path"
+    prepare(with_tokenizer(paths[:1], tmp_path / "out", tokenizer))
+
+
+def test_a_share_that_is_missed_by_more_than_a_tenth_is_a_warning_whose_fix_works(
+    kinds, tmp_path, capsys
+):
+    kind, tokenizer = kinds["word piece"]
+    sources = [documents(kind, range(300), 20), documents(kind, range(300, 301), 9_000)]
+    paths = [
+        f"{write_rows(tmp_path / f'{name}.jsonl', source.texts)}:{weight}"
+        for name, source, weight in zip("ab", sources, (0.9, 0.1), strict=True)
+    ]
+    missed = []
+    for length in (700, 8):
+        folder = tmp_path / f"{length}"
+        prepare(with_tokenizer(paths, folder, tokenizer, sequence_length=length))
+        manifest = check(folder, sources)
+        printed = capsys.readouterr().out
+        got = manifest.sources[1].tokens / manifest.splits["train"].tokens
+        missed.append(abs(got - 0.1) > 0.01)
+        line = f"warning: b.jsonl has got {100 * got:.2f}% of the training tokens, not 10.00%"
+        assert (line in printed) == ("a shorter --sequence-length" in printed) == missed[-1]
+    assert missed == [True, False]
+
+
+def test_only_sources_of_a_mixture_can_miss_a_share():
+    def manifest(*sources: tuple[float | None, int]) -> Manifest:
+        facts = [SourceFacts(f"{n}", weight, 1, 1, tokens, 0, 0) for n, (weight, tokens)
+                 in enumerate(sources)]  # fmt: skip
+        train = SplitFacts(2, 1, sum(tokens for _, tokens in sources), 1, 0)
+        return Manifest(8, 300, 0, "uint16", "t", {}, splits={"train": train}, sources=facts)
+
+    assert not share_warnings(manifest((None, 5), (None, 95)))
+    assert not share_warnings(manifest((0.5, 54), (0.5, 46)))
+    assert len(share_warnings(manifest((0.5, 56), (0.5, 44)))) == 2
+    assert not share_warnings(manifest((1.0, 100)))
+    assert not share_lines(manifest((1.0, 100))) and len(share_lines(manifest((0.5, 1), (0.5, 1))))
+    assert len(share_lines(manifest((None, 5), (None, 95)))) == 3
+
+
+@pytest.mark.slow
+def test_a_mixture_that_is_killed_at_random_moments_is_the_same(zygote, text, tmp_path):
+    sources = f"{text}/a.txt:0.6,{text}/b.jsonl:0.2,{text}/c.jsonl.gz:0.2"
+    words, log = [sources, str(tmp_path / "out"), "8", "none"], tmp_path / "log"
+    pid = zygote.start(words, log, script="tests.data.killed_again_and_again")
+    with pytest.MonkeyPatch.context() as small:
+        make_pieces_small(small.setattr)
+        asked = config(text, tmp_path / "whole", dataset_path=sources.split(","), num_workers=1)
+        assert prepare(asked).splits["train"].left_out_tokens > 100
+    assert zygote.wait(pid) == 0, log.read_text()
+    killed, finished, after_some_pieces = map(int, log.read_text().split())
+    assert killed >= 8 and finished >= 1 and after_some_pieces >= 2
+    for number in range(finished):
+        assert contents(tmp_path / "out" / str(number)) == contents(tmp_path / "whole")
