@@ -123,8 +123,8 @@ def judge_shared_folder(
     made: list[Path] = []
 
     def write() -> list[str]:
-        made.extend(parent for parent in (folder, *folder.parents) if not parent.exists())
         try:
+            made.extend(parent for parent in (folder, *folder.parents) if not parent.exists())
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(nonce)
         except OSError as error:
