@@ -274,7 +274,7 @@ def _closed(hellos: list[dict[str, Any]], rank: int, other: int, state: str) -> 
     if state == STALLED:
         found += ": small messages pass, 64 KB do not, in small packets neither"
         fix = "look for what loses packets on the way (Wi-Fi, a cable, a firewall's rule), until"
-        ping = f"`ping -c 20 -s 1000 {target}` on the first shows no loss"
+        ping = f"`ping -c 20 -i 0.2 -W 1 -s 1000 {target}` on the first shows no loss"
         return failure("reach", found, f"{fix} {ping}")
     fix = addresses.opening(f"the machine of rank {other}", None, str(source))
     fix = f"let the peers talk freely: {fix}"

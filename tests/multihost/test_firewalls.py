@@ -55,6 +55,8 @@ def test_the_lines_for_each_firewall_open_it(zygote, tmp_path):
             finding = of_port(machines[other], machines[main], peers.port)
             assert finding.level == "failure" and CLOSED[TOOLS[main]] in finding.found
             assert "on machine 0: sudo" in finding.fix and "NAT" not in finding.fix
+            for command in re.findall(r"`(ip route get .*?)`; if that shows a way", finding.fix):
+                assert f"{machines[main].address} dev eth0" in machines[other].run(*command.split())
             behind[main].follow(finding.fix, TOOLS[main])
             finding = of_port(machines[other], machines[main], peers.port)
             assert finding.level == "warning" and "refused the connection" in finding.found

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest

@@ -1,0 +1,179 @@
+"""Which test follows which fix that check_cluster.py prints, to the letter.
+
+FOLLOWED names, for every function that builds problems, a test for each of them, in the order of
+their lines. A word in brackets says instead why a fix cannot be followed in a test, or that there
+is none of its own.
+"""
+
+from __future__ import annotations
+
+ALONE, TOGETHER = "tests/peers/test_fixes.py", "tests/peers/test_fixes_together.py"
+HOSTS, FIREWALLS = "tests/multihost/test_fixes.py", "tests/multihost/test_firewalls.py"
+NETWORKS = "tests/multihost/test_networks.py"
+CLUSTER = "tests/multihost/test_check_cluster.py"
+
+FILE = f"{ALONE}::test_the_fix_of_a_launch_file_leaves_nothing_to_fix"
+GPUS = f"{ALONE}::test_the_fix_of_a_file_for_gpus_leaves_nothing_to_fix"
+FILES = f"{ALONE}::test_the_fix_of_files_that_do_not_belong_together_makes_them_one_launch"
+MISSING_FILE = (
+    f"{ALONE}::test_the_fixes_of_a_file_that_is_missing_are_to_name_it_or_to_count_those_there_are"
+)
+WRITTEN = f"{ALONE}::test_the_fixes_of_files_to_write_let_them_be_written"
+FOLDER = f"{ALONE}::test_the_fixes_of_a_folder_let_files_be_written"
+TO_THE_CPU = f"{ALONE}::test_the_fixes_of_a_file_for_gpus_let_its_launch_train_on_the_cpu"
+ENVIRONMENT = f"{ALONE}::test_the_fix_of_an_environment_makes_a_launch_of_it"
+FLAGS = f"{ALONE}::test_the_fixes_of_flags_make_flags_that_are_taken"
+DEVICE = f"{ALONE}::test_the_fixes_of_what_this_machine_has_not_let_the_check_pass"
+PORT = f"{ALONE}::test_the_fixes_of_a_port_and_a_name_lead_to_the_main_machine"
+ADDRESSES = f"{ALONE}::test_the_fixes_of_addresses_are_addresses_that_work"
+SECRET = f"{ALONE}::test_the_fixes_of_a_secret_make_one_that_is_taken"
+CHECKPOINTS = f"{ALONE}::test_the_fixes_of_checkpoints_that_do_not_fit_let_them_fit"
+
+NUMBERS = f"{TOGETHER}::test_the_fixes_of_numbers_and_of_a_late_rank_bring_all_together"
+COPIED = f"{TOGETHER}::test_the_fix_of_a_secret_is_the_file_of_the_others"
+SHARED = f"{TOGETHER}::test_the_fix_of_a_folder_that_not_all_see_is_one_that_they_share"
+STRANGERS = f"{TOGETHER}::test_the_fix_of_what_no_rank_sends_is_to_let_only_ranks_in"
+
+NAMES = f"{HOSTS}::test_the_fixes_of_a_name_give_it_an_address"
+INTERFACE = f"{HOSTS}::test_the_fixes_of_an_interface_of_another_network_take_the_common_one"
+OWNERSHIP = f"{HOSTS}::test_the_fixes_of_a_main_address_of_another_machine_lead_to_the_right_one"
+OPENED = f"{FIREWALLS}::test_the_lines_for_each_firewall_open_it"
+KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_readme_lets_the_peers_in_and_nobody_else"
+RESUMED = (
+    "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
+)
+CARRIES = "(carries what another place has built)"
+
+FOLLOWED = {
+    "check_cluster:look_at_data": (
+        f"{ALONE}::test_the_fix_of_a_text_is_a_command_that_prepares_it",
+    ),
+    "config.check:check": (FLAGS, FLAGS),
+    "config.check:check_together": (FLAGS,),
+    "config.launch:check": (FLAGS, FLAGS, FLAGS),
+    "peers.addresses:resolve": (NAMES,),
+    "peers.addresses:judge_name": (ADDRESSES, NAMES),
+    "peers.addresses:judge_public": (ADDRESSES, ADDRESSES),
+    "peers.addresses:judge_reach": (PORT, OPENED, OPENED),
+    "peers.addresses:judge_own_port": (
+        f"{ALONE}::test_the_fixes_of_a_taken_port_name_its_owner_and_another_port",
+    ),
+    "peers.claims:_too_late": (NUMBERS,),
+    "peers.claims:_other_size": (NUMBERS,),
+    "peers.claims:_twice": (
+        f"{CLUSTER}::test_two_machines_with_one_number_are_named_and_one_may_be_corrected",
+    ),
+    "peers.claims:check_rank": (NUMBERS,),
+    "peers.cluster:_result_of_main": (
+        f"{TOGETHER}::test_the_fix_of_a_bug_of_the_main_process_is_what_that_printed",
+    ),
+    "peers.findings:fine": (CARRIES,),
+    "peers.findings:warning": (CARRIES,),
+    "peers.findings:failure": (CARRIES,),
+    "peers.findings:refusal": (CARRIES,),
+    "peers.findings:failures": (CARRIES,),
+    "peers.findings:as_sent_by": (STRANGERS,),
+    "peers.findings:problems_of_peer": (CARRIES,),
+    "peers.findings:findings_of_peer": (CARRIES,),
+    "peers.join:_form_cluster": (DEVICE,),
+    "peers.join:_start_process_group": (
+        "(a link must break after all doors were tried and before gloo connects)",
+        "(Accelerate 1.15 never finds another number than it is given; another may)",
+    ),
+    "peers.join:_agree_on_precision": (DEVICE,),
+    "peers.join:differences": (
+        f"{TOGETHER}::test_the_fix_of_other_versions_installs_the_one_that_rank_0_has",
+        f"{TOGETHER}::test_the_fixes_of_other_settings_make_them_alike",
+    ),
+    "peers.join:_own_accelerator_state": (
+        "tests/peers/test_join.py::test_a_second_accelerator_in_one_process_is_refused",
+    ),
+    "peers.launch:_number": (ENVIRONMENT,),
+    "peers.launch:_require_within": (ENVIRONMENT,),
+    "peers.launch:_flag": (ENVIRONMENT,),
+    "peers.launch:_refuse_other_ways": (ENVIRONMENT, ENVIRONMENT),
+    "peers.launch:_compile": (ENVIRONMENT,),
+    "peers.launch:_threads": (ENVIRONMENT,),
+    "peers.launch:_from_launcher": (
+        f"{ALONE}::test_the_fix_of_a_launch_that_shares_its_store_is_a_script_that_is_there",
+    ),
+    "peers.launch:_refuse_wrong_flags": (ENVIRONMENT,),
+    "peers.launch:_refuse_strangers": (ENVIRONMENT, ENVIRONMENT, ENVIRONMENT),
+    "peers.launch_files:judge_together": (FILES, FILES, MISSING_FILE),
+    "peers.launch_files:_judge_keys": (FILE, FILE, FILE),
+    "peers.launch_files:_judge_type": (FILE, FILE, FILE, FILE),
+    "peers.launch_files:_judge_counts": (FILE, FILE, FILE),
+    "peers.launch_files:_judge_main": (FILE, FILE, FILE),
+    "peers.launch_files:_judge_devices": (GPUS, GPUS, GPUS),
+    "peers.launch_files:_judge_precision": (FILE, FILE),
+    "peers.launch_files:_judge_ignored": (FILE, FILE, FILE, FILE),
+    "peers.launch_files:write_launch_files": (WRITTEN, WRITTEN, WRITTEN, FOLDER, FOLDER),
+    "peers.launcher:refuse_gpu_file": (TO_THE_CPU,),
+    "peers.launcher:refuse_parallelism": (TO_THE_CPU,),
+    "peers.liveness:_loss": (RESUMED,),
+    "peers.machine:judge_machine": (
+        f"{ALONE}::test_the_fixes_of_a_full_disk_make_room_for_a_run",
+        f"{ALONE}::test_the_fix_of_little_memory_is_that_others_leave_theirs",
+        f"{ALONE}::test_the_fix_of_threads_leaves_one_core_for_each",
+    ),
+    "peers.machine:judge_checkpoints": (CHECKPOINTS, CHECKPOINTS),
+    "peers.plausible:_implausible": (
+        f"{TOGETHER}::test_the_fix_of_numbers_that_cannot_be_is_the_same",
+    ),
+    "peers.preflight:judge_alone": (
+        f"{ALONE}::test_the_fix_of_a_launch_of_other_files_is_their_own",
+    ),
+    "peers.preflight:judge_clocks": (f"{TOGETHER}::test_the_fix_of_a_clock_sets_it_right",),
+    "peers.preflight:judge_pythons": (
+        f"{TOGETHER}::test_the_fix_of_another_python_names_the_one_to_use",
+    ),
+    "peers.preflight:judge_shared_folder": (
+        f"{TOGETHER}::test_the_fixes_of_a_folder_that_cannot_be_written_let_it_be_written",
+        SHARED,
+        SHARED,
+    ),
+    "peers.rank_failure:explain": (
+        RESUMED,
+        f"{TOGETHER}::test_the_fixes_of_too_little_memory_need_less",
+    ),
+    "peers.reach:_nat": (
+        f"{NETWORKS}::test_nat_is_explained_and_a_tunnel_through_one_udp_port_helps",
+    ),
+    "peers.reach:_black_hole": (
+        f"{NETWORKS}::test_a_black_hole_is_named_and_its_fix_opens_the_way",
+    ),
+    "peers.reach:_closed": (
+        INTERFACE,
+        f"{TOGETHER}::test_the_fix_of_an_address_that_two_machines_have_is_one_of_its_own",
+        f"{HOSTS}::test_the_fix_of_a_link_that_loses_packets_shows_when_it_is_mended",
+        OPENED,
+    ),
+    "peers.rendezvous:_refuse_open_launcher": (
+        f"{TOGETHER}::test_the_fixes_of_torchruns_open_launch_let_it_begin",
+    ),
+    "peers.rendezvous:rendezvous": (
+        f"{TOGETHER}::test_the_fix_of_a_main_process_that_ended_is_to_see_what_it_printed",
+    ),
+    "peers.rendezvous:open_store": (
+        f"{TOGETHER}::test_the_fix_of_another_program_at_the_main_port_is_a_free_one",
+    ),
+    "peers.rendezvous:_no_way_to_main": (
+        f"{HOSTS}::test_the_fixes_of_a_main_address_that_does_not_lead_to_rank_0_let_all_meet",
+        f"{HOSTS}::test_the_fix_of_a_main_machine_that_nobody_serves_is_to_start_it",
+    ),
+    "peers.rendezvous:_gather": (
+        f"{TOGETHER}::test_the_fix_of_a_rank_that_falls_silent_is_to_start_all_again",
+    ),
+    "peers.rendezvous:_missing": (f"{TOGETHER}::test_the_fixes_of_a_missing_rank_let_all_meet",),
+    "peers.rendezvous:_prove": (COPIED, COPIED),
+    "peers.rendezvous:_verdict": (CARRIES,),
+    "peers.routes:route_to": (f"{HOSTS}::test_the_fix_of_a_missing_route_is_one",),
+    "peers.routes:address_of": (
+        f"{ALONE}::test_the_fix_of_an_interface_that_is_not_there_is_to_choose_none",
+    ),
+    "peers.routes:_judge_interface": (INTERFACE,),
+    "peers.routes:_judge_ownership": (OWNERSHIP, OWNERSHIP),
+    "peers.sealing:open": (KEPT_OUT,),
+    "peers.secret:read_secret": (SECRET, SECRET, SECRET),
+    "peers.secret:verified": (KEPT_OUT,),
+}
