@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
+from p2p_llm_forge.data.shares import share_lines
 from p2p_llm_forge.data.splits import TRAIN, in_words
-from p2p_llm_forge.errors import ForgeError, plain
+from p2p_llm_forge.errors import ForgeError, plain, quoted
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
+BAR = 40  # characters of the longest bar of a histogram
+SHOWN_TOKENS = 40  # of a repeated document
+
+
+class Documents(NamedTuple):
+    """The documents of a split whose ends are in its blocks, in order, each by one number (uint64).
+
+    begins: which token of the split is its first; lengths: in tokens, EOS not counted; hashes: of
+    its tokens.
+    """
+
+    begins: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
 
 
 def describe(folder: Path) -> str:
-    """Documents, blocks, tokens, bytes per token, vocabulary use, and the first block as text."""
+    """All that a dataset holds, for people: counts, shares, lengths, repetitions, a block."""
     data = open_prepared(folder)
     manifest = data.manifest
     tokenizer = data.load_tokenizer()
@@ -29,8 +46,84 @@ def describe(folder: Path) -> str:
         lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
     if manifest.left_out:
         lines.append(f"left out: {in_words(manifest.left_out)}")
-    lines += [f"first block of {TRAIN} ({END_MARK} ends a document):", _block_text(data, tokenizer)]
+    lines += share_lines(manifest)
+    found = {name: documents_of(data, name) for name in manifest.splits}
+    for name, documents in found.items():
+        lines += [f"lengths of documents in {name}, in tokens:", *histogram(documents.lengths)]
+    lines.append(_longest_repeated(data, found, tokenizer))
+    first_end = int(found[TRAIN].lengths[0]) if len(found[TRAIN].lengths) else 0
+    block = first_end // manifest.sequence_length
+    which = f"block {block} of {TRAIN}, the first with an end" if block else f"block 0 of {TRAIN}"
+    lines += [f"{which} ({END_MARK} ends a document):", _block_text(data, tokenizer, block)]
     return plain("\n".join(lines), longest=10**6)
+
+
+def documents_of(data: PreparedDataset, split: str) -> Documents:
+    """Find the documents of a split by their ends, without more of it in memory than is looked at.
+
+    One that a mixture has cut has no end, and counts with the next.
+    """
+    blocks = data.blocks(split)
+    found = [array("Q"), array("Q"), array("Q")]
+    state, begin, before = xxhash.xxh3_64(), 0, 0
+    for chunk in blocks.chunks if blocks else ():
+        tokens = chunk.reshape(-1)
+        start = 0
+        for end in np.flatnonzero(tokens == data.manifest.eos_token_id).tolist():
+            state.update(tokens[start:end].data)
+            facts = begin, before + end - begin, state.intdigest()
+            for column, value in zip(found, facts, strict=True):
+                column.append(value)
+            state.reset()
+            start, begin = end + 1, before + end + 1
+        state.update(tokens[start:].data)
+        before += len(tokens)
+    return Documents(*(np.array(column, np.uint64) for column in found))
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """How many documents are how long, for people: a line for every power of two."""
+    if not len(lengths):
+        return ["  none has its end in a block"]
+    # frexp gives the number of binary digits: 0 of 0, 1 of 1, 2 of 2 and 3, 3 of 4 to 7.
+    counts = np.bincount(np.frexp(lengths.astype(np.float64))[1])
+    lines = []
+    for digits in range(int(np.flatnonzero(counts)[0]), len(counts)):
+        least, most = (1 << digits) >> 1, max(0, (1 << digits) - 1)
+        part = counts[digits] / len(lengths)
+        bar = "#" * round(BAR * counts[digits] / counts.max())
+        lines.append(
+            f"{least:>12,} to {most:<12,} {counts[digits]:>12,} {part:>7.2%} {bar}".rstrip()
+        )
+    return lines
+
+
+def _longest_repeated(data: PreparedDataset, found: dict[str, Documents], tokenizer: Any) -> str:
+    """The longest document that is there more than once, in any split, for people."""
+    begins, lengths, hashes = (np.concatenate(of) for of in zip(*found.values(), strict=True))
+    order = np.lexsort((hashes, lengths))[::-1]
+    is_next_same = (np.diff(lengths[order]) == 0) & (np.diff(hashes[order]) == 0)
+    if not is_next_same.any():
+        return "no document is there twice"
+    first = order[is_next_same.argmax()]
+    is_same = (hashes == hashes[first]) & (lengths == lengths[first])
+    ends = np.cumsum([len(documents.lengths) for documents in found.values()])
+    times = [int(of.sum()) for of in np.split(is_same, ends[:-1])]
+    split = list(found)[int(np.searchsorted(ends, first, side="right"))]
+    tokens = _tokens_at(data, split, int(begins[first]), min(int(lengths[first]), SHOWN_TOKENS))
+    where = ", ".join(f"{count:,} in {name}" for name, count in zip(found, times, strict=True))
+    return (
+        f"longest repeated document: {lengths[first]:,} tokens, {sum(times):,} times ({where}), "
+        f"begins {quoted(tokenizer.decode(tokens), 200)}"
+    )
+
+
+def _tokens_at(data: PreparedDataset, split: str, begin: int, count: int) -> np.ndarray:
+    blocks, length = data.blocks(split), data.manifest.sequence_length
+    assert blocks is not None
+    first, last = begin // length, (begin + max(1, count) - 1) // length
+    tokens = blocks.inputs_and_targets(range(first, last + 1))[1].reshape(-1)
+    return tokens[begin - first * length :][:count]
 
 
 def _split_line(data: PreparedDataset, name: str) -> str:
@@ -60,9 +153,9 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
     return int(np.count_nonzero(counts))
 
 
-def _block_text(data: PreparedDataset, tokenizer: Any) -> str:
+def _block_text(data: PreparedDataset, tokenizer: Any, block: int) -> str:
     end = data.manifest.eos_token_id
-    tokens = data.train_blocks().inputs_and_targets([0])[1][0]
+    tokens = data.train_blocks().inputs_and_targets([block])[1][0]
     documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
     texts = (tokenizer.decode(document[document != end]) for document in documents)
     return f"{END_MARK}\n".join(texts)
