@@ -7,12 +7,16 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
 from tests import ROOT
+from tests.ports import free_port
 
 READMES = ["README.md", "README.tr.md"]
 SCRIPTS = {
@@ -180,11 +184,51 @@ def test_a_command_is_accepted(line):
             ours = path.split("/")[0] in ("accelerate_configs", "recipes", "data", "launch")
             if ours and not path.startswith(MADE_BY_A_RUN):
                 assert (ROOT / path).exists(), f"{path} is not there"
+    if words[0] == "cp":
+        return
     if words[0] == "pip":
         assert words[1:] in (["install", "-e", "."], ["install", "-r", "requirements.txt"])
         return
     script, flags = through_launcher(words)
     parse(SCRIPTS[script], flags, script)
+
+
+def chapter(readme: str, title: str) -> list[str]:
+    """The command lines of one chapter."""
+    text = text_of(readme).split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.slow
+def test_the_first_commands_work_on_the_sample_text_as_they_are_typed(tmp_path):
+    """All of the chapters on one machine and on data, but installing, recipes, a second machine.
+
+    The first training goes to its end, further ones take one step.
+    """
+    lines = chapter("README.md", "On one machine") + chapter("README.md", "Preparing data")
+    left_out = ("pip ", "p2p-llm-forge", "two_machines/", "--config recipes/")
+    lines = [line for line in lines if not any(word in line for word in left_out)]
+    assert len(lines) >= 9 and lines[0] == "cp data/sample_corpus.txt corpus.txt"
+    for name in tracked():
+        if not name.startswith(("tests/", "benchmarks/")) and (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environ["PET_MASTER_PORT"] = str(free_port())  # torchrun's is the same one for everybody
+    trainings = [line for line in lines if " train.py " in line]
+    assert "accelerate launch" in trainings[0] and len(trainings) > 3
+    for line in lines:
+        less = " --max-steps 1" if line in trainings[1:] else ""
+        done = subprocess.run(
+            ["sh", "-c", line + less],
+            cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    for made in ("artifacts/x", "artifacts/one", "artifacts/two", "artifacts/text"):
+        assert (tmp_path / made / "model.safetensors").exists()
+    for made in ("x", "text", "mixture"):
+        assert (tmp_path / "data" / "prepared" / made / "manifest.json").exists()
 
 
 def through_launcher(words: list[str]) -> tuple[str, list[str]]:
