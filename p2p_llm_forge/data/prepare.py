@@ -16,12 +16,13 @@ from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
+from p2p_llm_forge.data.readers import columns_not_seen
 from p2p_llm_forge.data.shares import require_shares, share_lines, share_warnings
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
 from p2p_llm_forge.data.unfinished import Helpers, OtherRank, Ranks, alive, claimed, room_explained
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import Lock
 from p2p_llm_forge.polling import wait_for
 
@@ -61,6 +62,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
 def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     """The main rank's work: the dataset, made in the unfinished folder and then published."""
     folder, backend = preparation.folder, preparation.config.tokenizer_backend
+    for name, path in columns_not_seen(preparation.parts, preparation.read_options):
+        print(f"warning: no row at the beginning of {in_one_line(path)} has the column '{name}'")
     with (
         claimed(preparation.output_dir) as lock,
         room_explained(folder, preparation.parts),

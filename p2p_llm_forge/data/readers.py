@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 
 from p2p_llm_forge.data import csv_files, json_files, table_files, text_files
+from p2p_llm_forge.data.columns import names_of
 from p2p_llm_forge.data.formats import ONE_DOCUMENT
 from p2p_llm_forge.data.input_file import Columns, InputFile
 from p2p_llm_forge.data.parts import Part, Piece, ReadOptions, column_of, without_empty
@@ -51,3 +53,20 @@ def _columns(part: Part, files: list[InputFile]) -> Columns:
         yield pa.concat_arrays([PLAIN[part.kind](file) for file in files]), part.bytes
     else:
         yield from READERS[part.kind](files[0])
+
+
+def columns_not_seen(parts: list[Part], options: ReadOptions) -> Iterator[tuple[str, str]]:
+    """Of several columns that are joined those that no row has at the beginning of a source of
+    JSON lines, each with the file: perhaps misspelt, where a table would be refused."""
+    names, sources = names_of(options.text_column), set()
+    for part in parts if len(names) > 1 else []:
+        source = (part.source, part.is_validation)
+        if part.kind != "jsonl" or source in sources:
+            continue
+        sources.add(source)
+        first = replace(part, spans=part.spans[:1])
+        for name in names:
+            alone = replace(options, text_column=name, skip_bad_rows=True)
+            piece = next(read_pieces(first, alone))
+            if piece.skipped and not len(piece.column):
+                yield name, first.spans[0].path

@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p_llm_forge.data import columns
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from tests.data import stranger
+from tests.data.preparations import config
 from tests.data.reading import documents, pieces
+from tests.texts import decoded_documents
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 ROWS = [
@@ -177,3 +180,17 @@ def test_thousands_of_columns_and_dots_are_no_burden(tmp_path):
         deep = {"in": deep}
     with pytest.raises(ForgeError, match="no text column 'text': found in.in.in.in"):
         documents(write(path, [deep]))
+
+
+def test_nested_columns_are_prepared_and_one_that_is_never_there_is_named(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl.xz", ROWS)
+    out = tmp_path / "out"
+    asked = {"text_column": "titel,meta.text", "validation_fraction": 0, "vocab_size": 300}
+    manifest = prepare(config(path, out, sequence_length=8, **asked))
+    printed = capsys.readouterr().out
+    assert f"no row at the beginning of {path} has the column 'titel'" in printed
+    assert "'meta.text'" not in printed and "1 file, 40 documents, one in each row" in printed
+    expected = stranger.texts(str(path), ["meta.text"])
+    found = decoded_documents(out, "train")
+    assert found[:-1] == expected[: len(found) - 1] and len(found) >= 38
+    assert manifest.arguments["text_column"] == "titel,meta.text"
