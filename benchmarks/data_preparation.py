@@ -311,7 +311,12 @@ def medians(folder: Path, repeats: int, names: list[str]) -> dict[str, dict[str,
 
 def measured(name: str, folder: Path) -> dict[str, float]:
     """One measurement in a fresh process, and the largest memory that the process took."""
-    command = [sys.executable, __file__, "--work-dir", str(folder), "--measure", name]
+    return measured_by(Path(__file__), name, folder)
+
+
+def measured_by(script: Path, name: str, folder: Path) -> dict[str, float]:
+    """One measurement of a script in a fresh process."""
+    command = [sys.executable, str(script), "--work-dir", str(folder), "--measure", name]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout
     output = child.stdout.read()

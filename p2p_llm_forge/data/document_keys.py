@@ -25,6 +25,7 @@ Kind = Literal["none", "exact", "near"]
 
 WORDS_IN_A_RUN = 5
 LONGEST_WORD = 64  # bytes; more is several words, so that hashing takes bounded memory
+PORTION_BYTES = 1 << 20  # of documents whose keys are made at once, for bounded memory
 VALUES = 128  # in a sketch
 SEED = 0
 MULTIPLIERS = [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93]
@@ -39,6 +40,14 @@ SPACE = ord(" ")
 
 def document_keys(column: pa.LargeBinaryArray, kind: Kind) -> np.ndarray:
     """What tells each document apart (documents x columns, uint64): 2 of a hash, 32 of a sketch."""
+    ends = values_and_offsets(column)[1]
+    places = np.arange(0, ends[-1] + PORTION_BYTES, PORTION_BYTES)
+    cuts = np.unique(np.minimum(np.searchsorted(ends, places), len(column)))
+    portions = [column[a:b] for a, b in zip(cuts, cuts[1:], strict=False)] or [column]
+    return np.concatenate([_keys_of_portion(portion, kind) for portion in portions])
+
+
+def _keys_of_portion(column: pa.LargeBinaryArray, kind: Kind) -> np.ndarray:
     text, begins, ends = normalised(column)
     if kind == "near":
         return sketches(*words(text, begins, ends))
@@ -142,8 +151,7 @@ def sketches(hashes: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> np.nda
     left = np.repeat(ends, ends - firsts) - place  # words to the end of the document, itself too
     runs = np.zeros(len(hashes), np.uint64)
     for word, multiplier in enumerate(MULTIPLIERS):
-        following = np.zeros_like(hashes)
-        following[: len(hashes) - word] = hashes[word:]
+        following = np.append(hashes[word:], np.zeros(min(word, len(hashes)), np.uint64))
         runs += np.where(left > word, following, np.uint64(0)) * np.uint64(multiplier)
     # The last words of a document begin no run; fewer than five words are one.
     is_run = left >= WORDS_IN_A_RUN

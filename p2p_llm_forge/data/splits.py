@@ -21,8 +21,8 @@ REASONS = {
     TOO_SHORT: "shorter than --min-document-tokens",
     NOT_ENCODED: "that the tokenizer cannot encode",
     TOO_LONG: "longer than --max-document-tokens",
-    REPEATED: "that repeat an earlier one",
-    HELD_OUT_TOO: "to train on that are held out too",
+    REPEATED: "that repeat or resemble an earlier one",
+    HELD_OUT_TOO: "to train on that repeat or resemble one that is held out",
 }
 
 

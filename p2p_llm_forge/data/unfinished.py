@@ -189,7 +189,8 @@ def room_explained(folder: Path, parts: list[Part]) -> Iterator[None]:
         if getattr(error, "errno", None) not in FULL and not any(t in str(error) for t in texts):
             raise
         # Tokens lie on the disk twice, as pieces and as blocks, and take about half of their text.
-        in_pieces = sum(path.stat().st_size for path in (folder / PIECES).glob("*.tokens"))
+        # With --deduplicate, so do the keys of documents.
+        in_pieces = sum(path.stat().st_size for path in (folder / PIECES).glob("*.[td]*"))
         needed = max(sum(part.bytes for part in parts) - in_pieces, in_pieces)
         free = shutil.disk_usage(folder).free
         raise ForgeError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2p_llm_forge.data import document_keys as keys_of
 from p2p_llm_forge.data.document_keys import VALUES, document_keys, normalised, words
 
 TEXTS = [
@@ -64,6 +65,15 @@ def test_documents_have_one_key_if_they_are_one_text():
         assert (keys[one] == keys[other]).all() == are_one
         same += are_one
     assert same == 5
+
+
+def test_keys_are_made_of_some_documents_at_a_time(monkeypatch):
+    for portion, texts in itertools.product((1, 7, 10_000), ([], TEXTS, TEXTS[2:] * 3)):
+        monkeypatch.setattr(keys_of, "PORTION_BYTES", portion)
+        for kind in ("exact", "near"):
+            found = document_keys(column_of(texts), kind)
+            alone = [document_keys(column_of([text]), kind)[0].tolist() for text in texts]
+            assert found.tolist() == alone
 
 
 def test_a_key_does_not_change_with_what_stands_beside_it():
