@@ -131,7 +131,9 @@ class _Split:
         """Add the tokens of a piece, not many more than `limit`."""
         counts, whole = self.of_source[piece.part.source], piece.record.splits[self.name]
         kept, documents, size = whole.tokens, whole.documents, whole.bytes
-        if limit < kept:
+        if not limit:
+            kept = documents = size = 0
+        elif limit < kept:
             ends = np.cumsum(self._packer.documents(piece, self.name)[:, TOKENS])
             kept = place_to_cut(ends, limit, self._tokens, self._length)
             documents = int(np.searchsorted(ends, kept)) + 1 if kept else 0
@@ -142,8 +144,9 @@ class _Split:
         counts.left_out_tokens += whole.tokens - kept
         self.writer.append(tokens[:kept])
         self._tokens += kept
-        self._last.append((piece, kept))
-        while sum(kept for _, kept in self._last) - self._last[0][1] >= self._length:
+        if kept:
+            self._last.append((piece, kept))
+        while self._last and sum(n for _, n in self._last) - self._last[0][1] >= self._length:
             self._last.popleft()
 
     def finish(self) -> SplitFacts:
@@ -248,15 +251,17 @@ class Packer:
 
     def _text(self, piece: Done, row: int) -> bytes:
         """The text of a document of a piece, read once more."""
-        pieces = readers.read_pieces(piece.part, self._preparation.read_options)
-        again = next(itertools.islice(pieces, piece.id.place, None), None)
-        if again is None or digest_of(again.column) != piece.record.digest:
-            path = piece.part.spans[0].path
-            raise ForgeError(
-                f"{path} holds another text than a moment ago",
-                "run the same command again when nothing writes to it",
-            )
-        return bytes(again.column[row].as_py())
+        column = self._pieces.text(piece.id)
+        if column is None:
+            pieces = readers.read_pieces(piece.part, self._preparation.read_options)
+            again = next(itertools.islice(pieces, piece.id.place, None), None)
+            if again is None or digest_of(again.column) != piece.record.digest:
+                raise ForgeError(
+                    f"{piece.part.spans[0].path} holds another text than a moment ago",
+                    "run the same command again when nothing writes to it",
+                )
+            column = again.column
+        return bytes(column[row].as_py())
 
     def finish(self) -> Manifest:
         """Write what is left to write when it has all: metadata, tokenizer and manifest."""

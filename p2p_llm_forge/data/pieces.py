@@ -130,6 +130,24 @@ class Pieces:
         count = sum(counts.documents for counts in record.splits.values())
         return documents.reshape(count, -1) if count else documents.reshape(0, ROW + 3)
 
+    def keep_text(self, piece: PieceId, column: pa.LargeBinaryArray) -> None:
+        """Keep the documents of a piece, where reading them once more would be dear."""
+        batch = pa.record_batch([column], names=["documents"])
+        file = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(file, batch.schema, options=options) as stream:
+            stream.write_batch(batch)
+        write_file(self._path(piece, "text"), file.getvalue(), durable=False)
+
+    def text(self, piece: PieceId) -> pa.LargeBinaryArray | None:
+        """The documents of a piece, if they were kept and are as they were written."""
+        try:
+            stream = pa.ipc.open_stream(self._path(piece, "text").read_bytes())
+            column = stream.read_next_batch().column(0)
+        except (OSError, pa.ArrowException, StopIteration):
+            return None
+        return column if digest_of(column) == self._records[piece].digest else None
+
     def _damaged(self, piece: PieceId, kind: str) -> ForgeError:
         return ForgeError(
             f"{self._path(piece, kind)} was damaged on the disk",

@@ -62,6 +62,8 @@ class Job:
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
+        if part.kind == "hub":  # else its text would be downloaded again where a block cuts it
+            self.pieces.keep_text(piece_id, piece.column)
         self.pieces.write(piece_id, encoded.tokens, record, encoded.documents)
         return piece.source_bytes, encoded.tokens
 

@@ -39,7 +39,7 @@ from p2p_llm_forge.files import Lock, Pulse, beating, only_writer, read_json, wr
 LOCK, PIECES = "lock", "pieces"
 TRAINED_TOKENIZER = "tokenizer-"  # and a digest of what it was trained on
 # What a preparation writes there; partial files are called tmp-... until they are renamed.
-OF_PIECES = re.compile(r"(tmp-)?[0-9a-f-]+\.(tokens|documents|json)(\.\d+\.\d+)?", re.ASCII)
+OF_PIECES = re.compile(r"(tmp-)?[0-9a-f-]+\.(tokens|documents|text|json)(\.\d+\.\d+)?", re.ASCII)
 OWN = re.compile(
     rf"{LOCK}|tmp-{LOCK}-[0-9a-f]{{16}}|{PIECES}|{TRAINED_TOKENIZER}[0-9a-f]{{20}}"
     rf"|(tmp-)?rank-\d+(\.failed)?(\.\d+\.\d+)?|dataset-\w+|tmp-tokenizer|{REPLACED}"

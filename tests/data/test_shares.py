@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from p2p_llm_forge.data import hub
 from p2p_llm_forge.data.dataset import Manifest, SourceFacts, SplitFacts
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.shares import share_lines, share_warnings
@@ -237,3 +238,59 @@ def test_a_mixture_that_is_killed_at_random_moments_is_the_same(zygote, text, tm
     assert killed >= 8 and finished >= 1 and after_some_pieces >= 2
     for number in range(finished):
         assert contents(tmp_path / "out" / str(number)) == contents(tmp_path / "whole")
+
+
+def test_text_of_the_hub_is_streamed_once_and_its_bytes_are_right(
+    kinds, tmp_path, monkeypatch, small_pieces
+):
+    kind, tokenizer = kinds["unigram"]
+    source, streamed = documents(kind, range(200), 20), []
+
+    def load_dataset(name, config, split, streaming):
+        def rows():
+            for text in source.texts:
+                streamed.append(text)
+                yield {"text": text}
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "name_on_hub", lambda path, flag: path)
+    prepare(with_tokenizer("someone/corpus", tmp_path / "out", tokenizer, sequence_length=96))
+    facts = check(tmp_path / "out", [source])
+    assert facts.splits["train"].dropped_tokens and streamed == source.texts
+
+
+def test_bytes_are_right_where_text_spells_a_control_token(kinds, tmp_path):
+    """What it spells is encoded apart, so that no offsets of the whole document are its own."""
+    kind, tokenizer = kinds["unigram"]
+    text = "w1 \ufb01n </s> cafe\u0301 w2"
+    path = write_rows(tmp_path / "a.jsonl", [text] * 40)
+    sizes = []
+    for length in (16, 17, 19, 23):
+        folder = tmp_path / f"{length}"
+        prepare(with_tokenizer(path, folder, tokenizer, sequence_length=length))
+        manifest = Manifest.load(folder)
+        tokens = [token for block in rows_of(folder) for token in block]
+        ends = [place for place, token in enumerate(tokens) if token == manifest.eos_token_id]
+        assert 30 < len(ends) <= 40
+        rest = manifest.splits["train"].bytes - len(ends) * len(text.encode())
+        sizes.append((len(tokens) - ends[-1] - 1, rest))
+        assert 0 <= rest <= len(text.encode())
+    assert len({count for count, _ in sizes}) > 2
+    assert [size for _, size in sorted(sizes)] == sorted(size for _, size in sizes)
+    assert all((size > 0) == (count > 0) for count, size in sizes)
+
+
+def test_a_dataset_without_duplicates_counts_its_bytes(kinds, tmp_path, small_pieces):
+    kind, tokenizer = kinds["word piece"]
+    sources = [documents(kind, range(150), 30), documents(kind, range(150, 250), 60, seed=1)]
+    paths = [
+        f"{write_rows(tmp_path / f'{name}.jsonl', [*source.texts, *source.texts[::3]])}:0.5"
+        for name, source in zip("ab", sources, strict=True)
+    ]
+    asked = {"deduplicate": "exact", "sequence_length": 64}
+    prepare(with_tokenizer(paths, tmp_path / "out", tokenizer, **asked))
+    manifest = check(tmp_path / "out", sources)
+    assert manifest.left_out["repeated"].documents == 50 + 34
+    assert manifest.splits["train"].left_out_tokens > 400
