@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
+from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.kept_proofs import KeptProof
-from p2p_llm_forge.data.parts import values_and_offsets
+from p2p_llm_forge.data.parts import column_of, values_and_offsets
 from p2p_llm_forge.data.token_runs import Run, interleaved, joined, without
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
@@ -58,6 +59,8 @@ class Encoders:
         self._plain = PlainTextEncoder(tokenizer)
         self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
+        if is_slow(tokenizer):
+            require_repeatable(self._reference)
         self._control = sorted(control_tokens(tokenizer).values())
         self._of_this_thread = threading.local()
         # For the first thread that encodes; what others get is made when they come.
@@ -186,6 +189,18 @@ class Encoders:
             if self._skips_bad:
                 return None
             raise
+
+
+def require_repeatable(encode: Encode) -> None:
+    """Raise ForgeError for a tokenizer that gives other tokens for a text each time."""
+    texts = column_of([text.encode() for text in HARD_TEXTS])
+    first, *others = (encode(texts) for _ in range(5))
+    for tokens, lengths in others:
+        if not (np.array_equal(lengths, first[1]) and np.array_equal(tokens, first[0])):
+            raise ForgeError(
+                "the tokenizer encodes at random: the same text has other tokens each time",
+                "switch that off where it is made (dropout, sampling), or use another --tokenizer",
+            )
 
 
 def _portions(documents: pa.LargeBinaryArray, at_most: int) -> Iterator[pa.LargeBinaryArray]:

@@ -43,7 +43,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     if preparation.left_out and is_main:
         print(cutting.left_out(preparation.left_out))
     arguments = preparation.tokenizer_arguments
-    tokenizer = tokenization.load_tokenizer(**arguments) if arguments else None
+    report = print if is_main else lambda _: None
+    tokenizer = tokenization.load_tokenizer(**arguments, report=report) if arguments else None
     there = already_prepared(preparation, tokenizer)
     if there:
         if is_main:

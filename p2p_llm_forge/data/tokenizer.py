@@ -7,7 +7,9 @@ import gc
 import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,38 +17,50 @@ import pyarrow as pa
 
 from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import files_in
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# What transformers 5.23 keeps among a tokenizer's settings, and saves, of how it was reached.
+HOW_IT_WAS_REACHED = ("local_files_only", "is_local")
+# The same, in tokenizers of which the code comes with them: whether that was a folder or the Hub.
+HOW_ITS_CODE_WAS_REACHED = ("auto_map",)
+_SWITCHED_OFF = (
+    "--tokenizer {name} encodes at random ({what}): that is switched off, so that the same text "
+    "gives the same tokens"
+)
 
 # A LargeBinaryArray of documents (UTF-8) in; all their tokens, one after the other (uint32), and
 # the number of tokens of each (int64) out.
 Encode = Callable[[pa.LargeBinaryArray], tuple[np.ndarray, np.ndarray]]
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | None = None) -> Any:
+def load_tokenizer(
+    name: str,
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+    report: Callable[[str], object] = lambda _: None,
+) -> Any:
     """The tokenizer in folder `name`, or of that name on the Hub, as transformers loads it.
+
+    What would make it encode at random is switched off; `report` is called with what that was.
 
     eos_token: what ends documents, where the tokenizer has none or another is wanted; added to the
     vocabulary if it is not in it. Raises ForgeError, also when nothing is known to end one with.
     """
-    from transformers import AutoTokenizer
-
-    collects = gc.isenabled()
-    gc.disable()  # or the many strings of a vocabulary make it run over all imports
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
-        raise ForgeError(
-            f"--tokenizer {name} could not be loaded: {first_line(error)}",
-            "give a folder that holds a tokenizer (as save_pretrained writes it) or a name of the "
-            "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
-            "train one on the text",
-        ) from error
-    finally:
-        if collects:
-            gc.enable()
+    tokenizer = _from_pretrained(name, trust_remote_code=trust_remote_code)
+    sampling = getattr(tokenizer, "sp_model_kwargs", None) or {}
+    dropout = None if is_slow(tokenizer) else getattr(_model(tokenizer), "dropout", None)
+    if dropout:
+        _model(tokenizer).dropout = None
+        report(_SWITCHED_OFF.format(name=name, what=f"BPE dropout {dropout}"))
+    elif is_slow(tokenizer) and sampling.get("enable_sampling"):
+        without = {"sp_model_kwargs": sampling | {"enable_sampling": False}}
+        tokenizer = _from_pretrained(name, trust_remote_code=trust_remote_code, **without)
+        report(_SWITCHED_OFF.format(name=name, what="enable_sampling of SentencePiece"))
     # transformers 5.23 would save how it was reached: offline, the same tokenizer has other bytes.
-    for setting in ("local_files_only", "is_local"):
+    for setting in HOW_IT_WAS_REACHED:
         tokenizer.init_kwargs.pop(setting, None)
     if eos_token is not None:
         tokenizer.add_special_tokens({"eos_token": eos_token})
@@ -57,6 +71,25 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, eos_token: str | 
             "a tokenizer for causal language models",
         )
     return tokenizer
+
+
+def _from_pretrained(name: str, **how: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    collects = gc.isenabled()
+    gc.disable()  # or the many strings of a vocabulary make it run over all imports
+    try:
+        return AutoTokenizer.from_pretrained(name, **how)
+    except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
+        raise ForgeError(
+            f"--tokenizer {name} could not be loaded: {first_line(error)}",
+            "give a folder that holds a tokenizer (as save_pretrained writes it) or a name of the "
+            "Hub that this machine can reach or has downloaded before; or leave --tokenizer out to "
+            "train one on the text",
+        ) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
@@ -99,13 +132,43 @@ def is_slow(tokenizer: Any) -> bool:
     return getattr(tokenizer, "backend_tokenizer", None) is None
 
 
+def _model(tokenizer: Any) -> Any:
+    return tokenizer.backend_tokenizer.model
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of all that decides what the tokenizer answers, and of its end-of-text token."""
-    if is_slow(tokenizer):
-        rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    else:
-        rules = rules_of(tokenizer)
+    rules = json.dumps(saved_files(tokenizer)) if is_slow(tokenizer) else rules_of(tokenizer)
     return hashlib.sha256(f"{rules}\0{tokenizer.eos_token}".encode()).hexdigest()
+
+
+def saved_files(tokenizer: Any) -> list[tuple[str, str]]:
+    """Name and sha256 of each file that the tokenizer saves, the same wherever it was loaded from.
+
+    Its vocabulary, its settings, its Python code if that came with it. Raises ForgeError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # anything: it may be code that came with the tokenizer
+            raise ForgeError(
+                f"the tokenizer cannot be saved ({type(error).__name__}: {first_line(error)}), and "
+                "a prepared dataset holds its tokenizer",
+                "correct the tokenizer's code, or use another --tokenizer",
+            ) from error
+        names = sorted(files_in(Path(folder)))
+        files = [(name, Path(folder, name).read_bytes()) for name in names]
+    return [(name, hashlib.sha256(_settled(name, content)).hexdigest()) for name, content in files]
+
+
+def _settled(name: str, content: bytes) -> bytes:
+    """A file that a tokenizer has saved, without what differs between machines."""
+    if name != TOKENIZER_CONFIG:
+        return content
+    settings = json.loads(content)
+    for volatile in (*HOW_IT_WAS_REACHED, *HOW_ITS_CODE_WAS_REACHED):
+        settings.pop(volatile, None)
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def rules_of(tokenizer: Any) -> str:
@@ -145,7 +208,7 @@ def unknown_of_model(tokenizer: Any) -> str | None:
     """The token that the model of a tokenizer makes of what it does not know."""
     if is_slow(tokenizer):
         return None
-    model = tokenizer.backend_tokenizer.model
+    model = _model(tokenizer)
     if type(model).__name__ != "Unigram":
         unknown: str | None = model.unk_token
         return unknown

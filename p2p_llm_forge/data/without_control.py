@@ -7,6 +7,7 @@ without knowing that entry by its name.
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import threading
@@ -24,23 +25,23 @@ class PlainTextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._control = set(control_tokens(tokenizer).values())
-        self._ask: Callable[[str], list[int]] | None = None
-        self._lock = threading.Lock()  # a tokenizer's Python code may not know of threads
+
+    @functools.cached_property
+    def _ask(self) -> Callable[[str], list[int]]:
+        """Made when it is needed: a large vocabulary takes a second."""
+        make = _of_pieces if is_slow(self._tokenizer) else _of_hidden_entries
+        return make(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a document, no control token among them.
 
         Raises ForgeError, naming the document, when the tokenizer cannot do that.
         """
-        with self._lock:
-            if self._ask is None:  # not before it is needed: a large vocabulary takes a second
-                make = _of_pieces if is_slow(self._tokenizer) else _of_hidden_entries
-                self._ask = make(self._tokenizer)
-            try:
-                tokens = self._ask(text)
-                problem = ""
-            except Exception as error:  # anything: it may be code that came with the tokenizer
-                tokens, problem = [], f"{type(error).__name__}: {first_line(error)}"
+        tokens, problem = [], ""
+        try:
+            tokens = self._ask(text)
+        except Exception as error:  # anything: it may be code that came with the tokenizer
+            problem = f"{type(error).__name__}: {first_line(error)}"
         control = self._control.intersection(tokens)
         if control:
             spelling = self._tokenizer.convert_ids_to_tokens(min(control))
@@ -83,14 +84,13 @@ def _of_hidden_entries(tokenizer: Any) -> Callable[[str], list[int]]:
 def _of_pieces(tokenizer: Any) -> Callable[[str], list[int]]:
     """Asks a tokenizer written in Python, and spells what it makes control tokens of."""
     control = set(control_tokens(tokenizer).values())
+    lock = threading.Lock()  # its code may not know of threads
 
     def ask(text: str) -> list[int]:
-        tokens = ask_python(tokenizer, text)
-        if control.isdisjoint(tokens):
-            return tokens
         spelled: list[int] = []
-        for token in tokens:
-            spelled += _spelled(tokenizer, token, control) if token in control else [token]
+        with lock:
+            for token in ask_python(tokenizer, text):
+                spelled += _spelled(tokenizer, token, control) if token in control else [token]
         return spelled
 
     return ask

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, GPTSw3Tokenizer, PreTrainedTokenizerFast
 
 from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.parts import column_of
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.tokenizer import (
     END_OF_TEXT,
     load_tokenizer,
@@ -16,7 +26,16 @@ from p2p_llm_forge.data.tokenizer import (
     train_tokenizer,
 )
 from p2p_llm_forge.errors import ForgeError
-from tests.data.tokenizers import per_document, some_documents, word_tokenizer
+from tests import ROOT
+from tests.data.preparations import with_tokenizer
+from tests.data.tokenizers import (
+    byte_tokenizer,
+    per_document,
+    sentencepiece_tokenizer,
+    some_documents,
+    word_by_word,
+    word_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +66,119 @@ def test_fingerprints_differ_where_the_tokens_or_the_end_of_text_do(tokenizer):
     )
     prints = {tokenization.tokenizer_fingerprint(t) for t in (tokenizer, other_text, other_end)}
     assert len(prints) == 3
+
+
+def saved(tokenizer, folder: Path) -> str:
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def print_of(folder: str, **how) -> str:
+    return tokenization.tokenizer_fingerprint(load_tokenizer(folder, **how))
+
+
+def test_a_slow_tokenizers_fingerprint_covers_how_it_behaves(tmp_path):
+    plain = sentencepiece_tokenizer(tmp_path)
+    folders = {}
+    for name, value in (("do_lower_case", True), ("remove_space", True), ("keep_accents", True)):
+        tokenizer = GPTSw3Tokenizer(
+            str(tmp_path / "sp.model"), eos_token="<|end|>", **{name: value}
+        )
+        folders[name] = saved(tokenizer, tmp_path / name)
+    # The trap: behaviour differs, the vocabulary does not.
+    lower = load_tokenizer(folders["do_lower_case"])
+    assert lower.get_vocab() == load_tokenizer(folders["keep_accents"]).get_vocab()
+    prints = {print_of(folder) for folder in (saved(plain, tmp_path / "a"), *folders.values())}
+    assert len(prints) == 4
+    words = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    words["added_tokens_decoder"]["3"]["lstrip"] = True
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(words))
+    assert print_of(str(tmp_path / "a")) not in prints
+
+
+def test_a_slow_tokenizers_fingerprint_is_the_same_wherever_and_however_it_was_reached(
+    tmp_path, monkeypatch
+):
+    folder = saved(sentencepiece_tokenizer(tmp_path), tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "elsewhere" / "two")
+    prints = {print_of(folder), print_of(str(tmp_path / "elsewhere" / "two"))}
+    monkeypatch.chdir(tmp_path)
+    prints.add(print_of("one"))
+    prints.add(print_of(saved(load_tokenizer(folder), tmp_path / "saved_again")))
+    # As the cache of the Hub holds it, and in a process whose sets have an order of their own.
+    cached, commit = tmp_path / "hub" / "models--some--one", "0123" * 10
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    (cached / ".no_exist" / commit).mkdir(parents=True)
+    (cached / ".no_exist" / commit / "config.json").touch()
+    environ = os.environ | {"PYTHONHASHSEED": "2", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    words = [sys.executable, "-m", "tests.data.print_fingerprint", "some/one"]
+    answer = subprocess.run(words, env=environ, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    prints.add(answer.stdout.decode().split()[-1])
+    assert len(prints) == 1
+
+
+def test_a_tokenizers_own_code_is_part_of_its_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    prints = []
+    for name, change in ("same", ""), ("copy", ""), ("other", "# another comment\n"):
+        word_by_word(tmp_path / name, change)
+        prints.append(print_of(str(tmp_path / name), trust_remote_code=True))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_dropout_is_switched_off_and_said(tmp_path, capsys):
+    folder = saved(byte_tokenizer(), tmp_path / "plain")
+    shutil.copytree(folder, tmp_path / "random")
+    rules = json.loads((tmp_path / "random" / "tokenizer.json").read_text())
+    rules["model"]["dropout"] = 0.4
+    (tmp_path / "random" / "tokenizer.json").write_text(json.dumps(rules))
+    texts = some_documents(20)
+    trap = Tokenizer.from_file(str(tmp_path / "random" / "tokenizer.json"))
+    assert trap.encode_batch(texts)[0].ids != trap.encode_batch(texts)[0].ids
+    said = []
+    tokenizer = load_tokenizer(str(tmp_path / "random"), report=said.append)
+    assert len(said) == 1 and "dropout 0.4" in said[0] and "switched off" in said[0]
+    plain = load_tokenizer(folder, report=said.append)
+    assert len(said) == 1
+    assert tokenizer(texts)["input_ids"] == plain(texts)["input_ids"]
+    assert print_of(folder) == tokenization.tokenizer_fingerprint(tokenizer)
+    assert Encoders(tokenizer).is_fast
+    # The prepared dataset's own tokenizer gives the dataset's tokens, each time.
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    asked = with_tokenizer(tmp_path / "text.txt", tmp_path / "out", tmp_path / "random")
+    prepare(asked)
+    assert capsys.readouterr().out.count("dropout 0.4") == 1
+    kept = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text())
+    assert kept["model"]["dropout"] is None
+
+
+def test_sampling_of_a_slow_tokenizer_is_switched_off_and_said(tmp_path):
+    plain = sentencepiece_tokenizer(tmp_path)
+    sampling = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}
+    model = str(tmp_path / "sp.model")
+    trap = GPTSw3Tokenizer(model, eos_token="<|end|>", sp_model_kwargs=sampling)
+    text = "hello world hello world"
+    assert len({tuple(trap(text)["input_ids"]) for _ in range(20)}) > 1
+    said = []
+    tokenizer = load_tokenizer(saved(trap, tmp_path / "random"), report=said.append)
+    assert len(said) == 1 and "enable_sampling" in said[0]
+    for _ in range(20):
+        assert tokenizer(text)["input_ids"] == plain(text)["input_ids"]
+    again = load_tokenizer(saved(tokenizer, tmp_path / "kept"), report=said.append)
+    assert len(said) == 1
+    assert again(text)["input_ids"] == plain(text)["input_ids"]
+
+
+def test_a_tokenizer_that_is_random_by_its_own_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    word_by_word(tmp_path / "calm")
+    Encoders(load_tokenizer(str(tmp_path / "calm"), trust_remote_code=True))
+    tokenizer = load_tokenizer(str(tmp_path / "calm"), trust_remote_code=True)
+    tokenizer._tokenize = lambda text: text.split()[random.randrange(2) :]
+    with pytest.raises(ForgeError, match="at random"):
+        Encoders(tokenizer)
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])

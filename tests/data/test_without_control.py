@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
-from transformers import AutoTokenizer, GPTSw3Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.encode import Encoders
@@ -18,7 +14,12 @@ from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.tokenizer import control_tokens
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import with_tokenizer
-from tests.data.tokenizers import byte_tokenizer, per_document
+from tests.data.tokenizers import (
+    byte_tokenizer,
+    per_document,
+    sentencepiece_tokenizer,
+    word_by_word,
+)
 
 LETTERS = "<|/>s abcdehilotxpn[]SEPUNKworldfm"
 TEXTS = [
@@ -159,16 +160,6 @@ def test_an_unknown_token_that_is_the_end_of_text_cannot_stand_for_text():
     assert encoded(tokenizer, ["hello world"]) == [[3, 4]]
 
 
-def sentencepiece_tokenizer(folder: Path) -> GPTSw3Tokenizer:
-    """One that is written in Python."""
-    (folder / "text").write_text("\n".join(["hello world", " ".join(LETTERS)] * 50))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=50,
-        hard_vocab_limit=False, user_defined_symbols=["<|end|>"], minloglevel=2,
-    )  # fmt: skip
-    return GPTSw3Tokenizer(str(folder / "sp.model"), eos_token="<|end|>", pad_token="<s>")
-
-
 def test_a_tokenizer_in_python_whose_pieces_hold_its_end_spells_it(tmp_path):
     tokenizer = sentencepiece_tokenizer(tmp_path)
     trap = "hello <|end|> world"
@@ -181,15 +172,9 @@ def test_a_tokenizer_in_python_whose_pieces_hold_its_end_spells_it(tmp_path):
 
 
 def test_a_stranger_in_python_of_whole_words_gives_its_unknown_token(tmp_path, monkeypatch):
-    stranger = Path(__file__).with_name("word_by_word_tokenizer.py")
-    shutil.copy(stranger, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"auto_map": {"AutoTokenizer": ["word_by_word_tokenizer.WordByWord", null]}, '
-        '"tokenizer_class": "WordByWord", "eos_token": "</s>", "unk_token": "<unk>"}'
-    )
-    (tmp_path / "words.json").write_text('["<unk>", "</s>", "hello", "world"]')
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    word_by_word(tmp_path / "words")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "words", trust_remote_code=True)
     assert encoded(tokenizer, ["hello </s> world", "you"]) == [[2, 0, 3], [0]]
     with pytest.raises(ForgeError, match="ValueError: no such letters"):
         encoded(tokenizer, ["hello", "boom"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
+import sentencepiece
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -14,7 +17,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTSw3Tokenizer, PreTrainedTokenizerFast
 
 WORDS = [
     "peer",
@@ -79,3 +82,28 @@ def expected(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     return [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def sentencepiece_tokenizer(folder: Path) -> GPTSw3Tokenizer:
+    """One that is written in Python, whose pieces hold its end of text; folder: for `sp.model`."""
+    letters = "<|/>s abcdehilotxpn[]SEPUNKworldfm"
+    (folder / "text").write_text("\n".join(["hello world", " ".join(letters)] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=50,
+        hard_vocab_limit=False, user_defined_symbols=["<|end|>"], minloglevel=2,
+    )  # fmt: skip
+    return GPTSw3Tokenizer(str(folder / "sp.model"), eos_token="<|end|>", pad_token="<s>")
+
+
+def word_by_word(folder: Path, more_code: str = "") -> None:
+    """Write a tokenizer that brings its own code, of whole words: `</s>` is among them."""
+    folder.mkdir()
+    code = Path(__file__).with_name("word_by_word_tokenizer.py")
+    shutil.copy(code, folder)
+    with (folder / code.name).open("a") as file:
+        file.write(more_code)
+    (folder / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["word_by_word_tokenizer.WordByWord", null]}, '
+        '"tokenizer_class": "WordByWord", "eos_token": "</s>", "unk_token": "<unk>"}'
+    )
+    (folder / "words.json").write_text('["<unk>", "</s>", "hello", "world"]')
