@@ -102,6 +102,10 @@ class Encoders:
             run = self._in_portions(encode, documents)
         return self._without_control(documents, run)
 
+    def encode_few(self, documents: pa.LargeBinaryArray) -> Run:
+        """What `encode` gives, by the tokenizer itself in this process: no encoder is made."""
+        return self._without_control(documents, self._reference(documents))
+
     def _encoder_of_this_thread(self) -> Encode:
         own = self._of_this_thread
         if not hasattr(own, "bytes"):

@@ -29,7 +29,7 @@ class Job:
 
     def __init__(self, preparation: Preparation, manifest: Manifest, encoders: Encoders) -> None:
         self.preparation = preparation
-        self.encode_text = encoders.encode
+        self.encode_text = encoders.encode_few
         self.give_up = encoders.close  # makes pieces that are being encoded fail soon
         self._options = EncodeOptions(
             encode=encoders.encode,
