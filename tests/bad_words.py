@@ -197,6 +197,7 @@ BY_HAND --cluster-secret-file=@/nothing -> @/nothing
 --dataset-path= -> no data given
 --dataset-path=@/nothing -> no such folder
 --dataset-path=@/nothing.txt -> no such file
+--dataset-path=@/shrt.txt -> did you mean @/short.txt?
 --dataset-path=@/folder -> is not a prepared dataset
 --dataset-path=@/empty.txt -> empty.txt
 --dataset-path=@/blank.txt -> the text is too short

@@ -211,6 +211,8 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     if manifest.left_out:
         divided += f"; left out: {in_words(manifest.left_out)}"
         less = "leave out fewer documents, "
+    if preparation.whole_files and not all(facts.documents for facts in manifest.splits.values()):
+        less += "divide the files at blank lines with --document-separator '\\n\\n', "
     if not train.blocks:
         raise ForgeError(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "

@@ -12,6 +12,7 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.config.fields import option
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
+from p2p_llm_forge.data.hub import near
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
 from p2p_llm_forge.peers.cluster import Cluster
@@ -107,7 +108,9 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     """The prepared dataset; a text file is prepared first, by the main process alone."""
     folder = Path(config.dataset_path)
     if folder.suffix and not cluster.main_only(folder.exists):
-        raise ForgeError(f"--dataset-path {folder}: no such file", "give a text or a folder")
+        alike = " or ".join(near(str(folder)))
+        fix = f"did you mean {alike}? Else give" if alike else "give"
+        raise ForgeError(f"--dataset-path {folder}: no such file", f"{fix} a text or a folder")
     is_text = cluster.main_only(lambda: folder.is_file())
     if is_text:
         if config.dry_run:

@@ -93,6 +93,18 @@ def test_too_little_text_is_answered_by_how_it_was_divided(folder, tmp_path):
         prepare(asked)
 
 
+def test_one_file_is_too_few_documents_to_hold_out_some_and_the_fix_works(folder, tmp_path):
+    text = folder / "long.md"
+    text.write_text(PAGE * 100)
+    asked = {"sequence_length": 16, "vocab_size": 300}
+    with pytest.raises(
+        ForgeError, match=r"(?s)1 documents, one.*at blank.*--document-separator '\\n\\n'"
+    ):
+        prepare(config(text, tmp_path / "out", **asked))
+    divided = prepare(config(text, tmp_path / "out", document_separator="\\n\\n", **asked))
+    assert divided.splits["validation"].blocks
+
+
 def test_large_files_are_counted_once(tmp_path):
     (tmp_path / "a.txt").write_text("word\n\n" * 1000)
     (tmp_path / "b.log").write_text("word\n\nword")
