@@ -40,7 +40,10 @@ DECIDES_DOCUMENTS = (
 )
 COUNTS = ("documents", "bytes", "tokens", "dropped_tokens", "left_out_tokens")
 SPLIT_SHAPE = dict.fromkeys((*COUNTS, "blocks"), is_count)
-SOURCE_SHAPE = {**dict.fromkeys(COUNTS, is_count), "name": str, "weight": (None, is_number)}
+SOURCE_SHAPE = {
+    **dict.fromkeys((*COUNTS, "left_out_documents"), is_count),
+    **{"name": str, "weight": (None, is_number)},
+}
 FILES_SHAPE = {str: {"bytes": is_count, "sha256": str}}
 OF_ANY_VERSION = {
     **{"format_version": is_count, "files": FILES_SHAPE},
@@ -80,6 +83,7 @@ class SourceFacts:
     """What one --dataset-path has given to the split to train on, counted as in `SplitFacts`.
 
     name: the last part of the path; weight: its share as it was asked for, of 1; None: no mixture.
+    left_out_documents: of its text, by their length or because of others (see `Manifest.left_out`).
     """
 
     name: str
@@ -89,6 +93,7 @@ class SourceFacts:
     tokens: int
     dropped_tokens: int
     left_out_tokens: int
+    left_out_documents: int = 0
 
     @property
     def found(self) -> int:

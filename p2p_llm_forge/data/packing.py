@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import shutil
 import tempfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -280,7 +280,7 @@ class Packer:
         manifest = replace(
             self._manifest,
             splits={split.name: split.finish() for split in self._splits},
-            sources=self._sources(),
+            sources=self._sources(done),
             # Of the text, whatever its files are called and packed in.
             content_fingerprint=fingerprint([piece.record.digest for piece in done]),
             skipped_rows=sum(piece.record.skipped for piece in done),
@@ -292,14 +292,18 @@ class Packer:
         self._tokenizer.save_pretrained(self.written / TOKENIZER)
         return manifest.save(self.written)
 
-    def _sources(self) -> list[SourceFacts]:
+    def _sources(self, done: list[Done]) -> list[SourceFacts]:
         """What each source has given to train on, when that split is finished."""
+        left_out = Counter[int]()
+        for piece in (piece for piece in done if not piece.part.is_validation):
+            counts = piece.record.left_out.values()
+            left_out[piece.part.source] += sum(one.documents for one in counts)
         paths = self._preparation.config.dataset_path
         names = [Path(split_weight(path)[0]).name for path in paths]
         weights = self._preparation.weights or itertools.repeat(None)
         given = self._splits[0].of_source
         return [
-            SourceFacts(name=name, weight=weight, **asdict(given[source]))
+            SourceFacts(name, weight, **asdict(given[source]), left_out_documents=left_out[source])
             for source, (name, weight) in enumerate(zip(names, weights, strict=False))
         ]
 

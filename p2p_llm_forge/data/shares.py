@@ -21,6 +21,8 @@ def share_lines(manifest: Manifest) -> list[str]:
 def _line(source: SourceFacts, total: int) -> str:
     asked = "" if source.weight is None else f"{source.weight:.2%} asked, "
     left_out = f"; {source.left_out_tokens:,} tokens left out" if source.left_out_tokens else ""
+    if source.left_out_documents:
+        left_out = f"; {source.left_out_documents:,} documents left out{left_out}"
     return (
         f"  {in_one_line(source.name)}: {asked}{source.tokens / max(1, total):.2%} got, "
         f"{source.tokens:,} tokens of {source.documents:,} documents{left_out}"

@@ -112,6 +112,10 @@ def test_exact_duplicates_are_left_out_across_files_and_splits(
     assert left_out["held_out_too"].bytes == sum(len(text.encode()) for text in leaked)
     repeated = len(to_train) + len(to_hold_out) - len(train) - len(held_out) - len(leaked)
     assert left_out["repeated"].documents == repeated > 100
+    from_a = len(without_repetitions(to_train[:350], {key_of(text) for text in to_hold_out}))
+    found = [(source.documents, source.left_out_documents) for source in manifest.sources]
+    assert sum(documents for documents, _ in found) == len(train)
+    assert [out for _, out in found] == [350 - from_a, len(to_train) - 350 - len(train) + from_a]
     said = f"{repeated} documents that repeat or resemble an earlier one"
     assert said in capsys.readouterr().out and said in describe(out)
 
