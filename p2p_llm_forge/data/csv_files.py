@@ -12,12 +12,12 @@ import pyarrow.csv
 
 from p2p_llm_forge.data import columns
 from p2p_llm_forge.data.formats import suffix_of
-from p2p_llm_forge.data.input_file import TO_UTF8, Columns, InputFile, first_line
-from p2p_llm_forge.data.parts import column_of, is_utf8
-from p2p_llm_forge.data.table_files import joined_by_size
+from p2p_llm_forge.data.input_file import LONGEST_DOCUMENT, Columns, InputFile, first_line
+from p2p_llm_forge.data.table_files import joined_by_size, utf8_of
 from p2p_llm_forge.errors import ForgeError
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+ROWS_BYTES = 1 << 18  # of a file that are divided into rows at once
 HEAD_BYTES = 1 << 18  # of a file, in which its first row ends
 
 
@@ -37,9 +37,10 @@ def rows(file: InputFile) -> Columns:
     names = _names(_header(head, delimiter), delimiter, file)
     piece_bytes = file.options.piece_bytes
     with file.decompressed() as (stream, raw):
+        whole_rows = WholeRows(stream)
         try:
             batches = pyarrow.csv.open_csv(
-                stream,
+                io.BufferedReader(whole_rows, ROWS_BYTES),
                 pyarrow.csv.ReadOptions(use_threads=False, block_size=piece_bytes),
                 pyarrow.csv.ParseOptions(
                     delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip
@@ -55,6 +56,49 @@ def rows(file: InputFile) -> Columns:
                 read = raw.tell()
         except (pa.ArrowException, KeyError) as error:
             _refuse(file, error, delimiter)
+        if whole_rows.damage:
+            raise whole_rows.damage
+
+
+class WholeRows(io.RawIOBase):
+    """A stream of CSV that ends after the last row before damage, which is kept for later."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._rows = memoryview(b"")
+        self._begun = b""  # a row
+        self.damage: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rows and not self.damage:
+            try:
+                more = self._stream.read(ROWS_BYTES)
+            except OSError as error:
+                self.damage = error
+                break
+            text = self._begun + more
+            end = _end_of_rows(text) if more and len(text) < LONGEST_DOCUMENT else len(text)
+            self._rows, self._begun = memoryview(text)[:end], text[end:]
+            if not more:
+                break
+        taken = self._rows[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._rows = self._rows[len(taken) :]
+        return len(taken)
+
+
+def _end_of_rows(text: bytes) -> int:
+    """The byte after the last line end that is not inside quotes."""
+    quotes, end = text.count(b'"'), len(text)
+    while (place := text.rfind(b"\n", 0, end)) >= 0:
+        quotes -= text.count(b'"', place, end)
+        if quotes % 2 == 0:
+            return place + 1
+        end = place
+    return 0
 
 
 # --- the header -----------------------------------------------------------------------------------
@@ -119,20 +163,7 @@ def _utf8_of(batches: Iterable[Any], file: InputFile) -> Iterator[pa.LargeBinary
     first_row = 2  # after the header
     for batch in batches:
         column = columns.joined(batch.columns)
-        try:
-            column.cast(pa.large_string())  # checks that it is UTF-8
-        except pa.ArrowInvalid:
-            documents = []
-            for row, document in enumerate(column.to_pylist(), start=first_row):
-                if file.options.encoding_errors == "replace":
-                    document = document.decode(errors="replace").encode()
-                if is_utf8(document):
-                    documents.append(document)
-                else:
-                    found = f"{file.path}, row {row} (the header is row 1) is not UTF-8"
-                    file.skip(found, TO_UTF8)
-            column = column_of(documents)
-        yield column
+        yield utf8_of(column, file, first_row, " (the header is row 1)")
         first_row += len(batch)
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from p2p_llm_forge.data.decompress import open_compressed
 from p2p_llm_forge.data.formats import compression_of
 from p2p_llm_forge.data.parts import ReadOptions, Span
-from p2p_llm_forge.data.xz import XzStream
 from p2p_llm_forge.errors import ForgeError
 
 # Documents, some at a time, each time with the bytes of the file that they took.
 Columns = Iterator[tuple[pa.LargeBinaryArray, int]]
 
+LONGEST_DOCUMENT = 256 << 20  # bytes: encoding one takes several times as much memory
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TO_UTF8 = "convert it to UTF-8, or put U+FFFD in place of such bytes with --encoding-errors replace"
 
@@ -69,21 +70,35 @@ class InputFile:
             "run the same command again when nothing writes to it; what was read of others is kept",
         )
 
-    def read(self) -> bytes:
-        """The bytes of the range, without a byte order mark. Raises ForgeError."""
-        start, end = self.span.start, self.span.end
+    def read(self, pattern: re.Pattern[bytes] | None = None) -> bytes:
+        """The bytes of the range, without a byte order mark. Raises ForgeError.
+
+        pattern: after which documents end. Of one that is too long only what stands before it.
+        """
+        start, size = self.span.start, self.span.end - self.span.start
+        is_too_long = size > LONGEST_DOCUMENT + self.options.piece_bytes
+        if is_too_long:
+            self._skip_long()
+        wanted = self.options.piece_bytes if is_too_long else size
         try:
             with open(self.path, "rb") as stream:
                 stream.seek(start)
-                raw = stream.read(end - start)
+                raw = stream.read(wanted)
         except OSError as error:
             raise ForgeError(
                 f"{self.path} cannot be read: {error.strerror}",
                 "make the file readable, and run the same command again",
             ) from error
-        if len(raw) != end - start:
+        if len(raw) != wanted:
             raise self._changed()
-        return raw if start else raw.removeprefix(BYTE_ORDER_MARK)
+        raw = raw if start else raw.removeprefix(BYTE_ORDER_MARK)
+        return _whole_documents(raw, pattern) if is_too_long else raw
+
+    def _skip_long(self) -> None:
+        self.skip(
+            f"{self.path} holds a document or line of more than {LONGEST_DOCUMENT >> 20} MiB",
+            "divide it, for example by another --document-separator",
+        )
 
     @contextlib.contextmanager
     def decompressed(self) -> Iterator[tuple[Any, Any]]:
@@ -91,25 +106,43 @@ class InputFile:
         try:
             with pa.OSFile(self.path) as file:
                 name = compression_of(self.path)
-                if name == "xz":
-                    yield XzStream(file), file
-                else:
-                    yield (pa.CompressedInputStream(file, name) if name else file), file
+                yield (open_compressed(file, name) if name else file), file
         except OSError as error:  # also what pyarrow raises for damaged streams
             self.skip_damaged(error)
 
     def pieces(self, pattern: re.Pattern[bytes] | None) -> Iterator[tuple[bytes, int]]:
         """The decompressed text in pieces that end after `pattern` (None: one piece), each with
-        the bytes of the file that it took; all but the last have `piece_bytes` or more."""
+        the bytes of the file that it took; all but the last have `piece_bytes` or more.
+
+        Of damaged files and of documents that are too long, what stands before is kept.
+        """
         waiting, read, at_least = b"", 0, self.options.piece_bytes
+        searched, is_too_long, is_whole = at_least, False, False
         with self.decompressed() as (stream, file):
             while more := stream.read(at_least):
                 waiting += more
-                found = pattern.search(waiting, min(at_least, len(waiting))) if pattern else None
+                found = pattern.search(waiting, searched) if pattern else None
                 # At the very end a separator may continue in the next bytes.
                 if found and found.end() < len(waiting):
-                    yield waiting[: found.end()], file.tell() - read
-                    waiting, read = waiting[found.end() :], file.tell()
+                    if not is_too_long:
+                        yield waiting[: found.end()], file.tell() - read
+                        read = file.tell()
+                    waiting, searched, is_too_long = waiting[found.end() :], at_least, False
+                    continue
+                # What was searched is not searched again.
+                overlap = len(pattern.pattern) if pattern else 0
+                searched = found.start() if found else max(searched, len(waiting) - overlap)
+                if is_too_long or len(waiting) > LONGEST_DOCUMENT + at_least:
+                    if not is_too_long:
+                        self._skip_long()
+                        yield _whole_documents(waiting[:at_least], pattern), file.tell() - read
+                        read = file.tell()
+                    waiting, searched, is_too_long = waiting[searched:], 0, True
+            is_whole = True
+        if is_too_long:
+            return
+        if not is_whole:
+            waiting = _whole_documents(waiting, pattern)
         if waiting:
             yield waiting, self.span.end - read
 
@@ -125,6 +158,12 @@ class InputFile:
                 shutil.copyfileobj(stream, unpacked)
             unpacked.seek(0)
             yield unpacked
+
+
+def _whole_documents(raw: bytes, pattern: re.Pattern[bytes] | None) -> bytes:
+    """All up to the end of the last document that ends."""
+    ends = [found.end() for found in pattern.finditer(raw)] if pattern else []
+    return raw[: ends[-1]] if ends else b""
 
 
 def first_line(error: Exception) -> str:

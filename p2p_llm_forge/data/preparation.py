@@ -38,21 +38,24 @@ class Preparation:
     weights: tuple[float, ...]
     unreadable: int
     left_out: Counter[str] = field(default_factory=Counter)
+    left_out_folders: list[Path] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Preparation:
         """Find the text, in the order given. Raises ForgeError for what is no text."""
         options = ReadOptions.of(config)
-        found = sources.find(config.dataset_path, options)
+        output = Path(config.output_dir)
+        found = sources.find(config.dataset_path, options, output_dir=output)
         if not found.parts:
             raise ForgeError(
                 f"{', '.join(config.dataset_path)}: the file is empty, there is no text to prepare",
                 "give a file that holds text",
             )
-        held_out = sources.find(config.validation_path, options, validation=True)
+        held_out = sources.find(config.validation_path, options, True, output)
         parts, unreadable = found.parts + held_out.parts, found.unreadable + held_out.unreadable
         left_out = found.left_out + held_out.left_out
-        return cls(config, options, parts, found.weights, unreadable, left_out)
+        not_read = sorted({*found.left_out_folders, *held_out.left_out_folders})
+        return cls(config, options, parts, found.weights, unreadable, left_out, not_read)
 
     @property
     def output_dir(self) -> Path:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import cutting
+from p2p_llm_forge.data import cutting, folders
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
@@ -40,6 +40,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     preparation, is_main = Preparation.of(config), ranks.rank == 0
     if preparation.unreadable and is_main:
         print(f"{preparation.unreadable} files cannot be read and are left out (--skip-bad-rows)")
+    if preparation.left_out_folders and is_main:
+        print(f"left out {folders.in_words(preparation.left_out_folders)}")
     if preparation.left_out and is_main:
         print(cutting.left_out(preparation.left_out))
     arguments = preparation.tokenizer_arguments

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2p_llm_forge.data import hub
+from p2p_llm_forge.data import folders, hub, json_files
 from p2p_llm_forge.data.formats import (
     NO_TEXT,
     ONE_DOCUMENT,
@@ -23,7 +23,7 @@ from p2p_llm_forge.data.formats import (
     format_of,
     suffix_of,
 )
-from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, InputFile, first_line
+from p2p_llm_forge.data.input_file import InputFile, first_line
 from p2p_llm_forge.data.parts import Part, ReadOptions, Span
 from p2p_llm_forge.data.text_files import separator_pattern
 from p2p_llm_forge.errors import ForgeError
@@ -35,19 +35,27 @@ WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
 class Found:
     """All parts of the sources in their order, and each source's weight (empty: no mixture).
 
-    left_out: how many files of folders are no text by their names, by suffix.
+    left_out: how many files of folders are no text by their names, by suffix; left_out_folders:
+    hidden ones, and those of datasets.
     """
 
     parts: list[Part] = field(default_factory=list)
     weights: tuple[float, ...] = ()
     unreadable: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    left_out_folders: list[Path] = field(default_factory=list)
 
 
-def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Found:
+def find(
+    paths: list[str],
+    options: ReadOptions,
+    validation: bool = False,
+    output_dir: Path | None = None,
+) -> Found:
     """The parts of all `paths`: files, folders, globs, names of the Hub, each perhaps `:weight`.
 
-    Raises ForgeError, naming the path, for what is not there or not text.
+    output_dir: where the dataset is to be written; nothing is read from there. Raises ForgeError,
+    naming the path, for what is not there or not text.
     """
     flag = "--validation-path" if validation else "--dataset-path"
     weighted = [split_weight(path) for path in paths]
@@ -62,6 +70,7 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
         raise ForgeError(f"{flag} has a weight of {min(weights):g}", "give weights above 0")
     parts: list[Part] = []
     unreadable, left_out = 0, Counter[str]()
+    left_out_folders: list[Path] = []
     for source, (path, _) in enumerate(weighted):
         part = partial(Part, source=source, is_validation=validation)
         if dataset := _dataset(path, flag):
@@ -69,7 +78,9 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
             parts.append(part(kind, (Span(name, 0, 0),)))
             continue
         spans: list[tuple[str, Span]] = []
-        for file in _files_of(path, flag, left_out):
+        files, not_read = _files_of(path, flag, left_out, output_dir)
+        left_out_folders += not_read
+        for file in files:
             try:
                 spans += _spans_of(file, options, flag)
             except (OSError, pa.ArrowException) as error:
@@ -78,7 +89,8 @@ def find(paths: list[str], options: ReadOptions, validation: bool = False) -> Fo
                 bad.skip(f"{file} cannot be read: {reason}", "replace it by a readable file")
                 unreadable += 1
         parts += _grouped(spans, part, options.piece_bytes)
-    return Found(parts, tuple(weight / sum(weights) for weight in weights), unreadable, left_out)
+    shares = tuple(weight / sum(weights) for weight in weights)
+    return Found(parts, shares, unreadable, left_out, left_out_folders)
 
 
 def split_weight(path: str) -> tuple[str, float | None]:
@@ -98,25 +110,35 @@ def _dataset(path: str, flag: str) -> tuple[str, str] | None:
     return ("hub", name) if name else None
 
 
-def _files_of(path: str, flag: str, left_out: Counter[str]) -> list[Path]:
+def _files_of(
+    path: str, flag: str, left_out: Counter[str], output_dir: Path | None
+) -> tuple[list[Path], list[Path]]:
+    """The files of a path, and the folders that are left out."""
+    left_out_folders: list[Path] = []
     if Path(path).is_dir():
-        there = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        there, left_out_folders = folders.files_below(Path(path), output_dir)
         files = [file for file in there if format_of(file)]
         left_out.update(suffix_of(file) for file in there if not format_of(file))
         found = f" is a folder without text: found none of {SHORT_LIST} (.gz, .zst, .bz2, .xz)"
         fix = f"for files of other names give a glob, as in '{path}/*.log'"
     elif glob.has_magic(path) and not Path(path).exists():
-        files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+        files, left_out_folders = folders.files_matching(path, output_dir)
         found = ": no file matches this pattern"
         fix = "give a pattern that matches a file; ** stands for any folders"
     elif Path(path).exists():
-        return [Path(path)]
+        return [Path(path)], []
     else:
         raise hub.not_here(flag, path)
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ForgeError(f"{flag} {path}{found}", fix)
-    return files
+        raise ForgeError(f"{flag} {path}{found}{_besides(left_out_folders)}", fix)
+    return files, left_out_folders
+
+
+def _besides(left_out_folders: list[Path]) -> str:
+    if not left_out_folders:
+        return ""
+    return f", besides {folders.in_words(left_out_folders)}"
 
 
 # --- cutting files --------------------------------------------------------------------------------
@@ -152,8 +174,9 @@ def _cuts_of(
             kind = "document"
         elif not options.whole_sources:
             kind = "text"
-    if kind == "json" and not _holds_array(path, options):
-        kind = "jsonl"
+    if kind in ("json", "jsonl"):
+        found = InputFile(Span(str(path), 0, 0), options)
+        kind = "json" if json_files.is_stream_of_values(found) else "jsonl"
     if compression_of(path):
         return kind, [(0, size)]
     if kind == "parquet":
@@ -163,13 +186,6 @@ def _cuts_of(
         return kind, [(0, size)]
     separator = "\n" if kind == "jsonl" else options.separator
     return kind, _ranges(file, size, separator_pattern(separator), options.piece_bytes)
-
-
-def _holds_array(path: Path, options: ReadOptions) -> bool:
-    head = b""
-    with InputFile(Span(str(path), 0, 0), options).decompressed() as (stream, _):
-        head = stream.read(4096)
-    return head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _ranges(

@@ -11,9 +11,18 @@ import pyarrow.parquet as pq
 
 from p2p_llm_forge.data import columns
 from p2p_llm_forge.data.formats import compression_of
-from p2p_llm_forge.data.input_file import Columns, InputFile, first_line
-from p2p_llm_forge.data.parts import values_and_offsets
+from p2p_llm_forge.data.input_file import (
+    LONGEST_DOCUMENT,
+    TO_UTF8,
+    Columns,
+    InputFile,
+    first_line,
+)
+from p2p_llm_forge.data.parts import column_of, is_utf8, values_and_offsets
 from p2p_llm_forge.errors import ForgeError
+
+MOST_ROWS = 1 << 14  # of a parquet file that are decoded at once
+BYTES_DECODED_AT_ONCE = 32 << 20  # of their text, or little more
 
 # --- columns of any table -------------------------------------------------------------------------
 
@@ -37,7 +46,7 @@ def _text_of(batch: Any, file: InputFile) -> Any:
                 f"{file.path}: column '{name}' holds {column.type}, expected strings",
                 "choose another with --text-column",
             )
-        texts.append(column.cast(pa.large_string()))
+        texts.append(column.cast(pa.large_binary()))  # what is no UTF-8 is seen later
     return columns.joined(texts)
 
 
@@ -45,13 +54,41 @@ def _texts(batches: Iterable[Any], file: InputFile, row: int = 1) -> Iterator[pa
     """The text of batches, or tables, as UTF-8. row: the number of the first. Nulls are bad."""
     for batch in batches:
         column = _text_of(batch, file)
-        if column.null_count:
-            place = row + column.is_null().index(True).as_py()
-            found = f"{file.path}, row {place}: '{file.options.text_column}' is null"
-            file.skip(f"{found}, expected a string", rows=column.null_count)
-        row += len(column)
-        column = pc.drop_null(column).cast(pa.large_binary())
-        yield from column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+            if chunk.null_count:
+                place = row + chunk.is_null().index(True).as_py()
+                found = f"{file.path}, row {place}: '{file.options.text_column}' is null"
+                file.skip(f"{found}, expected a string", rows=chunk.null_count)
+            yield utf8_of(chunk, file, row)
+            row += len(chunk)
+
+
+def utf8_of(
+    column: pa.LargeBinaryArray, file: InputFile, row: int, note: str = ""
+) -> pa.LargeBinaryArray:
+    """The rows that hold text, as UTF-8: one that is not is bad, or gets U+FFFD; so is one that is
+    too long. row: the number of the first; note: on these numbers, for messages."""
+    is_long = pc.fill_null(pc.greater(pc.binary_length(column), LONGEST_DOCUMENT), False)
+    if pc.any(is_long).as_py():
+        place, size = row + is_long.index(True).as_py(), LONGEST_DOCUMENT >> 20
+        found = f"{file.path}, row {place}{note} has more than {size} MiB of text"
+        file.skip(found, "divide it among several rows", pc.sum(is_long).as_py())
+        column = pc.if_else(is_long, None, column)
+    try:
+        column.cast(pa.large_string())  # checks UTF-8, 20 times as fast as Python
+        return pc.drop_null(column)
+    except pa.ArrowInvalid:
+        pass
+    documents = []
+    for number, value in enumerate(column, start=row):
+        document = value.as_py()
+        if document is not None and file.options.encoding_errors == "replace":
+            document = document.decode(errors="replace").encode()
+        if document is not None and is_utf8(document):
+            documents.append(document)
+        elif document is not None:
+            file.skip(f"{file.path}, row {number}{note} is not UTF-8", TO_UTF8)
+    return column_of(documents)
 
 
 def joined_by_size(
@@ -88,16 +125,17 @@ def parquet(file: InputFile) -> Columns:
             if not compression_of(file.path):
                 groups = range(file.span.start, file.span.end)
             for group in groups:
-                yield from _rows_of_group(table, group, file)
+                rows_at_a_time = _rows_at_a_time(stream, table.metadata, group, file)
+                if rows_at_a_time:
+                    yield from _rows_of_group(table, group, file, rows_at_a_time)
     except (pa.ArrowException, OSError) as error:
         file.skip_damaged(error)
 
 
-def _rows_of_group(table: Any, group: int, file: InputFile) -> Columns:
+def _rows_of_group(table: Any, group: int, file: InputFile, rows_at_a_time: int) -> Columns:
     facts = table.metadata.row_group(group)
-    row_bytes = max(1, facts.total_byte_size // max(1, facts.num_rows))
     batches = table.iter_batches(
-        batch_size=max(1, min(1 << 16, file.options.piece_bytes // row_bytes)),
+        batch_size=rows_at_a_time,
         row_groups=[group],
         # Of nested ones too these names are enough, and of two that one may mean both are read.
         columns=columns.all_names(file.options.text_column),
@@ -120,6 +158,39 @@ def _rows_of_group(table: Any, group: int, file: InputFile) -> Columns:
             yield column, progress
     except (pa.ArrowException, OSError) as error:
         file.skip_damaged(error, rows_left)
+
+
+def _rows_at_a_time(stream: Any, metadata: Any, group: int, file: InputFile) -> int:
+    """How many rows of a group are decoded at once, for a small file may hold a very long text; 0
+    for none, where they are too long."""
+    facts = metadata.row_group(group)
+    names = columns.all_names(file.options.text_column)
+    chunks = [facts.column(number) for number in range(facts.num_columns)]
+    chunks = [chunk for chunk in chunks if _is_asked(chunk.path_in_schema, names)]
+    rows = max(1, facts.num_rows)
+    row_bytes = max(1, sum(chunk.total_uncompressed_size for chunk in chunks) // rows)
+    if row_bytes > LONGEST_DOCUMENT:
+        size = f"{row_bytes >> 20} MiB a row, more than {LONGEST_DOCUMENT >> 20} MiB"
+        found = f"{file.path}: row group {group + 1} has {size}"
+        file.skip(found, "divide its text among several rows", facts.num_rows)
+        return 0
+    repeated = [chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page]
+    row_bytes += sum(_longest_repeated(stream, group, path) for path in repeated)
+    return max(1, min(MOST_ROWS, BYTES_DECODED_AT_ONCE // row_bytes))
+
+
+def _is_asked(path: str, names: list[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def _longest_repeated(stream: Any, group: int, path: str) -> int:
+    """The bytes of the longest text that is written once, for any number of rows."""
+    table = pq.ParquetFile(stream, read_dictionary=[path], buffer_size=1 << 20)
+    batches = table.iter_batches(1, row_groups=[group], columns=[path], use_threads=False)
+    column = columns.inside(next(iter(batches)), tuple(path.split(".")))
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
 
 
 # --- datasets of Hugging Face ---------------------------------------------------------------------

@@ -24,7 +24,7 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
 
 def plain(file: InputFile) -> pa.LargeBinaryArray:
     """The documents of a range of a text file."""
-    raw = file.read()
+    raw = file.read(separator_pattern(file.options.separator))
     return text_column(raw, file, file.span.end - len(raw))
 
 

@@ -97,6 +97,16 @@ def refuse_files_of_others(output_dir: Path) -> None:
         )
 
 
+def is_unfinished_folder(folder: Path) -> bool:
+    """Whether a dataset grows in this folder, or was growing there when its run was killed."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return False
+    marks = (LOCK, PIECES, REPLACED, TRAINED_TOKENIZER, "dataset-", "rank-")
+    return any(path.name.startswith(marks) for path in paths) and all(map(_is_ours, paths))
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a preparation has written this into its unfinished folder."""
     if path.is_symlink() or not OWN.fullmatch(path.name):
