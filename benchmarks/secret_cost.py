@@ -38,7 +38,7 @@ from tests.multihost.hosts import PYTHON, Host, hosts, why_not
 # Flags of the strategy, updates of a line of metrics.jsonl, and lines of a turn.
 ARMS = {
     "ddp": (["--sync", "ddp"], 4, 3),
-    "diloco-20-int8": (["--sync", "diloco", "--sync-every", 20, "--compress", "int8"], 20, 2),
+    "diloco-20-int8": (["--sync", "diloco", "--sync-every", 20, "--compress", "int8"], 20, 1),
 }
 WARM_UP_LINES = 2
 GOAL = 0.05
