@@ -70,6 +70,8 @@ def test_a_separator_that_is_asked_for_wins(folder, tmp_path, capsys):
     divided = 4 * 4 + 4 + 3  # each file's parts between blank lines, counted by hand
     assert f"6 files, {divided} documents divided at blank lines" in capsys.readouterr().out
     assert manifest.arguments["one_document_each"] is None
+    whole = prepare(config(folder, tmp_path / "whole", vocab_size=300, validation_fraction=0))
+    assert whole.fingerprint != manifest.fingerprint
     assert "def second():" in decoded_documents(out, "train")
     with pytest.raises(ForgeError, match="(?s)another dataset.*one_document_each: None there"):
         prepare(config(folder, out, vocab_size=300, validation_fraction=0))

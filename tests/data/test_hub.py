@@ -32,6 +32,7 @@ def asked(monkeypatch):
     from huggingface_hub import constants
 
     with strange_hub("someone/corpus", "plain") as (address, asked):
+        monkeypatch.setattr(hub, "LONGEST_WAIT_S", 300.0)  # a busy machine answers late
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
