@@ -7,6 +7,7 @@ import gc
 import hashlib
 import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -218,10 +219,7 @@ def unknown_of_model(tokenizer: Any) -> str | None:
 
 def reference_encoder(tokenizer: Any) -> Encode:
     """Encode by the tokenizer itself. The length of a document on which it fails is -1."""
-    in_rust = None if is_slow(tokenizer) else ask_rust(rules_of(tokenizer))
-
-    def ask(texts: list[str]) -> list[list[int]]:
-        return in_rust(texts) if in_rust else [ask_python(tokenizer, text) for text in texts]
+    ask = (ask_python if is_slow(tokenizer) else ask_rust)(tokenizer)
 
     def encode_one(text: str) -> list[int] | None:
         try:
@@ -243,7 +241,12 @@ def reference_encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def ask_rust(rules: str) -> Callable[[list[str]], list[list[int]]]:
+def ask_rust(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """The tokens of texts by a tokenizer that is not written in Python. It may raise Exception."""
+    return ask_rules(rules_of(tokenizer))
+
+
+def ask_rules(rules: str) -> Callable[[list[str]], list[list[int]]]:
     """The tokens of texts by the tokenizer of this JSON, in which control tokens are plain text."""
     from tokenizers import Tokenizer
 
@@ -253,8 +256,20 @@ def ask_rust(rules: str) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [one.ids for one in ask(texts, add_special_tokens=False)]
 
 
-def ask_python(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text by a tokenizer written in Python, which may raise anything."""
-    ask = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    tokens: list[int] = tokenizer(text, **ask)["input_ids"]
-    return tokens
+def ask_python(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """The tokens of texts by a tokenizer written in Python, which may raise anything.
+
+    transformers 5.23 can read the spellings of added tokens as text, but then of all: that is asked
+    for only where a text holds that of a special one, so that the others are found in the rest.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    spelled = re.compile("|".join(map(re.escape, sorted(special))))
+
+    def ask(text: str) -> list[int]:
+        split = spelled.search(text) is not None
+        asked = {"add_special_tokens": False, "split_special_tokens": split, "verbose": False}
+        tokens: list[int] = tokenizer(text, **asked)["input_ids"]
+        return tokens
+
+    return lambda texts: [ask(text) for text in texts]

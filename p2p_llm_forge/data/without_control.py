@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from p2p_llm_forge.data.input_file import first_line
-from p2p_llm_forge.data.tokenizer import ask_python, ask_rust, control_tokens, is_slow, rules_of
+from p2p_llm_forge.data.tokenizer import ask_python, ask_rules, control_tokens, is_slow, rules_of
 from p2p_llm_forge.errors import ForgeError
 
 
@@ -77,19 +77,20 @@ def _of_hidden_entries(tokenizer: Any) -> Callable[[str], list[int]]:
             for first, second in model["merges"]
             if names.keys().isdisjoint((first, second, first + second.removeprefix(prefix)))
         ]
-    ask = ask_rust(json.dumps(rules))
+    ask = ask_rules(json.dumps(rules))
     return lambda text: ask([text])[0]
 
 
 def _of_pieces(tokenizer: Any) -> Callable[[str], list[int]]:
     """Asks a tokenizer written in Python, and spells what it makes control tokens of."""
     control = set(control_tokens(tokenizer).values())
+    ask_it = ask_python(tokenizer)
     lock = threading.Lock()  # its code may not know of threads
 
     def ask(text: str) -> list[int]:
         spelled: list[int] = []
         with lock:
-            for token in ask_python(tokenizer, text):
+            for token in ask_it([text])[0]:
                 spelled += _spelled(tokenizer, token, control) if token in control else [token]
         return spelled
 
@@ -116,6 +117,7 @@ def _spellings(tokenizer: Any, text: str) -> Iterator[list[int]]:
     for pieces in (list(text), [text[0], *(f"##{letter}" for letter in text[1:])]):
         yield list(tokenizer.convert_tokens_to_ids(pieces))
     for cut in range(1, len(text)):
-        yield [*ask_python(tokenizer, text[:cut]), *ask_python(tokenizer, text[cut:])]
+        first, second = ask_python(tokenizer)([text[:cut], text[cut:]])
+        yield first + second
     if tokenizer.unk_token_id is not None:
         yield [tokenizer.unk_token_id]

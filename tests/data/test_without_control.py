@@ -171,6 +171,18 @@ def test_a_tokenizer_in_python_whose_pieces_hold_its_end_spells_it(tmp_path):
     assert [tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids] == texts
 
 
+def test_ordinary_added_tokens_of_a_tokenizer_in_python_are_found_as_it_finds_them(tmp_path):
+    tokenizer = sentencepiece_tokenizer(tmp_path)
+    tokenizer.add_tokens([AddedToken("<abc>", normalized=False), AddedToken("hello")])
+    texts = ["<abc>world", "a <abc> hello b", "plain", "world"]
+    right = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert tokenizer.convert_tokens_to_ids("<abc>") in right[0]
+    assert encoded(tokenizer, texts) == right
+    [ids] = encoded(tokenizer, ["a <abc> <|end|> <s>"])
+    assert no_control(tokenizer, [ids])
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "a <abc> <|end|> <s>"
+
+
 def test_a_stranger_in_python_of_whole_words_gives_its_unknown_token(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     word_by_word(tmp_path / "words")
