@@ -7,7 +7,7 @@ looked at, and several machines with one folder agree without any message.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -39,17 +39,17 @@ class Record:
     """What is known of a piece that is done.
 
     splits: what it adds to each; left_out: what to none, by the reason; digest: of its documents;
-    checksum: of its tokens; skipped: rows; is_last: of its part; documents_checksum: of what is
-    known of each document, where duplicates are looked for.
+    checksum: of its tokens; documents_checksum: of what is known of each; skipped: rows; is_last:
+    of its part.
     """
 
     splits: dict[str, SplitCounts]
     digest: str
     checksum: str
+    documents_checksum: str
     skipped: int
     is_last: bool
     left_out: dict[str, SplitCounts] = field(default_factory=dict)
-    documents_checksum: str = ""
 
 
 class Pieces:
@@ -79,7 +79,7 @@ class Pieces:
             for name in ("splits", "left_out"):
                 content[name] = {key: SplitCounts(**of) for key, of in content[name].items()}
             record = Record(**content)
-            if self._read(piece, record) is None or not self._has_documents(piece, record):
+            if self._read(piece, record) is None or self._documents(piece, record) is None:
                 return None
             self._records[piece] = record
         return self._records[piece]
@@ -92,21 +92,15 @@ class Pieces:
         return record is not None
 
     def write(
-        self,
-        piece: PieceId,
-        tokens: np.ndarray,
-        record: Record,
-        documents: np.ndarray | None = None,
+        self, piece: PieceId, tokens: np.ndarray, documents: np.ndarray, record: Record
     ) -> None:
         """Keep the tokens of a piece: those to train on, then those held out. Raises OSError.
 
-        documents: what is known of each, in that order (documents x columns, uint64).
+        documents: what is known of each, in that order (see `EncodedPiece`).
         """
         # Not durable: a crash of the machine can damage these, which the checksum shows.
         write_file(self._path(piece, "tokens"), tokens.data, durable=False)
-        if documents is not None:
-            write_file(self._path(piece, "documents"), documents.data, durable=False)
-            record = replace(record, documents_checksum=digest(documents))
+        write_file(self._path(piece, "documents"), documents.data, durable=False)
         write_json(self._path(piece, "json"), asdict(record), durable=False)
         self._fresh[piece] = tokens
         self._records[piece] = record
@@ -124,7 +118,7 @@ class Pieces:
     def documents(self, piece: PieceId) -> np.ndarray:
         """What was written of each document of a piece that is done."""
         record = self._records[piece]
-        documents = self._intact(piece, "documents", "<u8", record.documents_checksum)
+        documents = self._documents(piece, record)
         if documents is None:
             raise self._damaged(piece, "documents")
         count = sum(counts.documents for counts in record.splits.values())
@@ -154,9 +148,8 @@ class Pieces:
             "run the same command again: the piece is tokenized from scratch",
         )
 
-    def _has_documents(self, piece: PieceId, record: Record) -> bool:
-        checksum = record.documents_checksum
-        return not checksum or self._intact(piece, "documents", "<u8", checksum) is not None
+    def _documents(self, piece: PieceId, record: Record) -> np.ndarray | None:
+        return self._intact(piece, "documents", "<u8", record.documents_checksum)
 
     def _read(self, piece: PieceId, record: Record) -> np.ndarray | None:
         return self._intact(piece, "tokens", self._dtype, record.checksum)

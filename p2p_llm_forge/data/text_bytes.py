@@ -93,7 +93,9 @@ def _by_prefixes(encode: Encode, text: str, tokens: np.ndarray, cut: int) -> int
     # A longer beginning may have fewer tokens, and the last of them may not be what it becomes.
     around = range(min(len(text), low + LONGEST_TOKEN), max(0, low - LONGEST_TOKEN), -1)
     wanted = tokens[:cut]
-    end = next((end for end in around if np.array_equal(encoded(end), wanted)), low)
+    end = low
+    if not np.array_equal(encoded(low), wanted):
+        end = next((end for end in around if np.array_equal(encoded(end), wanted)), low)
     while end and text[end - 1].isspace() and np.array_equal(encoded(end - 1), wanted):
         end -= 1
     return end

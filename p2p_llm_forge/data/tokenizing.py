@@ -59,12 +59,13 @@ class Job:
             left_out=encoded.left_out,
             digest=digest_of(piece.column),
             checksum=digest(encoded.tokens),
+            documents_checksum=digest(encoded.documents),
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
         if part.kind == "hub":  # else its text would be downloaded again where a block cuts it
             self.pieces.keep_text(piece_id, piece.column)
-        self.pieces.write(piece_id, encoded.tokens, record, encoded.documents)
+        self.pieces.write(piece_id, encoded.tokens, encoded.documents, record)
         return piece.source_bytes, encoded.tokens
 
 

@@ -11,7 +11,7 @@ from p2p_llm_forge.data import packing, parts
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.prepare import prepare
 from tests.data.preparations import with_tokenizer
-from tests.texts import contents, decoded_documents, write_rows
+from tests.texts import contents, decoded_documents, stream, write_rows
 
 # --- mixtures -------------------------------------------------------------------------------------
 
@@ -86,8 +86,16 @@ def test_a_mixture_keeps_text_given_for_validation_whole_and_once(tmp_path, toke
     facts = prepare(asked).splits
     assert facts["validation"].documents == 50 and not facts["validation"].left_out_tokens
     assert facts["train"].documents < 100
-    documents = decoded_documents(tmp_path / "out", "validation")
-    assert 45 <= len(documents) <= 50 and {document[0] for document in documents} == {"v"}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    held_out = [
+        token
+        for text in (tmp_path / "v.txt").read_text().split("\n\n")
+        for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ]
+    found = stream(tmp_path / "out", "validation")
+    assert found == held_out[: len(found)] and len(held_out) - len(found) < 8
+    documents = decoded_documents(tmp_path / "out", "train")
+    assert {document[0] for document in documents} == {"a", "b"}
 
 
 def test_a_tokenizer_does_not_tell_how_it_was_reached(tmp_path, tokenizer_folder):

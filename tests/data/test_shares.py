@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from p2p_llm_forge.data import hub
 from p2p_llm_forge.data.dataset import Manifest, SourceFacts, SplitFacts
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.data.shares import share_lines, share_warnings
+from p2p_llm_forge.data.unfinished import Ranks
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import BEFORE_PACKING, config, make_pieces_small, with_tokenizer
 from tests.data.word_tokenizers import KINDS, Documents, documents, given, save
@@ -294,3 +296,14 @@ def test_a_dataset_without_duplicates_counts_its_bytes(kinds, tmp_path, small_pi
     manifest = check(tmp_path / "out", sources)
     assert manifest.left_out["repeated"].documents == 50 + 34
     assert manifest.splits["train"].left_out_tokens > 400
+
+
+def test_several_ranks_write_the_mixture_of_one(text, ready_tokenizer, tmp_path, small_pieces):
+    paths = [f"{text}/a.txt:0.3", f"{text}/b.jsonl:0.6", f"{text}/d.parquet:0.1"]
+    for ranks in (1, 2):
+        asked = {"dataset_path": paths, "tokenizer": str(ready_tokenizer), "num_workers": 1}
+        with ThreadPoolExecutor(ranks) as pool:
+            asked = config(text, tmp_path / f"{ranks}", **asked)
+            of_ranks = [pool.submit(prepare, asked, Ranks(rank, ranks)) for rank in range(ranks)]
+        assert all(of_rank.result().splits["train"].left_out_tokens for of_rank in of_ranks)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
