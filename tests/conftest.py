@@ -55,6 +55,25 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def config(prepared: Path, tmp_path: Path) -> Any:
+    """A short run with a small model on the prepared dataset."""
+    from p2p_llm_forge.config import TrainConfig
+    from tests.runs import TINY_MODEL
+
+    return TrainConfig(
+        dataset_path=str(prepared),
+        output_dir=str(tmp_path / "run"),
+        config_overrides=TINY_MODEL,
+        batch_size=8,
+        max_steps=6,
+        log_every=2,
+        save_every=3,
+        report_to="none",
+        cpu_threads=1,
+    )
+
+
 @pytest.fixture(scope="session")
 def one_zygote() -> Any:
     """One for all tests, because its imports cost seconds."""

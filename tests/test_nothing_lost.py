@@ -14,31 +14,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from p2p_llm_forge.config import PrepareConfig, TrainConfig
+from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import checkpoint
 from prepare_data import prepare
 from tests import ROOT
 from tests.folders import tree
-from tests.runs import TINY_MODEL
 from train import TrainResult, train
-
-
-@pytest.fixture
-def config(prepared, tmp_path):
-    return TrainConfig(
-        dataset_path=str(prepared),
-        output_dir=str(tmp_path / "run"),
-        config_overrides=TINY_MODEL,
-        batch_size=8,
-        max_steps=6,
-        save_every=3,
-        log_every=2,
-        lr_scheduler="constant",
-        report_to="none",
-        cpu_threads=1,
-    )
-
 
 # --- folders of others ----------------------------------------------------------------------------
 

@@ -19,21 +19,6 @@ from train import TrainConfig, TrainResult, train
 CAPPED = "hidden_size=48,num_hidden_layers=2,num_attention_heads=4,head_dim=12,intermediate_size=64"
 
 
-@pytest.fixture
-def config(prepared, tmp_path):
-    return TrainConfig(
-        dataset_path=str(prepared),
-        output_dir=str(tmp_path / "run"),
-        config_overrides=TINY_MODEL,
-        batch_size=8,
-        max_steps=6,
-        log_every=2,
-        save_every=3,
-        report_to="none",
-        cpu_threads=1,
-    )
-
-
 def weights(folder):
     from safetensors.torch import load_file
 

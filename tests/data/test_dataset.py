@@ -22,6 +22,7 @@ from p2p_llm_forge.data.dataset import (
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import config
+from tests.json_values import VALUES
 from tests.texts import contents, write_manifest
 
 
@@ -107,18 +108,6 @@ def test_a_folder_without_a_good_manifest_is_no_dataset(tmp_path, content, messa
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ForgeError, match=message):
         open_prepared(tmp_path)
-
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([2**63, 10**400, "\0", "..", "/etc/passwd", float("inf")])
-    | st.floats()
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=6,
-)
 
 
 @settings(

@@ -145,3 +145,4 @@ def test_the_same_stranger_runs_code_through_torchruns_elastic_launch(tmp_path):
         wait_until(lambda: "29600" in machine.run("ss", "-ltn"), log=log)
         attack(stranger, [machine], marker, [tmp_path / "stranger.log"], "home")
         wait_until(marker.exists, log=log)
+        assert marker.exists(), "what the stranger sent was run"

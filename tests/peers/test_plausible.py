@@ -15,13 +15,15 @@ from p2p_llm_forge.peers.rank_failure import RankFailure
     [math.nan, math.inf, -math.inf, -1, 1.5, 101, 10**400, True, None, "7", [7], {}, "\ud800"],
 )
 def test_what_is_no_whole_number_in_range_is_refused_by_name(bad):
-    require_numbers("it trained on", [1, 100.0, 7], 1, 100, are_whole=True)
+    assert require_numbers("it trained on", [1, 100.0, 7], 1, 100, are_whole=True) is None
     with pytest.raises(RankFailure, match="rank 2 says that it trained on .*, which cannot be"):
         require_numbers("it trained on", [1, 2, bad], 1, 100, are_whole=True)
 
 
 def test_a_fraction_is_one_where_numbers_need_not_be_whole():
-    require_numbers("its seconds are", [0.0, 1.5])
+    assert require_numbers("its seconds are", [0.0, 1.5]) is None
+    with pytest.raises(RankFailure, match="rank 1 says that its tokens are 1.5, which cannot be"):
+        require_numbers("its tokens are", [0.0, 1.5], are_whole=True)
 
 
 def test_what_is_shown_of_it_is_short():

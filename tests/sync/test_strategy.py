@@ -133,7 +133,7 @@ def strategy(**settings) -> SimpleNamespace:
     ],
 )
 def test_a_round_is_resumed_as_it_was_and_from_its_end_by_anyone(checkpoint, now, ranks):
-    refuse_unfinished_round(checkpoint, strategy(**now), ranks, step=20)
+    assert refuse_unfinished_round(checkpoint, strategy(**now), ranks, step=20) is None
 
 
 END = "or resume from a checkpoint of the end of a round by --resume FOLDER"

@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from p2p_llm_forge.config import TrainConfig
-from tests.runs import TINY_MODEL
-
 
 @pytest.fixture
 def alone():
@@ -19,20 +16,6 @@ def alone():
     from p2p_llm_forge.peers.launch import Launch
 
     return Cluster(Launch(), torch.device("cpu"), peers=None)
-
-
-@pytest.fixture
-def config(prepared, tmp_path):
-    """A short run."""
-    return TrainConfig(
-        dataset_path=str(prepared),
-        output_dir=str(tmp_path / "run"),
-        config_overrides=TINY_MODEL,
-        batch_size=8,
-        max_steps=6,
-        report_to="none",
-        cpu_threads=1,
-    )
 
 
 @pytest.fixture

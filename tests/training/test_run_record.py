@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.identity import claim, recorded_identity, refuse_another_run
 from p2p_llm_forge.training.run_record import RUN, UNRECORDED, RunRecord, put_on_record
+from tests.json_values import VALUES
 
 
 def test_what_is_put_on_record_is_found_there(tmp_path):
@@ -72,13 +73,6 @@ def test_a_record_that_is_no_file_is_refused(tmp_path, kind):
         (tmp_path / RUN).symlink_to("nowhere" if "nowhere" in kind else RUN)
     with pytest.raises(ForgeError, match=r"run\.json cannot be read"):
         RunRecord.read(tmp_path)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=8,
-)
 
 
 @settings(
