@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from p2p_llm_forge.config import CheckConfig, parse
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers import launch_files
+from p2p_llm_forge.peers.addresses import brief_lookups
 from p2p_llm_forge.peers.findings import WORKS, WORKS_WITH_WARNINGS, ClusterReport, fine, warning
 from p2p_llm_forge.peers.launch import (
     DEFAULT_PORT,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
     from p2p_llm_forge.peers.cluster import Cluster
 
 
+@brief_lookups()
 def check(config: CheckConfig) -> ClusterReport:
     """Look at the launch that `config` and the environment describe, and change nothing.
 

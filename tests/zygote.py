@@ -36,6 +36,7 @@ class Start:
     script: str = "train"
     host: str | None = None  # the network namespace that it is in, and its host name
     hosts_file: Path | None = None  # what it finds as /etc/hosts; only with `host`
+    name_servers: Path | None = None  # what it finds as /etc/resolv.conf; only with `host`
     terminal: str = os.devnull  # what it reads from
 
 
@@ -81,7 +82,7 @@ class Zygote:
 def _become(start: Start) -> None:
     """Turn this fork into the run."""
     if start.host:
-        _go_to(start.host, start.hosts_file)
+        _go_to(start.host, {"hosts": start.hosts_file, "resolv.conf": start.name_servers})
     log = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     source_of_input = os.open(start.terminal, os.O_RDONLY | os.O_NOCTTY)
     for source, target in ((source_of_input, 0), (log, 1), (log, 2)):
@@ -111,8 +112,8 @@ def _become(start: Start) -> None:
     os._exit(status or 0)
 
 
-def _go_to(host: str, hosts_file: Path | None) -> None:
-    """Leave for a network namespace, with a host name and a /etc/hosts of its own."""
+def _go_to(host: str, files: dict[str, Path | None]) -> None:
+    """Leave for a network namespace, with a host name and files in /etc of its own."""
     libc = ctypes.CDLL(None, use_errno=True)  # Python 3.12 has them as os.setns and os.unshare
     with open(f"/run/netns/{host}") as network:
         failed = libc.setns(network.fileno(), 0) or libc.unshare(CLONE_NEWNS | CLONE_NEWUTS)
@@ -120,5 +121,6 @@ def _go_to(host: str, hosts_file: Path | None) -> None:
     socket.sethostname(host)
     platform._uname_cache = None  # of the fork server's own name
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    if hosts_file:
-        subprocess.run(["mount", "--bind", hosts_file, "/etc/hosts"], check=True)
+    for name, file in files.items():
+        if file:
+            subprocess.run(["mount", "--bind", file, f"/etc/{name}"], check=True)

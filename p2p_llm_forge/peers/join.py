@@ -17,6 +17,7 @@ from accelerate.utils import patch_environment
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.peers.addresses import brief_lookups
 from p2p_llm_forge.peers.cluster import EXCHANGE_TIMEOUT, Cluster, new_gloo_group
 from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import NEUTRAL, Launch, choose_threads, read_launch
@@ -44,6 +45,12 @@ def join(config: TrainConfig) -> Iterator[Cluster]:
     Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
     errors of libraries and of the machine that are no bugs are raised as RankFailure.
     """
+    with brief_lookups(), _joined(config) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _joined(config: TrainConfig) -> Iterator[Cluster]:
     launch, file = as_asked(read_launch(config))
     if not _has_usable_accelerator(launch):
         refuse_gpu_file(config, launch, file)

@@ -185,8 +185,7 @@ def open_store(endpoint: Endpoint) -> Store:
     options |= {"world_size": endpoint.world_size, "is_master": listener is not None}
     options |= {"timeout": datetime.timedelta(seconds=endpoint.timeout_s)}
     options |= {"wait_for_workers": False, "multi_tenant": True}
-    # In a thread: where something else listens and never answers, torch (2.13) waits for ever. It
-    # also asks for the names of addresses, which takes 10 s where a name server is out of reach.
+    # In a thread: where something else listens and never answers, torch (2.13) waits for ever.
     opened = in_thread(lambda: dist.TCPStore(host, port, **options))
     try:
         client = opened.result(endpoint.timeout_s)

@@ -25,15 +25,18 @@ class Peers:
     def start(self, number, *flags, **how):
         self.pids[number] = self.start_another(number, *flags, **how)
 
-    def start_another(self, number, *flags, environ=None, hosts_file=None, script="check_cluster"):
-        """Start a process on a host that is not one of the launch; returns its pid."""
+    def start_another(self, number, *flags, environ=None, script="check_cluster", **files):
+        """Start a process on a host that is not one of the launch; returns its pid.
+
+        files: `hosts_file` and `name_servers` of `zygote.Start`.
+        """
         return self.zygote.start(
             list(map(str, flags)),
             self.logs[number],
             environ,
             script=script,
             host=self.machines[number].name,
-            hosts_file=hosts_file,
+            **files,
         )
 
     def meet(self, *flags, each=None, **options):

@@ -18,13 +18,19 @@ pytestmark = [
 ]
 
 
-def meet(zygote, machines, folder, main=None, forwarded=()):
+COUNT_QUERIES = (
+    "add table inet dns; add chain inet dns out { type filter hook output priority 0; };"
+    " add rule inet dns out udp dport 53 counter"
+)
+
+
+def meet(zygote, machines, folder, main=None, forwarded=(), **how):
     """The statuses of a check on all machines, and what was printed, each on one line."""
     folder.mkdir()
     peers = Peers(zygote, machines, folder, len(machines), main)
     if forwarded:
         forward(forwarded[0], "tcp", peers.port, forwarded[1])
-    peers.meet("--rendezvous-timeout=20")
+    peers.meet("--rendezvous-timeout=20", **how)
     statuses, printed = peers.end()
     return list(statuses.values()), [on_one_line(text) for text in printed.values()]
 
@@ -48,6 +54,21 @@ def test_a_black_hole_is_named_and_its_fix_opens_the_way(zygote, tmp_path):
             host.run(*command.split())
         statuses, printed = meet(zygote, machines, tmp_path / "after")
         assert statuses == [WORKS] * 2, printed
+
+
+def test_name_servers_out_of_reach_do_not_keep_peers_apart(zygote, tmp_path):
+    """Each of three would be asked twice, 5 s or more each: longer than peers wait for others."""
+    servers = tmp_path / "resolv.conf"
+    servers.write_text("".join(f"nameserver 10.99.99.{number}\n" for number in (1, 2, 3)))
+    with in_a_row(1500, 1500) as (one, router, other):
+        block_messages(router)  # nobody says that there is no way to them
+        for host in (one, other):
+            host.run("nft", COUNT_QUERIES)
+        statuses, printed = meet(zygote, [one, other], tmp_path / "run", name_servers=servers)
+        assert statuses == [WORKS] * 2, printed
+        for host in (one, other):
+            counted = host.run("nft", "list", "chain", "inet", "dns", "out")
+            assert "packets 0" not in counted and "counter packets" in counted, counted
 
 
 @pytest.mark.parametrize("inside", [1, 0], ids=["a peer", "the main machine"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -60,3 +61,17 @@ def test_loopback_brings_several_machines_together_only_if_they_are_one():
     assert finding.level == "warning"
     (finding,) = addresses.judge_name("localhost", machines=1)
     assert finding.level == "fine"
+
+
+def test_the_users_own_waits_for_name_servers_stay(monkeypatch):
+    monkeypatch.delenv("RES_OPTIONS", raising=False)
+    with addresses.brief_lookups():
+        ours = os.environ["RES_OPTIONS"]
+        with addresses.brief_lookups():
+            assert os.environ["RES_OPTIONS"] == ours
+        assert os.environ["RES_OPTIONS"] == ours
+    assert "RES_OPTIONS" not in os.environ
+    monkeypatch.setenv("RES_OPTIONS", "timeout:9")
+    with addresses.brief_lookups():
+        assert os.environ["RES_OPTIONS"] == "timeout:9"
+    assert os.environ["RES_OPTIONS"] == "timeout:9"
