@@ -32,20 +32,10 @@ from p2p_llm_forge.peers.preflight import judge_alone
 from p2p_llm_forge.peers.rendezvous import choose_endpoint
 from p2p_llm_forge.peers.secret import read_secret
 from tests import ROOT
+from tests.peers.good_file import GOOD
 from tests.ports import free_port
 from tests.runs import TINY_MODEL
 
-GOOD = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "use_cpu": True,
-    "num_machines": 2,
-    "num_processes": 2,
-    "machine_rank": 0,
-    "main_process_ip": "10.0.0.1",
-    "main_process_port": 29500,
-    "mixed_precision": "no",
-}
 ALONE = {"num_machines": 1, "num_processes": 1}
 OUT = object()  # the key is taken out
 # What is wrong in a file, what its fix says, and the file that does just that.

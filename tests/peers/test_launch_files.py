@@ -16,18 +16,9 @@ from p2p_llm_forge.peers.launch_files import (
     write_launch_files,
 )
 from tests import ROOT
+from tests.peers import good_file
 
-GOOD = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "use_cpu": True,
-    "num_machines": 2,
-    "num_processes": 2,
-    "machine_rank": 1,
-    "main_process_ip": "10.0.0.1",
-    "main_process_port": 29500,
-    "mixed_precision": "no",
-}
+GOOD = {**good_file.GOOD, "machine_rank": 1}
 
 
 def judged(gpus=0, **changes):
