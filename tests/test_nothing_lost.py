@@ -22,6 +22,13 @@ from tests import ROOT
 from tests.folders import tree
 from train import TrainResult, train
 
+
+@pytest.fixture
+def config(config):
+    """The same run, whatever its length."""
+    return replace(config, lr_scheduler="constant")
+
+
 # --- folders of others ----------------------------------------------------------------------------
 
 
