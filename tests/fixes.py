@@ -11,6 +11,8 @@ ALONE, TOGETHER = "tests/peers/test_fixes.py", "tests/peers/test_fixes_together.
 HOSTS, FIREWALLS = "tests/multihost/test_fixes.py", "tests/multihost/test_firewalls.py"
 NETWORKS = "tests/multihost/test_networks.py"
 CLUSTER = "tests/multihost/test_check_cluster.py"
+CONFIG, MODEL = "tests/config/test_fixes.py", "tests/model/test_fixes.py"
+TRAINING = "tests/training/test_fixes.py"
 
 FILE = f"{ALONE}::test_the_fix_of_a_launch_file_leaves_nothing_to_fix"
 GPUS = f"{ALONE}::test_the_fix_of_a_file_for_gpus_leaves_nothing_to_fix"
@@ -28,6 +30,18 @@ PORT = f"{ALONE}::test_the_fixes_of_a_port_and_a_name_lead_to_the_main_machine"
 ADDRESSES = f"{ALONE}::test_the_fixes_of_addresses_are_addresses_that_work"
 SECRET = f"{ALONE}::test_the_fixes_of_a_secret_make_one_that_is_taken"
 CHECKPOINTS = f"{ALONE}::test_the_fixes_of_checkpoints_that_do_not_fit_let_them_fit"
+
+OPTION = f"{CONFIG}::test_the_fix_of_flags_makes_flags_that_are_taken"
+NEEDED = f"{CONFIG}::test_the_fixes_of_what_is_missing_add_it"
+RECIPE = f"{CONFIG}::test_the_fix_of_a_recipe_makes_one_that_is_taken"
+UNREAD = f"{CONFIG}::test_the_fixes_of_a_recipe_that_cannot_be_read_name_those_that_can"
+SIZES = f"{MODEL}::test_the_fix_of_sizes_makes_a_model"
+FAMILY = f"{MODEL}::test_the_fix_of_a_family_is_another_one"
+WHOLE = f"{MODEL}::test_the_fixes_of_a_folder_that_is_no_whole_model_are_one_that_is"
+WORDS = f"{MODEL}::test_the_fix_of_other_words_is_the_models_own_tokenizer"
+TEXT = f"{TRAINING}::test_the_fixes_of_a_text_are_to_prepare_it_or_no_dry_run"
+AGAIN = f"{TRAINING}::test_the_fixes_of_flags_of_texts_leave_them_out_or_prepare_again"
+BATCH = f"{TRAINING}::test_the_fix_of_a_batch_is_one_that_can_be_divided"
 
 NUMBERS = f"{TOGETHER}::test_the_fixes_of_numbers_and_of_a_late_rank_bring_all_together"
 COPIED = f"{TOGETHER}::test_the_fix_of_a_secret_is_the_file_of_the_others"
@@ -51,6 +65,44 @@ FOLLOWED = {
     "config.check:check": (FLAGS, FLAGS),
     "config.check:check_together": (FLAGS,),
     "config.launch:check": (FLAGS, FLAGS, FLAGS),
+    "config.fields:_of_wrong_type": (OPTION,),
+    "config.fields:require_above_0": (OPTION,),
+    "config.fields:require_at_least": (OPTION, OPTION),
+    "config.fields:require_between": (OPTION,),
+    "config.fields:require_seconds": (OPTION,),
+    "config.fields:_require_writable": (OPTION, OPTION, OPTION),
+    "config.parser:parse": (OPTION, OPTION, OPTION),
+    "config.parser:_parser": (NEEDED,),
+    "config.parser:_recipe_as_flags": (RECIPE, RECIPE, RECIPE),
+    "config.train:check": (NEEDED, *[OPTION] * 10),
+    "config.train:_refuse_options_of_rounds": (OPTION,),
+    "config.train:_check_rounds": (OPTION, OPTION, OPTION),
+    "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION),
+    "config.yaml_file:read_yaml": (UNREAD, RECIPE, UNREAD, RECIPE, RECIPE),
+    "config.yaml_file:_require_simple": (RECIPE,),
+    "model.build:model_from_scratch": (SIZES,),
+    "model.build:load_model": (WHOLE, WHOLE),
+    "model.build:new_model_config": (SIZES, SIZES),
+    "model.document_mask:document_mask_for": (
+        f"{MODEL}::test_the_fix_of_a_family_that_cannot_mask_documents_is_another_one",
+    ),
+    "model.fit:require_positions": (
+        f"{MODEL}::test_the_fix_of_a_block_that_is_too_long_is_a_shorter_one",
+    ),
+    "model.fit:require_all_weights": (WHOLE,),
+    "model.fit:require_same_words": (WORDS, WORDS),
+    "model.fit:require_causal": (SIZES, SIZES, FAMILY),
+    "model.fit:require_memory": (f"{MODEL}::test_the_fix_of_too_little_memory_is_a_smaller_model",),
+    "model.sizes:sizes_asked_for": (FAMILY, SIZES, SIZES, SIZES, SIZES, SIZES),
+    "model.sizes:text_part": (FAMILY, FAMILY),
+    "model.sizes:require_tokens": (SIZES,),
+    "model.sizes:require_sizes": (SIZES,),
+    "training.job:open_data": (TEXT, TEXT, AGAIN),
+    "training.job:refuse_flags_of_texts": (AGAIN,),
+    "training.job:refuse_different_data": (
+        f"{TRAINING}::test_the_fix_of_other_data_is_a_copy_of_those_of_rank_0",
+    ),
+    "training.plan:plan_updates": (BATCH, BATCH),
     "peers.addresses:resolve": (NAMES,),
     "peers.addresses:judge_name": (ADDRESSES, NAMES),
     "peers.addresses:judge_public": (ADDRESSES, ADDRESSES),

@@ -11,6 +11,7 @@ from p2p_llm_forge.errors import Problems, nearest
 
 PATHS = ("model_name", "tokenizer", "resume", "describe", "write_configs")  # or names of the Hub
 MOST = 2**53  # what every number in JSON can count to
+MOST_SECONDS = 10**9  # what clocks can count
 
 
 def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
@@ -122,7 +123,12 @@ def require_above_0(options: Options, problems: Problems, *names: str, most: flo
     for name in names:
         value = getattr(options, name)
         holds = value is None or 0 < value < most
-        problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
+        problems.require(holds, f"{option(name)} is {value}", _fix_of(value, most))
+
+
+def _fix_of(value: float | None, most: float) -> str:
+    is_too_much = value is not None and most <= value < math.inf
+    return f"use less than {most}" if is_too_much else "use a finite number above 0"
 
 
 def require_at_least(least: int, options: Options, problems: Problems, *names: str) -> None:
@@ -150,8 +156,8 @@ def require_seconds(options: Options, problems: Problems, *names: str) -> None:
     """Each value must be a time above 0 that clocks can count, or None."""
     for name in names:
         value = getattr(options, name)
-        holds = value is None or 0 < value < 1e9
-        problems.require(holds, f"{option(name)} is {value}", "use a finite number above 0")
+        holds = value is None or 0 < value < MOST_SECONDS
+        problems.require(holds, f"{option(name)} is {value}", _fix_of(value, MOST_SECONDS))
 
 
 def _require_writable(name: str, text: Any, problems: Problems) -> None:

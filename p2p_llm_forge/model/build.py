@@ -89,6 +89,8 @@ def fix_of_sizes(config: TrainConfig, model_config: Any) -> str:
         names = " and ".join(below)
         return f"give {names} a size of 1 or more, or leave {names} out"
     sizes = f"change its sizes with --config-overrides; it has {sizes_in(model_config)}"
+    if asked := " or ".join(sizes_asked_for(config)[1]):  # need not be sizes
+        sizes = f"give another value for {asked}, or leave it out; or {sizes}"
     return f"{sizes}; or take another family"
 
 

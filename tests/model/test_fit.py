@@ -56,7 +56,8 @@ def test_sizes_that_do_not_go_together_are_no_matter_of_length(text):
     with pytest.raises(ForgeError) as error:
         build_model(TrainConfig(model_type="codegen", config_overrides=small), text)
     (problem,) = error.value.problems
-    assert problem.found.startswith("a codegen from scratch fails in transformers (The size ")
+    assert problem.found.startswith(f"a codegen from scratch by --config-overrides {small} fails")
+    assert "in transformers (The size " in problem.found
     assert "position" not in problem.fix and "length" not in problem.fix
     assert "n_head=4" in problem.fix and "rotary_dim=64" in problem.fix
     fixed = TrainConfig(model_type="codegen", config_overrides=f"{small},rotary_dim=8")
