@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import random
 import re
 import shutil
@@ -23,7 +25,7 @@ from p2p_llm_forge.files import fingerprint
 # A tokenizer is trained on about so much of a larger text, chosen by a hash: more changes little.
 TRAINING_BYTES = 256 << 20
 # A trainer keeps every different word in memory, with some 90 bytes for each of its own.
-MOST_BYTES_OF_WORDS = 4 << 20
+MOST_BYTES_OF_WORDS = 3 << 20
 WORDS = re.compile(r"[^\W\d_]+|\d+|[^\s\w]+|_+")  # nearly as a trainer divides a text
 MOST_STRINGS = 300_000
 CHARACTERS_AT_A_TIME = 64 << 10  # a trainer is given so long texts at most
@@ -38,8 +40,15 @@ def trained_tokenizer(preparation: Preparation) -> Any:
         shutil.rmtree(partial, ignore_errors=True)
         text = within_memory(training_text(preparation))
         train_tokenizer(text, vocab_size).save_pretrained(partial)
+        return_memory()
         partial.rename(folder)
     return load_tokenizer(str(folder))
+
+
+def return_memory() -> None:
+    """Give the system what was freed, where that does not happen by itself (glibc)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tokenizer_folder(preparation: Preparation) -> Path:

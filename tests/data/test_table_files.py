@@ -115,3 +115,69 @@ def test_a_hub_name_out_of_reach_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ForgeError, match="nobody/nothing: no such file, and no dataset"):
         documents("nobody/nothing")
+
+
+BAD = ["fine", b"caf\xe9", None, "still fine", b"\xff\xfe", "ğ"]
+
+
+def not_utf8(kind) -> pa.Array:
+    """A column that says it holds strings, and holds other bytes, as other writers make."""
+    values = pa.array([one.encode() if isinstance(one, str) else one for one in BAD], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), len(values), values.buffers())
+    if kind == "dictionary":
+        found = pa.array([0, 1, None, 3, 4, 5], pa.int32())
+        return pa.DictionaryArray.from_arrays(found, strings.fill_null(""))
+    if kind == "large_string":
+        values = values.cast(pa.large_binary())
+        return pa.Array.from_buffers(pa.large_string(), len(values), values.buffers())
+    return strings
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+@pytest.mark.parametrize("how", ["parquet", "nested", "joined", "saved"])
+def test_strings_that_are_not_utf8_are_refused_replaced_or_left_out(tmp_path, kind, how):
+    column, options = not_utf8(kind), {}
+    table = pa.table({"text": column})
+    if how == "nested":
+        table = pa.table({"meta": pa.StructArray.from_arrays([column], ["text"])})
+        options = {"text_column": "meta.text"}
+    if how == "joined":
+        table = pa.table({"text": column, "title": pa.array([None] * len(BAD), column.type)})
+        options = {"text_column": "title,text"}
+    path = tmp_path / ("a" if how == "saved" else "a.parquet")
+    if how == "saved":
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pq.write_table(table, path)
+    good = [b"fine", b"still fine", "ğ".encode()]
+    with pytest.raises(ForgeError, match="(?s)a(.parquet)?, row [23].*--skip-bad-rows"):
+        documents(path, **options)
+    found = pieces(path, skip_bad_rows=True, **options)
+    assert [d for piece in found for d in piece.column.to_pylist()] == good
+    assert sum(piece.skipped for piece in found) == 3
+    found = documents(path, encoding_errors="replace", skip_bad_rows=True, **options)
+    replaced = [one.decode(errors="replace") if isinstance(one, bytes) else one for one in BAD]
+    assert found == [one.encode() for one in replaced if one is not None]
+
+
+def test_the_row_that_is_not_utf8_is_named(tmp_path):
+    column = pa.concat_arrays([pa.array(["a"] * 5_000), not_utf8("string").slice(3)])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=1_000)
+    with pytest.raises(ForgeError, match="(?s)a.parquet, row 5002 is not UTF-8.*replace, or use"):
+        documents(tmp_path / "a.parquet")
+
+
+def test_rows_that_are_too_long_are_named_or_counted(tmp_path, monkeypatch):
+    from p2p_llm_forge.data import table_files
+
+    monkeypatch.setattr(table_files, "LONGEST_DOCUMENT", 1_000)
+    texts = ["a", "b" * 1_001, "c" * 1_000, *"defghijk"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(ForgeError, match="row 2 has more than 0 MiB of text"):
+        documents(tmp_path / "a.parquet")
+    kept = [text.encode() for text in texts if text[0] != "b"]
+    assert documents(tmp_path / "a.parquet", skip_bad_rows=True) == kept
+    pq.write_table(pa.table({"text": [n * 1_500 for n in "abc"]}), tmp_path / "a.parquet")
+    with pytest.raises(ForgeError, match="(?s)row group 1 has 0 MiB a row, more than.*skip-bad"):
+        documents(tmp_path / "a.parquet")
+    assert sum(p.skipped for p in pieces(tmp_path / "a.parquet", skip_bad_rows=True)) == 3
