@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +41,7 @@ def check_fast_path(tokenizer: Any, reference: Encode) -> tuple[Callable[[], Enc
     try:
         rules = rules_of_text(tokenizer)
         require_all_read(rules)
-        new = _maker(rules, reference)
+        new = _maker(rules, reference, tokenizer.backend_tokenizer.normalizer)
         first = new()
         if reason is None:
             texts = column_of([text.encode() for text in texts_of_proof(tokenizer)])
@@ -65,13 +66,25 @@ def texts_of_proof(tokenizer: Any) -> Iterator[str]:
     yield from random_texts(normalizer.normalize_str if normalizer else str)
 
 
-def _maker(rules: str, reference: Encode) -> Callable[[], Encode]:
-    """What makes fast encoders by these rules."""
-    if not _is_nfc(settings_of(rules)["normalizer"]):
+def _maker(rules: str, reference: Encode, normalizer: Any) -> Callable[[], Encode]:
+    """What makes fast encoders by these rules. normalizer: the tokenizer's own."""
+    settings = settings_of(rules)
+    if not _is_nfc(settings["normalizer"]):
         return lambda: fast_encoder(rules)
     # gigatoken 0.10 composes by another version of Unicode than tokenizers 0.23.
     rules = _with(rules, "normalizer", lambda _: None)
-    return lambda: composed_only(fast_encoder(rules), reference)
+    normalize = normalizer.normalize_str
+    spellings = {token["content"] for token in settings["added_tokens"]}
+    spellings |= {normalize(text) for text in spellings}
+    added = re.compile("|".join(map(re.escape, sorted(spellings)))) if spellings else None
+
+    def composed(text: str) -> str | None:
+        normal: str = normalize(text)
+        # The tokenizer looks for added tokens between letters that are not composed yet.
+        holds_one = added and (added.search(text) or added.search(normal))
+        return None if holds_one else normal
+
+    return lambda: composed_first(fast_encoder(rules), reference, composed)
 
 
 def _is_nfc(normalizer: Any) -> bool:
@@ -81,8 +94,11 @@ def _is_nfc(normalizer: Any) -> bool:
     return bool(normalizer) and normalizer["type"] == "NFC"
 
 
-def composed_only(fast: Encode, reference: Encode) -> Encode:
-    """`fast`, which does not normalize, for documents in NFC; `reference` for the few others.
+def composed_first(
+    fast: Encode, reference: Encode, composed: Callable[[str], str | None]
+) -> Encode:
+    """`fast`, which does not normalize, for documents in NFC and what `composed` makes of others;
+    `reference` for the few of which that makes nothing.
 
     What is in NFC by Python's Unicode (13 or later) is so by that of tokenizers 0.23 (older) too: a
     character keeps what it was given, and one that is not known yet is not changed.
@@ -92,8 +108,13 @@ def composed_only(fast: Encode, reference: Encode) -> Encode:
         others = not_composed(documents)
         if not others.any():
             return fast(documents)
-        encoded = [fast(documents.filter(~others)), reference(documents.filter(others))]
-        return interleaved(others, *encoded)
+        texts = documents.to_pylist()
+        for place in np.flatnonzero(others):
+            normal = composed(texts[place].decode())
+            if normal is not None:
+                texts[place], others[place] = normal.encode(), False
+        encoded = fast(column_of([t for t, left in zip(texts, others, strict=True) if not left]))
+        return interleaved(others, encoded, reference(documents.filter(others)))
 
     return encode
 
@@ -102,12 +123,10 @@ def not_composed(documents: pa.LargeBinaryArray) -> np.ndarray:
     """Which of the documents are not in NFC (bool)."""
     others = np.zeros(len(documents), bool)
     text, ends = values_and_offsets(documents)
-    # Below U+0300, whose UTF-8 begins with 0xCC, everything is composed; so is each part of a text
-    # that is.
-    unusual = text >= 0xCC
-    if not unusual.any() or unicodedata.is_normalized("NFC", text.tobytes().decode()):
-        return others
-    for place in np.unique(np.searchsorted(ends, np.flatnonzero(unusual), side="right") - 1):
+    # Below U+0300, whose UTF-8 begins with 0xCC, everything is composed. One document at a time:
+    # where a mark leaves it open, Python composes all that it is asked about.
+    unusual = np.flatnonzero(text >= 0xCC)
+    for place in np.unique(np.searchsorted(ends, unusual, side="right") - 1):
         document = text[ends[place] : ends[place + 1]].tobytes().decode()
         others[place] = not unicodedata.is_normalized("NFC", document)
     return others
