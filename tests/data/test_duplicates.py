@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.describe import describe
@@ -153,6 +155,33 @@ def test_workers_ranks_and_mixtures_give_the_same_bytes(folder, tmp_path, tokeni
     found = [key_of(text) for text in documents(tmp_path / "one", "train", manifest)[:-1]]
     assert len(found) == len(set(found)) > 50
     assert Manifest.load(tmp_path / "one").left_out["repeated"].documents > 100
+    # Shares are of what is left, not of what was there.
+    tokens = [source.tokens for source in manifest.sources]
+    assert tokens[0] / sum(tokens) == pytest.approx(0.5, abs=0.02)
+    assert min(source.left_out_documents for source in manifest.sources) > 50
+
+
+def test_bad_rows_and_lengths_come_before_duplicates(tmp_path, tokenizer_folder):
+    texts = many_texts(100, seed=8) + [f"kısa {n % 7}" for n in range(40)] + ["a  b " * 99] * 3
+    rows = [json.dumps({"text": text}) for text in texts]
+    rows[5:5] = rows[60:60] = ["{", '{"text": 3}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows))
+    asked = {"skip_bad_rows": True, "min_document_tokens": 8, "max_document_tokens": 150}
+    out = tmp_path / "out"
+    asked |= {"deduplicate": "exact"}
+    manifest = prepare(with_tokenizer(path, out, tokenizer_folder, **asked))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    fitting = [text for text, n in zip(texts, lengths, strict=True) if 8 <= n <= 150]
+    kept = without_repetitions(fitting, set())
+    assert manifest.skipped_rows == 4 and manifest.splits["train"].documents == len(kept) > 90
+    assert documents(out, "train", manifest)[:-1] == kept[:-1]
+    found = {why: counts.documents for why, counts in manifest.left_out.items()}
+    short, long = sum(n < 8 for n in lengths), sum(n > 150 for n in lengths)
+    repeated = len(fitting) - len(kept)
+    right = {"too_short": short, "too_long": long, "repeated": repeated, "held_out_too": 0}
+    assert {why: found[why] for why in right} == right and min(short, long, repeated) >= 3
 
 
 def pair(chosen: random.Random, replaced: int) -> tuple[str, str]:
