@@ -14,11 +14,13 @@ each time in a fresh process, the kinds in turn; medians of --repeats runs. Impo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,7 @@ def main() -> None:
     texts = source_files()
     print(table_of_pairs(found_pairs(folder, texts, arguments.pairs)))
     write_corpus(folder, texts, arguments.megabytes * 10**6)
+    print(cost_of_keys(folder, arguments.repeats))
     print(table_of_costs(folder, arguments.repeats))
 
 
@@ -161,6 +164,26 @@ def write_corpus(folder: Path, texts: list[bytes], target: int) -> None:
                     document = ""
             if written >= target:
                 return
+
+
+def cost_of_keys(folder: Path, repeats: int) -> str:
+    """What it takes of a core to tell documents apart, which is all that threads do more."""
+    import pyarrow as pa
+
+    from p2p_llm_forge.data.document_keys import document_keys
+
+    with (folder / "corpus.jsonl").open() as file:
+        texts = [json.loads(line)["text"].encode() for line in itertools.islice(file, 5000)]
+    column = pa.array(texts, pa.large_binary())
+    rates: dict[str, list[float]] = {kind: [] for kind in KINDS[1:]}
+    for _ in range(repeats):
+        for kind, of_kind in rates.items():
+            started = time.process_time()
+            document_keys(column, kind)
+            of_kind.append(column.nbytes / 1e6 / (time.process_time() - started))
+    return "Keys alone, MB per core-second: " + ", ".join(
+        f"{kind} {statistics.median(of_kind):.0f}" for kind, of_kind in rates.items()
+    )
 
 
 def cost(folder: Path, kind: str) -> dict[str, float]:
