@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from p2p_llm_forge.errors import Problems, nearest
 
 PATHS = ("model_name", "tokenizer", "resume", "describe", "write_configs")  # or names of the Hub
+READ = ("dataset_path", "validation_path")  # lists of files, whose names may hold any bytes
 MOST = 2**53  # what every number in JSON can count to
 MOST_SECONDS = 10**9  # what clocks can count
 
@@ -67,6 +68,8 @@ class Options:
         for field in dataclasses.fields(checked):
             value = getattr(checked, field.name)
             for text in value if isinstance(value, list) else [value]:
+                if isinstance(value, list) and field.name in READ and isinstance(text, str):
+                    text = text.encode("utf-8", "replace").decode()
                 _require_writable(field.name, text, problems)
         for group in self.GROUPS:
             group.check(checked, problems)

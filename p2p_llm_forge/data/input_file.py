@@ -104,7 +104,7 @@ class InputFile:
     def decompressed(self) -> Iterator[tuple[Any, Any]]:
         """(the file's decompressed bytes, the file itself, whose place is the progress)."""
         try:
-            with pa.OSFile(self.path) as file:
+            with open(self.path, "rb") as file:  # pa.OSFile takes only paths of UTF-8
                 name = compression_of(self.path)
                 yield (open_compressed(file, name) if name else file), file
         except OSError as error:  # also what pyarrow raises for damaged streams

@@ -26,6 +26,7 @@ from p2p_llm_forge.data.dataset import (
 )
 from p2p_llm_forge.data.parts import Part
 from p2p_llm_forge.data.pieces import PieceId, Record, digest_of
+from p2p_llm_forge.data.preparation import name_of
 from p2p_llm_forge.data.sources import split_weight
 from p2p_llm_forge.data.splits import BYTES, ROW, TOKENS, TRAIN, VALIDATION, total
 from p2p_llm_forge.data.text_bytes import CutDocuments
@@ -299,7 +300,7 @@ class Packer:
             counts = piece.record.left_out.values()
             left_out[piece.part.source] += sum(one.documents for one in counts)
         paths = self._preparation.config.dataset_path
-        names = [Path(split_weight(path)[0]).name for path in paths]
+        names = [name_of(split_weight(path)[0]) for path in paths]
         weights = self._preparation.weights or itertools.repeat(None)
         given = self._splits[0].of_source
         return [

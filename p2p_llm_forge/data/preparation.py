@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -96,9 +97,9 @@ class Preparation:
         if tokenizer and Path(tokenizer).exists():
             tokenizer = Path(tokenizer).resolve().name
         return {
-            "dataset_path": [Path(path).name for path in config.dataset_path],
+            "dataset_path": [name_of(path) for path in config.dataset_path],
             "weights": [sources.split_weight(path)[1] for path in config.dataset_path],
-            "validation_path": [Path(path).name for path in config.validation_path],
+            "validation_path": [name_of(path) for path in config.validation_path],
             "document_separator": config.separator(),
             "one_document_each": self.whole_files,
             "tokenizer": tokenizer,
@@ -115,6 +116,11 @@ class Preparation:
 
         with ThreadPoolExecutor(self.config.workers()) as pool:
             return fingerprint([digest for of in pool.map(digests, self.parts) for digest in of])
+
+
+def name_of(path: str) -> str:
+    """The last part of a path, as it can be written: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(Path(path).name).decode(errors="replace")
 
 
 def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from p2p_llm_forge.data import folders, parts, sources, tokenizing
+from p2p_llm_forge.data.describe import describe
 from p2p_llm_forge.data.parts import ReadOptions
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import config, interrupt
 from tests.data.reading import documents
-from tests.texts import contents, some_text, write_rows
+from tests.texts import compress, contents, some_text, write_rows
 
 
 @pytest.fixture
@@ -122,3 +123,28 @@ def test_links_to_folders_are_followed_once_and_circles_end(tmp_path, pattern):
     os.symlink(inside, outside / "deep" / "back")
     os.symlink("nowhere", inside / "broken")
     assert sorted(documents(inside / pattern)) == [b"one", b"three", b"two"]
+
+
+def test_paths_that_are_not_utf8_work_to_the_end(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    names = [b"a\xff.txt", b"b\xfe.parquet", b"c\xfd.txt.gz", b"d\xfc.json", b"e\xfb.csv"]
+    paths = [folder / os.fsdecode(name) for name in names]
+    texts = some_text(100).split("\n\n")
+    paths[0].write_text(some_text(80))
+    compress(paths[2], some_text(80, seed=4).encode())
+    for path in (paths[1], paths[3], paths[4]):
+        write_rows(path, texts)
+    out = tmp_path / "out"
+    for path in (folder, [str(path) for path in paths], folder / "*"):
+        asked = {"dataset_path": path if isinstance(path, list) else [str(path)]}
+        prepare(config(folder, out, overwrite=True, validation_path=[str(paths[0])], **asked))
+        found = read_manifest(out)
+        assert documents_of(out) > 400 and found["splits"]["validation"]["documents"] == 80
+        assert found["arguments"]["validation_path"] == ["a\ufffd.txt"]
+    prepare(config(folder, out, validation_path=[str(paths[0])], **asked))
+    assert "already prepared" in capsys.readouterr().out
+    assert "blocks of 32" in describe(out)
+    paths[3].write_text("[")
+    with pytest.raises(ForgeError, match="(?s)d\ufffd.json is not a whole JSON array"):
+        prepare(config(folder, tmp_path / "other"))
