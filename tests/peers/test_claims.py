@@ -71,6 +71,10 @@ def test_a_rank_that_was_started_again_takes_its_number(store, monkeypatch):
         first.beat()  # it was not dead, only very slow
 
 
+@pytest.mark.skipif(
+    not hasattr(dist.TCPStore, "list_keys"),
+    reason="needs a torch whose store lists its keys (2.13 does, 2.9 does not)",
+)
 def test_whoever_comes_to_a_run_that_is_on_changes_nothing(store):
     for rank in range(3):
         claim(store, rank, token=str(rank)).take()
