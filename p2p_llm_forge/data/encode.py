@@ -26,10 +26,10 @@ from p2p_llm_forge.errors import ForgeError
 
 Backend = Literal["auto", "fast", "reference"]
 
-RENEWED_AFTER_BYTES = 3 << 20  # of text, at the earliest: then an encoder may be replaced
+RENEWED_AFTER_BYTES = 6 << 20  # of text, at the earliest: then an encoder may be replaced
 # That encoding may take for each before that happens. What text of real words needs stays below: a
 # new encoder learns them all again, which at half of this made preparing 2.5 times as slow.
-MEMORY_OF_A_THREAD = 112 << 20
+MEMORY_OF_A_THREAD = 192 << 20
 BYTES_AT_A_TIME = 2 << 20  # that a fast encoder is asked for, or the document that is longer
 DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 
