@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.kept_proofs import KeptProof
+from p2p_llm_forge.data.memory import own_memory, return_memory
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
 from p2p_llm_forge.data.token_runs import Run, interleaved, joined, without
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
@@ -27,9 +26,11 @@ from p2p_llm_forge.errors import ForgeError
 Backend = Literal["auto", "fast", "reference"]
 
 RENEWED_AFTER_BYTES = 6 << 20  # of text, at the earliest: then an encoder may be replaced
-# That encoding may take for each before that happens. What text of real words needs stays below: a
-# new encoder learns them all again, which at half of this made preparing 2.5 times as slow.
-MEMORY_OF_A_THREAD = 192 << 20
+# Memory that encoding may take for each thread before that happens: more than what words of real
+# text need, which a new encoder has to learn again; less where there are ever new words.
+MEMORY_OF_A_THREAD = 256 << 20
+MEMORY_FOR_NEW_WORDS = 80 << 20
+BYTES_FOR_NEW_WORDS = 14  # of memory for each of text; source code begins with 12, soon below 2
 BYTES_AT_A_TIME = 2 << 20  # that a fast encoder is asked for, or the document that is longer
 DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 
@@ -82,7 +83,7 @@ class Encoders:
                     raise ForgeError(found, "use --tokenizer-backend auto") from difference
         self.is_fast = not self.reason
         self._threads = 0
-        self._memory_at_start = _memory_of_process()
+        self._memory_at_start = own_memory()
 
     def close(self) -> None:
         """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
@@ -123,9 +124,9 @@ class Encoders:
         for portion in _portions(documents, BYTES_AT_A_TIME):
             found.append(self._encoder_of_this_thread()(portion))
             own.bytes += portion.nbytes
-            if own.bytes > RENEWED_AFTER_BYTES and self._has_grown():
+            if own.bytes > RENEWED_AFTER_BYTES and self._has_grown(own.bytes):
                 del own.encode
-                _return_freed_memory()
+                return_memory()
         return joined(found)
 
     def _require_same(self, encode: Encode, documents: pa.LargeBinaryArray) -> None:
@@ -136,13 +137,15 @@ class Encoders:
             KeptProof(self._tokenizer).keep(str(difference))
             raise
 
-    def _has_grown(self) -> bool:
-        """Whether caches may have become too large.
+    def _has_grown(self, text_bytes: int) -> bool:
+        """Whether caches may have become too large, after so much text for each encoder.
 
         gigatoken 0.10 remembers every word that it has seen and has no setting for it: text of
         ever new words takes 10 bytes of memory for each of its own. A new encoder has none.
         """
-        return _memory_of_process() - self._memory_at_start > self._threads * MEMORY_OF_A_THREAD
+        grown = (own_memory() - self._memory_at_start) / self._threads
+        has_new_words = grown > BYTES_FOR_NEW_WORDS * text_bytes
+        return grown > (MEMORY_FOR_NEW_WORDS if has_new_words else MEMORY_OF_A_THREAD)
 
     def _new_encoder(self) -> Encode:
         """An encoder for the thread that asks."""
@@ -219,15 +222,3 @@ def _portions(documents: pa.LargeBinaryArray, at_most: int) -> Iterator[pa.Large
         end = min(max(end, start + 1), len(documents))
         yield documents[start:end]
         start = max(end, 1)
-
-
-def _return_freed_memory() -> None:
-    """Let the system have back what glibc keeps of what was freed; elsewhere nothing is to do."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _memory_of_process() -> int:
-    """Bytes that are this process's own, without files that it has mapped and Arrow's text."""
-    memory = psutil.Process().memory_info()
-    return memory.rss - getattr(memory, "shared", 0) - pa.total_allocated_bytes()

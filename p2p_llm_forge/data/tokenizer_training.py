@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import random
 import re
 import shutil
@@ -15,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from p2p_llm_forge.data import readers
+from p2p_llm_forge.data.memory import return_memory
 from p2p_llm_forge.data.pieces import PieceId
 from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.data.splits import held_out
@@ -43,12 +42,6 @@ def trained_tokenizer(preparation: Preparation) -> Any:
         return_memory()
         partial.rename(folder)
     return load_tokenizer(str(folder))
-
-
-def return_memory() -> None:
-    """Give the system what was freed, where that does not happen by itself (glibc)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tokenizer_folder(preparation: Preparation) -> Path:

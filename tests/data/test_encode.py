@@ -105,6 +105,7 @@ def test_an_encoder_whose_cache_has_grown_is_renewed_and_the_tokens_are_the_same
     assert len(made) == 1
     monkeypatch.setattr(encode, "RENEWED_AFTER_BYTES", 1.5 * documents.nbytes)
     monkeypatch.setattr(encode, "MEMORY_OF_A_THREAD", -(1 << 40))
+    monkeypatch.setattr(encode, "MEMORY_FOR_NEW_WORDS", -(1 << 40))
     encoders = Encoders(tokenizer)
     assert [encoders.encode(documents)[0].tolist() for _ in range(4)] == first
     assert len(made) == 1 + 2, "after every second call"
@@ -120,6 +121,7 @@ def test_an_encoder_is_renewed_in_the_middle_of_a_long_piece(tokenizer, monkeypa
     monkeypatch.setattr(encode, "BYTES_AT_A_TIME", 500)
     monkeypatch.setattr(encode, "RENEWED_AFTER_BYTES", 600)
     monkeypatch.setattr(encode, "MEMORY_OF_A_THREAD", -(1 << 40))
+    monkeypatch.setattr(encode, "MEMORY_FOR_NEW_WORDS", -(1 << 40))
     tokens, lengths = Encoders(tokenizer).encode(column_of([text.encode() for text in texts]))
     expected = [tokenizer.encode(text, split_special_tokens=True) for text in texts]
     assert np.split(tokens, np.cumsum(lengths)[:-1])[5].tolist() == expected[5]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from p2p_llm_forge.data.memory import own_memory, return_memory
 from tests.data.preparations import ROOT
 
 
@@ -56,3 +57,13 @@ def test_a_text_that_many_rows_repeat_takes_bounded_memory(tmp_path):
         documents, size, _, message, peak = read_apart(path, text_column=asked)
         assert (documents, message) == (rows, "") and size >= rows * len(text)
         assert peak < 600_000_000
+
+
+def test_memory_that_is_taken_is_counted_and_given_back():
+    return_memory()  # or what tests before this one have freed is taken first
+    before = own_memory()
+    taken = [b"x" * (4000 + n % 9) for n in range(1 << 14)]
+    assert own_memory() - before > 48 << 20
+    del taken
+    return_memory()
+    assert own_memory() - before < 32 << 20
