@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import sys
+from pathlib import Path
 
 from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.parts import ReadOptions
@@ -23,8 +24,9 @@ def main() -> None:
                 skipped += piece.skipped
     except ForgeError as error:
         message = str(error)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps([documents, text_bytes, skipped, message, peak]))
+    # Not ru_maxrss, which begins with what the process had that started this one.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps([documents, text_bytes, skipped, message, int(peak) * 1024]))
 
 
 if __name__ == "__main__":
