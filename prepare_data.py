@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     folder = Path(config.describe)
     files = verify(folder) if config.verify else 0
-    print(describe(folder))
+    print(describe(folder, config.trust_remote_code))
     if files:
         print(f"all {files} files are as they were written")
     return 0

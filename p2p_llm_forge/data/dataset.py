@@ -33,6 +33,7 @@ DATASET_DICT = "dataset_dict.json"
 REPLACED = "replaced.json"  # in the unfinished folder: the manifest of what is being replaced
 NO_DIGEST = b'"digest": ""'
 NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
+TRUST_CODE = "read that code and, only if you trust it, add --trust-remote-code"
 
 # Arguments that choose documents, in the dataset's fingerprint.
 DECIDES_DOCUMENTS = (
@@ -153,7 +154,14 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """The manifest in `folder`. Raises ForgeError when there is none that can be read."""
         path = folder / MANIFEST
-        fix = NEW_FOLDER if own_files(folder) is None else PREPARE_AGAIN
+        if folder.is_file():
+            raise ForgeError(
+                f"{folder} is a file, and a prepared dataset is a folder",
+                f"give the folder in which prepare_data.py has written its {MANIFEST}",
+            )
+        # What no manifest names is never replaced.
+        is_replaced = own_files(folder) is not None and not files_of_others(folder)
+        fix = PREPARE_AGAIN if is_replaced else NEW_FOLDER
         try:
             text = path.read_bytes()
             content = parse_json(text)
@@ -288,6 +296,9 @@ class PreparedDataset:
                 self.tokenizer_dir, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # what transformers raises for damaged files is not one class
+            if "trust_remote_code" in str(error) and not trust_remote_code:
+                found = f"the tokenizer {self.tokenizer_dir} comes with its own Python code"
+                raise ForgeError(found, TRUST_CODE) from error
             found = f"the tokenizer {self.tokenizer_dir} cannot be read ({in_one_line(error, 300)})"
             raise ForgeError(found, PREPARE_AGAIN) from error
         if tokenizer.eos_token_id != self.manifest.eos_token_id:

@@ -32,11 +32,11 @@ class Documents(NamedTuple):
     hashes: np.ndarray
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Path, trust_remote_code: bool = False) -> str:
     """All that a dataset holds, for people: counts, shares, lengths, repetitions, a block."""
     data = open_prepared(folder)
     manifest = data.manifest
-    tokenizer = data.load_tokenizer()
+    tokenizer = data.load_tokenizer(trust_remote_code)
     lines = [
         f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
@@ -44,8 +44,8 @@ def describe(folder: Path) -> str:
     lines += [_split_line(data, name) for name in manifest.splits]
     if manifest.skipped_rows:
         lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
-    if manifest.left_out:
-        lines.append(f"left out: {in_words(manifest.left_out)}")
+    if left_out := in_words(manifest.left_out):
+        lines.append(f"left out: {left_out}")
     lines += share_lines(manifest)
     found = {name: documents_of(data, name) for name in manifest.splits}
     for name, documents in found.items():

@@ -47,6 +47,12 @@ class Preparation:
         options = ReadOptions.of(config)
         output = Path(config.output_dir)
         found = sources.find(config.dataset_path, options, output_dir=output)
+        if not found.parts and found.unreadable:
+            raise ForgeError(
+                f"{', '.join(config.dataset_path)}: {found.unreadable} files cannot be read and are"
+                " left out (--skip-bad-rows), so there is no text to prepare",
+                "copy or download them again, or give other files",
+            )
         if not found.parts:
             raise ForgeError(
                 f"{', '.join(config.dataset_path)}: the file is empty, there is no text to prepare",

@@ -14,10 +14,11 @@ from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
+from p2p_llm_forge.data.formats import ONE_DOCUMENT
 from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
 from p2p_llm_forge.data.readers import columns_not_seen
-from p2p_llm_forge.data.shares import require_shares, share_lines, share_warnings
+from p2p_llm_forge.data.shares import SHORTEST_BLOCK, require_shares, share_lines, share_warnings
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
@@ -208,13 +209,21 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
     documents = sum(facts.documents for facts in manifest.splits.values())
     ways = " and ".join(cutting.ways(preparation.parts, preparation.read_options))
-    divided = f"{documents} documents, {ways} (--document-separator)"
+    has_text = any(part.kind in ("text", *ONE_DOCUMENT) for part in preparation.parts)
+    divided = f"{documents} documents, {ways}{' (--document-separator)' if has_text else ''}"
     less = ""
-    if manifest.left_out:
-        divided += f"; left out: {in_words(manifest.left_out)}"
+    if left_out := in_words(manifest.left_out):
+        divided += f"; left out: {left_out}"
         less = "leave out fewer documents, "
+    if manifest.skipped_rows:
+        divided += f"; left out: {manifest.skipped_rows:,} bad rows (--skip-bad-rows)"
+        less += "correct bad rows, "
     if preparation.whole_files and not all(facts.documents for facts in manifest.splits.values()):
         less += "divide the files at blank lines with --document-separator '\\n\\n', "
+    if train.tokens + train.dropped_tokens < SHORTEST_BLOCK:
+        less += "hold out fewer documents, " if validation and validation.documents else ""
+        found = f"the text is too short: there is nothing to train on; found {divided}"
+        raise ForgeError(found, f"{less}or add text" if less else "add text")
     if not train.blocks:
         raise ForgeError(
             f"the text is too short: {train.dropped_tokens} tokens to train on do not fill one "
@@ -222,16 +231,18 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
             f"{less}add text, or use a shorter --sequence-length",
         )
     if validation and not validation.blocks:
+        has_tokens = validation.dropped_tokens >= SHORTEST_BLOCK
+        shorter = ", or use a shorter --sequence-length" if has_tokens else ""
         what, fix = (
             "the validation split",
             (
                 f"{less}use a larger --validation-fraction (now {config.validation_fraction}), "
-                "--validation-fraction 0 for no such split, or a shorter --sequence-length"
+                f"or --validation-fraction 0 for no such split{shorter}"
             ),
         )
         if config.validation_path:
             what = f"the text of --validation-path {', '.join(config.validation_path)}"
-            fix = f"{less}add text there, or use a shorter --sequence-length"
+            fix = f"{less}add text there{shorter}"
         raise ForgeError(
             f"{what} is too short: {validation.documents} documents, "
             f"{validation.dropped_tokens} tokens, fill no block of {length}; found {divided}",
@@ -247,11 +258,12 @@ def summary(manifest: Manifest) -> str:
     ]
     tokens = sum(facts.tokens for facts in manifest.splits.values())
     text_bytes = sum(facts.bytes for facts in manifest.splits.values())
+    left_out = in_words(manifest.left_out)
     facts = (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
         + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
-        + (f"; left out: {in_words(manifest.left_out)}" if manifest.left_out else "")
+        + (f"; left out: {left_out}" if left_out else "")
     )
     warnings = [f"warning: {warning}" for warning in share_warnings(manifest)]
     return "\n".join([facts, *share_lines(manifest), *warnings])

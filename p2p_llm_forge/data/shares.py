@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from p2p_llm_forge.data.dataset import Manifest, SourceFacts
-from p2p_llm_forge.data.splits import TRAIN
+from p2p_llm_forge.data.splits import REASONS, TRAIN
 from p2p_llm_forge.errors import Problems, in_one_line
 
 MISSED_BY = 0.1  # of a share: then it is a warning
@@ -19,14 +21,20 @@ def share_lines(manifest: Manifest) -> list[str]:
 
 
 def _line(source: SourceFacts, total: int) -> str:
-    asked = "" if source.weight is None else f"{source.weight:.2%} asked, "
+    asked = "" if source.weight is None else f"{_percent(source.weight)} asked, "
     left_out = f"; {source.left_out_tokens:,} tokens left out" if source.left_out_tokens else ""
     if source.left_out_documents:
         left_out = f"; {source.left_out_documents:,} documents left out{left_out}"
     return (
-        f"  {in_one_line(source.name)}: {asked}{source.tokens / max(1, total):.2%} got, "
+        f"  {in_one_line(source.name)}: {asked}{_percent(source.tokens / max(1, total))} got, "
         f"{source.tokens:,} tokens of {source.documents:,} documents{left_out}"
     )
+
+
+def _percent(share: float) -> str:
+    """With so many digits that shares which differ by a tenth look different."""
+    decimals = 2 if share >= 0.001 or not share else -1 - math.floor(math.log10(share))
+    return f"{share:.{decimals}%}"
 
 
 def share_warnings(manifest: Manifest) -> list[str]:
@@ -37,9 +45,9 @@ def share_warnings(manifest: Manifest) -> list[str]:
         asked, got = source.weight, source.tokens / max(1, total)
         if asked is not None and abs(got - asked) > MISSED_BY * asked:
             found.append(
-                f"{in_one_line(source.name)} has got {got:.2%} of the training tokens, not "
-                f"{asked:.2%}: a share ends where a document or a block does, so it comes nearer "
-                "with more text or a shorter --sequence-length"
+                f"{in_one_line(source.name)} has got {_percent(got)} of the training tokens, not "
+                f"{_percent(asked)}: a share ends where a document or a block does, so it comes "
+                "nearer with more text or a shorter --sequence-length"
             )
     if sum(source.left_out_tokens for source in sources) > total:
         scarce = min(sources, key=lambda source: source.left_out_tokens / max(1, source.found))
@@ -66,7 +74,7 @@ def require_shares(manifest: Manifest) -> None:
     for source in sources:
         problems.require(
             source.found > 0,
-            f"{in_one_line(source.name)} has no text to train on",
+            f"{in_one_line(source.name)} has no text to train on{_why_none(source, manifest)}",
             "leave it out of --dataset-path",
         )
     problems.raise_any()
@@ -85,6 +93,13 @@ def require_shares(manifest: Manifest) -> None:
             fix,
         )
     problems.raise_any()
+
+
+def _why_none(source: SourceFacts, manifest: Manifest) -> str:
+    if not source.left_out_documents:
+        return ""
+    reasons = [REASONS.get(why, why) for why, of in manifest.left_out.items() if of.documents]
+    return f": {source.left_out_documents:,} documents of it are left out, {' or '.join(reasons)}"
 
 
 def _shares(sources: list[SourceFacts]) -> list[int]:

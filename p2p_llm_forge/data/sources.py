@@ -29,6 +29,7 @@ from p2p_llm_forge.data.text_files import separator_pattern
 from p2p_llm_forge.errors import ForgeError
 
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+HIDDEN = "hidden"  # among the suffixes of files that are left out
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def find(
     """
     flag = "--validation-path" if validation else "--dataset-path"
     weighted = [split_weight(path) for path in paths]
+    for path in paths:
+        _require_good_weight(path, flag, validation)
     weights = tuple(weight for _, weight in weighted if weight is not None)
     if weights and len(weights) != len(paths):
         without = next(path for path, weight in weighted if weight is None)
@@ -66,8 +69,6 @@ def find(
             f"{flag} {without} has no weight and others have",
             f"give every path one, as in {without}:0.5, or none",
         )
-    if weights and min(weights) <= 0:
-        raise ForgeError(f"{flag} has a weight of {min(weights):g}", "give weights above 0")
     parts: list[Part] = []
     unreadable, left_out = 0, Counter[str]()
     left_out_folders: list[Path] = []
@@ -101,6 +102,31 @@ def split_weight(path: str) -> tuple[str, float | None]:
     return match["path"], float(match["weight"])
 
 
+def _require_good_weight(path: str, flag: str, validation: bool) -> None:
+    """Raise ForgeError if what ends a path is meant as a weight, and is none or has no use."""
+    name, _, end = path.rpartition(":")
+    if not name or Path(path).exists() or not (_is_number(end) or Path(name).exists()):
+        return
+    if validation:
+        raise ForgeError(
+            f"{flag} {path} has a weight, and only what is to train on is mixed by weights",
+            f"give {name}, for weights are of --dataset-path",
+        )
+    if not WEIGHTED.fullmatch(path) or not float(end):
+        raise ForgeError(
+            f"{flag} {path}: {end!r} is no weight",
+            f"a weight is a decimal number above 0, as in {name}:0.5",
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _dataset(path: str, flag: str) -> tuple[str, str] | None:
     """A dataset of Hugging Face as its kind (`saved` by save_to_disk, or of the `hub`) and its
     name; None for files of text, which may not be there."""
@@ -117,8 +143,11 @@ def _files_of(
     left_out_folders: list[Path] = []
     if Path(path).is_dir():
         there, left_out_folders = folders.files_below(Path(path), output_dir)
+        hidden = [file for file in there if file.name.startswith(".")]
+        there = [file for file in there if not file.name.startswith(".")]
         files = [file for file in there if format_of(file)]
         left_out.update(suffix_of(file) for file in there if not format_of(file))
+        left_out.update(HIDDEN for _ in hidden)
         found = f" is a folder without text: found none of {SHORT_LIST} (.gz, .zst, .bz2, .xz)"
         fix = f"for files of other names give a glob, as in '{path}/*.log'"
     elif glob.has_magic(path) and not Path(path).exists():

@@ -156,10 +156,11 @@ def total(left_out: list[dict[str, SplitCounts]]) -> dict[str, SplitCounts]:
 
 
 def in_words(left_out: dict[str, SplitCounts]) -> str:
-    """How many documents are left out, by the reason, for people."""
+    """How many documents are left out, by the reason, for people; empty where there are none."""
     return ", ".join(
         f"{counts.documents:,} documents {REASONS.get(why, why)} ({counts.bytes:,} bytes)"
         for why, counts in left_out.items()
+        if counts.documents
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from p2p_llm_forge.data.dataset import TRUST_CODE
 from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import files_in
@@ -82,6 +83,11 @@ def _from_pretrained(name: str, **how: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **how)
     except Exception as error:  # transformers raises what its parts raise: OSError, ValueError, ...
+        if "trust_remote_code" in str(error) and not how.get("trust_remote_code"):
+            raise ForgeError(
+                f"--tokenizer {name} comes with its own Python code, which is not run unasked",
+                f"{TRUST_CODE}, or give another tokenizer",
+            ) from error
         raise ForgeError(
             f"--tokenizer {name} could not be loaded: {first_line(error)}",
             "give a folder that holds a tokenizer (as save_pretrained writes it) or a name of the "

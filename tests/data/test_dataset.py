@@ -218,3 +218,25 @@ def test_an_interrupted_preparation_is_no_dataset_and_is_resumed(corpus, prepare
         open_prepared(folder)
     prepare(config(corpus, folder))
     assert contents(folder) == contents(prepared_corpus)
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_manifest_that_does_not_name_what_is_there_has_a_fix_that_works(corpus, tmp_path, keep):
+    prepare(config(corpus, tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["files"] = dict(list(manifest["files"].items())[:keep])
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path / "out")
+    with pytest.raises(ForgeError) as error:
+        open_prepared(tmp_path / "out")
+    assert error.value.problems[0].fix.startswith("prepare the text into a new folder")
+    with pytest.raises(ForgeError, match="which no preparation has written"):
+        prepare(config(corpus, tmp_path / "out", overwrite=True))
+    assert contents(tmp_path / "out") == before
+    prepare(config(corpus, tmp_path / "new"))
+
+
+def test_a_file_is_no_dataset_and_a_folder_is_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ForgeError, match="a.txt is a file, and a prepared dataset is a folder"):
+        open_prepared(tmp_path / "a.txt")

@@ -282,7 +282,23 @@ def empty_file(tmp_path):
 
 def only_blank_lines(tmp_path):
     (tmp_path / "blank.txt").write_text("\n" * 100)
-    return {"dataset_path": [str(tmp_path / "blank.txt")]}, "too short: 0 tokens.*found 0 documents"
+    message = "too short: there is nothing to train on; found 0 documents, divided at.*add text"
+    return {"dataset_path": [str(tmp_path / "blank.txt")]}, message
+
+
+def only_bad_rows(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("no JSON\n" * 7)
+    message = (
+        r"(?s)nothing to train on; found 0 documents, one in each row; left out: 7 bad rows "
+        r"\(--skip-bad-rows\)\W+fix: correct bad rows, or add text$"
+    )
+    return {"dataset_path": [str(tmp_path / "bad.jsonl")], "skip_bad_rows": True}, message
+
+
+def only_unreadable_files(tmp_path):
+    (tmp_path / "half.parquet").write_bytes(b"PAR1 and no more")
+    message = "half.parquet: 1 files cannot be read and are left out"
+    return {"dataset_path": [str(tmp_path / "half.parquet")], "skip_bad_rows": True}, message
 
 
 def a_folder(tmp_path):
@@ -346,7 +362,8 @@ def broken_escape(tmp_path):
 @pytest.mark.parametrize(
     "mistake",
     [
-        no_file, empty_file, only_blank_lines, a_folder, another_format, not_utf8,
+        no_file, empty_file, only_blank_lines, only_bad_rows, only_unreadable_files,
+        a_folder, another_format, not_utf8,
         shorter_than_a_block, validation_shorter_than_a_block, output_is_a_file,
         output_below_a_file, output_full_of_other_things, unknown_tokenizer, everything_at_once,
         broken_escape,

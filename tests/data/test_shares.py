@@ -307,3 +307,36 @@ def test_several_ranks_write_the_mixture_of_one(text, ready_tokenizer, tmp_path,
             of_ranks = [pool.submit(prepare, asked, Ranks(rank, ranks)) for rank in range(ranks)]
         assert all(of_rank.result().splits["train"].left_out_tokens for of_rank in of_ranks)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_small_shares_that_differ_look_different():
+    def facts(name: str, weight: float, tokens: int) -> SourceFacts:
+        return SourceFacts(name, weight, 1, tokens, tokens, 0, 0)
+
+    for asked, got in ((1e-4, 113), (1e-4, 89), (0.0094, 10_350), (1e-6, 0), (0.9, 800_000)):
+        sources = [facts("a", 1 - asked, 10**6 - got), facts("b", asked, got)]
+        split = SplitFacts(2, 1, 10**6, 10**6, 0)
+        manifest = Manifest(8, 9, 0, "uint16", "", {}, {"train": split}, sources)
+        warning = next(one for one in share_warnings(manifest) if one.startswith("b has"))
+        one, other = re.findall(r"([\d.]+)%", warning)
+        assert one != other and float(one) == pytest.approx(got / 10**4, rel=0.06)
+        assert float(other) == pytest.approx(100 * asked, rel=0.06)
+        assert f"{other}% asked, {one}% got" in share_lines(manifest)[2]
+
+
+def test_a_source_that_is_all_repeated_is_said_to_be(kinds, tmp_path, capsys):
+    _, tokenizer = kinds["word piece"]
+    path = write_rows(tmp_path / "a.jsonl", [f"w{n} fin" for n in range(50)])
+    again = write_rows(tmp_path / "b.jsonl", [f"w{n} fin" for n in range(50)])
+    how = {"deduplicate": "exact"}
+    with pytest.raises(ForgeError) as error:
+        prepare(with_tokenizer([f"{path}:1", f"{again}:1"], tmp_path / "out", tokenizer, **how))
+    (problem,) = error.value.problems
+    assert problem.found == (
+        "b.jsonl has no text to train on: 50 documents of it are left out, "
+        "that repeat or resemble an earlier one"
+    )
+    capsys.readouterr()
+    prepare(with_tokenizer([f"{path}:1"], tmp_path / "out", tokenizer, **how))
+    printed = capsys.readouterr().out
+    assert " 0 documents" not in printed and "left out" not in printed

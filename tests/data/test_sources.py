@@ -63,5 +63,43 @@ def test_weights_are_read_from_the_paths(tmp_path):
     assert sources.find([f"{tmp_path}/odd:0.5"], ReadOptions()).weights == ()
     with pytest.raises(ForgeError, match="(?s)b.txt has no weight and others have"):
         sources.find([f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt"], ReadOptions())
-    with pytest.raises(ForgeError, match="(?s)weight of 0.*above 0"):
+    with pytest.raises(ForgeError, match="(?s)'0' is no weight.*above 0"):
         sources.find([f"{tmp_path}/a.txt:0", f"{tmp_path}/b.txt:1"], ReadOptions())
+
+
+@pytest.mark.parametrize("end", ["1e3", "-1", "nan", "inf", "0", "0.0", "half", ""])
+def test_what_is_no_weight_is_called_so_and_the_fix_works(tmp_path, monkeypatch, end):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("text")
+    for paths in ([f"a.txt:{end}", "b.txt:1"], [f"a.txt:{end}"], [f"a.*:{end}", "b.txt:1"]):
+        if paths[0].startswith("a.*") and end in ("half", ""):
+            continue  # what this is meant for is not known
+        with pytest.raises(ForgeError, match=f"{paths[0].replace('*', '.')}: '{end}'") as error:
+            sources.find(paths, ReadOptions())
+        (problem,) = error.value.problems
+        fix = "a weight is a decimal number above 0, as in "
+        assert problem.fix.startswith(fix)
+        assert sources.find([problem.fix.removeprefix(fix), *paths[1:]], ReadOptions()).parts
+    Path(f"a.txt:{end}").write_text("a file of this name")
+    assert sources.find([f"a.txt:{end}"], ReadOptions()).weights == ()
+
+
+def test_a_weight_of_text_that_is_held_out_is_refused_and_the_fix_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("v.txt").write_text("text")
+    with pytest.raises(ForgeError, match="--validation-path v.txt:0.2 has a weight") as error:
+        sources.find(["v.txt:0.2"], ReadOptions(), validation=True)
+    assert error.value.problems[0].fix.startswith("give v.txt, for")
+    assert len(sources.find(["v.txt"], ReadOptions(), validation=True).parts) == 1
+
+
+def test_hidden_files_of_folders_are_left_out_and_counted_and_read_where_they_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("._a.txt", ".DS_Store", ".notes.jsonl"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    found = sources.find([str(tmp_path)], ReadOptions())
+    assert [span.path for part in found.parts for span in part.spans] == [f"{tmp_path}/a.txt"]
+    assert found.left_out == {"hidden": 3}
+    (tmp_path / "._a.txt").write_text("named")
+    assert documents(tmp_path / "._a.txt") == [b"named"]

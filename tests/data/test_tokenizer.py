@@ -26,6 +26,7 @@ from p2p_llm_forge.data.tokenizer import (
     train_tokenizer,
 )
 from p2p_llm_forge.errors import ForgeError
+from prepare_data import main
 from tests import ROOT
 from tests.data.preparations import with_tokenizer
 from tests.data.tokenizers import (
@@ -179,6 +180,19 @@ def test_a_tokenizer_that_is_random_by_its_own_code_is_refused(tmp_path, monkeyp
     tokenizer._tokenize = lambda text: text.split()[random.randrange(2) :]
     with pytest.raises(ForgeError, match="at random"):
         Encoders(tokenizer)
+
+
+def test_a_tokenizers_own_code_is_run_only_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    word_by_word(tmp_path / "own")
+    fix = "(?s)own Python code.*read that code and, only if you trust it, add --trust-remote-code"
+    with pytest.raises(ForgeError, match=fix):
+        load_tokenizer(str(tmp_path / "own"))
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    trusted = {"trust_remote_code": True}
+    prepare(with_tokenizer(tmp_path / "a.txt", tmp_path / "out", tmp_path / "own", **trusted))
+    with pytest.raises(ForgeError, match=fix):
+        main(["--describe", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])
