@@ -60,7 +60,7 @@ class Encoders:
     ) -> None:
         self._tokenizer = tokenizer
         self._skips_bad = skips_bad
-        self._plain = PlainTextEncoder(tokenizer)
+        self._plain = PlainTextEncoder(tokenizer, loaded_from)
         self._loaded_from = loaded_from
         self._reference = reference_encoder(tokenizer)
         if is_slow(tokenizer):

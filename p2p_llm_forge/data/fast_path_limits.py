@@ -1,7 +1,9 @@
 """What gigatoken 0.10 passes over in silence: tokenizers that use it are encoded without gigatoken.
 
 Source: its src/load_tokenizer/hf.rs, of which the settings here are those that it neither reads nor
-refuses. What it refuses by itself is not here.
+refuses; and added tokens with lstrip or rstrip, of which it takes the white space otherwise when
+that is an added token too, or part of one: seldom enough to pass every sample. What it refuses by
+itself is not here.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ def require_all_read(rules: str) -> None:
         if model.get(name)
     ]
     unread += [
-        f"single_word of the added token {token['content']!r}"
+        f"{name} of the added token {token['content']!r}"
         for token in settings["added_tokens"]
-        if token["single_word"]
+        for name in ("single_word", "lstrip", "rstrip")
+        if token[name]
     ]
     is_byte_level = model["type"] == "BPE" and not model.get("byte_fallback")
     if is_byte_level and not _divides_by_regex(pre_tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -9,7 +10,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import files_in
 
 END_OF_TEXT = "<|endoftext|>"
+NONE = "no token for a part of the text"  # stands for an unknown token, and in messages
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # What transformers 5.23 keeps among a tokenizer's settings, and saves, of how it was reached.
@@ -253,13 +255,34 @@ def ask_rust(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
 
 def ask_rules(rules: str) -> Callable[[list[str]], list[list[int]]]:
-    """The tokens of texts by the tokenizer of this JSON, in which control tokens are plain text."""
+    """The tokens of texts by the tokenizer of this JSON, in which control tokens are plain text.
+
+    It raises Exception for a text of which it would leave something out.
+    """
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(rules)
+    # Without an unknown token, a BPE model drops what it does not know. With one that it lacks, it
+    # fails instead. The first key of that name is the model's: in a string it has backslashes.
+    backend = Tokenizer.from_str(rules.replace('"unk_token":null', f'"unk_token":"{NONE}"', 1))
     backend.encode_special_tokens = True  # the spelling of a special token is plain text
-    ask = backend.encode_batch_fast
-    return lambda texts: [one.ids for one in ask(texts, add_special_tokens=False)]
+
+    def ask(texts: list[str]) -> list[list[int]]:
+        with panics_as_errors():
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in found]
+
+    return ask
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise RuntimeError for a panic of a library in Rust, which PyO3 makes no Exception of."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise RuntimeError(f"its code in Rust failed: {error}") from error
 
 
 def ask_python(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:

@@ -15,15 +15,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from p2p_llm_forge.data.input_file import first_line
-from p2p_llm_forge.data.tokenizer import ask_python, ask_rules, control_tokens, is_slow, rules_of
+from p2p_llm_forge.data.tokenizer import (
+    END_OF_TEXT,
+    NONE,
+    ask_python,
+    ask_rules,
+    control_tokens,
+    is_slow,
+    load_tokenizer,
+    rules_of,
+)
 from p2p_llm_forge.errors import ForgeError
 
 
 class PlainTextEncoder:
     """Encodes what the tokenizer itself makes control tokens of, or fails on. For any thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, loaded_from: dict[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._loaded_from = loaded_from
         self._control = set(control_tokens(tokenizer).values())
 
     @functools.cached_property
@@ -41,7 +51,8 @@ class PlainTextEncoder:
         try:
             tokens = self._ask(text)
         except Exception as error:  # anything: it may be code that came with the tokenizer
-            problem = f"{type(error).__name__}: {first_line(error)}"
+            message = first_line(error)
+            problem = f"it has {NONE}" if NONE in message else f"{type(error).__name__}: {message}"
         control = self._control.intersection(tokens)
         if control:
             spelling = self._tokenizer.convert_ids_to_tokens(min(control))
@@ -49,10 +60,21 @@ class PlainTextEncoder:
         if problem:
             raise ForgeError(
                 f"the tokenizer cannot encode the document that begins {text[:40]!r} ({problem})",
-                "add --skip-bad-rows to leave such documents out and count them, or use another "
-                "--tokenizer",
+                f"{self._another_end(text)}add --skip-bad-rows to leave such documents out and "
+                "count them, or use another --tokenizer",
             )
         return tokens
+
+    def _another_end(self, text: str) -> str:
+        """The first fix, where it is one: an --eos-token that leaves the text its own entries."""
+        if not (self._loaded_from and self._loaded_from.get("eos_token")):
+            return ""
+        other = {"eos_token": END_OF_TEXT}
+        try:
+            PlainTextEncoder(load_tokenizer(**self._loaded_from | other)).encode(text)
+        except ForgeError:
+            return ""
+        return f"give another --eos-token, such as {END_OF_TEXT!r}, "
 
 
 def _of_hidden_entries(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -77,7 +99,7 @@ def _of_hidden_entries(tokenizer: Any) -> Callable[[str], list[int]]:
             for first, second in model["merges"]
             if names.keys().isdisjoint((first, second, first + second.removeprefix(prefix)))
         ]
-    ask = ask_rules(json.dumps(rules))
+    ask = ask_rules(json.dumps(rules, separators=(",", ":")))
     return lambda text: ask([text])[0]
 
 
@@ -103,7 +125,7 @@ def _spelled(tokenizer: Any, token: int, control: set[int]) -> list[int]:
     unknown = tokenizer.unk_token_id
     best = [token]
     for tokens in _spellings(tokenizer, text):
-        if None in tokens or not control.isdisjoint(tokens):
+        if not tokens or None in tokens or not control.isdisjoint(tokens):
             continue
         if tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text:
             return tokens

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, models, normalizers
 from tokenizers import pre_tokenizers as pre
 
+from p2p_llm_forge.data.fast_path import rules_of_text
 from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read
 from p2p_llm_forge.data.tokenizer import settings_of
 from tests.data.tokenizers import byte_tokenizer, expected, some_documents, word_tokenizer
@@ -32,11 +33,13 @@ def rules_of(tokenizer) -> str:
         ({"pre_tokenizer": split("isolated", prefix=True)}, "pre-tokenizer"),
         ({"pre_tokenizer": split("removed")}, "pre-tokenizer"),
         ({"added": (AddedToken("peer", single_word=True),)}, "single_word"),
+        ({"added": (AddedToken("bar", rstrip=True), AddedToken("  "))}, "rstrip"),
+        ({"added": (AddedToken("foo", lstrip=True, normalized=False), AddedToken("  "))}, "lstrip"),
     ],
 )
 def test_gigatoken_takes_these_and_gives_other_tokens(settings, named):
     tokenizer = byte_tokenizer(**settings)
-    texts = [*some_documents(50), "peers", "12 34  x"]
+    texts = [*some_documents(50), "peers", "12 34  x", "a bar  b 100", "a  foo b", "  foo"]
     with pytest.raises(FastPathDiffers, match=named):
         require_all_read(rules_of(tokenizer))
     rules = json.loads(rules_of(tokenizer))
@@ -63,11 +66,11 @@ def test_settings_of_a_model_that_gigatoken_does_not_read_are_named(setting):
         {"pre_tokenizer": pre.ByteLevel(add_prefix_space=True)},
         {"pre_tokenizer": split("isolated")},
         {"pre_tokenizer": split("removed", invert=True)},
-        {"added": (AddedToken("peer", lstrip=True), AddedToken("<x>", rstrip=True))},
+        {"added": (AddedToken("<x>", rstrip=True, special=True), AddedToken("  "))},
     ],
 )
 def test_what_gigatoken_reads_is_left_to_the_comparison(settings):
-    require_all_read(rules_of(byte_tokenizer(**settings)))
+    require_all_read(rules_of_text(byte_tokenizer(**settings)))
 
 
 def test_settings_are_those_of_the_json_whatever_its_strings_hold():

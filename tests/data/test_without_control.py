@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
@@ -11,7 +13,7 @@ from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.prepare import prepare
-from p2p_llm_forge.data.tokenizer import control_tokens
+from p2p_llm_forge.data.tokenizer import control_tokens, load_tokenizer
 from p2p_llm_forge.errors import ForgeError
 from tests.data.preparations import with_tokenizer
 from tests.data.tokenizers import (
@@ -191,3 +193,67 @@ def test_a_stranger_in_python_of_whole_words_gives_its_unknown_token(tmp_path, m
     with pytest.raises(ForgeError, match="ValueError: no such letters"):
         encoded(tokenizer, ["hello", "boom"])
     assert encoded(tokenizer, ["hello"], skips_bad=True) == [[2]]
+
+
+def letter_by_letter(letters: str, eos_token: str = "<end>", **model) -> PreTrainedTokenizerFast:
+    """Has no unknown token: it drops the letters that it does not know."""
+    vocabulary = {text: n for n, text in enumerate(dict.fromkeys([*letters, eos_token]))}
+    backend = Tokenizer(models.BPE(vocabulary, [], **model))
+    backend.decoder = decoders.Fuse()
+    return wrapped(backend, eos_token=eos_token)
+
+
+@pytest.mark.parametrize("text", ["This. Is", ".", "one\ntwo", "Zürich"])
+def test_text_for_which_there_is_no_token_is_never_dropped(text):
+    tokenizer = letter_by_letter("abcdefghijklmnopqrstuvwxyz \nTIZ", "\n" if "\n" in text else ".")
+    dropped = tokenizer.backend_tokenizer.encode(text.replace(tokenizer.eos_token, "\r")).tokens
+    assert len("".join(dropped)) < len(text), "the trap that this test is about"
+    with pytest.raises(ForgeError, match=r"no token for a part of the text(?s:.)*--skip-bad-rows"):
+        encoded(tokenizer, ["plain", text])
+    column = column_of([one.encode() for one in ["plain", text, "x"]])
+    tokens, lengths = Encoders(tokenizer, skips_bad=True).encode(column)
+    assert lengths.tolist() == [5, -1, 1]
+    assert "".join(tokenizer.convert_ids_to_tokens(tokens.tolist())) == "plainx"
+
+
+def test_what_is_hidden_is_spelled_by_its_bytes_where_the_vocabulary_has_them():
+    letters = ["a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = letter_by_letter(letters, "\n", byte_fallback=True)
+    [ids] = encoded(tokenizer, ["a\nb"])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<0x0A>", "b"]
+
+
+def test_an_end_that_the_text_needs_is_an_error_whose_fix_is_another_end(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "bytes")
+    texts = ["Hello world. This is it.", "no dot here", "."]
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{t}"}}\n' for t in texts * 9))
+    asked = with_tokenizer(
+        tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "bytes", eos_token="."
+    )
+    with pytest.raises(ForgeError, match="'Hello world.*no token for a part") as error:
+        prepare(asked)
+    assert error.value.problems[0].fix.startswith("give another --eos-token, such as '<|endoft")
+    prepare(replace(asked, eos_token="<|endoftext|>"))
+    asked = replace(asked, output_dir=str(tmp_path / "other"), skip_bad_rows=True)
+    assert prepare(asked).left_out["not_encoded"].documents == 18
+
+
+def test_an_end_that_is_the_tokenizers_own_is_not_to_be_replaced(tmp_path):
+    letter_by_letter("abc\n", "\n").save_pretrained(tmp_path / "letters")
+    loaded_from = {"name": str(tmp_path / "letters"), "eos_token": "\n"}
+    with pytest.raises(ForgeError) as error:
+        encoded(load_tokenizer(**loaded_from), ["a\nb"], loaded_from=loaded_from)
+    assert error.value.problems[0].fix.startswith("add --skip-bad-rows")
+
+
+def test_a_tokenizer_that_panics_on_a_document_is_one_error_or_left_out():
+    spaces = AddedToken("\t", rstrip=True), AddedToken("\n", lstrip=True)
+    tokenizer = byte_tokenizer(added=spaces)
+    with pytest.raises(BaseException, match="bad split") as panic:
+        tokenizer.backend_tokenizer.encode("a \t \n b")
+    assert not isinstance(panic.value, Exception), "the trap that this test is about"
+    with pytest.raises(ForgeError, match=r"begins 'a \\t \\n b' .*bad split"):
+        encoded(tokenizer, ["fine", "a \t \n b"])
+    column = column_of([b"fine", b"a \t \n b", b"fine"])
+    _, lengths = Encoders(tokenizer, skips_bad=True).encode(column)
+    assert lengths[1] == -1 and lengths[0] == lengths[2] > 0
