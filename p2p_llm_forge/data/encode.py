@@ -28,10 +28,12 @@ Backend = Literal["auto", "fast", "reference"]
 RENEWED_AFTER_BYTES = 6 << 20  # of text, at the earliest: then an encoder may be replaced
 # Memory that encoding may take for each thread before that happens: more than what words of real
 # text need, which a new encoder has to learn again; less where there are ever new words.
-MEMORY_OF_A_THREAD = 256 << 20
+MEMORY_OF_A_THREAD = 192 << 20
 MEMORY_FOR_NEW_WORDS = 80 << 20
 BYTES_FOR_NEW_WORDS = 14  # of memory for each of text; source code begins with 12, soon below 2
-BYTES_AT_A_TIME = 2 << 20  # that a fast encoder is asked for, or the document that is longer
+# That a fast encoder is asked for, or the document that is longer: little while it may learn many
+# words, for tables that double take most memory just then; later more, which is faster.
+BYTES_AT_A_TIME, BYTES_LATER, LATER_AFTER_BYTES = 2 << 20, 8 << 20, 32 << 20
 DOCUMENTS_AT_A_TIME = 1000  # that a tokenizer itself is asked for
 
 
@@ -121,7 +123,9 @@ class Encoders:
     def _by_fast_path(self, documents: pa.LargeBinaryArray) -> Run:
         """Encode some text at a time, so that an encoder whose caches grow is replaced in time."""
         own, found = self._of_this_thread, []
-        for portion in _portions(documents, BYTES_AT_A_TIME):
+        self._encoder_of_this_thread()
+        at_most = BYTES_LATER if own.bytes > LATER_AFTER_BYTES else BYTES_AT_A_TIME
+        for portion in _portions(documents, at_most):
             found.append(self._encoder_of_this_thread()(portion))
             own.bytes += portion.nbytes
             if own.bytes > RENEWED_AFTER_BYTES and self._has_grown(own.bytes):
