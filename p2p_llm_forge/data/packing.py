@@ -30,6 +30,7 @@ from p2p_llm_forge.data.preparation import name_of
 from p2p_llm_forge.data.sources import split_weight
 from p2p_llm_forge.data.splits import BYTES, ROW, TOKENS, TRAIN, VALIDATION, total
 from p2p_llm_forge.data.text_bytes import CutDocuments
+from p2p_llm_forge.data.tokenizer import save_tokenizer
 from p2p_llm_forge.data.tokenizing import Job
 from p2p_llm_forge.data.unfinished import require_room
 from p2p_llm_forge.errors import ForgeError
@@ -290,7 +291,7 @@ class Packer:
         for split in self._splits:
             split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")
         write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
-        self._tokenizer.save_pretrained(self.written / TOKENIZER)
+        save_tokenizer(self._tokenizer, self.written / TOKENIZER)
         return manifest.save(self.written)
 
     def _sources(self, done: list[Done]) -> list[SourceFacts]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -201,7 +205,8 @@ def saved(file: InputFile) -> Columns:
     import datasets
 
     try:
-        rows = datasets.load_from_disk(file.path)
+        with _named_in_utf8(file.path) as path:
+            rows = datasets.load_from_disk(path)  # maps its files, whatever they are called then
     except Exception as error:  # what datasets raises for damaged folders is not one class
         raise ForgeError(
             f"{file.path} cannot be read: {first_line(error)}",
@@ -216,6 +221,18 @@ def saved(file: InputFile) -> Columns:
             )
         rows = rows[split]
     yield from _rows_of_dataset(rows, file)
+
+
+@contextlib.contextmanager
+def _named_in_utf8(path: str) -> Iterator[str]:
+    """A folder by a name that pyarrow takes: through a link if its own is not UTF-8."""
+    if is_utf8(os.fsencode(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "dataset")
+        link.symlink_to(Path(path).absolute(), target_is_directory=True)
+        yield str(link)
 
 
 def streamed(file: InputFile) -> Columns:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from p2p_llm_forge.data.dataset import TRUST_CODE
 from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import files_in
+from p2p_llm_forge.files import files_in, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 NONE = "no token for a part of the text"  # stands for an unknown token, and in messages
@@ -99,6 +99,18 @@ def _from_pretrained(name: str, **how: Any) -> Any:
     finally:
         if collects:
             gc.enable()
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as `load_tokenizer` reads it, with the code that comes with it."""
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG
+    settings = json.loads(path.read_text("utf-8"))
+    own = settings.get("auto_map", {}).get("AutoTokenizer")
+    if isinstance(own, str):
+        # transformers 5.23 writes one class where no "Tokenizer" is in its name, but reads two.
+        settings["auto_map"]["AutoTokenizer"] = [own, None]
+        write_json(path, settings, durable=False)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 from p2p_llm_forge.data import folders, parts, sources, tokenizing
@@ -148,3 +149,12 @@ def test_paths_that_are_not_utf8_work_to_the_end(tmp_path, capsys):
     paths[3].write_text("[")
     with pytest.raises(ForgeError, match="(?s)d\ufffd.json is not a whole JSON array"):
         prepare(config(folder, tmp_path / "other"))
+
+
+def test_a_folder_of_save_to_disk_may_have_a_name_that_is_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"row {number}" for number in range(2_500)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk("saved", num_shards=2)
+    name = os.fsdecode(b"caf\xe9")
+    os.rename("saved", name)
+    assert documents(Path(name)) == [row.encode() for row in rows]

@@ -182,7 +182,7 @@ def test_a_tokenizer_that_is_random_by_its_own_code_is_refused(tmp_path, monkeyp
         Encoders(tokenizer)
 
 
-def test_a_tokenizers_own_code_is_run_only_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_a_tokenizers_own_code_is_run_only_where_that_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     word_by_word(tmp_path / "own")
     fix = "(?s)own Python code.*read that code and, only if you trust it, add --trust-remote-code"
@@ -193,6 +193,7 @@ def test_a_tokenizers_own_code_is_run_only_where_that_is_asked_for(tmp_path, mon
     prepare(with_tokenizer(tmp_path / "a.txt", tmp_path / "out", tmp_path / "own", **trusted))
     with pytest.raises(ForgeError, match=fix):
         main(["--describe", str(tmp_path / "out")])
+    assert main(["--describe", str(tmp_path / "out"), "--trust-remote-code"]) == 0
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-tokenizer", "./no/such/folder"])
