@@ -231,6 +231,9 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte-level, added lstrip rstrip": lambda: with_added(
         byte_level(), "<think>", "@@", lstrip=True, rstrip=True
     ),
+    "byte-level, added rstrip, spaces": lambda: with_added(
+        with_added(byte_level(), "  "), "<think>", "ab", rstrip=True
+    ),
     "byte fallback, Llama": llama,
     "byte fallback, Metaspace": lambda: byte_fallback(pre.Metaspace()),
     "byte fallback, Metaspace first": lambda: byte_fallback(
