@@ -75,10 +75,12 @@ def write_rows(path: Path, texts: list[str], column: str = "text") -> Path:
         stream = pa.BufferOutputStream()
         pq.write_table(table, stream, row_group_size=2)
         return compress(path, stream.getvalue().to_pybytes())
-    if plain.suffix in (".csv", ".tsv"):
+    if plain.suffix == ".tsv":  # without quotes, so no text with a line end or a tab fits in
+        lines = [f"{row['n']}\t{row[column]}\n" for row in rows]
+        return compress(path, "".join([f"n\t{column}\n", *lines]).encode())
+    if plain.suffix == ".csv":
         lines = io.StringIO()
-        between = "," if plain.suffix == ".csv" else "\t"
-        writer = csv.DictWriter(lines, ["n", column], delimiter=between)
+        writer = csv.DictWriter(lines, ["n", column])
         writer.writeheader()
         writer.writerows(rows)
         return compress(path, lines.getvalue().encode())

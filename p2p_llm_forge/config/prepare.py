@@ -53,7 +53,7 @@ class TextOptions(Options):
     csv_delimiter: str | None = flag(
         None,
         "what divides the fields of .csv and .tsv, such as ';' (default: of .csv what its first row"
-        " shows, of .tsv a tab)",
+        " shows, of .tsv a tab, without quotes)",
     )
     dataset_config: str | None = flag(
         None, "configuration of a dataset of the Hub", "--dataset_config_name"

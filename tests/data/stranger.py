@@ -25,7 +25,9 @@ def rows_of(path: str, between: str | None = None) -> list[dict]:
         content = file.read()
     if ending in BETWEEN:
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        return list(csv.DictReader(text, delimiter=between or BETWEEN[ending]))
+        # IANA text/tab-separated-values knows no quotes.
+        how = {"quoting": csv.QUOTE_NONE} if ending == "tsv" and not between else {"strict": True}
+        return list(csv.DictReader(text, delimiter=between or BETWEEN[ending], **how))
     if ending == "parquet":
         return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
     if ending == "json":

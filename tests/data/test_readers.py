@@ -24,9 +24,11 @@ from tests.texts import TEXTS, compress, write_rows
 @pytest.mark.parametrize("piece_bytes", [10, 1 << 20])
 def test_every_format_gives_its_rows_back(tmp_path, suffix, compression, piece_bytes):
     piece_bytes = max(piece_bytes, 4000 if suffix in (".csv", ".tsv") else 0)
-    path = write_rows(tmp_path / f"rows{suffix}{compression}", TEXTS, "body")
+    # A .tsv has no quotes, and so no line ends in a field: those of IANA text/tab-separated-values.
+    texts = [" ".join(text.split()) for text in TEXTS] if suffix == ".tsv" else TEXTS
+    path = write_rows(tmp_path / f"rows{suffix}{compression}", texts, "body")
     found = pieces(path, text_column="body", piece_bytes=piece_bytes)
-    assert [d for piece in found for d in piece.column.to_pylist()] == [t.encode() for t in TEXTS]
+    assert [d for piece in found for d in piece.column.to_pylist()] == [t.encode() for t in texts]
     parts = sources.find([str(path)], ReadOptions(piece_bytes=piece_bytes)).parts
     assert [piece.is_last for piece in found].count(True) == len(parts)
     if piece_bytes < 4000:
