@@ -30,10 +30,8 @@ HARD_TEXTS = (
     # letters whose other case has another length
     "İıŞşĞğÇçÖöÜü ǅ ß ŉ",
 )
-# What spellings of tokens are glued to: letters, a number, a mark, and what joins or parts words.
-NEIGHBOURS = (
-    *("a", "Ö", "ж", "λ", "ש", "ش", "क", "ก", "模", "か", "한", "9", "_", "\u0301", ".", " \n"),
-)
+# What spellings of tokens are glued to: letters, a number, and what joins or parts words.
+NEIGHBOURS = (*("a", "Ö", "ж", "λ", "ש", "ش", "क", "ก", "模", "か", "한", "9", "_", ".", " \n"),)
 # From each an equal share of the random letters: where scripts, marks and the planes lie.
 BLOCKS = (
     *((0x20, 0x7E), (0xA0, 0x24F), (0x250, 0x2FF), (0x300, 0x36F), (0x370, 0x52F), (0x530, 0x6FF)),
@@ -47,9 +45,13 @@ MOST_OVERLAPS = 2_000
 
 
 def glued(spellings: Iterable[str]) -> Iterator[str]:
-    """Each token's spelling next to letters of several scripts and to itself, a text for each."""
+    """Each token's spelling next to letters of several scripts and to itself, then to a mark.
+
+    The mark has a text of its own: with it, a text is not in NFC, and may be encoded otherwise.
+    """
     for text in spellings:
         yield f"{text}{text} {text}" + "".join(f" {n}{text}{n}{text}{text}{n}" for n in NEIGHBOURS)
+        yield f"{text}\u0301 \u0301{text}\u0301{text}{text}\u0301"
 
 
 def overlapping(spellings: Sequence[str]) -> Iterator[str]:

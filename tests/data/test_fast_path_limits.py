@@ -9,10 +9,18 @@ import pytest
 from tokenizers import AddedToken, Regex, models, normalizers
 from tokenizers import pre_tokenizers as pre
 
+from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.fast_path import rules_of_text
 from p2p_llm_forge.data.fast_path_limits import FastPathDiffers, require_all_read
+from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import settings_of
-from tests.data.tokenizers import byte_tokenizer, expected, some_documents, word_tokenizer
+from tests.data.tokenizers import (
+    byte_tokenizer,
+    expected,
+    per_document,
+    some_documents,
+    word_tokenizer,
+)
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -82,3 +90,13 @@ def test_settings_are_those_of_the_json_whatever_its_strings_hold():
     unigram = word_tokenizer()
     unigram.backend_tokenizer.model = models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)
     assert settings_of(rules_of(unigram))["model"] == {"type": "Unigram", "unk_id": 0}
+
+
+def test_a_token_within_another_is_found_by_the_proof_beside_nfc_too():
+    added = (AddedToken("foobar", normalized=True), AddedToken("bar", normalized=False))
+    tokenizer = byte_tokenizer(normalizer=normalizers.NFC(), added=added)
+    encoders = Encoders(tokenizer)
+    assert per_document(*encoders.encode(column_of([b"a foobar"]))) == expected(
+        tokenizer, ["a foobar"]
+    )
+    assert not encoders.is_fast
