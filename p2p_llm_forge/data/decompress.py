@@ -6,6 +6,7 @@ take padding for damage or for the end.
 
 from __future__ import annotations
 
+import abc
 import bz2
 import io
 import lzma
@@ -57,9 +58,9 @@ class DamagedStream(io.RawIOBase):
         buffer[: len(part)] = part
         return len(part)
 
+    @abc.abstractmethod
     def _decoded(self, most: int) -> bytes | None:
         """Some bytes, perhaps none; None at the end of the file. most: below 0 for any number."""
-        raise NotImplementedError
 
 
 class ZstdStream(DamagedStream):

@@ -123,7 +123,6 @@ class Encoders:
     def _by_fast_path(self, documents: pa.LargeBinaryArray) -> Run:
         """Encode some text at a time, so that an encoder whose caches grow is replaced in time."""
         own, found = self._of_this_thread, []
-        self._encoder_of_this_thread()
         at_most = BYTES_LATER if own.bytes > LATER_AFTER_BYTES else BYTES_AT_A_TIME
         for portion in _portions(documents, at_most):
             found.append(self._encoder_of_this_thread()(portion))

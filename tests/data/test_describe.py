@@ -124,16 +124,16 @@ def test_lengths_of_documents_are_counted_by_powers_of_two(
         begins = [sum(lengths[:n]) + n for n in range(len(lengths))]
         assert found.begins.tolist() == begins
         table = shown.partition(f"lengths of documents in {split}, in tokens:\n")[2]
-        told = {}
+        rows = {}
         for line in table.splitlines():
             if not (row := re.match(r" +([\d,]+) to ([\d,]+) +([\d,]+) +([\d.]+)%( #+)?$", line)):
                 break
             least, most, count = (int(row[n].replace(",", "")) for n in (1, 2, 3))
-            assert not told or least == max(told) + 1
-            told |= {most: count}
+            assert not rows or least == max(rows) + 1
+            rows |= {most: count}
             assert count == sum(least <= length <= most for length in lengths)
             assert float(row[4]) == pytest.approx(100 * count / len(lengths), abs=0.01)
-        assert sum(told.values()) == len(documents) and len(told) > 3
+        assert sum(rows.values()) == len(documents) and len(rows) > 3
 
 
 @pytest.mark.parametrize("repeats", [True, False])

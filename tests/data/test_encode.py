@@ -131,6 +131,25 @@ def test_an_encoder_is_renewed_in_the_middle_of_a_long_piece(tokenizer, monkeypa
     assert [len(found) for found in Encoders(tokenizer).encode(column_of([]))] == [0, 0]
 
 
+def test_more_is_encoded_at_a_time_once_the_words_are_known(tokenizer, monkeypatch, no_kept_proofs):
+    right, asked = fast_path.fast_encoder, []
+
+    def watched(rules):
+        ask = right(rules)
+        return lambda documents: (asked.append(documents.nbytes), ask(documents))[1]
+
+    documents = column_of([text.encode() for text in some_documents(100)])
+    whole = [tokens.tolist() for tokens in Encoders(tokenizer).encode(documents)]
+    monkeypatch.setattr(fast_path, "fast_encoder", watched)
+    monkeypatch.setattr(encode, "BYTES_AT_A_TIME", documents.nbytes // 8)
+    monkeypatch.setattr(encode, "LATER_AFTER_BYTES", documents.nbytes // 2)
+    encoders = Encoders(tokenizer)
+    for least, most in ((0, documents.nbytes / 4), (documents.nbytes, documents.nbytes)):
+        asked.clear()  # also by the proof, and by samples, which are small
+        assert [tokens.tolist() for tokens in encoders.encode(documents)] == whole
+        assert least <= max(asked) <= most
+
+
 def test_what_is_closed_encodes_no_more(tokenizer):
     encoders = Encoders(tokenizer, "reference")
     encoders.close()

@@ -79,6 +79,7 @@ def test_settings_of_a_model_that_gigatoken_does_not_read_are_named(setting):
 )
 def test_what_gigatoken_reads_is_left_to_the_comparison(settings):
     require_all_read(rules_of_text(byte_tokenizer(**settings)))
+    assert Encoders(byte_tokenizer(**settings)).is_fast, "and it reads them as the tokenizer does"
 
 
 def test_settings_are_those_of_the_json_whatever_its_strings_hold():

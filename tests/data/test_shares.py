@@ -1,4 +1,4 @@
-"""Sources get the shares that are asked for, which are told as they are, and missing ones found."""
+"""Sources get the shares that are asked for; those they got are named, and missing ones found."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def check(folder: Path, sources: list[Documents], split: str = "train") -> Manif
     assert facts.bytes == sum(source.bytes for source in found) > 0
     if split != "train":
         return manifest
-    for source, told, written in zip(found, manifest.sources, sources, strict=True):
-        assert (told.tokens, told.bytes) == (source.tokens, source.bytes)
-        assert told.documents >= source.documents
+    for source, kept, written in zip(found, manifest.sources, sources, strict=True):
+        assert (kept.tokens, kept.bytes) == (source.tokens, source.bytes)
+        assert kept.documents >= source.documents
         all_tokens = sum(len(tokens) + 1 for tokens in written.tokens.values())
-        assert told.found <= all_tokens, "some are held out"
+        assert kept.found <= all_tokens, "some are held out"
     for name in ("tokens", "bytes", "documents", "dropped_tokens", "left_out_tokens"):
-        assert getattr(facts, name) == sum(getattr(told, name) for told in manifest.sources)
+        assert getattr(facts, name) == sum(getattr(kept, name) for kept in manifest.sources)
     assert facts.dropped_tokens < manifest.sequence_length
     return manifest
 

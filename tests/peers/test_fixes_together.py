@@ -259,7 +259,7 @@ def test_the_fix_of_a_bug_of_the_main_process_is_what_that_printed():
 
 
 def test_the_fix_of_other_versions_installs_the_one_that_rank_0_has(tmp_path, monkeypatch):
-    """pip installs, as it is told, from a folder of packages that stands for PyPI."""
+    """pip installs, by the printed words, from a folder of packages that stands for PyPI."""
     own = {"precision": "no", "backend": "gloo", "settings": {}, "host": "anna"}
     first = {**own, **versions()}
     site, wheels = tmp_path / "site", tmp_path / "wheels"
