@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from p2p_llm_forge.errors import ForgeError
+from tests import ROOT
 from tests.data.tokenizers import per_document, some_documents, word_tokenizer
 
 
@@ -129,6 +132,14 @@ def test_an_encoder_is_renewed_in_the_middle_of_a_long_piece(tokenizer, monkeypa
     assert lengths.tolist() == list(map(len, expected))
     assert len(made) > 3
     assert [len(found) for found in Encoders(tokenizer).encode(column_of([]))] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["known", "new"])
+def test_a_cache_is_replaced_early_only_where_all_words_are_new(words):
+    command = [sys.executable, "-m", "tests.data.renewals", words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert (int(done.stdout) > 1) == (words == "new")
 
 
 def test_more_is_encoded_at_a_time_once_the_words_are_known(tokenizer, monkeypatch, no_kept_proofs):
