@@ -43,7 +43,7 @@ def test_a_line_of_3_gb_in_a_small_file_takes_bounded_memory(tmp_path, name, mem
 
 @pytest.mark.slow
 def test_a_text_that_many_rows_repeat_takes_bounded_memory(tmp_path):
-    """22 GB of text, of which a part is read here, in a file of some kilobytes."""
+    """4 GB of text in a file of some kilobytes."""
     text, rows = "x" * (4 << 20), 1_000
     column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
     for name, table in (
