@@ -46,7 +46,7 @@ class Store:
         threading.Thread(target=self._work, daemon=True, name="store").start()
 
     def set(self, key: str, value: str) -> None:
-        """Write a value as this rank."""
+        """Write a value as this rank. Returns before the server has it: others see it soon."""
         self._call(lambda: self._client.set(key, self._written(key, value)))
 
     def set_once(self, key: str, value: str, instead_of: str = "") -> str:

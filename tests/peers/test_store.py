@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from p2p_llm_forge.peers.store import Store, StoreLost
 from tests import ROOT
+from tests.waiting import wait_until
 
 LONG = datetime.timedelta(days=1)
 
@@ -36,7 +37,9 @@ def test_what_one_rank_sets_the_others_get(server):
     assert not other.check("key")
     one.set("key", "üç")
     other.set("own", "2")
-    assert other.check("key", "own") and not other.check("key", "none")
+    # torch's set does not wait: a question on another connection may reach the server before it.
+    wait_until(lambda: other.check("key", "own"))
+    assert not other.check("key", "none")
     assert other.get("key", 0) == "üç"
     assert one.get_all(["key", "own"], [0, 1]) == ["üç", "2"]
     for store in (one, other):
