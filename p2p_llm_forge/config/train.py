@@ -21,7 +21,7 @@ from p2p_llm_forge.config.fields import (
 from p2p_llm_forge.config.launch import LaunchOptions
 from p2p_llm_forge.errors import Problems, nearest
 
-OPTIMIZERS = ("adamw", "sgd", "adafactor")
+OPTIMIZERS = ("adamw", "muon", "sgd", "adafactor")
 # Those of transformers (5.23) that depend on nothing but the step, and two short names.
 SCHEDULES = (
     *("linear", "cosine", "constant", "wsd", "cosine_with_restarts", "polynomial"),
@@ -139,7 +139,9 @@ class UpdateOptions(Options):
         "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers",
         "--lr_scheduler_type",
     )
-    optimizer: str = flag("adamw", "adamw, sgd or adafactor")
+    optimizer: str = flag(
+        "adamw", "adamw, muon (the matrices inside the layers; the rest by adamw), sgd or adafactor"
+    )
     weight_decay: float = flag(
         0.1, "decay of the matrices; vectors (biases, norms) are never decayed"
     )

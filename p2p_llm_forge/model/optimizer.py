@@ -8,24 +8,39 @@ import torch
 from transformers import get_scheduler
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.muon import BETAS, Muon, are_fusible, matrices_inside_layers
 
 SHORT_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, with weight decay on matrices only (biases, norms and such go free)."""
+    """The optimizer, with weight decay on matrices only (biases, norms and such go free).
+
+    Raises ForgeError where Muon has nothing to do in the model.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    orthogonalised = matrices_inside_layers(model) if config.optimizer == "muon" else []
+    taken = set(map(id, orthogonalised))
+    left = [p for p in parameters if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in left if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in left if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if config.optimizer == "muon":
+        if not orthogonalised:
+            raise ForgeError(
+                "--optimizer muon is for matrices inside layers, and this model has none to train",
+                "use --optimizer adamw",
+            )
+        return Muon(orthogonalised, groups, config.learning_rate, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
+    fused = are_fusible(parameters)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=fused)
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

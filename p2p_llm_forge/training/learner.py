@@ -20,6 +20,7 @@ from p2p_llm_forge.sync.base import Sync
 from p2p_llm_forge.sync.ddp import settle_ddp, share_first_weights
 from p2p_llm_forge.sync.strategy import refuse_different_models
 from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.orthogonalising import settle_orthogonalising
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     if config.compile or cluster.launch.compile:
         lm.base_model.compile(**(cluster.launch.compile or {}))
     bare_optimizer = build_optimizer(config, lm)
+    settle_orthogonalising(bare_optimizer, cluster)
     settle_ddp(config, cluster)
     share_first_weights(cluster, bare_model)
     model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)

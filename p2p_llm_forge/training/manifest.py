@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.files import read_json, sha256_of
+from p2p_llm_forge.model.muon import DTYPES
 from p2p_llm_forge.shapes import is_count, is_flag, is_number, is_path_inside, require_shape
 from p2p_llm_forge.sync.base import require_facts
 from p2p_llm_forge.training.finite import bad_tensor_in
@@ -33,10 +34,18 @@ MANIFEST_SHAPE = {
     **{"format_version": is_count, "step": is_count},
     "files": {str: {"size": is_count, "sha256": is_digest}},
 }
+
+
+def is_dtype(value: Any) -> bool:
+    """Whether a JSON value names what Muon orthogonalises in."""
+    return value in [*DTYPES]
+
+
 STATE_SHAPE = {
     **{"step": is_count, "blocks_read": is_count, "config": dict, "figures": dict},
     **{"tokens": (None, is_count), "train_loss": (None, is_number)},
     "since_log": (None, {"nats": [is_number], "updates": is_count, "is_spoiled": is_flag}),
+    "optimizer": (None, {"orthogonalised_in": is_dtype}),
     **{"scaler": (None, [dict]), "discarded_updates": (None, is_count)},
 }
 

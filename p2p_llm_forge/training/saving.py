@@ -20,6 +20,7 @@ from p2p_llm_forge.training import checkpoint, snapshot
 from p2p_llm_forge.training.finite import bad_tensor, bad_weight
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner
+from p2p_llm_forge.training.orthogonalising import facts_of, load_facts
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.snapshot import moments
 
@@ -82,6 +83,7 @@ class Saving:
             "step": step,
             # By rank: where ranks train alone, each finds its own scale.
             "scaler": None if scaler is None else cluster.gather_facts(scaler.state_dict()),
+            "optimizer": facts_of(self._optimizer),
             "config": as_dict(self._job.config),
             "sync": {**held.facts, "settings": self._sync.settings()},
         }
@@ -208,6 +210,7 @@ def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync
     both_alone = sync.trains_alone and saved.is_of(sync)
     of_rank = cluster.rank % saved.world_size if both_alone else 0
     snapshot.load_optimizer(folder, learner.lm, learner.bare_optimizer, of_rank)
+    load_facts(learner.bare_optimizer, state.get("optimizer"))
     sync.load_state(saved)
     scaler, scales = cluster.accelerator.scaler, state.get("scaler")
     if scaler is not None and scales and scales[of_rank]:  # empty: of one that was switched off

@@ -7,11 +7,13 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.model.build import build_model
+from p2p_llm_forge.model.muon import Muon
 from p2p_llm_forge.model.optimizer import build_optimizer, learning_rate_factor
 from tests.runs import TINY_MODEL
 
 KINDS = {
     "adamw": torch.optim.AdamW,
+    "muon": Muon,
     "adafactor": torch.optim.Adafactor,
     "sgd": torch.optim.SGD,
 }

@@ -26,7 +26,11 @@ STEPS = 120
 # The data has some 70 updates an epoch, so every run goes from its first into its second epoch.
 SCENARIOS = {
     "dropout": (1, {"config_overrides": DROPOUT}, 7),
-    "accumulation": (1, {"config_overrides": DROPOUT, "micro_batch_size": 2}, 5),
+    "accumulation": (
+        1,
+        {"config_overrides": DROPOUT, "micro_batch_size": 2, "optimizer": "muon"},
+        5,
+    ),
     "bf16": (1, {"mixed_precision": "bf16", "save_in_background": False}, 5),
     "two_processes": (
         2,

@@ -47,6 +47,10 @@ STRATEGIES = {
 }
 
 
+# Beside adamw's in the others.
+WITH_MUON = {"optimizer": "muon"}
+
+
 @pytest.mark.parametrize("name", ["int8", "powersgd", "diloco_int8", "streaming_int4"])
 def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_path, name):
     """Saved in the middle of rounds, too, and while pseudo-gradients are on their way. (Other
@@ -54,6 +58,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_p
     settings = {
         **{"config_overrides": DROPOUT, "max_steps": 34, "save_every": 4, "log_every": 3},
         **{"keep_checkpoints": 9, "peer_timeout": 8, **STRATEGIES[name]},
+        **(WITH_MUON if name in ("int8", "streaming_int4") else {}),
     }
     calm = finish(zygote, prepared, tmp_path / "calm", **settings)
     stormy, log = tmp_path / "stormy", tmp_path / "log"

@@ -14,6 +14,18 @@ from p2p_llm_forge.training.pruning import is_leftover
 from tests.training.saved import state_of
 
 
+class InLayers(torch.nn.Module):
+    """A model with a matrix inside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 16)])
+        self.head = torch.nn.Linear(16, 1)
+
+    def forward(self, inputs):
+        return self.head(self.layers[0](inputs))
+
+
 def save(folder, model, optimizer, state):
     from safetensors.torch import save_file
 
@@ -23,14 +35,14 @@ def save(folder, model, optimizer, state):
     write_json(folder / checkpoint.TRAINER_STATE, state)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd", "adafactor"])
 def test_an_optimizer_resumes_from_its_saved_state(tmp_path, kind):
     from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.model.optimizer import build_optimizer
 
     def model_and_optimizer():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 1))
+        model = InLayers()
         return model, build_optimizer(TrainConfig(optimizer=kind, learning_rate=0.01), model)
 
     def update(model, optimizer, step):
