@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import run_script
 from p2p_llm_forge.peers.launch import launcher_pid, local_rank
 from p2p_llm_forge.peers.parent import end_with_parent
+from p2p_llm_forge.training.budget import process_began
 from p2p_llm_forge.training.interruptions import NOTHING, Interruptions, interruption
 from p2p_llm_forge.training.mistakes import mistakes_in
 from p2p_llm_forge.training.results import TrainResult
@@ -27,12 +29,14 @@ if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help an
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     """Train as `config` says, on every rank of the launch that this process belongs to.
 
-    Returns the same TrainResult on every rank. Raises ForgeError for what the user can fix, and
-    Interrupted when the run was asked to stop and has saved.
+    began: when the time of `--minutes` did, by `time.monotonic`; without it, now. Returns the same
+    TrainResult on every rank. Raises ForgeError for what the user can fix, and Interrupted when the
+    run was asked to stop and has saved.
     """
+    began = time.monotonic() if began is None else began
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     mistakes_in(config).raise_any()  # before imports that take seconds
     from p2p_llm_forge.peers.join import join
@@ -41,11 +45,14 @@ def train(config: TrainConfig) -> TrainResult:
     from p2p_llm_forge.training.run import conclude
     from p2p_llm_forge.training.run_folder import run_folder
     from p2p_llm_forge.training.setup import set_up
+    from p2p_llm_forge.training.timing import timed
 
     with join(config) as cluster:
         if config.eval_only:
             return evaluate_only(config, cluster)
         job = open_job(config, cluster)
+        if config.minutes:
+            job = timed(job, began)
         if config.dry_run:
             return dry_run(job)
         with run_folder(job) as folder:
@@ -58,21 +65,20 @@ def train(config: TrainConfig) -> TrainResult:
 
 def loop(run: Run, interruptions: Interruptions) -> None:
     """Take the updates of the run; between them log, evaluate, save and stop, where it is due."""
-    config, cluster, total_steps = run.job.config, run.job.cluster, run.job.plan.total_steps
-    run.tracking.start(run.first_step, total_steps)
-    run.clock.start()
-    for step in range(run.first_step, total_steps):
+    config, cluster, step = run.job.config, run.job.cluster, run.first_step
+    run.start()
+    while step < run.total_steps:  # which --minutes decides again and again
         update = take_update(run, step)
         run.window.add(update.nats)
         run.grad_norm = update.grad_norm
         run.synced(run.sync.after_update(step, update.tokens))
         run.tracking.step()
 
-        done = step + 1
+        step = done = step + 1
         if run.is_due(done, config.log_every):
             run.end_line(done, float(update.grad_norm))
-        is_sync_point = done == total_steps or run.sync.is_sync_point(done)
-        asked = run.agree(interruptions.asked()) if is_sync_point else NOTHING
+        is_sync_point = done == run.total_steps or run.sync.is_sync_point(done)
+        asked = run.agree(interruptions.asked(), done) if is_sync_point else NOTHING
         due = run.due_after(done, asked)
         if due.evaluate or due.save or (is_sync_point and run.window.has_line()):
             if not is_sync_point:
@@ -137,7 +143,7 @@ def take_update(run: Run, step: int) -> Update:
 
 def main() -> int:
     """The command line."""
-    train(parse(TrainConfig, sys.argv[1:], "train.py", mistakes_in))
+    train(parse(TrainConfig, sys.argv[1:], "train.py", mistakes_in), process_began())
     return 0
 
 

@@ -115,7 +115,12 @@ class UpdateOptions(Options):
     heading = "updates"
     PER_RANK = ["micro_batch_size"]
 
-    epochs: float = flag(1.0, "passes over the blocks", "--num_train_epochs")
+    minutes: float | None = flag(
+        None,
+        "train the best model that this launch can make in this time, counted from its start to its"
+        " end: chooses depth, batch, schedule and number of updates where they are not given",
+    )
+    epochs: float | None = flag(None, "passes over the blocks; default: 1", "--num_train_epochs")
     max_steps: int | None = flag(
         None, "updates; if given, --epochs does not count", "--max_train_steps"
     )
@@ -134,9 +139,10 @@ class UpdateOptions(Options):
     )
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(0, "updates until the peak", "--num_warmup_steps")
-    lr_scheduler: str = flag(
-        "cosine",
-        "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers",
+    lr_scheduler: str | None = flag(
+        None,
+        "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers;"
+        " default: cosine, and linear with --minutes",
         "--lr_scheduler_type",
     )
     optimizer: str = flag(
@@ -153,6 +159,13 @@ class UpdateOptions(Options):
 
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "epochs")
+        require_seconds(self, problems, "minutes")
+        for name in ("epochs", "max_steps"):
+            problems.require(
+                self.minutes is None or getattr(self, name) is None,
+                f"--minutes ends the run by the clock, {option(name)} after a number of updates",
+                f"leave out --minutes or {option(name)}",
+            )
         # However large: weights that it ruins are seen, and not saved.
         require_above_0(self, problems, "learning_rate", most=math.inf)
         sizes = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
@@ -168,10 +181,10 @@ class UpdateOptions(Options):
             nearest(self.optimizer, OPTIMIZERS),
         )
         problems.require(
-            self.lr_scheduler in SCHEDULES,
+            self.lr_scheduler in (None, *SCHEDULES),
             f"unknown schedule '{self.lr_scheduler}', or one that needs more than the step, which"
             " exact resuming rules out",
-            nearest(self.lr_scheduler, SCHEDULES),
+            nearest(str(self.lr_scheduler), SCHEDULES),
         )
 
 

@@ -49,7 +49,8 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
     The shapes are transformers' own; because they depend on nothing but the step, no scheduler
     state is kept, saved or stepped. Which ones do is known to `config.train.SCHEDULES`.
     """
-    name = SHORT_NAMES.get(config.lr_scheduler, config.lr_scheduler)
+    asked = config.lr_scheduler or "cosine"
+    name = SHORT_NAMES.get(asked, asked)
     # WSD decays over the last fifth, as its authors do for short runs (arXiv 2404.06395).
     special = {"num_decay_steps": max(1, total_steps // 5)} if name == "warmup_stable_decay" else {}
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -160,6 +160,10 @@ class Sync(Protocol):
         """Whether all ranks wait for each other after `done` updates, so that asking is cheap."""
         return True
 
+    def end_after(self, total_steps: int) -> None:
+        """The run is to end after so many updates, which are more than were taken."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The flags, as JSON, that must be the same where a round is resumed in its middle."""
 

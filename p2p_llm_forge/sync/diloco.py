@@ -286,6 +286,9 @@ class DiLoCo(Sync):
     def is_sync_point(self, done: int) -> bool:
         return done <= self.rounds_begin_after or bool(self._due(done))
 
+    def end_after(self, total_steps: int) -> None:
+        self._total = total_steps
+
     def is_agreed(self) -> bool:
         """Whether nobody has trained alone since the last agreement."""
         return not any(fragment.tokens or fragment.pseudo_gradient for fragment in self._fragments)

@@ -17,6 +17,7 @@ from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.shapes import is_count
+from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.identity import (
     LOCK,
     PREPARED,
@@ -37,6 +38,7 @@ class Job:
     cluster: Cluster
     data: PreparedDataset
     plan: Plan
+    budget: Budget | None = None  # with --minutes
 
     @property
     def output_dir(self) -> Path:

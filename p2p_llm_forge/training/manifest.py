@@ -17,6 +17,7 @@ from p2p_llm_forge.model.muon import DTYPES
 from p2p_llm_forge.shapes import is_count, is_flag, is_number, is_path_inside, require_shape
 from p2p_llm_forge.sync.base import require_facts
 from p2p_llm_forge.training.finite import bad_tensor_in
+from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.run_record import CHECKPOINT
 
 FORMAT_VERSION = 1
@@ -123,6 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint. Raises OSError, or ValueError for what is none."""
     state = read_json(checkpoint / TRAINER_STATE, STATE_SHAPE)
     require_facts(state.get("sync"))
+    saved_pace(state)
     require_shape(state["figures"], {str: (None, int, float)})
     if unknown := set(state["figures"]) - set(FIGURES):
         raise ValueError(f"it holds a figure {ascii(min(unknown))[:60]}")

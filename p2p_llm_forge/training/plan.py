@@ -60,7 +60,8 @@ def plan_updates(
         micro_batch_size=micro or max(size for size in range(1, 9) if shares[0] % size == 0),
         shares=shares,
         tokens_per_update=batch_size * sequence_length,
-        total_steps=config.max_steps or steps_of_epochs(config.epochs, num_blocks, batch_size),
+        total_steps=config.max_steps
+        or steps_of_epochs(config.epochs or 1.0, num_blocks, batch_size),
     )
 
 

@@ -16,12 +16,14 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.sync.base import STAY_FINITE, Discarded, Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, text_spec_of
 from p2p_llm_forge.training.loss_window import LossWindow
+from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
 from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving
@@ -78,20 +80,34 @@ class Run:
     train_loss: float | None  # of the last line in metrics.jsonl
     figures: dict[str, Any]  # of the evaluation after the last update, if there was one
 
+    budget: Budget | None = None  # with --minutes
+    pace: Pace | None = None  # the same
     discarded: int = 0  # updates that ranks took and gave up again, of the whole run
     grad_norm: float | torch.Tensor = 0.0  # of the last update; on the device
     meter: SyncReport = field(default_factory=SyncReport)  # of all updates
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
 
+    def start(self) -> None:
+        """The first update is about to be taken."""
+        self.tracking.start(self.first_step, self.total_steps)
+        self.clock.start()
+        if self.budget:
+            self.budget.start(self.first_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates after which the run ends; with `--minutes`, as was decided last."""
+        return self.pace.total_steps if self.pace else self.job.plan.total_steps
+
     def is_due(self, done: int, every: int) -> bool:
         """Whether what is done every so many updates (0: only after the last) is done now."""
-        return done == self.job.plan.total_steps or bool(every and done % every == 0)
+        return done == self.total_steps or bool(every and done % every == 0)
 
     def due_after(self, done: int, asked: int) -> Due:
         """What is due after `done` updates. asked: what the ranks ask for (interruptions.py)."""
         config = self.job.config
-        stop = asked not in (NOTHING, SAVE_NOW) and done < self.job.plan.total_steps
+        stop = asked not in (NOTHING, SAVE_NOW) and done < self.total_steps
         return Due(
             evaluate=self.is_due(done, config.eval_every) and not stop,
             save=self.is_due(done, config.save_every) or asked == SAVE_NOW or stop,
@@ -102,20 +118,40 @@ class Run:
         """Where update `step` begins in the stream of blocks."""
         return self.first_position + (step - self.first_step) * self.job.plan.batch_size
 
-    def agree(self, asked: int) -> int:
+    def agree(self, asked: int, done: int) -> int:
         """What the ranks ask for: the largest of their numbers (interruptions.py), on all ranks.
 
-        All ranks must call. They learn each other's speed with it. Raises ForgeError on all of
-        them if another process has taken the run's folder over.
+        All ranks must call, after the same number of updates, `done`. They learn each other's speed
+        with it, and after how many updates the run ends now. Raises ForgeError on all of them if
+        another process has taken the run's folder over.
         """
-        facts = self.job.cluster.gather_numbers([asked, self.forward_s, self.folder.is_lost])
+        total_steps = 0
+        if self.budget and self.pace:
+            total_steps = self.budget.decide(done, self.pace, self.job.plan.tokens_per_update)
+            if self.job.config.save_every and self.budget.is_save_due():
+                asked = max(asked, SAVE_NOW)
+        own = [asked, self.forward_s, self.folder.is_lost, total_steps]
+        wishes, forwards_s, are_lost, totals = zip(
+            *self.job.cluster.gather_numbers(own), strict=True
+        )
         self.forward_s = 0.0
-        require_numbers("it asks for", [one for one, _, _ in facts], are_whole=True, most=64)
-        require_numbers("its seconds are", [seconds for _, seconds, _ in facts])
-        self.balance.measured([forward_s for _, forward_s, _ in facts])
-        if any(is_lost for _, _, is_lost in facts):
+        require_numbers("it asks for", wishes, are_whole=True, most=64)
+        require_numbers("its seconds are", forwards_s)
+        self.balance.measured(list(forwards_s))
+        if any(are_lost):
             self.job.cluster.main_only(self.folder.confirm)
-        return int(max(wish for wish, _, _ in facts))
+        if self.pace and totals[0]:
+            self.end_after(done, totals[0])
+        return int(max(wishes))
+
+    def end_after(self, done: int, total_steps: float) -> None:
+        """The run ends after so many updates, as rank 0 has decided after `done`."""
+        what = "the run ends after updates, in number"
+        require_numbers(what, [total_steps], done + 1, MOST_UPDATES, are_whole=True)
+        assert self.pace is not None
+        self.pace.decide(done, int(total_steps))
+        self.sync.end_after(int(total_steps))
+        self.tracking.expect(int(total_steps))
 
     def end_line(self, step: int, grad_norm: float) -> None:
         """End a line of metrics.jsonl after `step` updates; its loss is put in by `log_lines`."""
@@ -159,7 +195,10 @@ class Run:
     def evaluate_and_save(self, step: int, due: Due) -> None:
         """Do what is due of both. What is saved holds the figures of its own weights, if any."""
         self.require_finite(step)
+        began = time.perf_counter()
         self.figures = self.evaluate(step) if due.evaluate else {}
+        if due.evaluate and self.budget:
+            self.budget.evaluation_s = time.perf_counter() - began
         if not due.save:
             return
         state = {
@@ -170,6 +209,9 @@ class Run:
             "since_log": self.window.since_log(),
             "discarded_updates": self.discarded,
         }
+        if self.budget and self.pace:
+            self.budget.saved()
+            state["budget"] = self.budget.state(self.pace)
         if failed := self.saving.save(step, state):
             self.tracking.say(f"warning: {failed}; training continues")
 
@@ -212,7 +254,7 @@ def conclude(run: Run) -> TrainResult:
 
     In this order: what fails later costs nothing that is done. Raises ForgeError.
     """
-    job, folder, steps = run.job, run.folder, run.job.plan.total_steps
+    job, folder, steps = run.job, run.folder, run.total_steps
     training_s, updates = run.clock.seconds, steps - run.first_step
     speed = updates * job.plan.tokens_per_update / training_s if updates else None
     run.saving.finish()

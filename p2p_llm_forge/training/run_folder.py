@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
 from p2p_llm_forge.training import checkpoint, snapshot
 from p2p_llm_forge.training.identity import LOCK, claim, refuse_file_of_trackers
 from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import RunRecord, put_on_record
 
@@ -145,7 +147,10 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
     newest = None if job.config.overwrite else checkpoint.find(job.output_dir, job.config.resume)
     if newest is None:
         return None, None
-    step, total_steps = checkpoint.read_state(newest)["step"], job.plan.total_steps
+    state = checkpoint.read_state(newest)
+    step, paced = state["step"], saved_pace(state)
+    refuse_other_end(newest, job.config, is_paced=paced is not None)
+    total_steps = paced[0].total_steps if paced else job.plan.total_steps
     if step > total_steps:
         raise ForgeError(
             f"{newest} is after step {step}, this run was asked to end at {total_steps}",
@@ -159,3 +164,20 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
         return str(newest), None
     print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
     return str(newest), vars(result)
+
+
+def refuse_other_end(saved: Path, config: TrainConfig, is_paced: bool) -> None:
+    """Raise ForgeError if a run that ends by the clock is to end by a number, or the reverse.
+
+    Its learning rate would follow another schedule. is_paced: the run in the checkpoint.
+    """
+    if is_paced and config.minutes is None:
+        raise ForgeError(
+            f"{saved} is of a run that ends by the clock (--minutes)",
+            "give its --minutes again, without --epochs and --max-steps",
+        )
+    if config.minutes is not None and not is_paced:
+        raise ForgeError(
+            f"{saved} is of a run that ends after a number of updates, not by --minutes",
+            "leave --minutes out, or choose another --output-dir",
+        )

@@ -23,10 +23,12 @@ from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, build_learner, new_model, prime
 from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
+from p2p_llm_forge.training.pace import Pace, paced_learning_rate, saved_pace
 from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
+from p2p_llm_forge.training.timing import ending_s, validation_tokens
 from p2p_llm_forge.training.tracking import introduction, tracking_of
 
 SENT_IN_PLAIN = (
@@ -44,9 +46,10 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     All ranks must call. The folder is claimed when everything else is known to work.
     """
     job = settle_strategy(job, folder.checkpoint)
+    state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
+    job, pace = settle_pace(job, state)
     cluster, plan = job.cluster, job.plan
     learner = build_learner(job, folder.checkpoint)
-    state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
     blocks = cluster.together(job.data.train_blocks)
     sync = build_strategy(job.config, cluster, replica_of(learner, plan, state["step"]))
     prime(job, learner, sync, blocks)
@@ -65,7 +68,11 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         learner=learner,
         blocks=blocks,
         sync=sync,
-        learning_rate_factor=learning_rate_factor(job.config, plan.total_steps),
+        learning_rate_factor=(
+            paced_learning_rate(job.config, pace)
+            if pace
+            else learning_rate_factor(job.config, plan.total_steps)
+        ),
         saving=Saving(job, folder, learner, sync),
         tracking=tracking_of(job.config, cluster, folder.confirm),
         window=window,
@@ -74,14 +81,27 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         first_position=state["blocks_read"],
         train_loss=state.get("train_loss"),
         figures=state["figures"],
+        budget=job.budget,
+        pace=pace,
         discarded=state.get("discarded_updates") or 0,
     )
     introduce(run, state)
     folder.claim()
+    if job.budget and cluster.is_main:
+        job.budget.ending_s = ending_s(learner.lm)
+        job.budget.evaluated_tokens = validation_tokens(job)
     try:
         yield run
     finally:
         run.close()
+
+
+def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:
+    """The job, and the pace of a run with `--minutes`, as the state of its checkpoint left them."""
+    if job.budget is None:
+        return job, None
+    pace, job.budget.used_s = saved_pace(state) or (Pace([(0, job.plan.total_steps)]), 0.0)
+    return replace(job, plan=replace(job.plan, total_steps=pace.total_steps)), pace
 
 
 def replica_of(learner: Learner, plan: Plan, steps_done: int) -> Replica:

@@ -68,8 +68,8 @@ def test_the_largest_wish_is_that_of_all_and_speeds_are_told(open_small_job, mon
         balance=SimpleNamespace(measured=measured.append),
         forward_s=1.5,
     )
-    monkeypatch.setattr(job.cluster, "gather_numbers", lambda own: [own, [SAVE_NOW, 2.5, False]])
-    assert run.agree(15) == 15 and run.agree(0) == SAVE_NOW
+    monkeypatch.setattr(job.cluster, "gather_numbers", lambda own: [own, [SAVE_NOW, 2.5, False, 0]])
+    assert run.agree(15, 11) == 15 and run.agree(0, 12) == SAVE_NOW
     assert measured == [[1.5, 2.5], [0.0, 2.5]]
 
 
@@ -81,7 +81,7 @@ def test_all_ranks_end_when_the_main_process_has_lost_the_folder(open_small_job)
     run = a_run(open_small_job(), folder=SimpleNamespace(is_lost=True, confirm=confirm))
     run.balance = nobody
     with pytest.raises(ForgeError, match="taken over"):
-        run.agree(0)
+        run.agree(0, 11)
 
 
 @pytest.mark.parametrize(
