@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,18 @@ STATE = "state.json"
 BATCH_BYTES = 4 << 20  # tokens in one record batch of an Arrow file
 BATCHES_PER_SHARD = 128
 PREPARE_AGAIN = "prepare the text again with --overwrite"
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file, and the SHA-256 of what is written to it: later all of it would be read again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return super().write(content)
 
 
 class BlockWriter:
@@ -38,7 +52,8 @@ class BlockWriter:
         self._batch = np.empty(max(1, BATCH_BYTES // block_bytes) * sequence_length, dtype)
         self._filled = 0  # tokens of the batch
         self._shards: list[Path] = []
-        self._file: BinaryIO | None = None
+        self._sha256: list[str] = []  # of the shards
+        self._file: _HashedFile | None = None
         self._stream: Any = None
         folder.mkdir(parents=True)
 
@@ -68,11 +83,13 @@ class BlockWriter:
         if file is not None:
             with file:
                 stream.close()
+            self._sha256.append(file.sha256.hexdigest())
 
-    def describe(self, split: str, fingerprint: str) -> None:
+    def describe(self, split: str, fingerprint: str) -> dict[str, str]:
         """Write the JSON files of `datasets`, without which it does not open the folder.
 
-        fingerprint: names this content to the caches of `datasets`.
+        fingerprint: names this content to the caches of `datasets`. Returns the SHA-256 of the
+        files that hold the blocks, by their names, which they have from now on.
         """
         names = [f"{shard.stem}-of-{len(self._shards):05d}.arrow" for shard in self._shards]
         for shard, name in zip(self._shards, names, strict=True):
@@ -90,12 +107,13 @@ class BlockWriter:
         features = {"features": self._features.to_dict()}
         write_json(self._folder / STATE, state, durable=False)
         write_json(self._folder / "dataset_info.json", info | features, durable=False)
+        return dict(zip(names, self._sha256, strict=True))
 
     def _write(self, tokens: np.ndarray) -> None:
         schema = self._features.arrow_schema
         if self._file is None:
             self._shards.append(self._folder / f"data-{len(self._shards):05d}.arrow")
-            self._file = self._shards[-1].open("wb")
+            self._file = _HashedFile(self._shards[-1])
             self._stream = pa.ipc.new_stream(self._file, schema)
         column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._sequence_length)
         self._stream.write_batch(pa.record_batch([column], schema=schema))

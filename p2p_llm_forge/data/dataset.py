@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from p2p_llm_forge.config.train import LONGEST_BLOCK
@@ -140,12 +142,16 @@ class Manifest:
             content[key] = self.arguments.get(key)
         return fingerprint(content)
 
-    def save(self, folder: Path) -> Manifest:
-        """Write the manifest into `folder`, with the files that are there; return it."""
+    def save(self, folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> Manifest:
+        """Write the manifest into `folder`, with the files that are there; return it.
+
+        known: the SHA-256 of files, by their names as in the manifest: they are not read again.
+        """
         files: dict[str, dict[str, Any]] = {}
         for path in filter(Path.is_file, folder.rglob("*")):
-            facts = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            files[path.relative_to(folder).as_posix()] = facts
+            name = path.relative_to(folder).as_posix()
+            digest = known.get(name) or sha256_of(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         complete = replace(self, files=files)
         write_file(folder / MANIFEST, sealed(asdict(complete)))
         return complete

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.kept_proofs import KeptProof
 from p2p_llm_forge.data.memory import own_memory, return_memory
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
-from p2p_llm_forge.data.token_runs import Run, interleaved, joined, without
+from p2p_llm_forge.data.token_runs import Run, interleaved, joined, run_of, without
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.data.without_control import PlainTextEncoder
@@ -64,7 +63,7 @@ class Encoders:
         self._skips_bad = skips_bad
         self._plain = PlainTextEncoder(tokenizer, loaded_from)
         self._loaded_from = loaded_from
-        self._reference = reference_encoder(tokenizer)
+        self._reference = made_when_asked(lambda: reference_encoder(tokenizer))
         if is_slow(tokenizer):
             require_repeatable(self._reference)
         self._control = sorted(control_tokens(tokenizer).values())
@@ -100,12 +99,10 @@ class Encoders:
         tokenizer too. Raises FastPathDiffers when the answers differ, ForgeError when the tokenizer
         cannot encode a document as text; where bad ones are skipped, its length is -1 instead.
         """
-        encode = self._encoder_of_this_thread()
         if self.is_fast:
-            self._require_same(encode, documents)
             run = self._by_fast_path(documents)
         else:
-            run = self._in_portions(encode, documents)
+            run = self._in_portions(self._encoder_of_this_thread(), documents)
         return self._without_control(documents, run)
 
     def encode_few(self, documents: pa.LargeBinaryArray) -> Run:
@@ -123,9 +120,11 @@ class Encoders:
     def _by_fast_path(self, documents: pa.LargeBinaryArray) -> Run:
         """Encode some text at a time, so that an encoder whose caches grow is replaced in time."""
         own, found = self._of_this_thread, []
-        at_most = BYTES_LATER if own.bytes > LATER_AFTER_BYTES else BYTES_AT_A_TIME
+        at_most = BYTES_LATER if getattr(own, "bytes", 0) > LATER_AFTER_BYTES else BYTES_AT_A_TIME
         for portion in _portions(documents, at_most):
             found.append(self._encoder_of_this_thread()(portion))
+            if len(found) == 1:  # not before: so one thread encodes while another makes that
+                self._require_same(self._encoder_of_this_thread(), documents)
             own.bytes += portion.nbytes
             if own.bytes > RENEWED_AFTER_BYTES and self._has_grown(own.bytes):
                 del own.encode
@@ -190,11 +189,7 @@ class Encoders:
             return run
         texts = [document.decode() for document in documents.filter(again).to_pylist()]
         found = [self._encode_carefully(text) for text in texts]
-        second = (
-            np.fromiter(itertools.chain.from_iterable(one or () for one in found), np.uint32),
-            np.array([-1 if one is None else len(one) for one in found], np.int64),
-        )
-        return interleaved(again, without(again, run), second)
+        return interleaved(again, without(again, run), run_of(found))
 
     def _encode_carefully(self, text: str) -> list[int] | None:
         try:
@@ -203,6 +198,20 @@ class Encoders:
             if self._skips_bad:
                 return None
             raise
+
+
+def made_when_asked(make: Callable[[], Encode]) -> Encode:
+    """The encoder that `make` gives, made when it is asked: while other threads are encoding."""
+    made: list[Encode] = []
+    lock = threading.Lock()
+
+    def encode(documents: pa.LargeBinaryArray) -> Run:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0](documents)
+
+    return encode
 
 
 def require_repeatable(encode: Encode) -> None:

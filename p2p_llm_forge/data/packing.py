@@ -288,11 +288,15 @@ class Packer:
             skipped_rows=sum(piece.record.skipped for piece in done),
             left_out=total([piece.record.left_out for piece in done]),
         )
+        known: dict[str, str] = {}
         for split in self._splits:
-            split.writer.describe(split.name, f"{manifest.fingerprint[:16]}-{split.name}")
+            of_files = split.writer.describe(
+                split.name, f"{manifest.fingerprint[:16]}-{split.name}"
+            )
+            known |= {f"{split.name}/{name}": sha256 for name, sha256 in of_files.items()}
         write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
         save_tokenizer(self._tokenizer, self.written / TOKENIZER)
-        return manifest.save(self.written)
+        return manifest.save(self.written, known)
 
     def _sources(self, done: list[Done]) -> list[SourceFacts]:
         """What each source has given to train on, when that split is finished."""

@@ -107,6 +107,13 @@ def column_of(documents: list[bytes]) -> pa.LargeBinaryArray:
     return pa.array(documents, pa.large_binary())
 
 
+def column_of_one(document: bytes) -> pa.LargeBinaryArray:
+    """The document as a column, not copied."""
+    ends = np.array([0, len(document)], np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(document)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+
+
 def without_empty(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     """The column without its documents of no bytes."""
     holds_text = pc.greater(pc.binary_length(column), 0)

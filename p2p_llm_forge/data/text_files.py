@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from p2p_llm_forge.config.prepare import BLANK_LINES
 from p2p_llm_forge.data.formats import compression_of
 from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, TO_UTF8, Columns, InputFile
-from p2p_llm_forge.data.parts import column_of, is_utf8, without_empty
+from p2p_llm_forge.data.parts import column_of, column_of_one, is_utf8, without_empty
 from p2p_llm_forge.errors import ForgeError
 
 EMPTY_LINES = r"\n\r?\n[\r\n]*"
@@ -92,10 +92,14 @@ def _divided(raw: bytes, separator: str | None) -> pa.LargeBinaryArray:
     byte stays as it is, CRLF too. Another separator is taken literally.
     """
     if separator is None:
-        return without_empty(column_of([raw]))
+        return without_empty(column_of_one(raw))
     if separator != BLANK_LINES:
-        return without_empty(pc.split_pattern(column_of([raw]), separator).flatten())
-    documents = pc.split_pattern_regex(column_of([raw]), EMPTY_LINES).flatten()
-    # Viewed, not cast, for it may be no UTF-8; pyarrow trims only strings.
-    trimmed = pc.ascii_trim(documents.view(pa.large_string()), "\r\n")
-    return without_empty(trimmed.view(pa.large_binary()))
+        return without_empty(pc.split_pattern(column_of_one(raw), separator).flatten())
+    # Not in the middle of the text, but here: leaving out an empty document copies all others.
+    raw = raw.strip(b"\r\n")
+    documents = pc.split_pattern_regex(column_of_one(raw), EMPTY_LINES).flatten()
+    if b"\r" in raw:  # else all line ends at borders are gone
+        # Viewed, not cast, for it may be no UTF-8; pyarrow trims only strings.
+        trimmed = pc.ascii_trim(documents.view(pa.large_string()), "\r\n")
+        documents = trimmed.view(pa.large_binary())
+    return without_empty(documents)

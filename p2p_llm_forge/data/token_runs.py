@@ -5,9 +5,19 @@ A length of -1 is that of a document which could not be encoded; it has no token
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 
 Run = tuple[np.ndarray, np.ndarray]  # tokens (uint32), lengths (int64)
+
+
+def run_of(ids: Sequence[Sequence[int] | None]) -> Run:
+    """The tokens of each document as a run; None: it could not be encoded."""
+    lengths = np.fromiter((-1 if one is None else len(one) for one in ids), np.int64, len(ids))
+    flat = itertools.chain.from_iterable(one or () for one in ids)
+    return np.fromiter(flat, np.uint32, int(lengths.clip(0).sum())), lengths
 
 
 def joined(runs: list[Run]) -> Run:

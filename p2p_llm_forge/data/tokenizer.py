@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import hashlib
-import itertools
 import json
 import re
 import tempfile
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from p2p_llm_forge.data.dataset import TRUST_CODE
 from p2p_llm_forge.data.input_file import first_line
+from p2p_llm_forge.data.token_runs import run_of
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import files_in, write_json
 
@@ -254,9 +254,7 @@ def reference_encoder(tokenizer: Any) -> Encode:
             ids = ask(texts)
         except Exception:  # on one of them
             ids = [encode_one(text) for text in texts]
-        lengths = np.fromiter((-1 if one is None else len(one) for one in ids), np.int64, len(ids))
-        flat = itertools.chain.from_iterable(one or () for one in ids)
-        return np.fromiter(flat, np.uint32, int(lengths.clip(0).sum())), lengths
+        return run_of(ids)
 
     return encode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import random
 from pathlib import Path
@@ -24,7 +25,9 @@ def write_blocks(folder: Path, pieces: list[np.ndarray], length: int, dtype: str
     for piece in pieces:
         writer.append(piece)
     tail = writer.finish()
-    writer.describe("train", "0123456789abcdef")
+    digests = writer.describe("train", "0123456789abcdef")
+    found = {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
+    assert digests == {name: hashlib.sha256(raw).hexdigest() for name, raw in found.items()}
     return writer, tail
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from p2p_llm_forge.data import token_runs
 from p2p_llm_forge.data.token_runs import interleaved, joined, without
 
 
@@ -20,6 +21,11 @@ def assert_same(run, documents):
 
 
 DOCUMENTS = [[1, 2], [], None, [3], [4, 5, 6], None, []]
+
+
+def test_a_run_is_made_of_lists():
+    assert_same(token_runs.run_of(DOCUMENTS), DOCUMENTS)
+    assert_same(token_runs.run_of([]), [])
 
 
 @pytest.mark.parametrize("mask", [0, 0b1111111, 0b0000100, 0b1010101, 0b0101010])
