@@ -84,7 +84,7 @@ def compare(folder: Path, inputs, targets, expected: float) -> list[str]:
         own, own_gradients = nats_and_gradients(lm.float(), lambda: own_nats(lm, *few))
     ours, gradients = nats_and_gradients(lm, lambda: module(*few)[0])
     if abs(own - ours) > same * abs(own):
-        lines.append(f"loss {ours} instead of {own}, chunked={module.chunked}")
+        lines.append(f"loss {ours} instead of {own}, head={module.head}")
     largest = max(gradient.abs().max() for gradient in own_gradients.values())
     for name, gradient in own_gradients.items():
         if name not in gradients:

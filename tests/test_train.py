@@ -16,7 +16,8 @@ from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
 # gemma2 caps its logits at 30: too much for new weights to show, not for trained ones.
-CAPPED = "hidden_size=48,num_hidden_layers=2,num_attention_heads=4,head_dim=12,intermediate_size=64"
+NANOCHAT = "hidden_size=48,num_hidden_layers=2,num_attention_heads=4,intermediate_size=64"
+CAPPED = NANOCHAT + ",head_dim=12"
 
 
 def weights(folder):
@@ -68,6 +69,7 @@ def test_loss_falls(config):
         {"config_overrides": TINY_MODEL + ",resid_pdrop=0.2,attn_pdrop=0.2", "micro_batch_size": 2},
         {"mixed_precision": "bf16", "optimizer": "sgd", "lr_scheduler": "wsd", "warmup_steps": 2},
         {"model_type": "gemma2", "config_overrides": CAPPED, "learning_rate": 0.1},
+        {"model_type": "nanochat", "config_overrides": NANOCHAT, "learning_rate": 0.1},
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(config, tmp_path, settings):
