@@ -20,7 +20,8 @@ def main() -> int:
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             first = float(os.environ["FIRST_SCALE"]) * (1 + self.process_index)
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=first, growth_interval=3)
+            kind = self.device.type
+            self.scaler = torch.amp.GradScaler(kind, init_scale=first, growth_interval=3)
 
     join.Accelerator = Scaling  # the process is the test's own
     return train.main()

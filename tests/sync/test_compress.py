@@ -220,7 +220,8 @@ def test_a_residual_of_another_shape_is_refused():
         ErrorFeedback(torch.zeros(256)).encode(CODECS["int8"], torch.zeros(512))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @by_name
 def test_a_gpu_writes_and_reads_the_same_bytes(codec):
     values = random_values((3, 4096))
