@@ -123,11 +123,12 @@ class MemoryCluster(Cluster):
             peers = Liveness(shared, launch.rank, launch.world_size, DEADLINE_S).start()
         super().__init__(launch, torch.device("cpu"), peers)
 
-    def _new_group(self) -> None:
+    def _new_group(self, ranks: Any = None, backend: Any = None) -> None:
         return None
 
-    def _channel(self, groups: Any) -> Channel:
+    def _channel(self, groups: Any, ranks: list[int] | None = None) -> Channel:
         number = len(self._channels)
+        assert ranks is None or len(ranks) == self.world_size, "a part of them needs processes"
         sealing = Sealing(self._session, self.rank, number) if self._session else None
         self._channels.append(MemoryChannel(self.rank, self._worlds(number), sealing))
         return self._channels[-1]

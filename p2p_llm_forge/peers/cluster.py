@@ -178,12 +178,56 @@ class Cluster:
         groups = (self._new_group(), self._new_group()) if self.world_size > 1 else (None, None)
         return self._channel(groups)
 
-    def _channel(self, groups: tuple[Group, Group]) -> Channel:
-        number = len(self._channels)
-        sealing = Sealing(self._session, self.rank, number) if self._session else None
-        channel = Channel(self.rank, self.world_size, groups, sealing, self.exchange)
-        self._channels.append(channel)
+    def _channel(self, groups: tuple[Group, Group], ranks: list[int] | None = None) -> Channel:
+        """ranks: between these alone, which it numbers from 0; by default all."""
+        members, sealing = ranks or list(range(self.world_size)), None
+        place = members.index(self.rank)
+        if self._session:
+            # Numbered alike on all ranks, of which some may lack those of a machine; and never one
+            # key for two machines.
+            number = sum(one.world_size == self.world_size for one in self._channels)
+            name = number if ranks is None else f"{number} of {ranks}"
+            sealing = Sealing(self._session, place, name)
+        self._channels.append(Channel(place, len(members), groups, sealing, self.exchange))
         return self._channels[-1]
+
+    def open_local_gather(self) -> tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]:
+        """This rank's number among those of its machine, how many they are, and their all-gather.
+
+        All ranks must call. The all-gather takes (n), anywhere, of any dtype, from each of them and
+        gives (ranks of the machine, n). Which ranks share a machine, their launcher says; those
+        started by hand are alone.
+        """
+        first = self.rank - self.launch.local_rank
+        facts = self.gather_facts({"first": first})
+        machines = sorted({str(fact["first"]) for fact in facts})
+        own_ranks, group = [self.rank], None
+        for machine in machines:
+            ranks = [rank for rank, fact in enumerate(facts) if str(fact["first"]) == machine]
+            if len(ranks) == 1:
+                continue
+            made = self._new_group(ranks, None if self.is_on_gloo else "nccl")
+            if self.rank in ranks:
+                own_ranks, group = ranks, made
+        place, size = own_ranks.index(self.rank), len(own_ranks)
+        if size == 1:
+            return 0, 1, lambda row: row.unsqueeze(0)
+        if not self.is_on_gloo:
+
+            def gather_on_device(row: torch.Tensor) -> torch.Tensor:
+                rows = row.new_empty((size, *row.shape))
+                with self.exchange():
+                    dist.all_gather_into_tensor(rows, row, group=group)
+                return rows
+
+            return place, size, gather_on_device
+        channel = self._channel((None, group), own_ranks)
+
+        def gather(row: torch.Tensor) -> torch.Tensor:
+            rows = channel.all_gather(_as_bytes(row))()
+            return rows.view(row.dtype).to(row.device)
+
+        return place, size, gather
 
     def own_group(self) -> dist.ProcessGroup:
         """A new group of this rank alone. Needs no other rank."""
@@ -206,10 +250,18 @@ class Cluster:
         """What fails inside is a lost peer, whatever it says: LostPeer names who is gone."""
         return self._peers.exchange() if self._peers else nullcontext()
 
-    def _new_group(self) -> dist.ProcessGroup:
+    def _new_group(
+        self, ranks: list[int] | None = None, backend: str | None = None
+    ) -> dist.ProcessGroup:
+        """A new group of all ranks or of some; all must call. backend: by default gloo."""
         self.barrier()  # who connects is waited for no longer than connecting takes
         assert self._peers is not None
-        return self._peers.open(new_gloo_group)
+        if ranks is None:
+            return self._peers.open(new_gloo_group)
+        timeout = None if backend else EXCHANGE_TIMEOUT
+        return self._peers.open(
+            lambda: dist.new_group(ranks, backend=backend or "gloo", timeout=timeout)
+        )
 
     # --- signs of life ----------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ TO_ALL = 2**32 - 1  # as receiver of what everybody gets alike
 class Sealing:
     """What encrypts the rows that leave one rank over one channel, and opens those that arrive."""
 
-    def __init__(self, session: Session, rank: int, channel: int) -> None:
-        """channel: its number, the same on all ranks."""
+    def __init__(self, session: Session, rank: int, channel: int | str) -> None:
+        """channel: its number or name, the same on all its ranks and of no other channel."""
         self.rank = rank
         self._session, self._channel = session, channel
         self._ciphers: dict[tuple[str, int], tuple[int, AESGCM]] = {}  # by kind and sender

@@ -50,7 +50,7 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     if config.compile or cluster.launch.compile:
         lm.base_model.compile(**(cluster.launch.compile or {}))
     bare_optimizer = build_optimizer(config, lm)
-    settle_orthogonalising(bare_optimizer, cluster)
+    settle_orthogonalising(config, bare_optimizer, cluster)
     settle_ddp(config, cluster)
     share_first_weights(cluster, bare_model)
     model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)

@@ -6,28 +6,54 @@ from typing import Any
 
 import torch
 
-from p2p_llm_forge.model.muon import DTYPES, Muon, prefers_bfloat16
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.model.muon import DTYPES, Muon, Team, prefers_bfloat16
 from p2p_llm_forge.peers.cluster import Cluster
 
 
-def settle_orthogonalising(optimizer: torch.optim.Optimizer, cluster: Cluster) -> None:
-    """Choose in which dtype Muon orthogonalises, the same on all ranks. All must call.
+def settle_orthogonalising(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, cluster: Cluster
+) -> None:
+    """Choose in which dtype Muon orthogonalises, and with whom. All ranks must call.
 
-    It is bfloat16 where that is faster on every rank's device, unless the run computes all in
-    float32. A run that is resumed goes on in the dtype that it began with: see `load_facts`.
+    It is bfloat16 on all where that is faster on every rank's device, unless the run computes all
+    in float32. A run that is resumed goes on in the dtype that it began with: see `load_facts`.
+    Ranks of one machine share the work where their gradients are the same, which saves far more
+    than the exchange costs; not GPUs that exchange by way of the CPU.
     """
-    if not isinstance(optimizer, Muon) or cluster.accelerator.mixed_precision == "no":
+    if not isinstance(optimizer, Muon):
+        return
+    if config.sync == "ddp" and (cluster.device.type == "cpu" or not cluster.is_on_gloo):
+        optimizer.team = Team(*cluster.open_local_gather())
+    if cluster.accelerator.mixed_precision == "no":
         return
     facts = cluster.gather_facts({"prefers_bfloat16": prefers_bfloat16(cluster.device)})
     if all(fact["prefers_bfloat16"] is True for fact in facts):
         optimizer.dtype = torch.bfloat16
 
 
+def in_words(optimizer: torch.optim.Optimizer) -> str | None:
+    """How it orthogonalises, for the person who watches; None where it does not."""
+    if not isinstance(optimizer, Muon):
+        return None
+    count = sum(len(group["params"]) for group in optimizer.param_groups[:1])
+    shared = f", shared by {optimizer.team.size} processes of a machine"
+    return (
+        f"muon      for {count} parameters inside the layers, in {dtype_of(optimizer)}"
+        f"{shared if optimizer.team.size > 1 else ''}"
+    )
+
+
+def dtype_of(optimizer: Muon) -> str:
+    """The name of what it orthogonalises in."""
+    return str(optimizer.dtype).removeprefix("torch.")
+
+
 def facts_of(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """What a checkpoint holds of the optimizer beside its tensors: JSON, the same on all ranks."""
     if not isinstance(optimizer, Muon):
         return None
-    return {"orthogonalised_in": str(optimizer.dtype).removeprefix("torch.")}
+    return {"orthogonalised_in": dtype_of(optimizer)}
 
 
 def load_facts(optimizer: torch.optim.Optimizer, facts: dict[str, Any] | None) -> None:

@@ -23,6 +23,7 @@ from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, build_learner, new_model, prime
 from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
+from p2p_llm_forge.training.orthogonalising import in_words
 from p2p_llm_forge.training.pace import Pace, paced_learning_rate, saved_pace
 from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run import Run
@@ -143,6 +144,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")
+    if line := in_words(run.learner.bare_optimizer):
+        say(line)
     if cluster.sends_in_plain:
         say(SENT_IN_PLAIN)
     if config.sync == "diloco":

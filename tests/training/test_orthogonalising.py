@@ -13,6 +13,8 @@ from p2p_llm_forge.training import orthogonalising
 from p2p_llm_forge.training.orthogonalising import facts_of, load_facts, settle_orthogonalising
 from tests.model.families import LLAMA, model_of
 
+ROUNDS = TrainConfig(optimizer="muon", sync="diloco")
+
 
 @pytest.fixture
 def optimizer():
@@ -44,13 +46,13 @@ def test_it_is_bfloat16_only_where_that_is_faster_on_every_rank(
     monkeypatch, optimizer, by_rank, expected
 ):
     monkeypatch.setattr(orthogonalising, "prefers_bfloat16", lambda device: by_rank[0])
-    settle_orthogonalising(optimizer, cluster(*by_rank[1:]))
+    settle_orthogonalising(ROUNDS, optimizer, cluster(*by_rank[1:]))
     assert optimizer.dtype is expected
 
 
 def test_a_run_in_float32_is_all_in_float32(monkeypatch, optimizer):
     monkeypatch.setattr(orthogonalising, "prefers_bfloat16", lambda device: True)
-    settle_orthogonalising(optimizer, cluster(True, precision="no"))
+    settle_orthogonalising(ROUNDS, optimizer, cluster(True, precision="no"))
     assert optimizer.dtype is torch.float32
 
 
@@ -66,6 +68,6 @@ def test_a_resumed_run_orthogonalises_as_it_began(optimizer, dtype):
 
 def test_other_optimizers_have_no_part_in_it():
     adamw = build_optimizer(TrainConfig(), model_of("llama", **LLAMA))
-    settle_orthogonalising(adamw, SimpleNamespace())
+    settle_orthogonalising(ROUNDS, adamw, SimpleNamespace())
     assert facts_of(adamw) is None
     load_facts(adamw, None)
