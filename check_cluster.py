@@ -114,11 +114,12 @@ def time_an_update(
     from p2p_llm_forge.peers.machine import judge_checkpoints
     from p2p_llm_forge.sync.forecast import table
     from p2p_llm_forge.training.forecast import forecasts, update_s_by_rank
-    from p2p_llm_forge.training.job import Job, make_plan
+    from p2p_llm_forge.training.job import Job, make_plan, settled
     from p2p_llm_forge.training.learner import new_model
 
     with report.failures_as("model"):
-        job = Job(config, cluster, data, make_plan(config, cluster, data))
+        asked = settled(config, cluster)
+        job = Job(asked, cluster, data, make_plan(asked, cluster, data))
         lm = cluster.together(lambda: new_model(job))
         trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         if cluster.is_main:

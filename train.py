@@ -110,7 +110,7 @@ def take_update(run: Run, step: int) -> Update:
     config, plan, cluster = run.job.config, run.job.plan, run.job.cluster
     model, optimizer = run.learner.model, run.learner.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * run.learning_rate_factor(step)
+        group["lr"] = run.job.learning_rate * run.learning_rate_factor(step)
     blocks = data_order.blocks_at(
         run.position_of(step), plan.batch_size, len(run.blocks), config.seed
     )

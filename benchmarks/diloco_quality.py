@@ -58,7 +58,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "published 0.7/0.9": {**DILOCO, "outer_lr": 0.7, "outer_momentum": 0.9, **AT_ONCE},
 }
 TUNED_BY = {"diloco int8": "diloco", "diloco int4": "diloco"}
-MODEL = "n_layer=2,n_head=4,n_embd=192"  # 1.0 M parameters with 512 tokens
+# A gpt2 of 1.0 M parameters with 512 tokens.
+MODEL = "n_layer=2,n_head=4,n_embd=192,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Job:
     def words(self, data: Path, folder: Path) -> list[str]:
         """The command line of train.py."""
         settings: dict[str, object] = {
-            **{"dataset_path": data, "output_dir": folder, "config_overrides": self.model},
+            **{"dataset_path": data, "output_dir": folder, "model_type": "gpt2"},
+            **{"config_overrides": self.model, "optimizer": "adamw"},
             **{"batch_size": self.batch_size, "max_steps": self.updates, "seed": self.seed},
             **{"learning_rate": self.learning_rate, "warmup_steps": self.updates // 20},
             **{"save_every": 0, "keep_checkpoints": 1, "log_every": self.updates // 10},

@@ -61,6 +61,8 @@ def print_stall(data: Path, folder: Path, in_background: bool) -> None:
             TrainConfig(
                 dataset_path=str(data),
                 output_dir=str(folder),
+                model_type="gpt2",
+                optimizer="adamw",
                 config_overrides="n_layer=6,n_head=6,n_embd=384,vocab_size=8192",
                 batch_size=8,
                 max_steps=60,

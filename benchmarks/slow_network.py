@@ -44,7 +44,7 @@ from benchmarks.slow_network_report import (
 )
 from tests.multihost.hosts import PYTHON, ROOT, Host, hosts, why_not
 
-MODEL = "n_layer=6,n_head=6,n_embd=384,vocab_size=8192"
+MODEL = "n_layer=6,n_head=6,n_embd=384,vocab_size=8192,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 LONGEST_RUN_S = 400.0
 ALONE_UPDATES = 20  # before and after an arm
 
@@ -199,7 +199,7 @@ def parameters_of_model(data: Path) -> int:
     from p2p_llm_forge.model.build import build_model
     from p2p_llm_forge.training.learner import text_spec_of
 
-    config = TrainConfig(dataset_path=str(data), output_dir="", config_overrides=MODEL)
+    config = TrainConfig(str(data), model_type="gpt2", config_overrides=MODEL)
     lm = build_model(config, text_spec_of(open_prepared(data)))
     return sum(p.numel() for p in lm.parameters())
 
@@ -263,7 +263,8 @@ def run_flags(arm: Arm, data: Path) -> list[object]:
 def common_flags(data: Path, peers: int) -> list[object]:
     """What all runs have in common."""
     return [
-        *("--dataset-path", data, "--config-overrides", MODEL, "--mixed-precision", "no"),
+        *("--dataset-path", data, "--model-type", "gpt2", "--config-overrides", MODEL),
+        *("--optimizer", "adamw", "--learning-rate", 1e-3, "--mixed-precision", "no"),
         *("--batch-size", peers * BLOCKS_PER_PEER, "--micro-batch-size", BLOCKS_PER_PEER),
         *("--report-to", "none", "--save-every", 0, "--cpu", "--cpu-threads", 1),
         *("--peer-timeout", 60),

@@ -34,6 +34,7 @@ SETTINGS = {
     **{
         "batch_size": 64,
         "micro_batch_size": 1,
+        **{"model_type": "gpt2", "optimizer": "adamw", "learning_rate": 1e-3},
         "config_overrides": "n_layer=4,n_head=4,n_embd=256",
     },
 }

@@ -59,12 +59,12 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(prepared: Path, tmp_path: Path) -> Any:
     """A short run with a small model on the prepared dataset."""
     from p2p_llm_forge.config import TrainConfig
-    from tests.runs import TINY_MODEL
+    from tests.runs import TINY
 
     return TrainConfig(
         dataset_path=str(prepared),
         output_dir=str(tmp_path / "run"),
-        config_overrides=TINY_MODEL,
+        **TINY,
         batch_size=8,
         max_steps=6,
         log_every=2,

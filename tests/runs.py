@@ -16,8 +16,14 @@ from tests.ports import free_port
 from tests.waiting import wait_until
 
 SEQUENCE_LENGTH = 32
-TINY_MODEL = "n_layer=2,n_head=2,n_embd=32"
-DROPOUT = TINY_MODEL + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+TINY_SIZES = "n_layer=2,n_head=2,n_embd=32"  # of a gpt2
+TINY_MODEL = TINY_SIZES + ",resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+# What tests of mechanisms train: quick, and whatever the defaults are.
+TINY: dict[str, Any] = {
+    **{"model_type": "gpt2", "config_overrides": TINY_MODEL},
+    **{"optimizer": "adamw", "learning_rate": 1e-3},
+}
+DROPOUT = TINY_SIZES + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 # Its rate and momentum still change after the first rounds.
 DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
 # A run that trains until it is ended.
@@ -29,7 +35,7 @@ def flags(data: Path, folder: Path, **settings: object) -> list[str]:
     settings = {
         "dataset_path": data,
         "output_dir": folder,
-        "config_overrides": TINY_MODEL,
+        **TINY,
         "batch_size": 8,
         "max_steps": 3,
         "report_to": "none",

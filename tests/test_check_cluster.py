@@ -12,7 +12,7 @@ from check_cluster import check, main
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
 from tests import ROOT
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 TWO_MACHINES = [
     str(ROOT / "accelerate_configs" / "two_machines" / f"node{node}.yaml") for node in (0, 1)
@@ -66,7 +66,7 @@ def test_a_process_alone_times_the_real_model_and_changes_nothing(prepared, tmp_
     config = CheckConfig(
         dataset_path=str(prepared),
         output_dir=str(tmp_path / "run"),
-        config_overrides=TINY_MODEL,
+        **TINY,
         cpu=True,
     )
     report = check(config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from tests.runs import TINY_MODEL
+from tests.runs import TINY_SIZES
 from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
@@ -66,7 +66,7 @@ def test_loss_falls(config):
     "settings",
     [
         {},
-        {"config_overrides": TINY_MODEL + ",resid_pdrop=0.2,attn_pdrop=0.2", "micro_batch_size": 2},
+        {"config_overrides": TINY_SIZES + ",resid_pdrop=0.2,attn_pdrop=0.2", "micro_batch_size": 2},
         {"mixed_precision": "bf16", "optimizer": "sgd", "lr_scheduler": "wsd", "warmup_steps": 2},
         {"model_type": "gemma2", "config_overrides": CAPPED, "learning_rate": 0.1},
         {"model_type": "nanochat", "config_overrides": NANOCHAT, "learning_rate": 0.1},
@@ -212,6 +212,7 @@ def test_fine_tuning_starts_from_the_weights_of_the_model(config, tmp_path):
         replace(
             config,
             model_name=config.output_dir,
+            model_type=None,
             config_overrides=None,
             output_dir=str(tmp_path / "tuned"),
             max_steps=1,
@@ -391,7 +392,7 @@ def test_a_notebook_may_give_paths_and_a_dict(prepared, tmp_path):
         TrainConfig(
             dataset_path=prepared,
             output_dir=tmp_path / "run",
-            config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32},
+            config_overrides={"num_hidden_layers": 1, "hidden_size": 32},
             max_steps=1,
             report_to="none",
             cpu_threads=1,

@@ -29,6 +29,7 @@ SCHEDULES = (
 )
 # Beyond these a value is a slip of the keys, and would fail late, or never.
 LONGEST_BLOCK, MOST_BLOCKS = 2**22, 10**7  # tokens in a block, blocks in an update
+DEEPEST = 256  # layers that --depth makes
 MOST_WORDS = 2**24  # entries of a tokenizer that is trained here
 ROUND_LENGTH = 50  # updates, by default
 OF_DILOCO = (
@@ -83,7 +84,12 @@ class ModelOptions(Options):
         None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
     )
     model_type: str | None = flag(
-        None, "family of a model trained from scratch, such as llama; without it a small GPT-2"
+        None, "family of a model trained from scratch, such as llama; default: qwen3"
+    )
+    depth: int | None = flag(
+        None,
+        "layers of a model trained from scratch, from which its other sizes and the learning rate"
+        " follow; default: 4, and with --model-type the sizes of that family",
     )
     config_overrides: str | None = flag(
         None, "sizes of a model trained from scratch", metavar="KEY=VALUE,..."
@@ -100,10 +106,11 @@ class ModelOptions(Options):
     compile: bool = flag(False, "compile the model with torch.compile")
 
     def check(self, problems: Problems) -> None:
+        require_between((1, DEEPEST), self, problems, "depth")
         problems.require(
-            not (self.model_name and (self.model_type or self.config_overrides)),
-            "--model-name loads a model with its own sizes; --model-type and --config-overrides"
-            " build a new one",
+            not (self.model_name and (self.model_type or self.config_overrides or self.depth)),
+            "--model-name loads a model with its own sizes; --model-type, --depth and"
+            " --config-overrides build a new one",
             "give one or the other",
         )
 
@@ -137,7 +144,9 @@ class UpdateOptions(Options):
         "forwards in one update; follows from the batch size, given only to state the batch size"
         " that other way",
     )
-    learning_rate: float = flag(1e-3, "peak learning rate")
+    learning_rate: float | None = flag(
+        None, "peak learning rate; default: follows from optimizer and depth"
+    )
     warmup_steps: int = flag(0, "updates until the peak", "--num_warmup_steps")
     lr_scheduler: str | None = flag(
         None,
@@ -145,8 +154,10 @@ class UpdateOptions(Options):
         " default: cosine, and linear with --minutes",
         "--lr_scheduler_type",
     )
-    optimizer: str = flag(
-        "adamw", "adamw, muon (the matrices inside the layers; the rest by adamw), sgd or adafactor"
+    optimizer: str | None = flag(
+        None,
+        "adamw, muon (the matrices inside the layers; the rest by adamw), sgd or adafactor;"
+        " default: muon for a model from scratch, adamw for a loaded one",
     )
     weight_decay: float = flag(
         0.1, "decay of the matrices; vectors (biases, norms) are never decayed"
@@ -176,9 +187,9 @@ class UpdateOptions(Options):
             abs(self.seed) < 2**63, f"--seed is {self.seed}", "use a number of at most 63 bits"
         )
         problems.require(
-            self.optimizer in OPTIMIZERS,
+            self.optimizer in (None, *OPTIMIZERS),
             f"unknown optimizer '{self.optimizer}'",
-            nearest(self.optimizer, OPTIMIZERS),
+            nearest(str(self.optimizer), OPTIMIZERS),
         )
         problems.require(
             self.lr_scheduler in (None, *SCHEDULES),

@@ -21,6 +21,7 @@ from p2p_llm_forge.model.fit import (
     require_positions,
     require_same_words,
 )
+from p2p_llm_forge.model.shape import DEPTH, OUTPUT_PROJECTIONS, STARTS_AT_ZERO
 from p2p_llm_forge.model.sizes import (
     below_1,
     combined,
@@ -32,16 +33,10 @@ from p2p_llm_forge.model.sizes import (
     require_tokens,
     share_vocabulary,
     sizes_asked_for,
+    sizes_by_depth,
     sizes_in,
     vocabularies,
 )
-
-# Sizes of the model that is built when nothing is asked for: about 3 million parameters and the
-# vocabulary's embedding.
-SMALL_GPT2 = {
-    **{"n_layer": 4, "n_head": 4, "n_embd": 256},
-    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
 
 
 def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) -> Any:
@@ -80,7 +75,16 @@ def model_from_scratch(
     what, fewer = f"a {family} from scratch{asked}", "prepare the data with a smaller"
     fewer += " --sequence-length"
     require_causal(model, what, text.sequence_length, fewer, other_sizes)
+    if family in STARTS_AT_ZERO:
+        start_at_zero(model)
     return model
+
+
+def start_at_zero(model: torch.nn.Module) -> None:
+    """Set to zero what adds a layer's output to the others': every block starts as the identity."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, torch.nn.Linear):
+            torch.nn.init.zeros_(module.weight)
 
 
 def fix_of_sizes(config: TrainConfig, model_config: Any) -> str:
@@ -153,8 +157,9 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
         settings["is_decoder"] = True  # BERT and its kin look ahead otherwise
     if positions_of(defaults) is not None:
         settings["max_position_embeddings"] = text.sequence_length + spare_positions
-    if not config.model_type:
-        settings |= SMALL_GPT2
+    depth = config.depth or (None if config.model_type else DEPTH)
+    if depth is not None:
+        settings |= sizes_by_depth(defaults, depth, overrides)
     # GPT-2 calls max_position_embeddings n_positions, and so on: compared by the family's names.
     settings = completed(defaults, combined(settings, overrides))
     try:

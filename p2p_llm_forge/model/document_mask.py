@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.fit import in_evaluation
+from p2p_llm_forge.model.fit import in_trial
 
 DocumentMask = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -53,7 +53,7 @@ def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
         first, second = tokens[:1] * 9, tokens[:1] * 5
     end, device = [document_end], next(lm.parameters()).device
     packed = torch.tensor([end + first + end + second], device=device)
-    with in_evaluation(lm):
+    with in_trial(lm):
         alone = lm(input_ids=packed[:, len(first) + 1 :], use_cache=False).logits
         for mask in (by_positions, by_scores):
             try:

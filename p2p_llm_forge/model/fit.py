@@ -18,6 +18,8 @@ from p2p_llm_forge.model.sizes import one_line, size_of, sizes_in
 # Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
 TRAINING_BYTES_PER_PARAMETER = 16
 
+QUIET = 2e-3  # root mean square of a matrix that may not show what it does; families draw 2e-2
+
 
 @dataclass(frozen=True)
 class TextSpec:
@@ -43,6 +45,27 @@ def in_evaluation(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def in_trial(model: torch.nn.Module) -> Iterator[None]:
+    """Try a model as `in_evaluation`, with random numbers in matrices that are (almost) zero.
+
+    A layer that adds nothing yet, as all do that start at zero, shows nothing of what it will do.
+    Afterwards the weights are what they were.
+    """
+    matrices = (p for p in model.parameters() if p.dim() >= 2)
+    with in_evaluation(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kept = [(p, p.clone()) for p in matrices if p.square().mean() < QUIET**2]
+        for parameter, _ in kept:
+            values = torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
+            parameter.copy_(values)
+        try:
+            yield
+        finally:
+            for parameter, before in kept:
+                parameter.copy_(before)
 
 
 def positions_of(model_config: Any) -> int | None:
@@ -135,7 +158,7 @@ def require_causal(
 
 def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The model's logits for one text, (tokens, vocabulary); what it draws is always the same."""
-    with in_evaluation(model), torch.random.fork_rng(devices=[]):
+    with in_trial(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         logits: torch.Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
         return logits[0]
@@ -156,5 +179,5 @@ def require_memory(model_config: Any, processes_here: int) -> None:
         raise ForgeError(
             f"a {model_config.model_type} of {parameters / 1e6:,.0f} M parameters needs about "
             f"{needed / 1e9:.1f} GB to train on this machine, {available / 1e9:.1f} GB are free",
-            f"make it smaller with --config-overrides; it has {sizes_in(model_config)}",
+            f"make it smaller with --depth or --config-overrides; it has {sizes_in(model_config)}",
         )

@@ -28,19 +28,20 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
         {"params": [p for p in left if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    rate = config.learning_rate or 0.0  # the loop sets it at every update
     if config.optimizer == "muon":
         if not orthogonalised:
             raise ForgeError(
                 "--optimizer muon is for matrices inside layers, and this model has none to train",
                 "use --optimizer adamw",
             )
-        return Muon(orthogonalised, groups, config.learning_rate, config.weight_decay)
+        return Muon(orthogonalised, groups, rate, config.weight_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
+        return torch.optim.SGD(groups, lr=rate)
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.learning_rate)
+        return torch.optim.Adafactor(groups, lr=rate)
     fused = are_fusible(parameters)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=fused)
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused)
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
+from p2p_llm_forge.model.shape import FAMILY, shape_of
 
 # A string in quotes (the group), or a word without.
 WORD = re.compile(r"""('[^']*'|"[^"]*")|(?<![\w.])[A-Za-z_][\w-]*""")
@@ -38,7 +39,7 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
     `hidden_size` mean the same there. Sizes deeper inside are dictionaries in dictionaries. Raises
     ForgeError for a family or size that does not exist.
     """
-    family = config.model_type or "gpt2"
+    family = config.model_type or FAMILY
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         fix = nearest(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ForgeError(f"--model-type {family}: no such family of models", fix)
@@ -64,6 +65,7 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         own, known = default_at(defaults, path)
         found = f"--config-overrides: a {family} has no '{key}'"
         fix = nearest(path[-1], known) if known else f"{path[0]} holds no sizes: leave it out"
+        fix = fix_of_gpt2(key, value, known) or fix
         size = value_of(value)
         is_known = path[-1] in known or (len(path) == 1 and is_read(defaults, key, size))
         problems.require(is_known, found, fix)
@@ -74,6 +76,16 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         merge(overrides, path, size)
     problems.raise_any()
     return defaults, overrides
+
+
+def fix_of_gpt2(key: str, value: str, known: set[str]) -> str:
+    """What to do about a size by GPT-2's name of it, which another family lacks; else nothing."""
+    gpt2 = AutoConfig.for_model("gpt2")
+    if key not in names_in(gpt2):
+        return ""
+    usual = next((name for name, own in gpt2.attribute_map.items() if own == key), None)
+    here = f"write {usual}={value}, or " if usual in known else ""
+    return f"{here}take GPT-2 with --model-type gpt2"
 
 
 def text_part(family: str) -> tuple[str, Any]:
@@ -263,6 +275,21 @@ def padding(defaults: Any, vocab_size: int) -> int | None:
     if own is None or own < vocab_size or field is None:
         return own if (own or 0) < vocab_size else None
     return None if "None" in str(field.type) else vocab_size - 1
+
+
+def sizes_by_depth(defaults: Any, depth: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that follow from `--depth`, as far as the family has them.
+
+    Heads and feed-forward follow from the width, also from one in `overrides`.
+    """
+    own, asked = getattr(defaults, "attribute_map", {}), by_own_names(defaults, overrides)
+
+    def given(name: str) -> int | None:
+        size = asked.get(own.get(name, name))
+        return size if type(size) is int and size > 0 else None
+
+    shape = shape_of(depth, given("hidden_size"), given("num_attention_heads"))
+    return {name: size for name, size in shape.items() if name in names_in(defaults)}
 
 
 def combined(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,18 @@ MOST_SHOWN, LONGEST_VALUE = 10, 300  # differences that a message lists, and the
 def recorded_identity(output_dir: Path) -> dict[str, Any] | None:
     """What `Job.identity` was for the run in the folder; None without one. Raises ForgeError."""
     record = RunRecord.read(output_dir)
-    return record.identity if record else None
+    return of_today(record.identity) if record else None
+
+
+def of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run in today's words.
+
+    Versions without `--depth` built a GPT-2 where no family was asked for.
+    """
+    if "depth" in settings:
+        return settings
+    family = settings.get("model_type") or (None if settings.get("model_name") else "gpt2")
+    return {**settings, "model_type": family, "depth": None}
 
 
 def refuse_files_of_others(output_dir: Path) -> None:

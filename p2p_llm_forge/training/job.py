@@ -26,6 +26,7 @@ from p2p_llm_forge.training.identity import (
     refuse_files_of_others,
 )
 from p2p_llm_forge.training.plan import Plan, plan_updates
+from p2p_llm_forge.training.settle import begun_in, settle
 
 OF_TEXTS = ("tokenizer", "vocab_size", "encoding_errors")  # flags that only a text file obeys
 
@@ -43,6 +44,12 @@ class Job:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak."""
+        assert self.config.learning_rate is not None  # settled
+        return self.config.learning_rate
 
     @property
     def document_end(self) -> int | None:
@@ -77,6 +84,7 @@ def identity_without_data(config: TrainConfig) -> dict[str, Any]:
     return {
         "model_name": config.model_name,
         "model_type": config.model_type,
+        "depth": config.depth,
         "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
         "document_mask": config.document_mask,
         "optimizer": config.optimizer,
@@ -89,6 +97,7 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
 
     Raises ForgeError; a text that was prepared for a run that is refused leaves no trace then.
     """
+    config = settled(config, cluster)
     prepared = Path(config.output_dir) / PREPARED
     was_there = cluster.main_only(lambda: os.path.lexists(prepared))
     data = open_data(config, cluster)
@@ -104,6 +113,16 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
     if data.path == prepared and not was_there:
         cluster.main_only(refuse_without_a_trace)
     return job
+
+
+def settled(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+    """The configuration with what was not given (see `settle`), the same on all ranks.
+
+    Raises ForgeError where the run has begun with what no run can have.
+    """
+    config = settle(config, cluster.main_only(lambda: begun_in(config)))
+    config.problems().raise_any()
+    return config
 
 
 def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:

@@ -19,10 +19,11 @@ def mistakes_in(config: TrainConfig) -> Problems:
     problems = config.problems()
     require_hub_folder(problems)
     try:
-        if config.model_type or config.config_overrides:
+        if config.model_type or config.config_overrides or config.depth:
             from p2p_llm_forge.model.sizes import sizes_asked_for
+            from p2p_llm_forge.training.settle import begun_in, settle
 
-            sizes_asked_for(config)
+            sizes_asked_for(settle(config, begun_in(config)))
     except ForgeError as error:
         problems.add(error)
     try:

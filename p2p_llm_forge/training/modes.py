@@ -21,6 +21,7 @@ from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
 from p2p_llm_forge.training.manifest import own_files
 from p2p_llm_forge.training.results import TrainResult
+from p2p_llm_forge.training.settle import settled_lines
 from p2p_llm_forge.training.tracking import introduction
 
 
@@ -93,7 +94,7 @@ def dry_run(job: Job) -> TrainResult:
     config, cluster = job.config, job.cluster
     cluster.main_only(job.refuse_another_run)
     lm = cluster.together(lambda: new_model(job))
-    text = introduction(cluster, job.data, job.plan, lm)
+    text = "\n".join([introduction(cluster, job.data, job.plan, lm), *settled_lines(config)])
     if cluster.world_size > 1:
         text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])
     if cluster.is_main:

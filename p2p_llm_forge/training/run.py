@@ -159,7 +159,7 @@ class Run:
         spent_s = self.clock.seconds
         line: dict[str, Any] = {
             "step": step,
-            "learning_rate": self.job.config.learning_rate * self.learning_rate_factor(step - 1),
+            "learning_rate": self.job.learning_rate * self.learning_rate_factor(step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": step * tokens_per_update,
             "epoch": self.position_of(step) / len(self.blocks),

@@ -29,6 +29,7 @@ from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
+from p2p_llm_forge.training.settle import settled_lines
 from p2p_llm_forge.training.timing import ending_s, validation_tokens
 from p2p_llm_forge.training.tracking import introduction, tracking_of
 
@@ -141,6 +142,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     """Show what is about to happen, and what it resumes from: the trainer's state there."""
     say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
+    for line in settled_lines(config):
+        say(line)
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")

@@ -7,16 +7,18 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model import shape
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.sizes import sizes_asked_for
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 
-def test_the_default_is_a_small_gpt2_that_fits_the_text(text):
+def test_the_default_is_a_small_qwen3_that_fits_the_text(text):
     lm = build_model(TrainConfig(), text)
-    assert lm.config.model_type == "gpt2"
+    assert lm.config.model_type == "qwen3"
+    assert lm.config.num_hidden_layers == shape.DEPTH
     assert lm.config.vocab_size == 300
-    assert lm.config.n_positions == 32
+    assert lm.config.max_position_embeddings == 32
     assert lm.config.eos_token_id == text.eos_token_id
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
 
@@ -39,7 +41,7 @@ def test_families_are_built_with_the_sizes_that_were_asked_for(text, family):
 def test_initial_weights_depend_on_the_seed_alone(text):
     def weights(seed):
         torch.rand(seed + 1)
-        lm = build_model(TrainConfig(config_overrides=TINY_MODEL, seed=seed), text)
+        lm = build_model(TrainConfig(**TINY, seed=seed), text)
         return torch.cat([p.flatten() for p in lm.parameters()])
 
     assert torch.equal(weights(1), weights(1))
@@ -66,20 +68,23 @@ def test_initial_weights_depend_on_the_seed_alone(text):
         (
             {"model_type": "llama", "config_overrides": "hidden_size=200000"},
             "are free",
-            "make it smaller with --config-overrides",
+            "make it smaller with --depth or --config-overrides",
         ),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_fix(text, settings, found, fix):
     with pytest.raises(ForgeError) as error:
-        build_model(TrainConfig(**settings), text)
+        build_model(TrainConfig(**{"model_type": "gpt2", **settings}), text)
     (problem,) = error.value.problems
     assert found in problem.found and fix in problem.fix
 
 
 @pytest.mark.parametrize("fixed", ["n_layer=1,n_inner=1", "n_layer=1", "n_layer=1,pad_token_id=7"])
 def test_what_the_fix_of_a_wrong_size_says_is_built(text, fixed):
-    assert build_model(TrainConfig(config_overrides=fixed), text).num_parameters() > 0
+    assert (
+        build_model(TrainConfig(model_type="gpt2", config_overrides=fixed), text).num_parameters()
+        > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def test_a_model_with_another_tokenizer_is_refused(text, tmp_path):
 
 
 def test_all_wrong_sizes_are_reported_at_once():
-    config = TrainConfig(config_overrides="n_layr=2,foo,n_head=many,n_embd=32")
+    config = TrainConfig(model_type="gpt2", config_overrides="n_layr=2,foo,n_head=many,n_embd=32")
     with pytest.raises(ForgeError) as error:
         sizes_asked_for(config)
     found = [problem.found for problem in error.value.problems]

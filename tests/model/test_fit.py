@@ -12,7 +12,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, new_model_config
 from p2p_llm_forge.model.fit import TRAINING_BYTES_PER_PARAMETER, require_memory
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 ENCODER = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
 
@@ -65,7 +65,7 @@ def test_sizes_that_do_not_go_together_are_no_matter_of_length(text):
 
 
 def test_the_memory_is_that_of_all_processes_on_the_machine(text, monkeypatch):
-    config = TrainConfig(config_overrides=TINY_MODEL)
+    config = TrainConfig(**TINY)
     model_config = new_model_config(config, text)
     size = sum(p.numel() for p in build_model(config, text).parameters())
     free = SimpleNamespace(available=int(2.5 * size * TRAINING_BYTES_PER_PARAMETER))

@@ -24,7 +24,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.document_mask import document_mask_for
 from p2p_llm_forge.model.fit import require_memory
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 SMALL = "n_layer=1,n_head=2,n_embd=32"
 CODEGEN = "n_embd=32,n_layer=2,n_head=4"
@@ -87,6 +87,7 @@ def fix_of(act, *of):
 
 @pytest.mark.parametrize(("asked", "fix", "then"), ASKED, ids=range(len(ASKED)))
 def test_the_fix_of_sizes_makes_a_model(text, asked, fix, then):
+    asked = {"model_type": "gpt2", **asked}
     assert fix in fix_of(build_model, TrainConfig(**asked), text)
     assert build_model(TrainConfig(**{**asked, "config_overrides": then}), text)
 
@@ -102,7 +103,7 @@ def test_the_fix_of_a_family_is_another_one(text, family, fix):
 
 
 def test_the_fix_of_a_block_that_is_too_long_is_a_shorter_one(text):
-    asked = TrainConfig(config_overrides=f"{SMALL},n_positions=16")
+    asked = TrainConfig(model_type="gpt2", config_overrides=f"{SMALL},n_positions=16")
     (length,) = re.findall(
         r"^prepare the data with --sequence-length (\d+) or less", fix_of(build_model, asked, text)
     )
@@ -113,8 +114,9 @@ def test_the_fix_of_too_little_memory_is_a_smaller_model(text, monkeypatch):
     """What is free comes from a stand-in, between what a small model needs and a large one."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=5_000_000))
-    assert "make it smaller with --config-overrides" in fix_of(build_model, TrainConfig(), text)
-    model = build_model(TrainConfig(config_overrides=TINY_MODEL), text)
+    fix = fix_of(build_model, TrainConfig(), text)
+    assert "make it smaller with --depth or --config-overrides" in fix
+    model = build_model(TrainConfig(**TINY), text)
     require_memory(model.config, 1)
 
 

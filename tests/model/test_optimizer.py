@@ -9,7 +9,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.muon import Muon
 from p2p_llm_forge.model.optimizer import build_optimizer, learning_rate_factor
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 KINDS = {
     "adamw": torch.optim.AdamW,
@@ -21,7 +21,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def lm(text):
-    return build_model(TrainConfig(config_overrides=TINY_MODEL), text)
+    return build_model(TrainConfig(**TINY), text)
 
 
 @pytest.mark.parametrize("name", KINDS)

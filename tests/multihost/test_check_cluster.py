@@ -45,6 +45,7 @@ def training(prepared, folder):
     return (
         f"--dataset-path={prepared}",
         f"--output-dir={folder}",
+        "--model-type=gpt2",
         f"--config-overrides={TINY_MODEL}",
         "--cpu-threads=1",
     )

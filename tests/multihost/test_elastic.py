@@ -36,7 +36,8 @@ def start(host, main, secret, prepared, folder, log, *more):
         *(PYTHON, "launch/elastic.py", "--main", main.address, "--secret-file", secret),
         *("train.py", f"--dataset-path={prepared}", f"--output-dir={folder}", "--resume=auto"),
         *("--batch-size=8", "--max-steps=1000000", "--save-every=20", "--log-every=5"),
-        *(f"--config-overrides={TINY_MODEL}", "--report-to=none", "--cpu-threads=1", *more),
+        *("--model-type=gpt2", f"--config-overrides={TINY_MODEL}", "--optimizer=adamw"),
+        *("--report-to=none", "--cpu-threads=1", *more),
         log=log,
     )
 

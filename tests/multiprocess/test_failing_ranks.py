@@ -17,7 +17,7 @@ from p2p_llm_forge.config import PrepareConfig
 from prepare_data import prepare
 from tests.runs import (
     LONG,
-    TINY_MODEL,
+    TINY,
     by_hand,
     flags,
     lines,
@@ -132,7 +132,7 @@ def test_all_others_name_the_rank_that_was_killed(zygote, prepared, tmp_path, st
 
 def test_a_notebook_trains_again_after_a_peer_was_lost(zygote, prepared, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    shared = {"dataset_path": str(prepared), "config_overrides": TINY_MODEL, "report_to": "none"}
+    shared = {"dataset_path": str(prepared), **TINY, "report_to": "none"}
     shared |= {"batch_size": 8, "cpu_threads": 1}
     pair = {**shared, **LONG, **by_hand(2), "output_dir": str(folder), "peer_timeout": 3}
     alone = {**shared, "output_dir": str(tmp_path / "alone"), "max_steps": 2}

@@ -14,7 +14,7 @@ import yaml
 
 from tests import ROOT
 from tests.ports import free_port
-from tests.runs import TINY_MODEL, finish, flags, read, results, start_each, weights
+from tests.runs import TINY_MODEL, TINY_SIZES, finish, flags, read, results, start_each, weights
 from tests.texts import write_text
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def test_two_processes_take_the_same_updates_as_one(
     """50 updates in fp32, with accumulation and dropout; and the same evaluation."""
     settings = {"optimizer": optimizer, "learning_rate": learning_rate, "max_steps": 50}
     settings |= {"micro_batch_size": 2, "mixed_precision": "no"}
-    settings["config_overrides"] = TINY_MODEL + ",resid_pdrop=0.1"
+    settings["config_overrides"] = TINY_SIZES + ",resid_pdrop=0.1,embd_pdrop=0,attn_pdrop=0"
     shares = "50 of 8 blocks, 4 on each of 2 process(es), micro-batches of 2"
     if optimizer == "muon":  # shares are uneven, and change; of dropout they would be a part
         settings |= {"batch_size": 9, "balance": "auto", "config_overrides": TINY_MODEL}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from p2p_llm_forge.config import OF_DILOCO
 from tests.runs import (
     DILOCO,
-    TINY_MODEL,
+    TINY_SIZES,
     by_hand,
     finish,
     flags,
@@ -28,7 +28,7 @@ from tests.runs import (
 )
 
 pytestmark = pytest.mark.slow
-DROPOUT = TINY_MODEL + ",resid_pdrop=0.1"
+DROPOUT = TINY_SIZES + ",resid_pdrop=0.1,embd_pdrop=0,attn_pdrop=0"
 PLAIN_SGD = {
     **{"optimizer": "sgd", "learning_rate": 0.1, "lr_scheduler": "constant", "weight_decay": 0},
     **{"max_grad_norm": 0, "mixed_precision": "no"},

@@ -34,7 +34,7 @@ from p2p_llm_forge.peers.secret import read_secret
 from tests import ROOT
 from tests.peers.good_file import GOOD
 from tests.ports import free_port
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 ALONE = {"num_machines": 1, "num_processes": 1}
 OUT = object()  # the key is taken out
@@ -559,7 +559,7 @@ def test_the_fixes_of_what_this_machine_has_not_let_the_check_pass(flags, fix, t
 
 @pytest.mark.slow
 def test_the_fix_of_a_text_is_a_command_that_prepares_it(run, text_file, tmp_path):
-    model = {"config_overrides": TINY_MODEL, "cpu": True, "output_dir": str(tmp_path / "run")}
+    model = {**TINY, "cpu": True, "output_dir": str(tmp_path / "run")}
     (found,) = check(CheckConfig(dataset_path=str(text_file), **model)).findings[-1:]
     assert found.level == WARNING and found.found.endswith("is a text")
     (command,) = re.findall(r"python (.*), then check with --dataset-path FOLDER", found.fix)

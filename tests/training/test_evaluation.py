@@ -16,7 +16,7 @@ from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
 from p2p_llm_forge.training.learner import text_spec_of
-from tests.runs import TINY_MODEL
+from tests.runs import TINY
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
@@ -26,7 +26,7 @@ def test_every_token_of_the_split_is_predicted_once(prepared, micro_batch_size, 
     data = open_prepared(prepared)
     blocks = data.blocks("validation")
     with join(TrainConfig(output_dir=str(prepared))) as cluster:
-        lm = build_model(TrainConfig(config_overrides=TINY_MODEL), text_spec_of(data)).eval()
+        lm = build_model(TrainConfig(**TINY), text_spec_of(data)).eval()
         size = data.manifest.splits["validation"].bytes
         figures = evaluate_split(NextTokenLoss(lm), blocks, size, micro_batch_size, cluster)
     # The oracle reads the table's rows as `datasets` does and predicts them token by token.
@@ -47,7 +47,7 @@ def test_every_token_of_the_split_is_predicted_once(prepared, micro_batch_size, 
 
 def test_a_sample_goes_on_from_its_prompt_and_repeats_with_its_seed(prepared):
     data = open_prepared(prepared)
-    lm = build_model(TrainConfig(config_overrides=TINY_MODEL), text_spec_of(data))
+    lm = build_model(TrainConfig(**TINY), text_spec_of(data))
     sample = sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)
     assert sample.startswith("Mara bakes")
     assert sample == sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)

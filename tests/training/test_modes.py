@@ -18,9 +18,8 @@ def test_eval_only_gives_the_figures_of_the_run_and_writes_nothing(config, tmp_p
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     again = train(replace(config, eval_only=True))
     assert again.eval_loss == pytest.approx(result.eval_loss, rel=1e-6)
-    named = train(
-        replace(config, eval_only=True, model_name=config.output_dir, config_overrides=None)
-    )
+    loaded = {"model_name": config.output_dir, "model_type": None, "config_overrides": None}
+    named = train(replace(config, eval_only=True, **loaded))
     assert named.bits_per_byte == pytest.approx(result.bits_per_byte, rel=1e-6)
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
     with pytest.raises(ForgeError, match="nothing to evaluate"):
