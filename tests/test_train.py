@@ -342,7 +342,8 @@ def test_a_start_that_fails_claims_and_removes_nothing(config, tmp_path):
         train(replace(bad, overwrite=True))
     assert set(weights(tmp_path / "run")) == set(before)
     with pytest.raises(ForgeError, match="--overwrite would throw away --model-name"):
-        train(replace(config, config_overrides=None, model_name=config.output_dir, overwrite=True))
+        loaded = {"model_name": config.output_dir, "model_type": None, "config_overrides": None}
+        train(replace(config, **loaded, overwrite=True))
 
 
 def test_going_on_from_a_named_checkpoint_takes_its_branch(config, tmp_path):

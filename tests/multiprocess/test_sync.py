@@ -156,7 +156,12 @@ def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path
         model = tmp_path / f"of_rank_{rank}"
         GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes, **ends)).save_pretrained(model)
         shutil.copytree(prepared / "tokenizer", model, dirs_exist_ok=True)
-        settings = {"config_overrides": None, "max_steps": 2, "model_name": model}
+        settings = {
+            "model_type": None,
+            "config_overrides": None,
+            "max_steps": 2,
+            "model_name": model,
+        }
         words = flags(prepared, tmp_path / "run", **settings, **launch, rank=rank)
         ranks.append(zygote.start(words, log))
     assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
