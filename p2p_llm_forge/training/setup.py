@@ -142,8 +142,7 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     """Show what is about to happen, and what it resumes from: the trainer's state there."""
     say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
-    for line in settled_lines(config):
-        say(line)
+    say("\n".join(settled_lines(config)))
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")
