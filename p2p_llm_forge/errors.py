@@ -51,6 +51,11 @@ def in_one_line(text: object, longest: int = LONGEST_NAME) -> str:
     return " ".join(plain(text, longest).split())
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something: "1 file", "1,200 files"."""
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that a user can fix. where: the rank or file it is about; empty: of all.

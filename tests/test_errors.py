@@ -8,7 +8,16 @@ import sys
 
 import pytest
 
-from p2p_llm_forge.errors import ForgeError, Problem, Problems, nearest, plain, quoted, run_script
+from p2p_llm_forge.errors import (
+    ForgeError,
+    Problem,
+    Problems,
+    counted,
+    nearest,
+    plain,
+    quoted,
+    run_script,
+)
 from tests import ROOT
 
 
@@ -143,3 +152,12 @@ def test_what_all_ranks_report_is_printed_by_one(capsys, monkeypatch):
         run_script(main, local_rank=1)
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+def test_one_is_no_plural():
+    assert [counted(n, "file") for n in (0, 1, 2, 1200)] == [
+        "0 files",
+        "1 file",
+        "2 files",
+        "1,200 files",
+    ]

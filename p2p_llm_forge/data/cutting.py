@@ -9,6 +9,7 @@ from p2p_llm_forge.config.prepare import BLANK_LINES
 from p2p_llm_forge.data.formats import ONE_DOCUMENT
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import PieceId, Pieces
+from p2p_llm_forge.errors import counted
 
 MOST_SUFFIXES = 8  # in a message
 
@@ -49,7 +50,7 @@ def summary(parts: list[Part], options: ReadOptions, documents: Callable[[int], 
         files.setdefault(key, set()).update(span.path for span in part.spans)
         found[key] += documents(number)
     return "; ".join(
-        f"{_counted(len(paths), what)}, {_counted(found[what, way], 'document')}{way}"
+        f"{counted(len(paths), what)}, {counted(found[what, way], 'document')}{way}"
         for (what, way), paths in files.items()
     )
 
@@ -60,9 +61,5 @@ def left_out(suffixes: Counter[str]) -> str:
     kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in several]
     others = sum(suffixes.values()) - sum(count for _, count in several)
     kinds += [f"{others:,} others"] if others else []
-    files = _counted(sum(suffixes.values()), "file")
+    files = counted(sum(suffixes.values()), "file")
     return f"left out {files}, no text by their names: {', '.join(kinds)}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"

@@ -12,7 +12,7 @@ import xxhash
 from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
 from p2p_llm_forge.data.shares import share_lines
 from p2p_llm_forge.data.splits import TRAIN, in_words
-from p2p_llm_forge.errors import ForgeError, plain, quoted
+from p2p_llm_forge.errors import ForgeError, counted, plain, quoted
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
@@ -131,7 +131,8 @@ def _split_line(data: PreparedDataset, name: str) -> str:
     used = vocabulary_use(data, name)
     size = sum(path.stat().st_size for path in (data.path / name).glob("*.arrow"))
     return (
-        f"{name}: {facts.documents:,} documents, {facts.blocks:,} blocks, {facts.tokens:,} tokens "
+        f"{name}: {counted(facts.documents, 'document')}, {counted(facts.blocks, 'block')}, "
+        f"{counted(facts.tokens, 'token')} "
         f"({facts.bytes / max(1, facts.tokens):.2f} bytes of text and "
         f"{size / max(1, facts.tokens):.3f} bytes of disk per token), "
         f"{used:,} entries of the vocabulary used ({100 * used / data.manifest.vocab_size:.1f} %)"

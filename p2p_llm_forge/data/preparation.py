@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
@@ -18,8 +20,9 @@ from p2p_llm_forge.data.pieces import digest_of
 from p2p_llm_forge.data.readers import read_pieces
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
 from p2p_llm_forge.data.tokenizer import tokenizer_fingerprint
-from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.errors import ForgeError, counted
 from p2p_llm_forge.files import fingerprint
+from p2p_llm_forge.shapes import is_number
 
 # Arguments that decide what the dataset holds, just as they are given.
 DECIDING = (
@@ -49,8 +52,9 @@ class Preparation:
         found = sources.find(config.dataset_path, options, output_dir=output)
         if not found.parts and found.unreadable:
             raise ForgeError(
-                f"{', '.join(config.dataset_path)}: {found.unreadable} files cannot be read and are"
-                " left out (--skip-bad-rows), so there is no text to prepare",
+                f"{', '.join(config.dataset_path)}: left out "
+                f"{counted(found.unreadable, 'file')} that cannot be read (--skip-bad-rows), so "
+                "there is no text to prepare",
                 "copy or download them again, or give other files",
             )
         if not found.parts:
@@ -103,8 +107,10 @@ class Preparation:
         if tokenizer and Path(tokenizer).exists():
             tokenizer = Path(tokenizer).resolve().name
         return {
-            "dataset_path": [name_of(path) for path in config.dataset_path],
-            "weights": [sources.split_weight(path)[1] for path in config.dataset_path],
+            "dataset_path": [
+                name_of(sources.split_weight(path)[0]) for path in config.dataset_path
+            ],
+            "weights": list(self.weights or (None,) * len(config.dataset_path)),
             "validation_path": [name_of(path) for path in config.validation_path],
             "document_separator": config.separator(),
             "one_document_each": self.whole_files,
@@ -159,6 +165,15 @@ def already_prepared(preparation: Preparation, tokenizer: Any) -> Manifest | Non
     return there
 
 
+def _are_same_shares(there: Any, asked: Any) -> bool:
+    """Whether weights are the same mixture: earlier versions have recorded them as typed."""
+    if not isinstance(there, list) or len(there) != len(asked):
+        return False
+    if not all(is_number(weight) and weight > 0 for weight in [*there, *asked]):
+        return False
+    return bool(np.allclose(sources.shares_of(there), asked, rtol=1e-9, atol=0))
+
+
 def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> list[str]:
     """In what a dataset differs from the one that is asked for, in words."""
     differences = [
@@ -167,6 +182,7 @@ def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> l
         # What the names of files and tokenizers mean is compared below.
         if name not in ("dataset_path", "validation_path", "tokenizer")
         and there.arguments.get(name) != asked
+        and not (name == "weights" and _are_same_shares(there.arguments.get(name), asked))
     ]
     was_trained = there.arguments.get("tokenizer") is None
     if was_trained != (tokenizer is None) or (

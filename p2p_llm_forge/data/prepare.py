@@ -23,7 +23,7 @@ from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
 from p2p_llm_forge.data.unfinished import Helpers, OtherRank, Ranks, alive, claimed, room_explained
-from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.errors import ForgeError, counted, in_one_line
 from p2p_llm_forge.files import Lock
 from p2p_llm_forge.polling import wait_for
 
@@ -40,7 +40,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     config.problems().raise_any()
     preparation, is_main = Preparation.of(config), ranks.rank == 0
     if preparation.unreadable and is_main:
-        print(f"{preparation.unreadable} files cannot be read and are left out (--skip-bad-rows)")
+        files = counted(preparation.unreadable, "file")
+        print(f"left out {files} that cannot be read (--skip-bad-rows)")
     if preparation.left_out_folders and is_main:
         print(f"left out {folders.in_words(preparation.left_out_folders)}")
     if preparation.left_out and is_main:
@@ -210,13 +211,15 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
     documents = sum(facts.documents for facts in manifest.splits.values())
     ways = " and ".join(cutting.ways(preparation.parts, preparation.read_options))
     has_text = any(part.kind in ("text", *ONE_DOCUMENT) for part in preparation.parts)
-    divided = f"{documents} documents, {ways}{' (--document-separator)' if has_text else ''}"
+    divided = (
+        f"{counted(documents, 'document')}, {ways}{' (--document-separator)' if has_text else ''}"
+    )
     less = ""
     if left_out := in_words(manifest.left_out):
         divided += f"; left out: {left_out}"
         less = "leave out fewer documents, "
     if manifest.skipped_rows:
-        divided += f"; left out: {manifest.skipped_rows:,} bad rows (--skip-bad-rows)"
+        divided += f"; left out: {counted(manifest.skipped_rows, 'bad row')} (--skip-bad-rows)"
         less += "correct bad rows, "
     if preparation.whole_files and not all(facts.documents for facts in manifest.splits.values()):
         less += "divide the files at blank lines with --document-separator '\\n\\n', "
@@ -244,8 +247,9 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
             what = f"the text of --validation-path {', '.join(config.validation_path)}"
             fix = f"{less}add text there{shorter}"
         raise ForgeError(
-            f"{what} is too short: {validation.documents} documents, "
-            f"{validation.dropped_tokens} tokens, fill no block of {length}; found {divided}",
+            f"{what} is too short: {counted(validation.documents, 'document')}, "
+            f"{counted(validation.dropped_tokens, 'token')}, fill no block of {length}; found "
+            f"{divided}",
             fix,
         )
 
@@ -253,7 +257,7 @@ def require_blocks(preparation: Preparation, manifest: Manifest) -> None:
 def summary(manifest: Manifest) -> str:
     """Documents, blocks, tokens, bytes and shares, for people."""
     parts = [
-        f"{name} {facts.documents:,} documents in {facts.blocks:,} blocks"
+        f"{name} {counted(facts.documents, 'document')} in {counted(facts.blocks, 'block')}"
         for name, facts in manifest.splits.items()
     ]
     tokens = sum(facts.tokens for facts in manifest.splits.values())
@@ -262,7 +266,11 @@ def summary(manifest: Manifest) -> str:
     facts = (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
         f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
-        + (f"; {manifest.skipped_rows:,} bad rows left out" if manifest.skipped_rows else "")
+        + (
+            f"; {counted(manifest.skipped_rows, 'bad row')} left out"
+            if manifest.skipped_rows
+            else ""
+        )
         + (f"; left out: {left_out}" if left_out else "")
     )
     warnings = [f"warning: {warning}" for warning in share_warnings(manifest)]

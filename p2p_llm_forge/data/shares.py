@@ -6,7 +6,7 @@ import math
 
 from p2p_llm_forge.data.dataset import Manifest, SourceFacts
 from p2p_llm_forge.data.splits import REASONS, TRAIN
-from p2p_llm_forge.errors import Problems, in_one_line
+from p2p_llm_forge.errors import Problems, counted, in_one_line
 
 MISSED_BY = 0.1  # of a share: then it is a warning
 SHORTEST_BLOCK = 2
@@ -22,12 +22,14 @@ def share_lines(manifest: Manifest) -> list[str]:
 
 def _line(source: SourceFacts, total: int) -> str:
     asked = "" if source.weight is None else f"{_percent(source.weight)} asked, "
-    left_out = f"; {source.left_out_tokens:,} tokens left out" if source.left_out_tokens else ""
+    left_out = (
+        f"; {counted(source.left_out_tokens, 'token')} left out" if source.left_out_tokens else ""
+    )
     if source.left_out_documents:
-        left_out = f"; {source.left_out_documents:,} documents left out{left_out}"
+        left_out = f"; {counted(source.left_out_documents, 'document')} left out{left_out}"
     return (
         f"  {in_one_line(source.name)}: {asked}{_percent(source.tokens / max(1, total))} got, "
-        f"{source.tokens:,} tokens of {source.documents:,} documents{left_out}"
+        f"{counted(source.tokens, 'token')} of {counted(source.documents, 'document')}{left_out}"
     )
 
 
@@ -99,7 +101,9 @@ def _why_none(source: SourceFacts, manifest: Manifest) -> str:
     if not source.left_out_documents:
         return ""
     reasons = [REASONS.get(why, why) for why, of in manifest.left_out.items() if of.documents]
-    return f": {source.left_out_documents:,} documents of it are left out, {' or '.join(reasons)}"
+    count = source.left_out_documents
+    are = "are" if count != 1 else "is"
+    return f": {counted(count, 'document')} of it {are} left out, {' or '.join(reasons)}"
 
 
 def _shares(sources: list[SourceFacts]) -> list[int]:

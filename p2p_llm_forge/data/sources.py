@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,13 @@ def find(
                 bad.skip(f"{file} cannot be read: {reason}", "replace it by a readable file")
                 unreadable += 1
         parts += _grouped(spans, part, options.piece_bytes)
-    shares = tuple(weight / sum(weights) for weight in weights)
-    return Found(parts, shares, unreadable, left_out, left_out_folders)
+    return Found(parts, shares_of(weights), unreadable, left_out, left_out_folders)
+
+
+def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights as parts of 1; the same for 1:2, 1.0:2.0 and 0.1:0.2, for decimals are exact."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    return tuple(float(weight / sum(exact)) for weight in exact)
 
 
 def split_weight(path: str) -> tuple[str, float | None]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from p2p_llm_forge.data.document_keys import Kind, document_keys
 from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.data.token_runs import without
+from p2p_llm_forge.errors import counted
 
 TRAIN, VALIDATION = "train", "validation"
 TOKENS, BYTES, ROW = range(3)  # columns of `EncodedPiece.documents`; those of keys follow
@@ -21,8 +22,8 @@ REASONS = {
     TOO_SHORT: "shorter than --min-document-tokens",
     NOT_ENCODED: "that the tokenizer cannot encode",
     TOO_LONG: "longer than --max-document-tokens",
-    REPEATED: "that repeat or resemble an earlier one",
-    HELD_OUT_TOO: "to train on that repeat or resemble one that is held out",
+    REPEATED: "repeating or resembling an earlier one",
+    HELD_OUT_TOO: "to train on, repeating or resembling one that is held out",
 }
 
 
@@ -158,7 +159,8 @@ def total(left_out: list[dict[str, SplitCounts]]) -> dict[str, SplitCounts]:
 def in_words(left_out: dict[str, SplitCounts]) -> str:
     """How many documents are left out, by the reason, for people; empty where there are none."""
     return ", ".join(
-        f"{counts.documents:,} documents {REASONS.get(why, why)} ({counts.bytes:,} bytes)"
+        f"{counted(counts.documents, 'document')} {REASONS.get(why, why)} "
+        f"({counted(counts.bytes, 'byte')})"
         for why, counts in left_out.items()
         if counts.documents
     )

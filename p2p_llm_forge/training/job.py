@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from p2p_llm_forge.training.identity import (
 from p2p_llm_forge.training.plan import Plan, plan_updates
 from p2p_llm_forge.training.settle import begun_in, settle
 
+FLAG = re.compile(r"--[a-z][a-z-]*")
 OF_TEXTS = ("tokenizer", "vocab_size", "encoding_errors")  # flags that only a text file obeys
 
 
@@ -220,7 +224,10 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     refuse_before_data(config)
     output_dir = folder.parent
     try:
-        with only_writer(output_dir / LOCK, f"--output-dir {output_dir}", run_id):
+        with (
+            flags_explained(asked),
+            only_writer(output_dir / LOCK, f"--output-dir {output_dir}", run_id),
+        ):
             try:
                 prepare(asked)
             except ForgeError:
@@ -230,6 +237,32 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     finally:
         with contextlib.suppress(OSError):  # not empty
             output_dir.rmdir()
+
+
+@contextlib.contextmanager
+def flags_explained(asked: PrepareConfig) -> Iterator[None]:
+    """Where a fix names flags that only prepare_data.py has, say how to use them there."""
+    known = {option(field.name) for field in fields(TrainConfig)}
+    try:
+        yield
+    except ForgeError as error:
+        if all(known.issuperset(FLAG.findall(one.fix)) for one in error.problems):
+            raise
+        given = {"dataset_path": asked.dataset_path[0], "output_dir": "PREPARED"}
+        given |= {name: getattr(asked, name) for name in ("sequence_length", *OF_TEXTS)}
+        command = "".join(
+            f" {option(name)} {shlex.quote(str(value))}"
+            for name, value in given.items()
+            if value != getattr(PrepareConfig, name, None)
+        )
+        raise ForgeError.of(
+            replace(
+                one,
+                fix=f"{one.fix}: prepare the text by itself, with such flags added to python "
+                f"prepare_data.py{command}, and then train with --dataset-path PREPARED",
+            )
+            for one in error.problems
+        ) from error
 
 
 def refuse_before_data(config: TrainConfig) -> None:

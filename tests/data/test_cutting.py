@@ -91,7 +91,7 @@ def test_one_document_per_file_goes_for_every_text(folder, tmp_path, capsys):
 
 def test_too_little_text_is_answered_by_how_it_was_divided(folder, tmp_path):
     asked = config(folder / "a.py", tmp_path / "out", sequence_length=1000, vocab_size=300)
-    with pytest.raises(ForgeError, match="(?s)too short.*documents, one each: source code"):
+    with pytest.raises(ForgeError, match="(?s)too short.*1 document, one each: source code"):
         prepare(asked)
 
 
@@ -100,7 +100,7 @@ def test_one_file_is_too_few_documents_to_hold_out_some_and_the_fix_works(folder
     text.write_text(PAGE * 100)
     asked = {"sequence_length": 16, "vocab_size": 300}
     with pytest.raises(
-        ForgeError, match=r"(?s)1 documents, one.*at blank.*--document-separator '\\n\\n'"
+        ForgeError, match=r"(?s)1 document, one.*at blank.*--document-separator '\\n\\n'"
     ):
         prepare(config(text, tmp_path / "out", **asked))
     divided = prepare(config(text, tmp_path / "out", document_separator="\\n\\n", **asked))

@@ -118,7 +118,7 @@ def test_exact_duplicates_are_left_out_across_files_and_splits(
     found = [(source.documents, source.left_out_documents) for source in manifest.sources]
     assert sum(documents for documents, _ in found) == len(train)
     assert [out for _, out in found] == [350 - from_a, len(to_train) - 350 - len(train) + from_a]
-    said = f"{repeated} documents that repeat or resemble an earlier one"
+    said = f"{repeated} documents repeating or resembling an earlier one"
     assert said in capsys.readouterr().out and said in describe(out)
 
 

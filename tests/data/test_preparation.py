@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
@@ -35,6 +38,36 @@ def test_another_dataset_in_the_folder_is_not_overwritten(
     with pytest.raises(ForgeError, match=f"(?s)another dataset.*{difference}.*fix: .*--overwrite"):
         prepare(config(corpus, prepared_corpus, **changes))
     assert contents(prepared_corpus) == before
+
+
+def test_weights_are_the_same_as_their_shares_are(tmp_path, ready_tokenizer, capsys):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(some_text(seed=seed))
+
+    def mixture(folder, *weights):
+        weighted = [f"{path}:{weight}" for path, weight in zip(paths, weights, strict=True)]
+        asked = PrepareConfig(
+            weighted, str(tmp_path / folder), tokenizer=ready_tokenizer, sequence_length=32
+        )
+        prepare(asked)
+        return contents(tmp_path / folder)
+
+    made = mixture("one", "0.1", "0.2")
+    for weights in (("1", "2"), ("0.10", ".2"), ("7", "14.0")):
+        capsys.readouterr()
+        assert mixture("one", *weights) == made
+        assert "already prepared" in capsys.readouterr().out
+        assert mixture("-".join(weights), *weights) == made, "byte for byte"
+    with pytest.raises(ForgeError, match="holds another dataset.*weights"):
+        mixture("one", "2", "1")
+    # As versions until now have recorded them.
+    there = Manifest.load(tmp_path / "one")
+    (tmp_path / "one" / "manifest.json").unlink()
+    replace(there, arguments=there.arguments | {"weights": [0.1, 0.2]}).save(tmp_path / "one")
+    capsys.readouterr()
+    mixture("one", "0.1", "0.2")
+    assert "already prepared" in capsys.readouterr().out
 
 
 def test_another_text_or_tokenizer_is_another_dataset(corpus, prepared_corpus, tmp_path):

@@ -297,7 +297,7 @@ def only_bad_rows(tmp_path):
 
 def only_unreadable_files(tmp_path):
     (tmp_path / "half.parquet").write_bytes(b"PAR1 and no more")
-    message = "half.parquet: 1 files cannot be read and are left out"
+    message = "half.parquet: left out 1 file that cannot be read"
     return {"dataset_path": [str(tmp_path / "half.parquet")], "skip_bad_rows": True}, message
 
 

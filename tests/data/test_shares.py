@@ -334,7 +334,7 @@ def test_a_source_that_is_all_repeated_is_said_to_be(kinds, tmp_path, capsys):
     (problem,) = error.value.problems
     assert problem.found == (
         "b.jsonl has no text to train on: 50 documents of it are left out, "
-        "that repeat or resemble an earlier one"
+        "repeating or resembling an earlier one"
     )
     capsys.readouterr()
     prepare(with_tokenizer([f"{path}:1"], tmp_path / "out", tokenizer, **how))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 
+import prepare_data
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import job as jobs
@@ -36,6 +40,29 @@ def test_a_text_is_not_prepared_in_a_dry_run(open_small_job, text_file):
     with pytest.raises(ForgeError, match="--dry-run writes nothing") as error:
         open_small_job(dataset_path=str(text_file), dry_run=True)
     assert error.value.problems[0].fix.startswith("prepare it with prepare_data.py first")
+
+
+@pytest.mark.parametrize(
+    "added",
+    [["--document-separator", "\\n\\n"], ["--validation-fraction", "0"]],
+    ids=lambda added: added[0],
+)
+def test_a_document_that_cannot_be_divided_has_a_fix_for_train_py(
+    open_small_job, text_file, tmp_path, monkeypatch, added
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my notes.md").write_text(text_file.read_text())
+    asked = {"sequence_length": 32, "vocab_size": 300}
+    with pytest.raises(ForgeError, match="too short") as error:
+        open_small_job(dataset_path="my notes.md", **asked)
+    (problem,) = error.value.problems
+    assert " ".join(added) in problem.fix.replace("'", "")
+    command = re.search(r"python prepare_data\.py (.*), and then train with (.*)$", problem.fix)
+    assert prepare_data.main([*shlex.split(command[1]), *added]) == 0
+    flag, folder = command[2].split()
+    assert flag == "--dataset-path"
+    job = open_small_job(dataset_path=folder, **asked)
+    assert job.data.manifest.splits["train"].blocks > 1
 
 
 @pytest.mark.parametrize(
