@@ -320,7 +320,7 @@ def parts_of(asked: argparse.Namespace, work: Path, memory_bytes: float) -> list
         Part("tests", tests, 200, needs=("torch", "pytest", "datasets", "cryptography")),
         forge(other, True, 120),
         usual(other, False, 80),
-        own("loss by chunks", "loss", most_s=45),
+        own("loss by chunks", "loss", most_s=45, needs=("torch", "transformers")),
         forge(one, False, 60),
         usual(one, True, 110),
         forge(other, False, 80),
