@@ -311,7 +311,8 @@ def parts_of(asked: argparse.Namespace, work: Path, memory_bytes: float) -> list
 
     length = ["--sequence-length", "32", "--vocab-size", "512"] if tiny else []
     tests = ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
-    tests += ["tests/gpu", "tests/sync/test_compress.py"]
+    tests += [f"tests/gpu/test_{one}.py" for one in ("loss", "training", "check_cluster")]
+    tests += ["tests/sync/test_compress.py"]
     return [
         own("matrix products", "matmul", most_s=45),
         own("blocks", "data", "--data", str(data), *length, most_s=60, needs=("datasets",)),

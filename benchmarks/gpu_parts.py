@@ -247,7 +247,7 @@ def loss(asked: argparse.Namespace) -> dict[str, Any]:
 
     tokens, width = (64, 16) if asked.tiny else (16_384, 768)
     sizes = (2**10, 2**12) if asked.tiny else tuple(2**n for n in range(22, 29, 2))
-    rows, usual = [], chunked.CHUNK_VALUES
+    rows, usual = [], chunked.CHUNK_VALUES_ON_GPU
     for vocab_size in (97, 128) if asked.tiny else (50_257, 50_304):
         hidden = torch.randn(tokens, width, device=asked.device, requires_grad=True)
         weight = torch.randn(vocab_size, width, device=asked.device, requires_grad=True)
@@ -262,7 +262,7 @@ def loss(asked: argparse.Namespace) -> dict[str, Any]:
             chunked.chunked_nats(hidden, weight, None, targets).backward()
 
         for values in (None, *sizes):
-            chunked.CHUNK_VALUES = values or usual
+            chunked.CHUNK_VALUES = chunked.CHUNK_VALUES_ON_GPU = values or usual
             act = in_chunks if values else whole
             if asked.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

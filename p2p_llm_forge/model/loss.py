@@ -10,8 +10,12 @@ from torch import nn
 from p2p_llm_forge.model.document_mask import document_mask_for
 from p2p_llm_forge.model.head import PLAIN, Head, head_of
 
-# Logits of one chunk: about 16 million values, 64 MB in float32.
-CHUNK_VALUES = 2**24
+# Logits of one chunk: about 16 million values, 64 MB in float32. On a GPU more: adding a chunk's
+# gradient of the weights to the others' moves as much memory as the logits of some hundred tokens.
+CHUNK_VALUES, CHUNK_VALUES_ON_GPU = 2**24, 2**26
+# Rows of a matrix that a GPU multiplies in half precision, in multiples: its matrix units want rows
+# of logits to begin at a multiple of 16 bytes, and GPT-2's vocabulary, 50,257, is odd.
+ROWS = 64
 
 
 class _ChunkedNats(torch.autograd.Function):
@@ -33,35 +37,38 @@ class _ChunkedNats(torch.autograd.Function):
         how: tuple[torch.dtype, float | None],
     ) -> torch.Tensor:
         dtype, cap = how
-        learns, size = any(ctx.needs_input_grad), chunk_tokens(len(weight))
-        matrix = weight.to(dtype)
+        learns, vocab_size = any(ctx.needs_input_grad), len(weight)
+        size = chunk_tokens(vocab_size, hidden.device)
+        extra = -vocab_size % rows_multiple(hidden.device, dtype)
+        matrix = (
+            nn.functional.pad(weight.to(dtype), (0, 0, 0, extra)) if extra else weight.to(dtype)
+        )
         exact = torch.promote_types(weight.dtype, torch.float32)
         nats = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight if learns else nats, dtype=exact)
+        grad_weight = torch.zeros_like(matrix if learns else nats, dtype=exact)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         wholes = (hidden, targets.unsqueeze(1), grad_hidden)
         for chunk, wanted, grad_chunk in zip(*(whole.split(size) for whole in wholes), strict=True):
             part = chunk.to(dtype)
-            logits = (part @ matrix.T).to(exact)
-            if bias is not None:
-                logits += bias
-            bent = None if cap is None else logits.tanh_()
-            logits = logits if bent is None else bent * cap
-            log_total = logits.logsumexp(1, keepdim=True)
-            nats += (log_total - logits.gather(1, wanted)).sum()
+            logits, bent = logits_of(part @ matrix.T, bias, cap, exact)
+            logits[:, vocab_size:] = -torch.inf
+            logs = logits.log_softmax(1, dtype=exact)  # on a GPU one kernel, also of half precision
+            del logits
+            nats -= logs.gather(1, wanted).sum()
             if not learns:
                 continue
-            # d nats / d logits = softmax - one_hot, written over the logits.
-            grad = logits.sub_(log_total).exp_()
+            # d nats / d logits = softmax - one_hot, written over the logarithms.
+            grad = logs.exp_()
             grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
             if bent is not None:  # by 1 - tanh^2; times cap in backward
                 grad.addcmul_(grad * bent, bent, value=-1)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad[:, :vocab_size].sum(0)
             grad = grad.to(dtype)
             grad_chunk.copy_(grad @ matrix)
             grad_weight += grad.T @ part
+        grad_weight = grad_weight[:vocab_size] if learns else grad_weight
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype, ctx.slope = weight.dtype, cap or 1.0
         return nats
@@ -75,9 +82,31 @@ class _ChunkedNats(torch.autograd.Function):
         return of_hidden, (grad_weight * scale).to(ctx.weight_dtype), of_bias, None, None
 
 
-def chunk_tokens(vocab_size: int) -> int:
+def logits_of(
+    product: torch.Tensor, bias: torch.Tensor | None, cap: float | None, exact: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(logits, tanh): of (tokens, rows) products of the head's matrix, which are written over.
+
+    tanh: what the cap was multiplied with; None without one. rows: at least those of the bias.
+    """
+    if bias is not None:
+        product = product.to(exact)
+        product[:, : len(bias)] += bias
+    if cap is None:
+        return product, None
+    bent = product.to(exact).tanh_()
+    return bent * cap, bent
+
+
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """Tokens whose logits are held at a time."""
-    return max(128, CHUNK_VALUES // vocab_size)
+    values = CHUNK_VALUES_ON_GPU if device.type == "cuda" else CHUNK_VALUES
+    return max(128, values // vocab_size)
+
+
+def rows_multiple(device: torch.device, dtype: torch.dtype) -> int:
+    """What the head's matrix is filled up to a multiple of, with rows that stand for no token."""
+    return ROWS if device.type == "cuda" and dtype.itemsize == 2 else 1
 
 
 def chunked_nats(
@@ -139,7 +168,7 @@ class NextTokenLoss(nn.Module):
         hidden = self.lm.base_model(input_ids=inputs, use_cache=False, **mask)[0].flatten(0, 1)
         linear = self.lm.get_output_embeddings()
         if count_correct:
-            size = chunk_tokens(len(linear.weight))
+            size = chunk_tokens(len(linear.weight), hidden.device)
             for part, wanted in zip(hidden.split(size), flat.split(size), strict=True):
                 logits = self.head.logits(linear(self.head.scaled(part)))
                 correct += (logits.argmax(-1) == wanted).sum()

@@ -28,4 +28,4 @@ def text(tokenizer_dir: Path) -> TextSpec:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss takes 7 tokens at a time."""
-    monkeypatch.setattr("p2p_llm_forge.model.loss.chunk_tokens", lambda vocab_size: 7)
+    monkeypatch.setattr("p2p_llm_forge.model.loss.chunk_tokens", lambda *_: 7)

@@ -38,6 +38,34 @@ def test_value_and_gradients_are_those_of_cross_entropy(small_chunks, with_bias)
         torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows_that_stand_for_no_token_change_nothing(small_chunks, monkeypatch, with_bias, cap):
+    """A GPU gets them in half precision (tests/gpu/test_loss.py)."""
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, requires_grad=True)
+    weight = torch.randn(41, 16, requires_grad=True)
+    bias = torch.randn(41, requires_grad=True) if with_bias else None
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    targets, head, found = torch.randint(41, (50,)), Head(cap=cap), []
+    for multiple in (1, 64):
+        monkeypatch.setattr(losses, "rows_multiple", lambda *_, multiple=multiple: multiple)
+        nats = losses.chunked_nats(hidden, weight, bias, targets, head)
+        found.append([nats, *torch.autograd.grad(nats, inputs)])
+    for bare, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, bare, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gpu_gets_larger_chunks_and_even_rows_in_half_precision():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [losses.chunk_tokens(50_257, device) for device in (gpu, cpu)] == [1335, 333]
+    rows = [losses.rows_multiple(gpu, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    assert rows == [64, 64]
+    assert (
+        losses.rows_multiple(gpu, torch.float32) == losses.rows_multiple(cpu, torch.bfloat16) == 1
+    )
+
+
 def test_bf16_autocast_stays_within_bf16_rounding(small_chunks):
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 64, requires_grad=True), torch.randn(40, 64) / 8
