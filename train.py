@@ -52,7 +52,7 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
             return evaluate_only(config, cluster)
         job = open_job(config, cluster)
         if config.minutes:
-            job = timed(job, began)
+            job = timed(config, job, began)
         if config.dry_run:
             return dry_run(job)
         with run_folder(job) as folder:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.training.pace import Pace
+from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
 
 # Of the whole time: between two decisions, and between two checkpoints.
 BETWEEN_DECISIONS, BETWEEN_SAVES = 0.005, 0.05
@@ -48,6 +48,9 @@ class Budget:
         self.ending_s = 0.0  # what comes after the last update, but for evaluating
         self.evaluated_tokens = 0  # in the evaluation at the end
         self.evaluation_s: float | None = None  # of the last one
+        self.most_updates = MOST_UPDATES  # more would teach nothing
+        self.plan: dict[str, Any] = {}  # what was chosen, and what more would bring: planner.py
+        self.words: list[str] = []  # the same, for a person
         self._marks: deque[tuple[float, int]] = deque()  # seconds spent, updates done
         self._started_s = self._decided_s = self._saved_s = 0.0
 
@@ -88,7 +91,7 @@ class Budget:
         self._decided_s = spent_s
         self._mark(spent_s, done)
         left_s = self.seconds - spent_s - self._end_s(update_s / tokens_per_update)
-        total = done + max(1, int(left_s / update_s))
+        total = done + max(1, min(int(left_s / update_s), self.most_updates - done))
         is_as_before = abs(total - total_steps) <= CHANGE * (total_steps - done)
         return 0 if is_as_before else total
 
@@ -120,4 +123,12 @@ class Budget:
 
     def state(self, pace: Pace) -> dict[str, Any]:
         """What a resumed run needs, as JSON; see `pace.saved_pace`."""
-        return {"seconds": self.spent_s, "decisions": [list(pair) for pair in pace.decisions]}
+        decisions = [list(pair) for pair in pace.decisions]
+        most = {"most_updates": self.most_updates, "plan": self.plan}
+        return {"seconds": self.spent_s, "decisions": decisions, **most}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Take over what `state` was in the checkpoint that the run resumes from."""
+        self.used_s = float(saved["seconds"])
+        self.most_updates = saved.get("most_updates") or MOST_UPDATES
+        self.plan = saved.get("plan") or {}

@@ -29,6 +29,7 @@ from p2p_llm_forge.training.identity import (
     refuse_files_of_others,
 )
 from p2p_llm_forge.training.plan import Plan, plan_updates
+from p2p_llm_forge.training.planner import text_settings
 from p2p_llm_forge.training.settle import begun_in, settle
 
 FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -209,13 +210,17 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     """
     from p2p_llm_forge.data.prepare import prepare
 
+    vocab_size, sequence_length = config.vocab_size, 256
+    if config.minutes:
+        usual, sequence_length = text_settings(os.path.getsize(config.dataset_path))
+        vocab_size = usual if vocab_size == TrainConfig.vocab_size else vocab_size
     asked = PrepareConfig(
         dataset_path=[config.dataset_path],
         output_dir=str(folder),
         tokenizer=config.tokenizer or config.model_name,
-        vocab_size=config.vocab_size,
+        vocab_size=vocab_size,
         trust_remote_code=config.trust_remote_code,
-        sequence_length=config.sequence_length or 256,
+        sequence_length=config.sequence_length or sequence_length,
         encoding_errors=config.encoding_errors,
     )
     if (folder / MANIFEST).exists() and not config.overwrite:

@@ -18,7 +18,10 @@ from p2p_llm_forge.shapes import is_count, require_shape
 GRAIN = 100_000  # steps of a schedule that is a function of progress
 MOST_UPDATES = 10**9
 
-SHAPE = {"seconds": (int, float), "decisions": [[is_count]]}
+SHAPE = {
+    **{"seconds": (int, float), "decisions": [[is_count]]},
+    **{"most_updates": (None, is_count), "plan": (None, dict)},
+}
 
 
 class Pace:
@@ -78,8 +81,8 @@ def paced_learning_rate(config: TrainConfig, pace: Pace) -> Callable[[int], floa
     return factor
 
 
-def saved_pace(state: dict[str, Any]) -> tuple[Pace, float] | None:
-    """The pace of the run that a trainer's state belongs to, and the seconds that it had used.
+def saved_pace(state: dict[str, Any]) -> Pace | None:
+    """The pace of the run that a trainer's state belongs to.
 
     None where its updates were counted. Raises ValueError for what no run of ours has saved.
     """
@@ -90,4 +93,4 @@ def saved_pace(state: dict[str, Any]) -> tuple[Pace, float] | None:
         raise ValueError("a decision in its budget is no pair")
     if not 0 <= saved["seconds"] < math.inf:
         raise ValueError("the seconds in its budget are no time")
-    return Pace(saved["decisions"]), float(saved["seconds"])
+    return Pace(saved["decisions"])

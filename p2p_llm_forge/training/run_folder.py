@@ -150,7 +150,7 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
     state = checkpoint.read_state(newest)
     step, paced = state["step"], saved_pace(state)
     refuse_other_end(newest, job.config, is_paced=paced is not None)
-    total_steps = paced[0].total_steps if paced else job.plan.total_steps
+    total_steps = paced.total_steps if paced else job.plan.total_steps
     if step > total_steps:
         raise ForgeError(
             f"{newest} is after step {step}, this run was asked to end at {total_steps}",

@@ -26,11 +26,11 @@ from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
 from p2p_llm_forge.training.orthogonalising import in_words
 from p2p_llm_forge.training.pace import Pace, paced_learning_rate, saved_pace
 from p2p_llm_forge.training.plan import Plan
+from p2p_llm_forge.training.rehearsal import ending_s, validation_tokens
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.saving import Saving, resume
 from p2p_llm_forge.training.settle import settled_lines
-from p2p_llm_forge.training.timing import ending_s, validation_tokens
 from p2p_llm_forge.training.tracking import introduction, tracking_of
 
 SENT_IN_PLAIN = (
@@ -102,7 +102,10 @@ def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:
     """The job, and the pace of a run with `--minutes`, as the state of its checkpoint left them."""
     if job.budget is None:
         return job, None
-    pace, job.budget.used_s = saved_pace(state) or (Pace([(0, job.plan.total_steps)]), 0.0)
+    if pace := saved_pace(state):
+        job.budget.resume(state["budget"])
+    else:
+        pace = Pace([(0, job.plan.total_steps)])
     return replace(job, plan=replace(job.plan, total_steps=pace.total_steps)), pace
 
 
@@ -158,6 +161,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
         )
         if cluster.world_size == 1:
             say("note      --sync diloco is pointless with one process: nobody to agree with")
+    for line in run.budget.words if run.budget else ():
+        say(line)
     if run.folder.checkpoint:
         say(f"resuming  after step {run.first_step} from {run.folder.checkpoint}")
         for line in settings_changed(state["config"], as_dict(config)):

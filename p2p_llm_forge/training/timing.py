@@ -1,65 +1,228 @@
-"""What a run with `--minutes` comes to in that time: measured, then planned."""
+"""What a run with `--minutes` is to be: all peers are measured, then a model and a batch chosen."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from p2p_llm_forge.model.fit import in_evaluation
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.peers.links import measure_links
+from p2p_llm_forge.peers.plausible import require_numbers
+from p2p_llm_forge.sync.forecast import CANDIDATES, Measured, Strategy, choose, forecast
+from p2p_llm_forge.training import planner
 from p2p_llm_forge.training.budget import FEWEST_UPDATES, Budget
-from p2p_llm_forge.training.forecast import update_s_by_rank
-from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import new_model
-from p2p_llm_forge.training.manifest import steps_saved
+from p2p_llm_forge.training.job import Job, make_plan
+from p2p_llm_forge.training.law import SAMPLE_BYTES, compressed_bits
+from p2p_llm_forge.training.learner import text_spec_of
+from p2p_llm_forge.training.planner import Choice, Text
+from p2p_llm_forge.training.rehearsal import Trial
+from p2p_llm_forge.training.settle import begun_in, settle
 
-SAMPLED = 60  # tokens in the sample of text
-AROUND = 1.5  # what writing a token of it takes, over the forward
-DISK = 200e6  # bytes per second, of a slow one
 FIRST_GUESS = 1000  # updates of a run that resumes, until its checkpoint says how many
+FIRST_DEPTHS, MORE_DEPTHS = (1, 4), 2  # that are measured, and how many more if it comes to that
+MEASURING, LONGEST_MEASURING_S = 0.012, 3.0  # of the time, for one depth
+WARMUP = 0.02  # of the updates
+KEPT = 0.06  # of the time, for the end, until that is known better
 
 
-def timed(job: Job, began: float) -> Job:
-    """The job with the number of updates that `--minutes` has time for. All ranks must call.
+@dataclass(frozen=True)
+class Measurement:
+    """How fast one depth is trained: as measured on the slowest peer."""
 
-    began: when this session did, by `time.monotonic`. Raises ForgeError where that is no time.
+    parameters: int
+    token_s: float  # forward and backward of a token
+    update_s: float  # of an update, beside those
+
+
+def timed(asked: TrainConfig, job: Job, began: float) -> Job:
+    """The job with what `--minutes` has time for. All ranks must call.
+
+    asked: what was given; what was not is chosen, unless the run has begun. began: when this
+    session did, by `time.monotonic`. Raises ForgeError where that is no time, or no text.
     """
-    config, cluster, plan = job.config, job.cluster, job.plan
-    assert config.minutes is not None
-    budget = Budget(config.minutes * 60, began)
-    if config.resume and cluster.main_only(lambda: bool(steps_saved(job.output_dir))):
-        return replace(job, plan=replace(plan, total_steps=FIRST_GUESS), budget=budget)
+    cluster, minutes = job.cluster, job.config.minutes
+    assert minutes is not None
+    budget = Budget(minutes * 60, began)
+    if cluster.main_only(lambda: begun_in(asked) is not None):
+        return replace(job, plan=replace(job.plan, total_steps=FIRST_GUESS), budget=budget)
     cluster.main_only(budget.require_start)
-    update_s = max(update_s_by_rank(job, cluster.together(lambda: new_model(job))))
-    ending = FEWEST_UPDATES * update_s
-    cluster.main_only(lambda: budget.require_start(ending))
-    (left_s,) = cluster.gather_numbers([budget.left_s])[0]
-    total_steps = max(FEWEST_UPDATES, int(left_s / update_s))
-    return replace(job, plan=replace(plan, total_steps=total_steps), budget=budget)
+    return Planning(asked, job, budget).planned()
 
 
-def ending_s(lm: Any) -> float:
-    """Seconds that the end of a run takes after its last evaluation: saving, and a sample of text.
+class Planning:
+    """Chooses what a run is to be, on all ranks alike."""
 
-    What is imported for it is imported now, when nothing depends on how long that takes.
-    """
-    import p2p_llm_forge.training.language_modeling_metric  # noqa: F401
+    def __init__(self, asked: TrainConfig, job: Job, budget: Budget) -> None:
+        self.asked, self.job, self.budget = asked, job, budget
+        self.cluster = job.cluster
+        self.blocks = self.cluster.together(job.data.train_blocks)
+        self.text = self._text()
+        planner.require_text(self.text)
+        self.links = measure_links(self.cluster) if self.cluster.world_size > 1 else None
+        given = (asked.model_name, asked.model_type, asked.depth, asked.config_overrides)
+        self.is_model_given = any(given)
 
-    token, spent_s = torch.zeros((1, 1), dtype=torch.long, device=lm.device), []
-    with in_evaluation(lm):
-        for _ in range(3):
-            began = time.perf_counter()
-            float(lm(token).logits.sum())
-            spent_s.append(time.perf_counter() - began)
-    # Weights and two moments are copied, written, read for their checksums; weights are published.
-    saving_s = 8 * sum(p.nbytes for p in lm.parameters()) / DISK
-    return AROUND * SAMPLED * min(spent_s) + saving_s + 20 * min(spent_s) + 1.0
+    def planned(self) -> Job:
+        """The job as chosen. Raises ForgeError where the time is too short for it."""
+        measured = self._measured()
+        left_s = self._left_s()
+        token_s, size = self._token_s(measured, left_s)
+        if self.is_model_given:
+            chosen = planner.choice_at(None, size[0], token_s[0], self.text, left_s)
+        else:
+            chosen = planner.choose(token_s, self.text, left_s)
+        self._require_time(chosen, token_s)
+        self._note(chosen, token_s, size, left_s)
+        return self._job_of(chosen)
 
+    def _text(self) -> Text:
+        manifest = self.job.data.manifest
+        split = manifest.splits["train"]
+        tokens = split.blocks * manifest.sequence_length
 
-def validation_tokens(job: Job) -> int:
-    """Tokens that this rank evaluates at the end."""
-    split = job.data.manifest.splits.get("validation")
-    tokens = split.blocks * job.data.manifest.sequence_length if split else 0
-    return -(-tokens // job.cluster.world_size)
+        def compressed() -> float:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(text_spec_of(self.job.data).tokenizer_dir)
+            per_block = max(1, split.bytes // max(1, split.blocks))
+            numbers = range(min(len(self.blocks), -(-SAMPLE_BYTES // per_block)))
+            _, targets = self.blocks.inputs_and_targets(numbers)
+            return compressed_bits(str(tokenizer.decode(targets.flatten().tolist())).encode())
+
+        return Text(
+            tokens,
+            bytes_per_token=split.bytes / max(1, tokens),
+            vocabulary=manifest.vocab_size,
+            sequence_length=manifest.sequence_length,
+            compressed=self.cluster.main_only(compressed),
+        )
+
+    def _left_s(self) -> float:
+        """Seconds for updates, as rank 0 sees them."""
+        (left_s,) = self.cluster.gather_numbers([self.budget.left_s])[0]
+        return max(1.0, (1 - KEPT) * left_s)
+
+    # --- measuring --------------------------------------------------------------------------------
+
+    def _measured(self) -> dict[int, Measurement]:
+        """By depth; 0 stands for a model that was given. A depth that is chosen is measured."""
+        if self.is_model_given:
+            return self._measure([0])
+        measured = self._measure(FIRST_DEPTHS)
+        for _ in range(MORE_DEPTHS):
+            left_s = self._left_s()
+            depth = planner.choose(self._token_s(measured, left_s)[0], self.text, left_s).depth
+            assert depth is not None
+            if depth <= max(measured):
+                break
+            measured |= self._measure([depth])
+        return measured
+
+    def _config_at(self, depth: int) -> TrainConfig:
+        return settle(replace(self.asked, depth=depth) if depth else self.asked)
+
+    def _measure(self, depths: Sequence[int]) -> dict[int, Measurement]:
+        """What depths take on the slowest peer. All ranks must call.
+
+        They take turns, so that all are measured while the machine is equally busy.
+        """
+        jobs = [replace(self.job, config=self._config_at(depth)) for depth in depths]
+        trials = [self.cluster.together(lambda: Trial(job, self.blocks)) for job in jobs]  # noqa: B023
+        least_s = min(LONGEST_MEASURING_S, MEASURING * self.budget.seconds) * len(depths)
+        ends_at = time.monotonic() + least_s
+        while time.monotonic() < ends_at or len(trials[0].forwards_s) < 3:
+            for trial in trials:
+                trial.run()
+        found = {}
+        for depth, trial in zip(depths, trials, strict=True):
+            by_rank = self.cluster.gather_numbers(trial.figures())
+            for figures in zip(*by_rank, strict=True):
+                require_numbers("it computes in seconds", figures)
+            slowest = [max(figures) for figures in zip(*by_rank, strict=True)]
+            found[depth] = Measurement(trial.parameters, *slowest)
+        return found
+
+    # --- what that comes to -----------------------------------------------------------------------
+
+    def _token_s(
+        self, measured: dict[int, Measurement], left_s: float, more_peers: int = 0
+    ) -> tuple[dict[int, float], dict[int, int]]:
+        """Seconds of a token of all peers together, and products of a token, by depth."""
+        peers = self.cluster.world_size + more_peers
+        found, sizes = {}, {}
+        for depth, one in measured.items():
+            tokens = self._update_tokens(int(peers * left_s / one.token_s))
+            update_s = tokens / peers * one.token_s + one.update_s
+            found[depth] = self._with_exchange(one, update_s, tokens, peers) / tokens
+            sizes[depth] = one.parameters
+        if self.is_model_given:
+            return found, sizes
+        return planner.token_seconds(found, self.text), sizes
+
+    def _update_tokens(self, tokens: int) -> int:
+        if self.asked.batch_size or self.asked.gradient_accumulation_steps:
+            return self.job.plan.tokens_per_update
+        return planner.update_tokens_for(tokens)
+
+    def _with_exchange(self, one: Measurement, update_s: float, tokens: int, peers: int) -> float:
+        """Seconds of an update and of what the peers exchange for it."""
+        if self.links is None:
+            return update_s  # with one more peer: as if the link cost nothing
+        config, latencies = self.job.config, self.links.latency_s
+        measured = Measured(
+            parameters=one.parameters,
+            update_s=update_s,
+            tokens_per_update=tokens,
+            peers=peers,
+            bytes_per_s=self.links.slowest()[2],
+            latency_s=max(s for row in latencies for s in row if s == s),
+            is_on_cpu=self.cluster.device.type == "cpu",
+        )
+        if config.sync == "auto":
+            return tokens / choose([forecast(s, measured) for s in CANDIDATES]).tokens_per_s
+        every = config.round_length() if config.sync == "diloco" else 0
+        compress = "none" if config.compress == "powersgd" else config.compress
+        strategy = Strategy(config.sync, compress, every, config.fragments, config.overlap_steps)
+        return tokens / forecast(strategy, measured).tokens_per_s
+
+    def _require_time(self, chosen: Choice, token_s: dict[int, float]) -> None:
+        update_s = token_s[chosen.depth or 0] * self._update_tokens(chosen.tokens)
+        least_s = FEWEST_UPDATES * update_s
+        self.cluster.main_only(lambda: self.budget.require_start(least_s))
+
+    def _note(
+        self, chosen: Choice, token_s: dict[int, float], size: dict[int, int], left_s: float
+    ) -> None:
+        """Keep what was chosen and what more would bring, to be shown and saved."""
+        peers, text = self.cluster.world_size, self.text
+        speedup = (peers + 1) / peers
+        if self.is_model_given:
+            more_s, faster_s = left_s + self.budget.seconds, token_s[0] / speedup
+            twice = planner.choice_at(None, size[0], token_s[0], text, more_s)
+            with_peer = planner.choice_at(None, size[0], faster_s, text, left_s)
+        else:
+            twice, with_peer = planner.with_more(
+                token_s, text, left_s, self.budget.seconds, speedup
+            )
+        self.budget.words = planner.in_words(chosen, twice, with_peer)
+        names = ("chosen", "twice_the_time", "one_more_peer")
+        records = planner.as_record([chosen, twice, with_peer])
+        self.budget.plan = dict(zip(names, records, strict=True))
+
+    def _job_of(self, chosen: Choice) -> Job:
+        asked, job = self.asked, self.job
+        if chosen.depth is not None:
+            asked = replace(asked, depth=chosen.depth)
+        if not (asked.batch_size or asked.gradient_accumulation_steps):
+            unit = self.cluster.world_size * (asked.micro_batch_size or 1)
+            length = self.text.sequence_length
+            asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
+        warmup = asked.warmup_steps or int(WARMUP * chosen.updates)
+        config = replace(settle(asked), warmup_steps=warmup)
+        plan = make_plan(config, self.cluster, job.data)
+        total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
+        if chosen.is_cut_short:
+            self.budget.most_updates = total_steps
+        plan = replace(plan, total_steps=total_steps)
+        return replace(job, config=config, plan=plan, budget=self.budget)

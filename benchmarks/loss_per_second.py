@@ -1,0 +1,226 @@
+"""Who has the better model after the same time: --minutes, yesterday's defaults, nanoGPT.
+
+    python benchmarks/loss_per_second.py --nanogpt DIR --text tinyshakespeare.txt
+    python benchmarks/loss_per_second.py --nanogpt DIR --mixed-megabytes 20 --times 10
+
+Every arm gets the first 90 % of the text; its model is judged by bits per byte over the last 10 %,
+every token predicted once, by programs that share nothing with the trainer: transformers alone
+loads our model and tokenizer, nanoGPT's own class its checkpoint. A round begins with nanoGPT's CPU
+setting for Shakespeare (README: 2,000 iterations of 12 blocks of 64, 4 layers of 128, no dropout),
+times --times iterations; the time that its process took is what the other arms are given as
+--minutes, from the start of the process to its end, tokenizer training included. Arms take turns,
+the seeds are those of the rounds (0, 1, ...), and medians are printed.
+
+Runs of three or more line ends count as two in all texts: there documents end, and an end of a
+document is judged as the two bytes that it stands for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS = 2000
+NANOGPT = (
+    *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
+    *("--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4"),
+    *("--n_embd=128", "--dropout=0.0"),
+)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # that nanoGPT's shape is tuned over
+YESTERDAY = (
+    *("--model-type", "gpt2", "--optimizer", "adamw", "--learning-rate", "1e-3"),
+    "--config-overrides=n_layer=4,n_head=4,n_embd=256,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
+    *("--batch-size", "16", "--lr-scheduler", "cosine", "--vocab-size", "8192"),
+    *("--sequence-length", "256"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nanogpt", type=Path, help="a copy of its repository")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--mixed-megabytes", type=int, help="gather a text from installed Python")
+    parser.add_argument("--times", type=float, default=1.0, help="as long as nanoGPT's setting")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/loss_per_second"))
+    parser.add_argument("--judge", choices=("ours", "nanogpt"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work: Path = options.work_dir.resolve()
+    if options.judge:
+        print(judge_ours(work) if options.judge == "ours" else judge_nanogpt(work))
+        return
+    if not options.nanogpt or bool(options.text) == bool(options.mixed_megabytes):
+        parser.error("give --nanogpt DIR, and --text FILE or --mixed-megabytes N")
+    work.mkdir(parents=True, exist_ok=True)
+    text = (
+        gathered(options.mixed_megabytes) if options.mixed_megabytes else options.text.read_text()
+    )
+    text = re.sub(r"\n\n+", "\n\n", text.replace("\r\n", "\n"))
+    cut = int(len(text) * 0.9)
+    (work / "train.txt").write_text(text[:cut])
+    (work / "validation.txt").write_text(text[cut:])
+    nanogpt = options.nanogpt.resolve()
+    (nanogpt / "data/shakespeare_char/input.txt").write_text(text)
+    subprocess.run(
+        [sys.executable, "prepare.py"],
+        cwd=nanogpt / "data/shakespeare_char",
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    compare(options, nanogpt, work)
+
+
+def compare(options: argparse.Namespace, nanogpt: Path, work: Path) -> None:
+    """Let the arms take turns, and print what each round and their medians come to."""
+    rate = tuned_rate(options, nanogpt) if options.times > 1 else 1e-3
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(options.repeats):
+        iterations = round(ITERATIONS * options.times)
+        took_s = run_nanogpt(nanogpt, iterations, rate, seed)
+        round_ = {f"nanoGPT, rate {rate:g}": (judged("nanogpt", nanogpt), took_s)}
+        arms = {"--minutes": ()} | (
+            {"yesterday's defaults": YESTERDAY} if options.times > 1 else {}
+        )
+        for name, flags in arms.items():
+            spent_s = run_ours(work, took_s, seed, flags)
+            round_[name] = (judged("ours", work), spent_s)
+        for name, figures in round_.items():
+            found.setdefault(name, []).append(figures)
+            print(
+                f"seed {seed}: {name}: {figures[0]:.3f} bits per byte, {figures[1]:.0f} s",
+                flush=True,
+            )
+    print("\n| arm | bits per byte | rounds | seconds |\n|---|---|---|---|")
+    for name, rounds in found.items():
+        losses, seconds = zip(*rounds, strict=True)
+        shown = ", ".join(f"{loss:.3f}" for loss in losses)
+        middle = statistics.median
+        print(f"| {name} | {middle(losses):.3f} | {shown} | {middle(seconds):.0f} |")
+
+
+def gathered(megabytes: int) -> str:
+    """Text of the installed Python's files, as the benchmark of data preparation gathers it."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.data_preparation import source_files
+
+    parts, size = [], 0
+    for content in source_files():
+        if size >= megabytes * 10**6:
+            break
+        parts.append(content.decode("utf-8", "replace"))
+        size += len(content)
+    return "\n\n".join(parts)
+
+
+# --- the arms -------------------------------------------------------------------------------------
+
+
+def run_nanogpt(folder: Path, iterations: int, rate: float, seed: int) -> float:
+    """Train it; returns seconds from the start of the process to its end."""
+    words = [sys.executable, "train.py", *NANOGPT, f"--learning_rate={rate}"]
+    words += [f"--min_lr={rate / 10}", f"--max_iters={iterations}"]
+    words += [f"--lr_decay_iters={iterations}", f"--eval_interval={min(iterations, 250)}"]
+    # It has no flag for its seed, which is written in its script.
+    script = (folder / "train.py").read_text()
+    seeded = re.sub(r"torch\.manual_seed\(\d+ \+", f"torch.manual_seed({1337 + seed} +", script)
+    (folder / "train.py").write_text(seeded)
+    return timed(words, folder)
+
+
+def tuned_rate(options: argparse.Namespace, nanogpt: Path) -> float:
+    """The best of RATES for the whole time."""
+    losses = {}
+    for rate in RATES:
+        run_nanogpt(nanogpt, round(ITERATIONS * options.times), rate, seed=0)
+        losses[rate] = judged("nanogpt", nanogpt)
+        print(f"nanoGPT tuned, rate {rate:g}: {losses[rate]:.3f} bits per byte", flush=True)
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def run_ours(work: Path, seconds: float, seed: int, flags: tuple[str, ...]) -> float:
+    """Train by --minutes; returns seconds from the start of the process to its end."""
+    words = [sys.executable, str(ROOT / "train.py"), "--dataset-path", str(work / "train.txt")]
+    words += ["--output-dir", str(work / "run"), "--minutes", str(seconds / 60), "--overwrite"]
+    return timed([*words, "--seed", str(seed), *flags], work)
+
+
+def timed(words: list[str], folder: Path) -> float:
+    began = time.perf_counter()
+    with (folder / "last.log").open("w") as log:
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(words, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environ)
+    if done.returncode:
+        raise SystemExit((folder / "last.log").read_text()[-3000:])
+    return time.perf_counter() - began
+
+
+# --- the judges -----------------------------------------------------------------------------------
+
+
+def judged(which: str, folder: Path) -> float:
+    """Bits per byte, by a process of its own."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--judge", which]
+    done = subprocess.run([*words, "--work-dir", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return float(done.stdout.split()[-1])
+
+
+def judge_ours(work: Path) -> float:
+    """Of the published model, by transformers alone: every token of the text predicted once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = (work / "validation.txt").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(work / "run")
+    model = AutoModelForCausalLM.from_pretrained(work / "run", dtype=torch.float32).eval()
+    length, end = model.config.max_position_embeddings, tokenizer.eos_token_id
+    tokens = [end]
+    documents = text.split("\n\n")
+    assert "\n\n".join(documents) == text
+    for number, document in enumerate(documents):
+        tokens += tokenizer.encode(document, add_special_tokens=False)
+        tokens += [end] if number + 1 < len(documents) else []
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, length):
+            piece = torch.tensor([tokens[start : start + length + 1]])
+            logits = model(piece[:, :-1]).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / len(text.encode())
+
+
+def judge_nanogpt(folder: Path) -> float:
+    """Of its last checkpoint, by its own class: every character of its val.bin predicted once."""
+    sys.path.insert(0, str(folder))
+    import numpy as np
+    import torch
+    from model import GPT, GPTConfig  # nanoGPT's
+
+    saved = torch.load(folder / "out-shakespeare-char/ckpt.pt", weights_only=True)
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    model.eval()
+    data = folder / "data/shakespeare_char"
+    train, validation = (np.fromfile(data / f"{name}.bin", np.uint16) for name in ("train", "val"))
+    tokens = torch.from_numpy(np.concatenate([train[-1:], validation]).astype(np.int64))
+    length, nats = saved["model_args"]["block_size"], 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, length):
+            piece = tokens[start : start + length + 1]
+            _, loss = model(piece[None, :-1], piece[None, 1:])
+            nats += loss.item() * (len(piece) - 1)
+    text = (data / "input.txt").read_text()
+    return nats / math.log(2) / len(text[int(len(text) * 0.9) :].encode())
+
+
+if __name__ == "__main__":
+    main()

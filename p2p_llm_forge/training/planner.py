@@ -1,0 +1,188 @@
+"""What to train in a given time: arithmetic on the speed of the peers and the size of the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.shape import shape_of
+from p2p_llm_forge.training.law import bits_per_byte
+
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
+# Parts of the time after which a run could end: a small text is not read until known by heart.
+PARTS = tuple(0.85**n for n in range(40))
+MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
+LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
+# Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
+# best for long runs; the size that is best grows about as the root of what is read.
+UPDATE_TOKENS, AT_TOKENS = 1024, 250_000
+SMALLEST_UPDATE, LARGEST_UPDATE = 512, 2**19
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Text:
+    """What there is to learn from, as it lies prepared."""
+
+    tokens: int
+    bytes_per_token: float
+    vocabulary: int
+    sequence_length: int
+    compressed: float  # bits per byte: see law.py
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run is to be, and what it is expected to come to."""
+
+    depth: int | None  # None: the model was given
+    tokens: int  # read
+    epochs: float
+    update_tokens: int
+    bits_per_byte: float
+    seconds: float  # of the updates
+    is_cut_short: bool = False  # because more would only be learnt by heart
+
+    @property
+    def updates(self) -> int:
+        return max(1, self.tokens // self.update_tokens)
+
+
+def products(depth: int, text: Text) -> int:
+    """Parameters that a token is multiplied by, in the layers and the head of the default model."""
+    width = shape_of(depth)["hidden_size"]
+    return depth * 13 * width**2 + width * text.vocabulary
+
+
+def work(depth: int, text: Text) -> int:
+    """Multiplications of a token's forward: those, and attention's."""
+    width = shape_of(depth)["hidden_size"]
+    return products(depth, text) + depth * width * text.sequence_length
+
+
+def token_seconds(measured: Mapping[int, float], text: Text) -> dict[int, float]:
+    """Seconds of a token at every depth, from those at a few: a line over the work of a token.
+
+    measured: at one depth or more. No depth is taken to be faster than a shallower one.
+    """
+    xs = [work(depth, text) for depth in measured]
+    ys = list(measured.values())
+    slope = ys[0] / xs[0] if len(xs) == 1 else _slope(xs, ys)
+    base = sum(ys) / len(ys) - slope * sum(xs) / len(xs)
+    if slope <= 0 or base < 0:  # no line through what noise has left: in proportion
+        slope, base = sum(ys) / sum(xs), 0.0
+    return {depth: base + slope * work(depth, text) for depth in DEPTHS}
+
+
+def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Of the line of least squares of the relative errors' weights 1/y."""
+    weights = [1 / y**2 for y in ys]
+    total = sum(weights)
+    x_mean = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
+    y_mean = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
+    triples = list(zip(weights, xs, ys, strict=True))
+    spread = sum(w * (x - x_mean) ** 2 for w, x, _ in triples)
+    return sum(w * (x - x_mean) * (y - y_mean) for w, x, y in triples) / spread
+
+
+def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
+    """The depth with the lowest loss to expect after `seconds` of updates.
+
+    token_s: by depth, of all peers together.
+    """
+    most = max(products(1, text), MOST_PER_BYTE * text.tokens * text.bytes_per_token)
+    sizes = {depth: products(depth, text) for depth in token_s}
+    choices = [
+        choice_at(depth, size, token_s[depth], text, seconds)
+        for depth, size in sizes.items()
+        if size <= most
+    ]
+    return min(choices, key=lambda choice: choice.bits_per_byte)
+
+
+def choice_at(depth: int | None, size: int, token_s: float, text: Text, seconds: float) -> Choice:
+    """What a model of one size comes to in that time, or in the part of it that is best."""
+
+    def expected(tokens: float) -> float:
+        read, unique = tokens * text.bytes_per_token, text.tokens * text.bytes_per_token
+        return bits_per_byte(size, read, unique, text.compressed)
+
+    part = min(PARTS, key=lambda part: expected(part * seconds / token_s))
+    tokens = max(1, int(part * seconds / token_s))
+    return Choice(
+        depth,
+        tokens=tokens,
+        epochs=tokens / text.tokens,
+        update_tokens=update_tokens_for(tokens),
+        bits_per_byte=expected(tokens),
+        seconds=tokens * token_s,
+        is_cut_short=part < 1,
+    )
+
+
+def update_tokens_for(tokens: int) -> int:
+    """Tokens of an update of a run that reads so many: a power of two."""
+    best = UPDATE_TOKENS * math.sqrt(tokens / AT_TOKENS)
+    return min(LARGEST_UPDATE, max(SMALLEST_UPDATE, 2 ** round(math.log2(best))))
+
+
+def batch_size_for(choice: Choice, sequence_length: int, unit: int) -> int:
+    """Blocks of an update: about as many tokens as chosen, and divisible by `unit`."""
+    return unit * max(1, round(choice.update_tokens / sequence_length / unit))
+
+
+def text_settings(size: int) -> tuple[int, int]:
+    """Vocabulary and tokens of a block for a text of so many bytes.
+
+    Raises ForgeError for a text that is too small for any model.
+    """
+    if size < LEAST_BYTES:
+        raise ForgeError(
+            f"the text has {size:,} bytes, which is too small for any model",
+            f"give a text of at least {LEAST_BYTES:,} bytes",
+        )
+    vocabulary = 2 ** round(math.log2(1024 * math.sqrt(size / MEGABYTE)))
+    return min(32768, max(512, vocabulary)), 128 if size < 4 * MEGABYTE else 256
+
+
+def require_text(text: Text) -> None:
+    """Raise ForgeError for prepared data that are too small for any model."""
+    if text.tokens < LEAST_TOKENS:
+        raise ForgeError(
+            f"there are {text.tokens:,} tokens to learn from, which is too little for any model",
+            f"prepare a text of at least {LEAST_BYTES:,} bytes",
+        )
+
+
+def in_words(choice: Choice, twice: Choice, with_peer: Choice) -> list[str]:
+    """What was chosen and what more would bring, for a person."""
+    depth = "" if choice.depth is None else f"depth {choice.depth}, "
+    why = ""
+    if choice.is_cut_short:
+        why = "; more would be learnt by heart, so it ends before the time is over: give more text"
+    elif choice.epochs > 4:
+        why = "; more text would bring more than time"
+    more = [
+        f"{what} {one.bits_per_byte:.3f}" + (f" (depth {one.depth})" if one.depth else "")
+        for what, one in (("twice the time", twice), ("one more peer", with_peer))
+    ]
+    return [
+        f"plan      {depth}about {choice.updates:,} updates of {choice.update_tokens:,} tokens, the"
+        f" text {choice.epochs:.1f} times{why}",
+        f"expected  about {choice.bits_per_byte:.3f} bits per byte; {', '.join(more)}",
+    ]
+
+
+def with_more(
+    token_s: Mapping[int, float], text: Text, seconds: float, more_s: float, speedup: float
+) -> tuple[Choice, Choice]:
+    """The choices with `more_s` more seconds, and with peers that are `speedup` times as fast."""
+    faster = {depth: one / speedup for depth, one in token_s.items()}
+    return choose(token_s, text, seconds + more_s), choose(faster, text, seconds)
+
+
+def as_record(choices: Iterable[Choice]) -> list[dict[str, float | int | None]]:
+    """Choices as JSON, for the run's own files."""
+    return [vars(replace(choice)) for choice in choices]

@@ -1,0 +1,81 @@
+"""Tried before a run, to know how long it takes: updates of a model, and what comes after them."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import torch
+
+from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.model.fit import in_evaluation
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.model.optimizer import build_optimizer
+from p2p_llm_forge.training.forecast import seconds
+from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import first_micro_batch, new_model
+
+SAMPLED, AROUND = 60, 1.5  # tokens in the sample of text; the time of one over that of its forward
+DISK = 200e6  # bytes per second, of a slow one
+
+
+class Trial:
+    """A model that takes a few updates to be timed, and is thrown away."""
+
+    def __init__(self, job: Job, blocks: Blocks) -> None:
+        lm = new_model(job)
+        if job.config.gradient_checkpointing:
+            lm.activation_checkpointing_enable({"use_reentrant": False})
+        self._accelerator = job.cluster.accelerator
+        self._model = NextTokenLoss(lm.to(job.cluster.device), job.document_end).train()
+        self._optimizer = build_optimizer(job.config, lm)
+        self._inputs, self._targets = first_micro_batch(job, blocks)
+        self.parameters = sum(p.numel() for p in lm.parameters())
+        self.forwards_s: list[float] = []
+        self._updates_s: list[float] = []
+
+    def run(self) -> None:
+        """One more micro-batch, and an update after each of the first."""
+        self.forwards_s.append(seconds(self._micro_batch))
+        if len(self._updates_s) < 3:
+            self._updates_s.append(seconds(self._update))
+
+    def figures(self) -> list[float]:
+        """Seconds of a token and of an update; the first of each makes buffers and moments."""
+        token_s = median(self.forwards_s[1:]) / self._targets.numel()
+        return [token_s, min(self._updates_s[1:])]
+
+    def _micro_batch(self) -> None:
+        with self._accelerator.autocast():
+            nats, _ = self._model(self._inputs, self._targets)
+        (nats / self._targets.numel()).backward()
+
+    def _update(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def ending_s(lm: Any) -> float:
+    """Seconds that the end of a run takes after its last evaluation: saving, and a sample of text.
+
+    What is imported for it is imported now, when nothing depends on how long that takes.
+    """
+    import p2p_llm_forge.training.language_modeling_metric  # noqa: F401
+
+    token, spent_s = torch.zeros((1, 1), dtype=torch.long, device=lm.device), []
+    with in_evaluation(lm):
+        for _ in range(3):
+            began = time.perf_counter()
+            float(lm(token).logits.sum())
+            spent_s.append(time.perf_counter() - began)
+    # Weights and two moments are copied, written, read for their checksums; weights are published.
+    saving_s = 8 * sum(p.nbytes for p in lm.parameters()) / DISK
+    return AROUND * SAMPLED * min(spent_s) + saving_s + 20 * min(spent_s) + 1.0
+
+
+def validation_tokens(job: Job) -> int:
+    """Tokens that this rank evaluates at the end."""
+    split = job.data.manifest.splits.get("validation")
+    tokens = split.blocks * job.data.manifest.sequence_length if split else 0
+    return -(-tokens // job.cluster.world_size)

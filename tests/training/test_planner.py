@@ -1,0 +1,98 @@
+"""What is chosen for a time: by searching all, it is the best; small texts and times are seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import law, planner
+from p2p_llm_forge.training.planner import Text
+
+TEXT = Text(400_000, bytes_per_token=2.4, vocabulary=1024, sequence_length=128, compressed=2.6)
+SPEED = {1: 5e-5, 4: 4e-4}  # seconds of a token at depths, as on a slow core
+
+
+def seconds(text=TEXT, measured=SPEED):
+    return planner.token_seconds(measured, text)
+
+
+@pytest.mark.parametrize("time_s", [10, 100, 1000, 30_000])
+def test_the_depth_with_the_lowest_expected_loss_is_chosen(time_s):
+    token_s = seconds()
+    chosen = planner.choose(token_s, TEXT, time_s)
+    assert chosen.seconds <= time_s and chosen.is_cut_short == (chosen.seconds < 0.99 * time_s)
+    read = chosen.tokens * 2.4
+    size = planner.products(chosen.depth, TEXT)
+    assert chosen.bits_per_byte == law.bits_per_byte(size, read, 400_000 * 2.4, 2.6)
+    for depth, one in token_s.items():
+        if planner.products(depth, TEXT) > 4 * 960_000:
+            continue
+        for part in (0.01, 0.1, 0.3, 0.5, 1.0):
+            read = part * time_s / one * 2.4
+            other = law.bits_per_byte(planner.products(depth, TEXT), read, 960_000, 2.6)
+            assert chosen.bits_per_byte <= 1.002 * other
+
+
+def test_more_time_and_faster_peers_take_deeper_models_and_lower_losses():
+    text = replace(TEXT, tokens=10**9)
+    chosen = [planner.choose(seconds(text), text, time_s) for time_s in (10, 100, 1000, 10_000)]
+    assert [one.depth for one in chosen] == sorted(one.depth for one in chosen)
+    assert chosen[0].depth < chosen[-1].depth
+    losses = [one.bits_per_byte for one in chosen]
+    assert losses == sorted(losses, reverse=True)
+    twice, with_peer = planner.with_more(seconds(text), text, 100, 100, speedup=2)
+    assert twice == with_peer == planner.choose(seconds(text), text, 200) or (
+        twice.bits_per_byte == pytest.approx(with_peer.bits_per_byte, rel=1e-3)
+    )
+
+
+def test_a_small_text_takes_a_smaller_model_than_a_large_one_and_is_not_read_for_ever():
+    small, large = replace(TEXT, tokens=20_000), replace(TEXT, tokens=10**9)
+    on_small, on_large = (planner.choose(seconds(one), one, 600) for one in (small, large))
+    assert on_small.is_cut_short and on_small.epochs < 20 and not on_large.is_cut_short
+    assert on_small.depth < on_large.depth and on_small.seconds < 300
+    assert on_small.bits_per_byte > on_large.bits_per_byte
+    words = "\n".join(planner.in_words(on_small, on_small, on_small))
+    assert "ends before the time is over: give more text" in words
+
+
+def test_speeds_lie_on_a_line_over_the_work_of_a_token():
+    work = {depth: planner.work(depth, TEXT) for depth in planner.DEPTHS}
+    exact = {depth: 1e-5 + 2e-10 * one for depth, one in work.items()}
+    found = planner.token_seconds({depth: exact[depth] for depth in (1, 4)}, TEXT)
+    assert found == pytest.approx(exact)
+    # Whatever noise says, a deeper model is not faster, and nothing takes no time.
+    for measured in ({1: 1e-4, 4: 1e-4}, {1: 2e-4, 4: 1e-4}, {1: 1e-6, 4: 1e-3}, {3: 1e-4}):
+        found = list(planner.token_seconds(measured, TEXT).values())
+        assert found == sorted(found) and found[0] > 0
+
+
+@pytest.mark.parametrize("tokens", [1000, 10**5, 10**6, 10**8, 10**13])
+def test_updates_are_powers_of_two_that_grow_with_the_run(tokens):
+    size = planner.update_tokens_for(tokens)
+    assert size & (size - 1) == 0 and size <= planner.update_tokens_for(16 * tokens)
+    assert planner.update_tokens_for(250_000) == 1024
+
+
+def test_a_batch_is_divisible_by_what_it_must_be():
+    chosen = replace(planner.choose(seconds(), TEXT, 100), update_tokens=2048)
+    assert planner.batch_size_for(chosen, 128, unit=1) == 16
+    assert planner.batch_size_for(chosen, 128, unit=3) == 15
+    assert planner.batch_size_for(chosen, 4096, unit=2) == 2
+
+
+def test_a_text_decides_its_vocabulary_and_blocks():
+    assert planner.text_settings(1_003_854) == (1024, 128)
+    assert planner.text_settings(18_000_000) == (4096, 256)
+    assert planner.text_settings(10**12) == (32768, 256)
+    assert planner.text_settings(8_000)[0] == 512
+
+
+def test_a_text_too_small_for_any_model_is_refused():
+    with pytest.raises(ForgeError, match="(?s)100 bytes, which is too small.*at least 8,000"):
+        planner.text_settings(100)
+    with pytest.raises(ForgeError, match="(?s)900 tokens.*too little.*at least 8,000"):
+        planner.require_text(replace(TEXT, tokens=900))
+    planner.require_text(replace(TEXT, tokens=2_000))

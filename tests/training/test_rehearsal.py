@@ -1,0 +1,42 @@
+"""What is tried before a run takes time, and leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from p2p_llm_forge.training.learner import new_model
+from p2p_llm_forge.training.rehearsal import Trial, ending_s, validation_tokens
+
+
+@pytest.fixture
+def job(open_small_job):
+    job = open_small_job(optimizer="adamw")
+    job.cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    return job
+
+
+def test_a_trial_measures_a_token_and_an_update(job):
+    trial = Trial(job, job.data.train_blocks())
+    for _ in range(4):
+        trial.run()
+    token_s, update_s = trial.figures()
+    assert 0 < token_s < 1 and 0 < update_s < 10
+    assert trial.parameters == sum(p.numel() for p in new_model(job).parameters())
+
+
+def test_the_end_is_rehearsed_without_a_trace(job):
+    lm = new_model(job).train()
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert ending_s(lm) > 1
+    assert lm.training and torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
+
+
+def test_the_tokens_of_the_evaluation_are_those_of_the_split(job):
+    split = job.data.manifest.splits["validation"]
+    assert validation_tokens(job) == split.blocks * 32 > 0
