@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 TRAIN = r"""
---model-type=gpt2 --config-overrides=n_head=0 -> n_head
---model-type=gpt2 --config-overrides=n_embd=0 -> n_embd
---model-type=gpt2 --config-overrides=n_layer=-1 -> n_layer
---model-type=gpt2 --config-overrides=n_layer=0 -> n_layer
---model-type=gpt2 --config-overrides=n_head=3 -> n_head
---model-type=gpt2 --config-overrides=n_head=1.5 -> n_head
---model-type=gpt2 --config-overrides=n_head=true -> n_head
---model-type=gpt2 --config-overrides=n_head=two -> n_head
---model-type=gpt2 --config-overrides=n_embd=1000000000 -> memory
---model-type=gpt2 --config-overrides=n_embd=99999999999999999999 -> n_embd
---model-type=gpt2 --config-overrides=n_layer=100000000 -> n_layer is 100000000
---model-type=gpt2 --config-overrides=n_inner=-5 -> or leave n_inner out
---model-type=gpt2 --config-overrides=n_inner=0 -> give n_inner a size of 1 or more
---model-type=gpt2 --config-overrides=n_head -> is not KEY=VALUE
+--depth=1 --model-type=gpt2 --config-overrides=n_head=0 -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=n_embd=0 -> n_embd
+--depth=1 --model-type=gpt2 --config-overrides=n_layer=-1 -> n_layer
+--depth=1 --model-type=gpt2 --config-overrides=n_layer=0 -> n_layer
+--depth=1 --model-type=gpt2 --config-overrides=n_head=3 -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=n_head=1.5 -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=n_head=true -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=n_head=two -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=n_embd=1000000000 -> memory
+--depth=1 --model-type=gpt2 --config-overrides=n_embd=99999999999999999999 -> n_embd
+--depth=1 --model-type=gpt2 --config-overrides=n_layer=100000000 -> n_layer is 100000000
+--depth=1 --model-type=gpt2 --config-overrides=n_inner=-5 -> or leave n_inner out
+--depth=1 --model-type=gpt2 --config-overrides=n_inner=0 -> give n_inner a size of 1 or more
+--depth=1 --model-type=gpt2 --config-overrides=n_head -> is not KEY=VALUE
 --config-overrides== -> is not KEY=VALUE
---model-type=gpt2 --config-overrides=n_haed=2 -> n_head
---model-type=gpt2 --config-overrides=activation_function=foo -> foo
+--depth=1 --model-type=gpt2 --config-overrides=n_haed=2 -> n_head
+--depth=1 --model-type=gpt2 --config-overrides=activation_function=foo -> foo
 --config-overrides=dtype=foo -> foo
 --config-overrides=dtype=float16 -> --mixed-precision bf16
 --config-overrides=torch_dtype=float16 -> --mixed-precision bf16
@@ -28,26 +28,26 @@ TRAIN = r"""
 --config-overrides=is_encoder_decoder=true -> a causal language model is trained
 --config-overrides=add_cross_attention=true -> a causal language model is trained
 --config-overrides=problem_type=regression -> a causal language model is trained
---model-type=gpt2 --config-overrides=n_layer=2,n_layer=3 -> n_layer is given twice
+--depth=1 --model-type=gpt2 --config-overrides=n_layer=2,n_layer=3 -> n_layer is given twice
 --model-type=gpt2 --config-overrides=n_layer=2,num_hidden_layers=3 -> is given twice
 --config-overrides=pad_token_id=99999 -> pad_token_id is 99999, the vocabulary has
 --config-overrides=pad_token_id=word -> give another value for pad_token_id
 --config-overrides=bos_token_id=99999 -> bos_token_id is 99999, the vocabulary has
 --config-overrides=eos_token_id=-1 -> eos_token_id is -1, the vocabulary has
 --config-overrides=use_cache=maybe -> give true or false
---model-type=gpt2 --config-overrides=resid_pdrop=2 -> resid_pdrop
---model-type=gpt2 --config-overrides=resid_pdrop=nan -> resid_pdrop
---model-type=gpt2 --config-overrides=resid_pdrop=-1 -> resid_pdrop
---model-type=gpt2 --config-overrides=layer_norm_epsilon=nan -> layer_norm_epsilon
---model-type=gpt2 --config-overrides=layer_norm_epsilon=-1 -> layer_norm_epsilon
+--depth=1 --model-type=gpt2 --config-overrides=resid_pdrop=2 -> resid_pdrop
+--depth=1 --model-type=gpt2 --config-overrides=resid_pdrop=nan -> resid_pdrop
+--depth=1 --model-type=gpt2 --config-overrides=resid_pdrop=-1 -> resid_pdrop
+--depth=1 --model-type=gpt2 --config-overrides=layer_norm_epsilon=nan -> layer_norm_epsilon
+--depth=1 --model-type=gpt2 --config-overrides=layer_norm_epsilon=-1 -> layer_norm_epsilon
 --config-overrides=initializer_range=-1 -> initializer_range
 --config-overrides=initializer_range=nan -> initializer_range
 --config-overrides=vocab_size=5 -> vocabulary of 5
 --config-overrides=vocab_size=-1 -> vocab
---model-type=gpt2 --config-overrides=n_positions=4 -> at most 4
---model-type=gpt2 --config-overrides=n_positions=-4 -> n_positions
+--depth=1 --model-type=gpt2 --config-overrides=n_positions=4 -> at most 4
+--depth=1 --model-type=gpt2 --config-overrides=n_positions=-4 -> n_positions
 --config-overrides=eos_token_id=[[[ -> eos_token_id
---model-type=gpt2 "--config-overrides=n_head=$((1))" -> n_head
+--depth=1 --model-type=gpt2 "--config-overrides=n_head=$((1))" -> n_head
 --config-overrides=n_layer=2 -> write num_hidden_layers=2, or take GPT-2 with --model-type gpt2
 --config-overrides=resid_pdrop=0.1 -> take GPT-2 with --model-type gpt2
 --config-overrides=num_hidden_layers=0 -> num_hidden_layers

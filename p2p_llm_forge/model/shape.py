@@ -6,7 +6,7 @@ from typing import Any
 
 FAMILY = "qwen3"
 DEPTH = 4
-NARROWEST = 128
+NARROWEST, MOST_HEADS = 128, 1024
 # What adds to the stream that all layers share: from zero, a new layer changes nothing at first.
 OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 STARTS_AT_ZERO = ("qwen3",)  # families whose output projections do
@@ -23,9 +23,10 @@ def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> 
     """
     width = width or max(NARROWEST, 64 * depth)
     head_size = 64 if width >= 256 else 32
-    if heads:
+    usual = max(1, width // head_size)
+    heads = heads or min(MOST_HEADS, usual)
+    if heads != usual:
         head_size = max(2, width // heads)
-    heads = heads or max(1, width // head_size)
     return {
         "num_hidden_layers": depth,
         "hidden_size": width,

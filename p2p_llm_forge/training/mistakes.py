@@ -19,7 +19,8 @@ def mistakes_in(config: TrainConfig) -> Problems:
     problems = config.problems()
     require_hub_folder(problems)
     try:
-        if config.model_type or config.config_overrides or config.depth:
+        is_asked = config.model_type or config.config_overrides or config.depth
+        if is_asked and isinstance(config.depth, int | None):
             from p2p_llm_forge.model.sizes import sizes_asked_for
             from p2p_llm_forge.training.settle import begun_in, settle
 
