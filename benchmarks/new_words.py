@@ -3,19 +3,23 @@
     python benchmarks/new_words.py --work-dir /tmp/new_words --gigabytes 1 5
 
 Each size is a text of random words in documents of 2 kB, prepared by two workers with a tokenizer
-that was trained on other such words; and, the first row, with one that is trained on the text. The
-figure is the largest resident memory of the process (of any, where --seconds interrupts a run and
-starts it again, which resumes it). Texts and datasets are removed.
+that was trained on other such words; and, the first row, with one that is trained on the text. With
+--known, this part of each size is source code of the installed Python, again and again, before the
+random words begin, and the tokenizer is trained on such code. The figure is the largest resident
+memory of the process (of any, where --seconds interrupts a run and starts it again, which resumes
+it). Texts and datasets are removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -30,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 5])
+    parser.add_argument("--known", type=float, default=0, help="this part of the text comes first")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=0, help="after which a run is interrupted")
     arguments = parser.parse_args()
@@ -39,12 +44,18 @@ def main() -> None:
         "| text | tokenizer | seconds | starts | peak RSS, GB |\n|---|---|---|---|---|", flush=True
     )
     try:
-        random_words(folder / "small.txt", 50_000_000, seed=1)
+        if arguments.known:
+            known_words(folder / "small.txt", 50_000_000)
+        else:
+            random_words(folder / "small.txt", 50_000_000, seed=1)
         row(folder, "small", "trained on it", arguments, [])
         tokenizer = folder / "out-small" / "tokenizer"
         for gigabytes in arguments.gigabytes:
             name = f"{gigabytes:g}GB"
-            random_words(folder / f"{name}.txt", int(gigabytes * 1e9), seed=2)
+            size, text = int(gigabytes * 1e9), folder / f"{name}.txt"
+            known = int(size * arguments.known)
+            known_words(text, known)
+            random_words(text, size - known, seed=2)
             row(folder, name, "given", arguments, ["--tokenizer", str(tokenizer)])
             (folder / f"{name}.txt").unlink()
             shutil.rmtree(folder / f"out-{name}")
@@ -52,10 +63,21 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def random_words(path: Path, size: int, seed: int) -> None:
-    """Words of 3 to 12 random letters, 300 in a document."""
-    draw = np.random.default_rng(seed)
+def known_words(path: Path, size: int) -> None:
+    """Text of which the words come again and again."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     with path.open("wb") as file:
+        for source in itertools.cycle(files) if size else ():
+            text = source.read_bytes().decode(errors="ignore").encode() + b"\n\n"
+            file.write(text[: size - file.tell()].decode(errors="ignore").encode())
+            if size - file.tell() < len("é".encode()):
+                break
+
+
+def random_words(path: Path, size: int, seed: int) -> None:
+    """Words of 3 to 12 random letters, 300 in a document, at the end of a file."""
+    draw = np.random.default_rng(seed)
+    with path.open("ab") as file:
         for start in range(0, size, CHUNK_BYTES):
             text = draw.integers(ord("a"), ord("z") + 1, CHUNK_BYTES, np.uint8)
             spaces = np.cumsum(draw.integers(4, 14, CHUNK_BYTES // 8))

@@ -165,8 +165,10 @@ class _Ahead:
 
     def read_on(self) -> bool:
         """Read more, and forget what is before the place; False at the end."""
-        # Half of a long value is not read again and again: what is read doubles.
-        more = self._stream.read(max(CHUNK_BYTES, len(self.text) - self.place))
+        # Half of a long value is not read again and again: what is read doubles, up to what is
+        # just too long.
+        left = len(self.text) - self.place
+        more = self._stream.read(max(CHUNK_BYTES, min(left, LONGEST_DOCUMENT + 1 - left)))
         self.text = self.text[self.place :] + self._decoder.decode(more, not more)
         self.place = 0
         return bool(more)

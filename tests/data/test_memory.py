@@ -42,6 +42,21 @@ def test_a_line_of_3_gb_in_a_small_file_takes_bounded_memory(tmp_path, name, mem
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_value_of_700_mb_in_a_small_array_takes_bounded_memory(tmp_path, skip):
+    path = tmp_path / "a.json.gz"
+    before, long, after = (
+        gzip.compress(text) for text in (b'[{"text": "a"}, {"text": "', b"x" * (32 << 20), b'"}]')
+    )
+    path.write_bytes(before + long * 22 + after)
+    assert os.path.getsize(path) < 1_000_000
+    documents, _, skipped, message, peak = read_apart(path, skip_bad_rows=skip)
+    assert peak < 1_000_000_000
+    assert (documents, skipped) == ((1, 1) if skip else (0, 0))
+    assert bool(message) != skip and (skip or "row 2: it is longer than 256 MiB" in message)
+
+
+@pytest.mark.slow
 def test_a_text_that_many_rows_repeat_takes_bounded_memory(tmp_path):
     """4 GB of text in a file of some kilobytes."""
     text, rows = "x" * (4 << 20), 1_000
