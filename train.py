@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from p2p_llm_forge.config import TrainConfig, parse
@@ -50,7 +50,7 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     with join(config) as cluster:
         if config.eval_only:
             return evaluate_only(config, cluster)
-        job = open_job(config, cluster)
+        job = replace(open_job(config, cluster), began=began)
         if config.minutes:
             job = timed(config, job, began)
         if config.dry_run:

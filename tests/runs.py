@@ -26,6 +26,9 @@ TINY: dict[str, Any] = {
 DROPOUT = TINY_SIZES + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 # Its rate and momentum still change after the first rounds.
 DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
+# Figures that the clock and the machine decide.
+CLOCKED = {"tokens_per_second", "communication", "bytes_sent_per_update", "mfu", "seconds"}
+CLOCKED |= {"seconds_left", "memory_peak_bytes"}
 # A run that trains until it is ended.
 LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
 
@@ -106,8 +109,7 @@ def lines(folder: Path) -> list[dict]:
     text = (folder / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     assert found
-    clocked = ("tokens_per_second", "communication", "bytes_sent_per_update")
-    return [{k: v for k, v in line.items() if k not in clocked} for line in found]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in found]
 
 
 def results(folder: Path) -> dict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from tests.runs import TINY_SIZES
+from tests.runs import CLOCKED, TINY_SIZES
 from tests.texts import write_text
 from train import TrainConfig, TrainResult, train
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(config, tm
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(folder)[name]), name
     timeless = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(run)]
+        [{k: v for k, v in line.items() if k not in CLOCKED} for line in metrics(run)]
         for run in (whole, parts)
     ]
     assert timeless[0] == timeless[1]

@@ -7,8 +7,9 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Job:
     data: PreparedDataset
     plan: Plan
     budget: Budget | None = None  # with --minutes
+    began: float = field(default_factory=time.monotonic)  # when this session did, by that clock
 
     @property
     def output_dir(self) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from p2p_llm_forge.files import read_json
 from p2p_llm_forge.shapes import is_count, is_flag
+from p2p_llm_forge.training.numbers import duration
 
 RESULTS = "all_results.json"
 SHAPE = {
@@ -15,7 +16,8 @@ SHAPE = {
     **dict.fromkeys(("discarded_updates",), (None, is_count)),
     **dict.fromkeys(("train_loss", "tokens_per_second", "communication"), (None, int, float)),
     **dict.fromkeys(("bytes_sent_per_update", "eval_loss", "perplexity"), (None, int, float)),
-    **dict.fromkeys(("bits_per_byte", "token_accuracy"), (None, int, float)),
+    **dict.fromkeys(("bits_per_byte", "token_accuracy", "mfu", "seconds"), (None, int, float)),
+    "memory_peak_bytes": (None, is_count),
     "sample": (None, str),
     "is_published": (None, is_flag),
 }
@@ -39,6 +41,9 @@ class TrainResult:
     token_accuracy: float | None = None
     sample: str | None = None
     discarded_updates: int = 0  # of rounds that were given up, which count nowhere else
+    mfu: float | None = None  # model FLOPs utilisation of all peers, 0 to 1, of this session
+    memory_peak_bytes: int | None = None  # of the process that held most, in this session
+    seconds: float | None = None  # of this session, from its start
     is_published: bool = True  # whether the model lies beside these results
 
     @staticmethod
@@ -66,7 +71,12 @@ class TrainResult:
             lines.append(f"training  loss {self.train_loss:.4f} nats per token")
         if self.tokens_per_second is not None:
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
-            lines.append(f"speed     {speed} over {self.processes} process(es)")
+            used = "unknown" if self.mfu is None else f"{self.mfu:.1%}"
+            lines.append(f"speed     {speed} over {self.processes} process(es), MFU {used}")
+        if self.seconds is not None:
+            most = self.memory_peak_bytes
+            memory = f", at most {most / 1e9:.2f} GB of memory in a process" if most else ""
+            lines.append(f"spent     {duration(self.seconds)}{memory}")
         if self.bytes_sent_per_update:
             sent = f"{self.bytes_sent_per_update / 1e6:.2f} MB/step from each peer"
             lines.append(f"network   communication {self.communication:.1%}, {sent}")

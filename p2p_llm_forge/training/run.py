@@ -19,6 +19,7 @@ from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
+from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, text_spec_of
@@ -74,6 +75,7 @@ class Run:
     tracking: Silent
     window: LossWindow
     balance: Balance
+    gauge: Gauge
 
     first_step: int  # of this process; not 0 where it has resumed
     first_position: int  # of that update in the stream of blocks
@@ -92,6 +94,7 @@ class Run:
         """The first update is about to be taken."""
         self.tracking.start(self.first_step, self.total_steps)
         self.clock.start()
+        self.gauge.start()
         if self.budget:
             self.budget.start(self.first_step)
 
@@ -130,13 +133,16 @@ class Run:
             total_steps = self.budget.decide(done, self.pace, self.job.plan.tokens_per_update)
             if self.job.config.save_every and self.budget.is_save_due():
                 asked = max(asked, SAVE_NOW)
-        own = [asked, self.forward_s, self.folder.is_lost, total_steps]
-        wishes, forwards_s, are_lost, totals = zip(
+        memory = self.gauge.memory_peak
+        own = [asked, self.forward_s, self.folder.is_lost, total_steps, memory]
+        wishes, forwards_s, are_lost, totals, memories = zip(
             *self.job.cluster.gather_numbers(own), strict=True
         )
         self.forward_s = 0.0
         require_numbers("it asks for", wishes, are_whole=True, most=64)
         require_numbers("its seconds are", forwards_s)
+        require_numbers("its memory is", memories)
+        self.gauge.worst_memory_peak = max(memories)
         self.balance.measured(list(forwards_s))
         if any(are_lost):
             self.job.cluster.main_only(self.folder.confirm)
@@ -157,16 +163,20 @@ class Run:
         """End a line of metrics.jsonl after `step` updates; its loss is put in by `log_lines`."""
         tokens_per_update, updates = self.job.plan.tokens_per_update, step - self.first_step
         spent_s = self.clock.seconds
+        tokens_per_second = updates * tokens_per_update / spent_s
         line: dict[str, Any] = {
             "step": step,
             "learning_rate": self.job.learning_rate * self.learning_rate_factor(step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": step * tokens_per_update,
             "epoch": self.position_of(step) / len(self.blocks),
-            "tokens_per_second": updates * tokens_per_update / spent_s,
+            "tokens_per_second": tokens_per_second,
+            **self.gauge.figures(updates, self.total_steps - step, tokens_per_second),
             "peers": self.job.cluster.world_size,
             **self.meter.figures(spent_s, updates),
         }
+        if self.budget:
+            line["seconds_left"] = max(0.0, self.budget.left_s)
         if self.job.config.balance == "auto":
             line["shares"] = self.balance.shares
         if self.discarded:
@@ -177,7 +187,7 @@ class Run:
         """Write the lines that have ended. Raises ForgeError where a loss is not finite."""
         for line in self.window.settle():
             self.train_loss = line["loss"]
-            self.tracking.log(line)
+            self.tracking.log({**line, "memory_peak_bytes": self.gauge.worst_memory_peak or None})
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """The figures on the validation split after `step` updates; empty without one."""
@@ -259,6 +269,7 @@ def conclude(run: Run) -> TrainResult:
     speed = updates * job.plan.tokens_per_update / training_s if updates else None
     run.saving.finish()
     figures = run.figures or run.evaluate(steps)  # a run killed after its last save has none
+    memory = run.gauge.agree_on_memory(job.cluster)
 
     def publish() -> dict[str, Any]:
         result = TrainResult(
@@ -268,6 +279,9 @@ def conclude(run: Run) -> TrainResult:
             train_loss=run.train_loss,
             tokens_per_second=speed,
             processes=job.cluster.world_size,
+            mfu=run.gauge.mfu(speed),
+            memory_peak_bytes=memory,
+            seconds=run.gauge.seconds,
             **(run.meter.figures(training_s, updates) if updates else {}),
             discarded_updates=run.discarded,
             is_published=False,

@@ -19,6 +19,7 @@ from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
+from p2p_llm_forge.training.gauge import new_gauge
 from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, build_learner, new_model, prime
@@ -79,6 +80,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         tracking=tracking_of(job.config, cluster, folder.confirm),
         window=window,
         balance=Balance(plan.shares, job.config.balance == "auto"),
+        gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
         first_step=state["step"],
         first_position=state["blocks_read"],
         train_loss=state.get("train_loss"),
@@ -151,6 +153,7 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
         say(f"note      the causal language model of a {config.model_type} is a {built}")
     if line := in_words(run.learner.bare_optimizer):
         say(line)
+    say(run.gauge.in_words())
     if cluster.sends_in_plain:
         say(SENT_IN_PLAIN)
     if config.sync == "diloco":

@@ -22,6 +22,7 @@ from p2p_llm_forge.peers.addresses import is_loopback, resolve
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.shapes import is_count, require_shape
+from p2p_llm_forge.training.numbers import duration
 from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run_record import METRICS, RUNS, put_on_record
 
@@ -142,9 +143,10 @@ class Tracking(Silent):
                 self._accelerator.log(numbers, step=metrics["step"])
         text = line_of(metrics)
         if not self._bar.disable:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(text)  # the bar itself says how long it takes
         elif time.monotonic() - self._last_line > PLAIN_LINE_INTERVAL_S or "eval_loss" in metrics:
             self._last_line = time.monotonic()
+            text = "  ".join([text, *times_of(metrics)])
             print(f"step {metrics['step']}/{self._bar.total}  {text}", flush=True)
 
     def say(self, text: str) -> None:
@@ -176,10 +178,24 @@ def line_of(metrics: dict[str, Any]) -> str:
         for key in ("loss", "eval_loss", "tokens_per_second")
         if (value := metrics.get(key)) is not None
     ]
+    if (used := metrics.get("mfu")) is not None:
+        shown.append(f"MFU {used:.1%}")
+    if most := metrics.get("memory_peak_bytes"):
+        shown.append(f"memory {most / 1e9:.2f} GB")
     if metrics.get("bytes_sent_per_update"):
         sent = f"{metrics['bytes_sent_per_update'] / 1e6:.2f} MB/step"
         shown.append(f"communication {metrics['communication']:.1%}, {sent}")
     return "  ".join(shown)
+
+
+def times_of(metrics: dict[str, Any]) -> list[str]:
+    """How long the session has lasted, and how long the run takes from here."""
+    words = {"seconds": "after", "seconds_left": "ends in about"}
+    return [
+        f"{word} {duration(metrics[key])}"
+        for key, word in words.items()
+        if metrics.get(key) is not None
+    ]
 
 
 def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 
 from p2p_llm_forge.training.checkpoint import read_state
-from tests.runs import DILOCO, finish, flags, lines, newest_step, read, start_ranks, tensors
+from tests.runs import (
+    DILOCO,
+    finish,
+    flags,
+    lines,
+    newest_step,
+    read,
+    results,
+    start_ranks,
+    tensors,
+)
 
 pytestmark = pytest.mark.slow
 CONSTANT = {"lr_scheduler": "constant", "keep_checkpoints": 9}
@@ -23,6 +36,7 @@ def test_the_number_of_processes_may_change_at_a_resume(zygote, prepared, tmp_pa
         ranks = start_ranks(zygote, words, processes, tmp_path / "log")
         statuses = [zygote.wait(pid) for pid in ranks]
         assert statuses == [0] * processes, read(tmp_path / "log")
+        require_numbers_of_this_session(tmp_path / "changing", read(tmp_path / "log"))
     one = {line["step"]: line["loss"] for line in lines(tmp_path / "one") if "loss" in line}
     changing = {
         line["step"]: line["loss"] for line in lines(tmp_path / "changing") if "loss" in line
@@ -34,6 +48,21 @@ def test_the_number_of_processes_may_change_at_a_resume(zygote, prepared, tmp_pa
     a, b = tensors(tmp_path / "one", 50), tensors(tmp_path / "changing", 50)
     for key, tensor in a.items():
         torch.testing.assert_close(b[key], tensor, rtol=1e-4, atol=1e-4)
+
+
+def require_numbers_of_this_session(folder, printed):
+    """What the run says of its hardware and its time, at its end and in its last line."""
+    found, text = results(folder), (folder / "metrics.jsonl").read_text()
+    last = [one for one in map(json.loads, text.splitlines()) if "mfu" in one][-1]
+    assert last["seconds_left"] == 0 and 0 < last["seconds"] < found["seconds"]
+    for figures in (found, last):
+        assert 0 < figures["mfu"] < 3  # others use the machine, too
+        assert 10**8 < figures["memory_peak_bytes"] < 10**11
+    # The peak that it printed is that of all its processes together.
+    *_, shown = re.findall(r"compute +([\d.]+) GFLOP a token, peak ([\d.,]+) GFLOP/s", printed)
+    work, peak = (float(one.replace(",", "")) for one in shown)
+    speed = found["mfu"] * peak / work
+    assert speed == pytest.approx(found["tokens_per_second"], rel=0.01)
 
 
 def test_peers_may_come_and_go_between_rounds(zygote, prepared, tmp_path):

@@ -23,6 +23,9 @@ FULL = TrainResult(
     bits_per_byte=0.0,
     token_accuracy=0.5,
     sample="Mara bakes",
+    mfu=0.4125,
+    memory_peak_bytes=1_234_000_000,
+    seconds=185.4,
 )
 BARE = TrainResult("artifacts/mara", 0, 0, None, None, 1)
 
@@ -38,7 +41,8 @@ def test_the_summary_has_a_line_for_each_thing_that_is_known():
     assert FULL.summary().splitlines() == [
         "model     artifacts/mara after 1,200 updates (2,457,600 tokens)",
         "training  loss 1.5000 nats per token",
-        "speed     12,346 tokens/s over 2 process(es)",
+        "speed     12,346 tokens/s over 2 process(es), MFU 41.2%",
+        "spent     3 min 5 s, at most 1.23 GB of memory in a process",
         "network   communication 12.5%, 2.50 MB/step from each peer",
         "held out  loss 1.2500 nats per token, perplexity 3.5, 0.000 bits per byte, 50.0% of tokens"
         " guessed right",
@@ -46,6 +50,8 @@ def test_the_summary_has_a_line_for_each_thing_that_is_known():
     ]
     assert BARE.summary() == "model     artifacts/mara after 0 updates"
     assert "bits" not in replace(FULL, bits_per_byte=None).summary()
+    unknown = replace(FULL, mfu=None, memory_peak_bytes=None).summary()
+    assert "process(es), MFU unknown\nspent     3 min 5 s\n" in unknown
 
 
 def test_the_model_card_is_read_by_the_hub_and_names_the_model_it_began_from():
@@ -60,6 +66,7 @@ def test_the_model_card_is_read_by_the_hub_and_names_the_model_it_began_from():
     }
     assert "# mara\n" in body
     assert "| eval_loss | 1.2500 |" in body and "| steps | 1200 |" in body
+    assert "| mfu | 0.4125 |" in body and "| seconds | 185.4000 |" in body
     assert "sample" not in body
     card = BARE.model_card(None)
     assert "base_model" not in card and "eval_loss" not in card

@@ -11,6 +11,7 @@ import pytest
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.base import SyncReport
 from p2p_llm_forge.training import run as runs
+from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, OUT_OF_TIME, SAVE_NOW
 from p2p_llm_forge.training.run import Clock, Due, Run
 
@@ -44,18 +45,23 @@ def a_run(job, **more):
     lines = SimpleNamespace(lines=[])
     lines.end_line = lines.lines.append
     parts |= {"window": lines, "first_step": 10, "first_position": 80}
+    parts["gauge"] = Gauge(0.0, None, None)
     return Run(job=job, train_loss=None, figures={}, **(parts | more))
 
 
 def test_a_line_holds_what_the_updates_of_this_process_took(open_small_job, now):
-    run = a_run(open_small_job(learning_rate=0.1))
+    gauge = Gauge(began=90.0, flops_per_token=2e3, peak_flops=1e6, clock=lambda: now[0])
+    run = a_run(open_small_job(learning_rate=0.1, max_steps=20), gauge=gauge)
     run.clock.start()
+    gauge.start()
     now[0] += 4
     run.meter.add(SyncReport(bytes_sent=1000, seconds=1.0))
     run.end_line(12, math.inf)
     (line,) = run.window.lines
     assert line["step"] == 12 and line["learning_rate"] == 0.05 and line["grad_norm"] is None
     assert line["tokens"] == 12 * 8 * 32 and line["tokens_per_second"] == 2 * 8 * 32 / 4
+    assert line["mfu"] == 2 * 8 * 32 / 4 * 2e3 / 1e6
+    assert (line["seconds"], line["seconds_left"]) == (14.0, 16.0)  # 4 s for 2, 8 are left
     assert line["epoch"] == (80 + 2 * 8) / 100
     assert (line["communication"], line["bytes_sent_per_update"]) == (0.25, 500)
 
@@ -68,8 +74,11 @@ def test_the_largest_wish_is_that_of_all_and_speeds_are_told(open_small_job, mon
         balance=SimpleNamespace(measured=measured.append),
         forward_s=1.5,
     )
-    monkeypatch.setattr(job.cluster, "gather_numbers", lambda own: [own, [SAVE_NOW, 2.5, False, 0]])
+    monkeypatch.setattr(
+        job.cluster, "gather_numbers", lambda own: [own, [SAVE_NOW, 2.5, False, 0, 5e9]]
+    )
     assert run.agree(15, 11) == 15 and run.agree(0, 12) == SAVE_NOW
+    assert run.gauge.worst_memory_peak == 5e9
     assert measured == [[1.5, 2.5], [0.0, 2.5]]
 
 

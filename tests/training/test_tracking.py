@@ -109,6 +109,17 @@ def test_metrics_are_written_at_once_and_shown(tracking, tmp_path, capsys):
     ]
 
 
+def test_a_line_says_how_well_the_hardware_is_used_and_when_the_run_ends(tracking, capsys):
+    tracking.start(0, 10)
+    used = {"mfu": 0.4125, "memory_peak_bytes": 1_234_000_000, "seconds": 61.0}
+    tracking.log({"step": 4, "loss": 2.5, **used, "seconds_left": 7859.0})
+    tracking.finish()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/10  loss 2.5000  MFU 41.2%  memory 1.23 GB  after 1 min 1 s"
+        "  ends in about 2 h 10 min",
+    ]
+
+
 def test_steps_that_come_again_and_torn_lines_are_dropped(tmp_path):
     file = tmp_path / METRICS
     keep_metrics_until(file, 0)
