@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_FREE = 2**35  # bytes in memory below which work goes to the disk
-OUTCOMES = re.compile(r"^(tests/\S+(?: [^ ]*\])?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.M)
+OUTCOMES = re.compile(r"^(tests/\S+(?: [^ ]*\])?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", re.M)
 # Dense bf16 (fp16 where there is none), in FLOP/s, of the makers' data sheets; the first that fits.
 DATA_SHEETS = {
     **{"B200": 2250e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12},

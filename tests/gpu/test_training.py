@@ -82,17 +82,42 @@ def test_fp16_skips_updates_that_overflow_and_resumes_its_scale(zygote, generate
 def test_a_killed_run_resumes_bit_for_bit(zygote, generated, tmp_path, precision):
     asked = {**GPT2, "config_overrides": DROPOUT, "mixed_precision": precision}
     asked |= {"micro_batch_size": 4, "save_every": 4, "eval_every": 12, "max_steps": 60}
-    calm = finish(zygote, generated, tmp_path / "calm", 1, **asked)
-    broken, log = tmp_path / "broken", tmp_path / "broken.log"
-    for step in (4, 24):
-        pid = zygote.start(flags(generated, broken, **asked), log)
-        wait_for_checkpoint(zygote, pid, broken, step, log)
+    resumes_bit_for_bit(zygote, generated, tmp_path, kills_after=(4, 24), **asked)
+
+
+# Attention's fast kernels share a block of more than a hundred tokens out, and add its gradients in
+# whatever order the parts are done (torch 2.13, unless deterministic algorithms are asked for).
+AS_IT_IS = pytest.param(
+    "train", marks=pytest.mark.xfail(not IS_REHEARSAL, reason="adds in any order", strict=False)
+)
+
+
+@pytest.mark.parametrize("script", [AS_IT_IS, "tests.gpu.deterministic"])
+def test_a_killed_run_on_long_blocks_resumes_bit_for_bit(zygote, long_blocks, tmp_path, script):
+    asked = {**GPT2, "mixed_precision": "bf16", "save_every": 4, "max_steps": 12}
+    resumes_bit_for_bit(zygote, long_blocks, tmp_path, kills_after=(4,), script=script, **asked)
+
+
+def resumes_bit_for_bit(zygote, data, tmp_path, kills_after, script="train", **asked) -> None:
+    """Compare a run that was killed after these steps, and resumed, with one that was not."""
+    steps, logs = (
+        asked["max_steps"],
+        {name: tmp_path / f"{name}.log" for name in ("calm", "broken")},
+    )
+
+    def start(name: str) -> int:
+        return zygote.start(flags(data, tmp_path / name, **asked), logs[name], script=script)
+
+    assert zygote.wait(start("calm")) == 0, read(logs["calm"])
+    for step in kills_after:
+        pid = start("broken")
+        wait_for_checkpoint(zygote, pid, tmp_path / "broken", step, logs["broken"])
         os.kill(pid, signal.SIGKILL)
         assert zygote.wait(pid) == -signal.SIGKILL
-    finish(zygote, generated, broken, 1, **asked)
-    assert "resuming" in log.read_text()
-    assert_same(tensors(calm, 60), tensors(broken, 60))
-    assert lines(broken) == lines(calm)
+    assert zygote.wait(start("broken")) == 0, read(logs["broken"])
+    assert "resuming" in logs["broken"].read_text()
+    assert_same(tensors(tmp_path / "calm", steps), tensors(tmp_path / "broken", steps))
+    assert lines(tmp_path / "broken") == lines(tmp_path / "calm")
 
 
 @pytest.mark.parametrize("other", ["the same card", "a CPU"])
