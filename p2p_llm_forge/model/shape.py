@@ -11,7 +11,7 @@ NARROWEST, MOST_HEADS = 128, 1024
 OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 STARTS_AT_ZERO = ("qwen3",)  # families whose output projections do
 # Peak rates of a model that is 256 wide, from scratch; wider ones take less.
-RATES = {"muon": 7e-3, "adamw": 2e-3}
+RATES = {"muon": 5.5e-3, "adamw": 2e-3}
 RATE = 1e-3  # where sizes, or anything about the optimizer, are not known
 TOKENS_PER_UPDATE = 4096
 

@@ -14,7 +14,17 @@ import yaml
 
 from tests import ROOT
 from tests.ports import free_port
-from tests.runs import TINY_MODEL, TINY_SIZES, finish, flags, read, results, start_each, weights
+from tests.runs import (
+    DEFAULTS,
+    TINY_MODEL,
+    TINY_SIZES,
+    finish,
+    flags,
+    read,
+    results,
+    start_each,
+    weights,
+)
 from tests.texts import write_text
 
 pytestmark = pytest.mark.slow
@@ -25,7 +35,7 @@ BIN = Path(sys.executable).parent
 # Adam divides by the size of a gradient, so it would hide a wrong factor; SGD does not.
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate", "learned"),
-    [("sgd", 0.5, 4.9), ("adamw", 3e-3, 4.5), ("muon", 3e-3, 4.5)],
+    [("sgd", 0.5, 4.9), ("adamw", 3e-3, 4.5), ("muon", 3e-3, 4.5), (None, None, 4.5)],
 )
 def test_two_processes_take_the_same_updates_as_one(
     zygote, prepared, tmp_path, optimizer, learning_rate, learned
@@ -38,6 +48,8 @@ def test_two_processes_take_the_same_updates_as_one(
     if optimizer == "muon":  # shares are uneven, and change; of dropout they would be a part
         settings |= {"batch_size": 9, "balance": "auto", "config_overrides": TINY_MODEL}
         shares = "50 of 9 blocks, 5 + 4 on 2 processes, micro-batches of 2"
+    if optimizer is None:
+        settings |= DEFAULTS
     one = finish(zygote, prepared, tmp_path / "one", 1, **settings)
     two = finish(zygote, prepared, tmp_path / "two", 2, **settings)
     printed = read(tmp_path / "two.log")

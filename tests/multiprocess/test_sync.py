@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from p2p_llm_forge.config import OF_DILOCO
 from tests.runs import (
+    DEFAULTS,
     DILOCO,
     TINY_SIZES,
     by_hand,
@@ -39,6 +40,7 @@ STRATEGIES = {
     "int8": {"compress": "int8"},
     "int4": {"compress": "int4"},
     "powersgd": {"compress": "powersgd", "powersgd_rank": 4},
+    "diloco_defaults": {**DEFAULTS, **DILOCO, "sync_every": 6},
     "diloco_int8": {**DILOCO, "sync_every": 6, "compress": "int8", "ddp_warmup_steps": 4},
     "streaming_int4": {
         **{**DILOCO, "sync_every": 6, "compress": "int4"},
@@ -51,7 +53,9 @@ STRATEGIES = {
 WITH_MUON = {"optimizer": "muon"}
 
 
-@pytest.mark.parametrize("name", ["int8", "powersgd", "diloco_int8", "streaming_int4"])
+@pytest.mark.parametrize(
+    "name", ["int8", "powersgd", "diloco_int8", "streaming_int4", "diloco_defaults"]
+)
 def test_a_run_killed_and_resumed_ends_bit_for_bit_alike(zygote, prepared, tmp_path, name):
     """Saved in the middle of rounds, too, and while pseudo-gradients are on their way. (Other
     codecs, and after every update: tests/sync.)"""
