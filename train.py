@@ -42,12 +42,13 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
+    from p2p_llm_forge.training.precision import precision_begun
     from p2p_llm_forge.training.run import conclude
     from p2p_llm_forge.training.run_folder import run_folder
     from p2p_llm_forge.training.setup import set_up
     from p2p_llm_forge.training.timing import timed
 
-    with join(config) as cluster:
+    with join(config, lambda: precision_begun(config)) as cluster:
         if config.eval_only:
             return evaluate_only(config, cluster)
         job = replace(open_job(config, cluster), began=began)
@@ -105,8 +106,6 @@ class Update:
 
 def take_update(run: Run, step: int) -> Update:
     """One optimizer update, on this rank's share of its blocks."""
-    import torch
-
     config, plan, cluster = run.job.config, run.job.plan, run.job.cluster
     model, optimizer = run.learner.model, run.learner.optimizer
     for group in optimizer.param_groups:
@@ -117,28 +116,45 @@ def take_update(run: Run, step: int) -> Update:
     own = data_order.share_of_rank(blocks, run.balance.shares, cluster.rank)
     tokens = len(own) * run.job.data.manifest.sequence_length
     scale = run.sync.loss_scale(tokens, plan.tokens_per_update)
-    offset = sum(run.balance.shares[: cluster.rank])
-    micro_batches = data_order.micro_batches(own, plan.micro_batch_size)
-    nats = torch.zeros((), device=cluster.device)
-    for number, numbers in enumerate(micro_batches, start=1):
-        inputs, targets = (
-            torch.from_numpy(a).to(cluster.device) for a in run.blocks.inputs_and_targets(numbers)
-        )
-        # A resumed run repeats its dropout without any saved generator.
-        torch.manual_seed(data_order.dropout_seed(config.seed, step, offset))
-        offset += len(numbers)
-        with run.sync.context(is_last_micro_batch=number == len(micro_batches)):
-            began = run.balance.clock()
-            micro_nats, _ = model(inputs, targets)
-            run.forward_s += run.balance.clock() - began
-            cluster.accelerator.backward(micro_nats * scale)
-        nats += micro_nats.detach()
+    while True:
+        try:
+            nats = add_gradients(run, step, own, scale)
+            break
+        except Exception as error:
+            run.go_smaller(error)  # or raise it: what is wrong is not a lack of memory
     grad_norm = cluster.accelerator.clip_grad_norm_(
         model.parameters(), config.max_grad_norm or float("inf")
     )
     optimizer.step()
     optimizer.zero_grad()
     return Update(nats, tokens, grad_norm)
+
+
+def add_gradients(run: Run, step: int, own: list[int], scale: float) -> torch.Tensor:
+    """Forward and backward of this rank's blocks, in micro-batches. Returns their summed loss."""
+    import torch
+
+    from p2p_llm_forge.training.feeding import fed
+
+    cluster, model = run.job.cluster, run.learner.model
+    offset = sum(run.balance.shares[: cluster.rank])
+    micro_batches = data_order.micro_batches(own, run.micro_batch_size)
+    nats = torch.zeros((), device=cluster.device)
+    batches = fed(run.blocks, micro_batches, cluster.device)
+    for number, (inputs, targets) in enumerate(batches, start=1):
+        # A resumed run repeats its dropout without any saved generator.
+        torch.manual_seed(data_order.dropout_seed(run.job.config.seed, step, offset))
+        offset += len(inputs)
+        is_last = number == len(micro_batches)
+        with run.sync.context(is_last_micro_batch=is_last):
+            began = run.balance.clock()
+            micro_nats, _ = model(inputs, targets)
+            run.forward_s += run.balance.clock() - began
+            run.is_exchanging = is_last and cluster.world_size > 1
+            cluster.accelerator.backward(micro_nats * scale)
+            run.is_exchanging = False
+        nats += micro_nats.detach()
+    return nats
 
 
 def main() -> int:

@@ -15,15 +15,20 @@ MOST = 2**53  # what every number in JSON can count to
 MOST_SECONDS = 10**9  # what clocks can count
 
 
-def flag(default: Any, help: str, *aliases: str, metavar: str | None = None) -> Any:
+def flag(
+    default: Any, help: str, *aliases: str, metavar: str | None = None, alone: str | None = None
+) -> Any:
     """A dataclass field that becomes a command-line flag: default, help text, aliases.
 
     aliases: names of Hugging Face's scripts, with underscores; dashes are accepted as well.
+    alone: what the flag without a value stands for, where it may stand without one.
     """
     both = [word for alias in aliases for word in dict.fromkeys((alias, _dashed(alias)))]
     metadata: dict[str, Any] = {"help": help, "aliases": both}
     if metavar:
         metadata["metavar"] = metavar
+    if alone:
+        metadata |= {"nargs": "?", "const": alone}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,7 +79,7 @@ class ModelOptions(Options):
     """Which model is trained."""
 
     heading = "model"
-    PER_RANK = ["model_name", "gradient_checkpointing", "compile"]
+    PER_RANK = ["model_name", "gradient_checkpointing"]
 
     model_name: str | None = flag(
         None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
@@ -103,7 +104,18 @@ class ModelOptions(Options):
     gradient_checkpointing: bool = flag(
         False, "recompute activations in backward: less memory, slower"
     )
-    compile: bool = flag(False, "compile the model with torch.compile")
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "compile the layers with torch.compile; auto: on GPUs, and on CPUs where a trial says that"
+        " it pays within the run; --compile alone: on",
+        alone="on",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # YAML reads a bare on and off as true and false.
+        switches = {"true": "on", "false": "off"}
+        self.compile = switches.get(str(self.compile).lower(), self.compile)  # type: ignore[assignment]
 
     def check(self, problems: Problems) -> None:
         require_between((1, DEEPEST), self, problems, "depth")
@@ -134,10 +146,12 @@ class UpdateOptions(Options):
     batch_size: int | None = flag(
         None, "blocks in one update over all processes together; default: 16"
     )
-    micro_batch_size: int | None = flag(
+    micro_batch_size: int | str | None = flag(
         None,
-        "blocks in one forward of one process; default: the largest that divides, at most 8",
+        "blocks in one forward of one process; auto: as many as fit into memory; default: the"
+        " largest that divides, at most 8",
         "--per_device_train_batch_size",
+        metavar="N",
     )
     gradient_accumulation_steps: int | None = flag(
         None,
@@ -168,6 +182,16 @@ class UpdateOptions(Options):
     )
     seed: int = flag(0, "chooses initial weights, order of data and dropout")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text = str(self.micro_batch_size)
+        if isinstance(self.micro_batch_size, str) and re.fullmatch("-?[0-9]{1,18}", text):
+            self.micro_batch_size = int(text)
+
+    def micro_batch(self) -> int | None:
+        """The blocks in one forward that were asked for; None where they are to be found."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
+
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "epochs")
         require_seconds(self, problems, "minutes")
@@ -179,8 +203,10 @@ class UpdateOptions(Options):
             )
         # However large: weights that it ruins are seen, and not saved.
         require_above_0(self, problems, "learning_rate", most=math.inf)
-        sizes = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
-        require_between((1, MOST_BLOCKS), self, problems, *sizes)
+        require_between(
+            (1, MOST_BLOCKS), self, problems, "batch_size", "gradient_accumulation_steps"
+        )
+        self._check_micro_batch(problems)
         require_at_least(1, self, problems, "max_steps")
         require_at_least(0, self, problems, "warmup_steps", "weight_decay", "max_grad_norm")
         problems.require(
@@ -197,6 +223,20 @@ class UpdateOptions(Options):
             " exact resuming rules out",
             nearest(str(self.lr_scheduler), SCHEDULES),
         )
+
+    def _check_micro_batch(self, problems: Problems) -> None:
+        if self.micro_batch_size == "auto":
+            problems.require(
+                self.gradient_accumulation_steps is None,
+                "--gradient-accumulation-steps states the batch by the micro-batch, which"
+                " --micro-batch-size auto has yet to find",
+                "give --batch-size instead of --gradient-accumulation-steps",
+            )
+        elif isinstance(self.micro_batch_size, str):
+            found = f"--micro-batch-size is {self.micro_batch_size!r}"
+            problems.require(False, found, "give a whole number or auto")
+        else:
+            require_between((1, MOST_BLOCKS), self, problems, "micro_batch_size")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -23,7 +23,7 @@ from p2p_llm_forge.peers.findings import Finding, failure, refuse_failures
 from p2p_llm_forge.peers.launch import NEUTRAL, Launch, choose_threads, read_launch
 from p2p_llm_forge.peers.launcher import as_asked, refuse_gpu_file
 from p2p_llm_forge.peers.liveness import FAILED, GOODBYE_S, Liveness
-from p2p_llm_forge.peers.machine import has_bf16, versions
+from p2p_llm_forge.peers.machine import bf16_pays, versions
 from p2p_llm_forge.peers.rank_failure import LostPeer
 from p2p_llm_forge.peers.rendezvous import choose_endpoint, rendezvous
 from p2p_llm_forge.peers.routes import choose_interface
@@ -39,18 +39,21 @@ SAME = {
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig) -> Iterator[Cluster]:
+def join(
+    config: TrainConfig, precision_begun: Callable[[], str | None] = lambda: None
+) -> Iterator[Cluster]:
     """Join the peers of this launch, and leave them at the end: a notebook can train again.
 
+    precision_begun: what the run that resumes was computed in, as far as it is known; rank 0 asks.
     Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
     errors of libraries and of the machine that are no bugs are raised as RankFailure.
     """
-    with brief_lookups(), _joined(config) as cluster:
+    with brief_lookups(), _joined(config, precision_begun) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _joined(config: TrainConfig) -> Iterator[Cluster]:
+def _joined(config: TrainConfig, precision_begun: Callable[[], str | None]) -> Iterator[Cluster]:
     launch, file = as_asked(read_launch(config))
     if not _has_usable_accelerator(launch):
         refuse_gpu_file(config, launch, file)
@@ -72,7 +75,9 @@ def _joined(config: TrainConfig) -> Iterator[Cluster]:
             peers = Liveness(store, launch.rank, launch.world_size, config.peer_timeout).start()
         cluster, backend = _form_cluster(config, launch, threads, peers)
         try:
-            cluster.accelerator = _agree_on_accelerator(config, cluster, backend)
+            begun = precision_begun() if launch.rank == 0 else None
+            precision = _agree_on_precision(config, cluster, backend, begun)
+            cluster.accelerator = _accelerator(config, cluster, precision)
             yield cluster
         except BaseException as error:
             explained = cluster.explain(error)
@@ -167,33 +172,37 @@ def _has_usable_accelerator(launch: Launch) -> bool:
     return launch.world_size == 1 or (has_collectives and devices >= launch.local_world_size)
 
 
-def _agree_on_accelerator(
-    config: TrainConfig, cluster: Cluster, backend: str | None
-) -> Accelerator:
+def _accelerator(config: TrainConfig, cluster: Cluster, precision: str) -> Accelerator:
     return Accelerator(
         cpu=cluster.device.type == "cpu",
-        mixed_precision=_agree_on_precision(config, cluster, backend),
+        mixed_precision=precision,
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 
-def _agree_on_precision(config: TrainConfig, cluster: Cluster, backend: str | None) -> str:
+def _agree_on_precision(
+    config: TrainConfig, cluster: Cluster, backend: str | None, begun: str | None
+) -> str:
     """The precision all ranks compute in; refuses peers that differ in what must be equal.
 
-    `auto` follows the launcher's config; without a launcher it is bf16 where every rank has it.
+    `auto` follows the launcher's config; without a launcher it is that of the run that resumes, and
+    else bf16 where it is faster on every rank.
     """
     wanted: str = config.mixed_precision
     if wanted == "auto":
         wanted = cluster.launch.precision
-    own: dict[str, Any] = {"precision": wanted, "backend": backend}
+    own: dict[str, Any] = {"precision": wanted, "backend": backend, "begun": begun}
     own |= {"settings": config.shared_settings()}
-    own |= {"bf16": has_bf16(cluster.device), **versions(), "host": platform.node()}
+    own |= {"bf16": wanted == "auto" and bf16_pays(cluster.device)}
+    own |= {**versions(), "host": platform.node()}
     facts = cluster.gather_facts(own)
     refuse_failures(differences(facts))
+    if wanted == "auto" and facts[0]["begun"] in ("no", "bf16"):
+        return str(facts[0]["begun"])
     if wanted == "auto":
-        return "bf16" if all(fact["bf16"] for fact in facts) else "no"
+        return "bf16" if all(fact["bf16"] is True for fact in facts) else "no"
     if wanted == "fp16" and cluster.device.type == "cpu":
         found = "fp16 needs a GPU, and this run is on the CPU"
         raise ForgeError(found, "use --mixed-precision bf16 or no")

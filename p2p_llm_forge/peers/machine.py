@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
 from p2p_llm_forge.peers.launch import Launch, choose_threads, cores
 
+# Products that are timed, and how much faster they must be: below it, conversions take it back.
+BF16_SIDE, BF16_REPEATS, BF16_GAIN = 512, 7, 1.2
 LITTLE_DISK, LITTLE_MEMORY = 2e9, 1e9  # bytes below which even a small run is in danger
 # float32 weights and the two moments of AdamW
 CHECKPOINT_BYTES_PER_PARAMETER, MODEL_BYTES_PER_PARAMETER = 12, 4
@@ -25,13 +29,25 @@ def accelerators() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+def bf16_pays(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster on the device: on a CPU they are timed.
+
+    Some multiply them twice as fast as float32, some at a third of its speed, and what a CPU says
+    of itself does not tell. Takes milliseconds.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    whole = torch.ones(BF16_SIDE, BF16_SIDE)
+    sides = {torch.float32: whole, torch.bfloat16: whole.bfloat16()}
+    least_s = dict.fromkeys(sides, math.inf)
+    for _ in range(BF16_REPEATS):  # in turns: other programs slow both
+        for dtype, side in sides.items():
+            began = time.perf_counter()
+            side @ side
+            least_s[dtype] = min(least_s[dtype], time.perf_counter() - began)
+    return least_s[torch.float32] > BF16_GAIN * least_s[torch.bfloat16]
 
 
 def versions() -> dict[str, str]:

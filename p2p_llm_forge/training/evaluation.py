@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.model.compiling import uncompiled
 from p2p_llm_forge.model.fit import TextSpec, in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
@@ -27,11 +28,12 @@ def evaluate_split(
     None for one that is not finite.
 
     model: not wrapped by DDP, since ranks run different numbers of forwards. The micro-batches are
-    the same whatever the world size, and the ranks take them in turn. All ranks must call.
+    the same whatever the world size, and the ranks take them in turn. All ranks must call. Nothing
+    is compiled for it: its shapes would each take longer than they save.
     """
     nats, tokens, correct = 0.0, 0, 0
     first, stride = cluster.rank * micro_batch_size, cluster.world_size * micro_batch_size
-    with in_evaluation(model), cluster.accelerator.autocast():
+    with in_evaluation(model), uncompiled(), cluster.accelerator.autocast():
         for start in range(first, len(blocks), stride):
             numbers = range(start, min(start + micro_batch_size, len(blocks)))
             inputs, targets = (
@@ -74,7 +76,7 @@ def sample_text(lm: Any, text: TextSpec, prompt: str, seed: int, new_tokens: int
     inputs = torch.tensor([tokens], device=lm.device)
     torch.manual_seed(seed)
     # Every length would be compiled again for a few tokens.
-    with in_evaluation(lm), torch.compiler.set_stance("force_eager"):
+    with in_evaluation(lm), uncompiled():
         drawn = lm.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -151,7 +151,7 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting of what is computed that is another one than at the checkpoint."""
     computed = (
         *("learning_rate", "lr_scheduler", "warmup_steps", "epochs", "max_steps", "seed"),
-        *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision"),
+        *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision", "compile"),
         *("sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
         *("outer_warmup_rounds", "fragments", "overlap_steps", "ddp_warmup_steps"),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,9 @@ from p2p_llm_forge.model.unreached import freeze_unreached
 from p2p_llm_forge.sync.base import Sync
 from p2p_llm_forge.sync.ddp import settle_ddp, share_first_weights
 from p2p_llm_forge.sync.strategy import refuse_different_models
+from p2p_llm_forge.training.compilation import settle_compile
 from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.micro_batch import settle_micro_batch
 from p2p_llm_forge.training.orthogonalising import settle_orthogonalising
 
 
@@ -31,6 +33,8 @@ class Learner:
     bare_model: NextTokenLoss
     optimizer: Any
     bare_optimizer: torch.optim.Optimizer
+    compile: Literal["on", "off"]  # what --compile has come to
+    micro_batch_size: int  # what --micro-batch-size has come to
 
     @property
     def lm(self) -> Any:
@@ -47,14 +51,22 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     lm = build_or_load(job, checkpoint)
     bare_model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
     freeze_unreached(bare_model, job.data.manifest.sequence_length)
-    if config.compile or cluster.launch.compile:
-        lm.base_model.compile(**(cluster.launch.compile or {}))
+    micro_batch_size = settle_micro_batch(job, bare_model, checkpoint)
+    job = replace(job, plan=replace(job.plan, micro_batch_size=micro_batch_size))
+    compiled = settle_compile(job, bare_model, checkpoint)
     bare_optimizer = build_optimizer(config, lm)
     settle_orthogonalising(config, bare_optimizer, cluster)
     settle_ddp(config, cluster)
     share_first_weights(cluster, bare_model)
     model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)
-    return Learner(model, bare_model, optimizer=optimizer, bare_optimizer=bare_optimizer)
+    return Learner(
+        model,
+        bare_model,
+        optimizer=optimizer,
+        bare_optimizer=bare_optimizer,
+        compile=compiled,
+        micro_batch_size=micro_batch_size,
+    )
 
 
 def build_or_load(job: Job, checkpoint: Path | None) -> Any:

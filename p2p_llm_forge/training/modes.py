@@ -45,7 +45,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
         NextTokenLoss(lm.to(cluster.device), document_end),
         blocks,
         data.manifest.splits["validation"].bytes,
-        config.micro_batch_size or 8,
+        config.micro_batch() or 8,
         cluster,
     )
     result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)

@@ -32,7 +32,7 @@ def plan_updates(
     may_be_uneven: the number of peers was not chosen but came about (elastic launches, resuming
     elsewhere), so ranks may have a block more or less than others.
     """
-    batch_size, micro = config.batch_size, config.micro_batch_size
+    batch_size, micro = config.batch_size, config.micro_batch()
     if config.gradient_accumulation_steps is not None:
         micro = micro or 8
         product = micro * config.gradient_accumulation_steps * world_size

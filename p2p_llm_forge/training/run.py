@@ -14,6 +14,7 @@ import torch
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.plausible import require_numbers
+from p2p_llm_forge.peers.rank_failure import is_out_of_memory
 from p2p_llm_forge.sync.base import STAY_FINITE, Discarded, Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.budget import Budget
@@ -76,6 +77,7 @@ class Run:
     window: LossWindow
     balance: Balance
     gauge: Gauge
+    micro_batch_size: int  # of this rank; smaller once memory was too small for it
 
     first_step: int  # of this process; not 0 where it has resumed
     first_position: int  # of that update in the stream of blocks
@@ -88,6 +90,7 @@ class Run:
     grad_norm: float | torch.Tensor = 0.0  # of the last update; on the device
     meter: SyncReport = field(default_factory=SyncReport)  # of all updates
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
+    is_exchanging: bool = False  # whether gradients travel, so that no update can begin again
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
 
     def start(self) -> None:
@@ -120,6 +123,23 @@ class Run:
     def position_of(self, step: int) -> int:
         """Where update `step` begins in the stream of blocks."""
         return self.first_position + (step - self.first_step) * self.job.plan.batch_size
+
+    def go_smaller(self, error: Exception) -> None:
+        """Halve the micro-batch after `error`, for want of memory; the update is begun again.
+
+        Raises the error where it is of another kind, or nothing is left to halve.
+        """
+        was, asked = self.micro_batch_size, self.job.config.micro_batch_size
+        if asked != "auto" or was == 1 or self.is_exchanging or not is_out_of_memory(error):
+            raise error
+        self.micro_batch_size = -(-was // 2)
+        self.learner.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.tracking.say(
+            f"warning: out of memory with micro-batches of {was}; the same updates go on with"
+            f" {self.micro_batch_size}"
+        )
 
     def agree(self, asked: int, done: int) -> int:
         """What the ranks ask for: the largest of their numbers (interruptions.py), on all ranks.
@@ -217,6 +237,7 @@ class Run:
             "train_loss": self.train_loss,
             "figures": self.figures,
             "since_log": self.window.since_log(),
+            "micro_batch_size": self.micro_batch_size,
             "discarded_updates": self.discarded,
         }
         if self.budget and self.pace:

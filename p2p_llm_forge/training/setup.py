@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import as_dict
+from p2p_llm_forge.model.compiling import keep_between_runs
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
@@ -18,6 +19,7 @@ from p2p_llm_forge.sync.outer import outer_lr_of
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import read_state
+from p2p_llm_forge.training.compilation import was_compiled
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
 from p2p_llm_forge.training.gauge import new_gauge
 from p2p_llm_forge.training.identity import settings_changed
@@ -51,8 +53,9 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     job = settle_strategy(job, folder.checkpoint)
     state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
     job, pace = settle_pace(job, state)
-    cluster, plan = job.cluster, job.plan
     learner = build_learner(job, folder.checkpoint)
+    job = as_settled(job, learner)
+    cluster, plan = job.cluster, job.plan
     blocks = cluster.together(job.data.train_blocks)
     sync = build_strategy(job.config, cluster, replica_of(learner, plan, state["step"]))
     prime(job, learner, sync, blocks)
@@ -79,6 +82,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         saving=Saving(job, folder, learner, sync),
         tracking=tracking_of(job.config, cluster, folder.confirm),
         window=window,
+        micro_batch_size=plan.micro_batch_size,
         balance=Balance(plan.shares, job.config.balance == "auto"),
         gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
         first_step=state["step"],
@@ -109,6 +113,14 @@ def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:
     else:
         pace = Pace([(0, job.plan.total_steps)])
     return replace(job, plan=replace(job.plan, total_steps=pace.total_steps)), pace
+
+
+def as_settled(job: Job, learner: Learner) -> Job:
+    """The job with what `auto` has come to, which is recorded: a resume computes the same."""
+    precision = job.cluster.accelerator.mixed_precision
+    config = replace(job.config, compile=learner.compile, mixed_precision=precision)
+    plan = replace(job.plan, micro_batch_size=learner.micro_batch_size)
+    return replace(job, config=config, plan=plan)
 
 
 def replica_of(learner: Learner, plan: Plan, steps_done: int) -> Replica:
@@ -156,6 +168,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     say(run.gauge.in_words())
     if cluster.sends_in_plain:
         say(SENT_IN_PLAIN)
+    if config.compile == "on":
+        say(f"compiled  layers; later runs find that in {keep_between_runs()}")
     if config.sync == "diloco":
         rate = outer_lr_of(config.outer_lr, cluster.world_size)
         say(
@@ -168,5 +182,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
         say(line)
     if run.folder.checkpoint:
         say(f"resuming  after step {run.first_step} from {run.folder.checkpoint}")
-        for line in settings_changed(state["config"], as_dict(config)):
+        begun = state["config"] | {"compile": was_compiled(state["config"])}
+        if begun.get("mixed_precision") == "auto":  # not recorded what it was
+            begun["mixed_precision"] = config.mixed_precision
+        for line in settings_changed(begun, as_dict(config)):
             say(f"changed   {line}")

@@ -49,6 +49,33 @@ def test_names_that_users_of_run_clm_know_are_accepted(alias):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),
+        (["--compile", "--epochs", "2"], "on"),
+        (["--compile", "on"], "on"),
+        (["--compile=off"], "off"),
+        (["--compile", "auto"], "auto"),
+        (["--compile", "true"], "on"),
+        (["--compile=False"], "off"),
+    ],
+)
+def test_compile_alone_means_on_and_a_switch_is_read_as_before(words, asked):
+    assert parse(TrainConfig, [*GIVEN, *words], "train.py").compile == asked
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("true", "on")]
+)
+def test_a_recipe_may_switch_as_yaml_does(tmp_path, written, asked):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"compile: {written}\n")
+    words = [*GIVEN, "--config", str(recipe)]
+    assert parse(TrainConfig, words, "train.py").compile == asked
+
+
 def test_a_flag_without_its_value_hides_no_other_problem(tmp_path):
     found = problems_of([*GIVEN, "--learning-rate", "--batch-size=0", "--epochs", "--max-steps"])
     assert [text for text, _ in found] == [
@@ -67,7 +94,7 @@ def test_the_recipe_gives_defaults_and_the_command_line_wins(tmp_path):
     )
     words = [*GIVEN, "--learning-rate", "0.1", "--config", str(recipe)]
     config = parse(TrainConfig, words, "train.py")
-    assert (config.batch_size, config.learning_rate, config.compile) == (32, 0.1, True)
+    assert (config.batch_size, config.learning_rate, config.compile) == (32, 0.1, "on")
     assert config.config_overrides == "n_layer=3,n_embd=48"
     assert config.model_name is None
 
@@ -96,7 +123,8 @@ def test_a_wrong_recipe_is_reported_with_the_fix(tmp_path, text, found, fix):
         (["--batch-sise", "3"], "unknown argument --batch-sise", "did you mean --batch-size"),
         (["--batch-size", "three"], "--batch-size is 'three'", "give a whole number"),
         (["--epochs", "many"], "--epochs is 'many'", "give a number"),
-        (["--compile", "perhaps"], "--compile is 'perhaps'", "give true or false"),
+        (["--compile", "perhaps"], "--compile is 'perhaps'", "choose from: auto, off, on"),
+        (["--gradient-checkpointing=x"], "--gradient-checkpointing is 'x'", "give true or false"),
         (["--mixed-precision", "fp8"], "--mixed-precision is 'fp8'", "choose from: auto, bf16"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file", "recipes/"),
         (["stray"], "belong to no flag: stray", "quotes"),

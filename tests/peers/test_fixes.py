@@ -285,7 +285,7 @@ ENVIRONMENTS = [
             )
             for name in COMPILERS
         ],
-        ({"ACCELERATE_DYNAMO_BACKEND": "ipex"}, {}, "take it out and add", {}, {"compile": True}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "ipex"}, {}, "take it out and add", {}, {"compile": "on"}),
     ),
     ({"OMP_NUM_THREADS": "many"}, {}, "unset OMP_NUM_THREADS", {}, {}),
     ({"OMP_NUM_THREADS": "many"}, {}, "set it to the threads of", {"OMP_NUM_THREADS": "2"}, {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,11 +74,28 @@ def test_versions_are_those_of_the_imported_libraries():
     )
 
 
-def test_bf16_is_a_property_of_the_device():
-    assert machine.has_bf16(torch.device("meta")) is False
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    if "avx512_bf16" in flags:
-        assert machine.has_bf16(torch.device("cpu"))
-    elif "flags" in flags and "amx_tile" not in flags:
-        assert not machine.has_bf16(torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("float32_s", "bf16_s", "pays"),
+    [
+        ([0.010], [0.005], True),  # units for it
+        ([0.010], [0.030], False),  # none: they are emulated
+        ([0.010], [0.009], False),  # what is gained goes into conversions
+        ([0.010, 0.050, 0.010], [0.050, 0.005, 0.050], True),  # others use the machine
+    ],
+)
+def test_bf16_is_chosen_by_the_time_that_products_take(monkeypatch, float32_s, bf16_s, pays):
+    clock, taken = [0.0], {torch.float32: 0, torch.bfloat16: 0}
+    spent = {torch.float32: float32_s, torch.bfloat16: bf16_s}
+    product = torch.Tensor.__matmul__
+
+    def timed(one, other):
+        times = spent[one.dtype]
+        clock[0] += times[taken[one.dtype] % len(times)]
+        taken[one.dtype] += 1
+        return product(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    assert machine.bf16_pays(torch.device("cpu")) is pays
+    assert min(taken.values()) >= 3
+    assert machine.bf16_pays(torch.device("meta")) is False

@@ -106,7 +106,7 @@ def test_settings_that_change_at_a_resume_are_named():
             *("lr_scheduler", "warmup_steps", "epochs", "max_steps", "batch_size"),
             *("weight_decay", "max_grad_norm", "mixed_precision", "sync", "compress"),
             *("sync_every", "outer_lr", "outer_momentum", "outer_warmup_rounds", "fragments"),
-            *("overlap_steps", "ddp_warmup_steps"),
+            *("overlap_steps", "ddp_warmup_steps", "compile"),
         ]
     )
     now |= {"learning_rate": 0.2, "seed": 0, "output_dir": "b"}
