@@ -106,8 +106,7 @@ class ModelOptions(Options):
     )
     compile: Literal["auto", "on", "off"] = flag(
         "auto",
-        "compile the layers with torch.compile; auto: on GPUs, and on CPUs where a trial says that"
-        " it pays within the run; --compile alone: on",
+        "compile the layers; alone: on; auto: on GPUs, and on CPUs where a trial says that it pays",
         alone="on",
     )
 
@@ -178,14 +177,13 @@ class UpdateOptions(Options):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
         "auto",
-        "auto: what the launcher's config says, else bf16 where a measured product is faster in it",
+        "auto: what the launcher's config says, else bf16 where that is measured to be faster",
     )
     seed: int = flag(0, "chooses initial weights, order of data and dropout")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text = str(self.micro_batch_size)
-        if isinstance(self.micro_batch_size, str) and re.fullmatch("-?[0-9]{1,18}", text):
+        if re.fullmatch("-?[0-9]{1,18}", text := str(self.micro_batch_size)):
             self.micro_batch_size = int(text)
 
     def micro_batch(self) -> int | None:
@@ -203,10 +201,17 @@ class UpdateOptions(Options):
             )
         # However large: weights that it ruins are seen, and not saved.
         require_above_0(self, problems, "learning_rate", most=math.inf)
-        require_between(
-            (1, MOST_BLOCKS), self, problems, "batch_size", "gradient_accumulation_steps"
-        )
-        self._check_micro_batch(problems)
+        sizes = ("batch_size", "gradient_accumulation_steps")
+        require_between((1, MOST_BLOCKS), self, problems, *sizes)
+        micro = self.micro_batch_size
+        if not isinstance(micro, str):
+            require_between((1, MOST_BLOCKS), self, problems, "micro_batch_size")
+        elif micro != "auto":
+            found = f"--micro-batch-size is {micro!r}"
+            problems.require(False, found, "give a whole number or auto")
+        elif self.gradient_accumulation_steps is not None:
+            found = "--gradient-accumulation-steps counts micro-batches, whose size is yet to find"
+            problems.require(False, found, "give --batch-size instead of it")
         require_at_least(1, self, problems, "max_steps")
         require_at_least(0, self, problems, "warmup_steps", "weight_decay", "max_grad_norm")
         problems.require(
@@ -223,20 +228,6 @@ class UpdateOptions(Options):
             " exact resuming rules out",
             nearest(str(self.lr_scheduler), SCHEDULES),
         )
-
-    def _check_micro_batch(self, problems: Problems) -> None:
-        if self.micro_batch_size == "auto":
-            problems.require(
-                self.gradient_accumulation_steps is None,
-                "--gradient-accumulation-steps states the batch by the micro-batch, which"
-                " --micro-batch-size auto has yet to find",
-                "give --batch-size instead of --gradient-accumulation-steps",
-            )
-        elif isinstance(self.micro_batch_size, str):
-            found = f"--micro-batch-size is {self.micro_batch_size!r}"
-            problems.require(False, found, "give a whole number or auto")
-        else:
-            require_between((1, MOST_BLOCKS), self, problems, "micro_batch_size")
 
 
 @dataclass

@@ -90,8 +90,12 @@ class Run:
     grad_norm: float | torch.Tensor = 0.0  # of the last update; on the device
     meter: SyncReport = field(default_factory=SyncReport)  # of all updates
     clock: Clock = field(default_factory=Clock)  # of the updates, without evaluations and saves
+    micro_batch_size: int = 0  # planned; of this rank smaller once memory was too small for it
     is_exchanging: bool = False  # whether gradients travel, so that no update can begin again
     forward_s: float = 0.0  # of this rank's forwards since the last `agree`
+
+    def __post_init__(self) -> None:
+        self.micro_batch_size = self.micro_batch_size or self.job.plan.micro_batch_size
 
     def start(self) -> None:
         """The first update is about to be taken."""

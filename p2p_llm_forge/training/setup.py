@@ -82,7 +82,6 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         saving=Saving(job, folder, learner, sync),
         tracking=tracking_of(job.config, cluster, folder.confirm),
         window=window,
-        micro_batch_size=plan.micro_batch_size,
         balance=Balance(plan.shares, job.config.balance == "auto"),
         gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
         first_step=state["step"],

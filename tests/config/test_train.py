@@ -113,6 +113,25 @@ def test_sizes_start_at_1(name):
     assert problem.fix == "use 1 or more"
 
 
+@pytest.mark.parametrize(
+    ("settings", "found", "fix"),
+    [
+        ({"micro_batch_size": "many"}, "--micro-batch-size is 'many'", "a whole number or auto"),
+        (
+            {"micro_batch_size": "auto", "gradient_accumulation_steps": 2},
+            "--gradient-accumulation-steps counts micro-batches",
+            "give --batch-size instead",
+        ),
+    ],
+)
+def test_a_micro_batch_is_a_number_or_found(settings, found, fix):
+    (problem,) = TrainConfig("data", "run", **settings).problems().found
+    assert found in problem.found and fix in problem.fix
+    assert not TrainConfig("data", "run", micro_batch_size="auto").problems().found
+    assert TrainConfig("data", "run", micro_batch_size="4").micro_batch() == 4
+    assert TrainConfig("data", "run", micro_batch_size="auto").micro_batch() is None
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_learning_rate_is_a_finite_number_above_0(value):
     (problem,) = TrainConfig("data", "run", learning_rate=value).problems().found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from tests import ROOT
 from tests.runs import (
     DROPOUT,
     finish,
@@ -75,13 +78,21 @@ def test_ranks_train_compiled_layers_together(zygote, prepared, tmp_path, sync):
     assert "compiled  layers" in (tmp_path / "run.log").read_text()
 
 
-def test_without_a_compiler_on_is_refused_and_auto_is_off(zygote, prepared, tmp_path):
-    environ, log = {"CXX": "/nowhere/g++"}, tmp_path / "log"
-    words = flags(prepared, tmp_path / "run", compile="on")
-    assert zygote.wait(zygote.start(words, log, environ=environ)) == 2
-    said = log.read_text()
+def test_without_a_compiler_on_is_refused_and_auto_trains(prepared, tmp_path):
+    environ = {**os.environ, "CXX": "/nowhere/g++", "HF_HUB_OFFLINE": "1"}
+
+    def run(**settings):
+        words = flags(prepared, tmp_path / "run", max_steps=1, **settings)
+        command = [sys.executable, "train.py", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = run(compile="on")
+    assert status == 2, said
     assert "--compile needs a C++ compiler, and none was found" in said
     assert "sudo apt install g++" in said and "Traceback" not in said
-    assert not (tmp_path / "run" / "run.json").exists()
-    without = flags(prepared, tmp_path / "run")  # the fix, followed
-    assert zygote.wait(zygote.start(without, log, environ=environ)) == 0, read(log)
+    assert not (tmp_path / "run").exists()
+    status, said = run()  # the fix, followed
+    assert status == 0, said

@@ -1,0 +1,42 @@
+"""A process that runs out of memory takes the same updates in smaller micro-batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+from tests.runs import finish, flags, lines
+
+pytestmark = pytest.mark.slow
+# 512 blocks at a time keep some hundred MB, 64 a few dozen.
+LARGE = {
+    **{"config_overrides": "n_layer=2,n_head=2,n_embd=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"},
+    **{"model_type": "gpt2", "batch_size": 512, "max_steps": 2, "log_every": 1},
+    **{"learning_rate": 1e-3, "optimizer": "adamw"},
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: only it limits address space")
+def test_a_run_out_of_memory_goes_on_with_the_same_updates(zygote, prepared, tmp_path):
+    whole = finish(zygote, prepared, tmp_path / "whole", 1, **LARGE, micro_batch_size=64)
+    words = flags(prepared, tmp_path / "little", **LARGE, micro_batch_size="auto")
+    module = ["-m", "tests.multiprocess.little_memory", str(150 * 2**20)]
+    done = subprocess.run(
+        [sys.executable, *module, *words],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "out of memory with micro-batches of 512; the same updates go on with 256" in said
+    for ours, theirs in zip(lines(tmp_path / "little"), lines(whole), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in {"loss", "grad_norm"} & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
