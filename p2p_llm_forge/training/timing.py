@@ -215,7 +215,7 @@ class Planning:
         if chosen.depth is not None:
             asked = replace(asked, depth=chosen.depth)
         if not (asked.batch_size or asked.gradient_accumulation_steps):
-            unit = self.cluster.world_size * (asked.micro_batch_size or 1)
+            unit = self.cluster.world_size * (asked.micro_batch() or 1)
             length = self.text.sequence_length
             asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
         warmup = asked.warmup_steps or int(WARMUP * chosen.updates)
