@@ -77,7 +77,6 @@ class Run:
     window: LossWindow
     balance: Balance
     gauge: Gauge
-    micro_batch_size: int  # of this rank; smaller once memory was too small for it
 
     first_step: int  # of this process; not 0 where it has resumed
     first_position: int  # of that update in the stream of blocks
