@@ -286,13 +286,14 @@ def parts_of(asked: argparse.Namespace, work: Path, memory_bytes: float) -> list
         micro = 2 if tiny else max(1, 2 ** min(5, int(fits).bit_length() - 1))
         return micro, max(1, (4 if tiny else 32) // micro)
 
-    def forge(model: Model, is_compiled: bool, most_s: float) -> Part:
+    def forge(model: Model, is_compiled: bool, most_s: float, by: str = "adamw") -> Part:
         micro, times = sizes(model)
         words = ["--data", data, "--work-dir", work / "run", "--model-type", model.family]
         words += ["--config-overrides", model.overrides(), "--micro-batch-size", micro]
         words += ["--batch-size", micro * times, "--mixed-precision", "bf16", *amounts(tiny)]
-        words += ["--compile"] if is_compiled else []
+        words += ["--optimizer", by, *(["--compile"] if is_compiled else [])]
         name = f"{model.name}, train.py{' --compile' if is_compiled else ''}"
+        name += "" if by == "adamw" else f" --optimizer {by}"
         part = own(name, "forge", *map(str, words), most_s=most_s, needs=train_needs)
         part.model = model
         return part
@@ -311,7 +312,7 @@ def parts_of(asked: argparse.Namespace, work: Path, memory_bytes: float) -> list
 
     length = ["--sequence-length", "32", "--vocab-size", "512"] if tiny else []
     tests = ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
-    tests += [f"tests/gpu/test_{one}.py" for one in ("loss", "training", "check_cluster")]
+    tests += [f"tests/gpu/test_{one}.py" for one in ("loss", "muon", "training", "check_cluster")]
     tests += ["tests/sync/test_compress.py"]
     return [
         own("matrix products", "matmul", most_s=45),
@@ -322,6 +323,7 @@ def parts_of(asked: argparse.Namespace, work: Path, memory_bytes: float) -> list
         forge(other, True, 120),
         usual(other, False, 80),
         own("loss by chunks", "loss", most_s=45, needs=("torch", "transformers")),
+        forge(one, True, 60, by="muon"),
         forge(one, False, 60),
         usual(one, True, 110),
         forge(other, False, 80),

@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=32)
     parser.add_argument("--mixed-precision", default="auto")
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--updates", type=int, default=10, help="updates of a segment")
@@ -207,7 +208,7 @@ def forge(asked: argparse.Namespace) -> dict[str, Any]:
         model_type=asked.model_type,
         config_overrides=asked.config_overrides,
         compile=as_asked(asked.compile, TrainConfig.compile),
-        optimizer="adamw",
+        optimizer=asked.optimizer,
         learning_rate=1e-4,
         batch_size=asked.batch_size,
         micro_batch_size=asked.micro_batch_size,
