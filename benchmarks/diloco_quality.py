@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
-from p2p_llm_forge.sync.outer import outer_lr_of
+from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.training.results import RESULTS
 from prepare_data import prepare
 from tests import ROOT
@@ -45,7 +45,7 @@ SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 DILOCO = {
     "sync": "diloco",
     "outer_lr": TrainConfig.outer_lr,  # None: as usual with so many peers
-    "outer_momentum": TrainConfig.outer_momentum,
+    "outer_momentum": TrainConfig.outer_momentum,  # so too
     "outer_warmup_rounds": TrainConfig.outer_warmup_rounds,
 }
 AT_ONCE = {"outer_warmup_rounds": 0}
@@ -177,7 +177,9 @@ class Plan:
         options = self._options
         given = dict(ARMS[arm])
         if given["sync"] == "diloco":
-            given["outer_lr"] = outer_lr_of(given["outer_lr"], peers)
+            asked = given["outer_lr"], given["outer_momentum"]
+            usual = settings_of_rounds(*asked, peers, every)
+            given["outer_lr"], given["outer_momentum"] = usual
         settings = ",".join(f"{name}={value}" for name, value in given.items())
         updates = options.rounds * every
         sizes = (options.model, options.batch_size)

@@ -40,7 +40,7 @@ from p2p_llm_forge.data.order import blocks_at
 from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.sync.compress import CODECS, Codec, ErrorFeedback
-from p2p_llm_forge.sync.outer import outer_lr_of, outer_settings, outer_step
+from p2p_llm_forge.sync.outer import outer_settings, outer_step, settings_of_rounds
 from prepare_data import prepare
 
 
@@ -50,8 +50,8 @@ class Arm:
 
     sync: str = "diloco"  # or ddp
     ddp_rounds: int = 0  # before the first: as many updates as by ddp
-    outer_lr: float | None = 1.0  # None: the usual one of so many peers
-    outer_momentum: float = 0.0
+    outer_lr: float | None = 1.0  # None: the usual one of so many peers and such rounds
+    outer_momentum: float | None = 0.0  # so too
     warmup_rounds: int = 0  # from plain averaging to the two above
     fade_rounds: int = 0  # and back, at the end of the run
     compress: str = "none"  # of the pseudo-gradients: a codec's name
@@ -290,7 +290,14 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, float], list[Run]]:
     lengths = (options.every, options.rounds, options.peers, options.batch_size)
     return {
         (name, rate): [
-            Run(arm_of(name, options.peers), rate, seed, *lengths, sizes, options.text.name)
+            Run(
+                arm_of(name, options.peers, options.every),
+                rate,
+                seed,
+                *lengths,
+                sizes,
+                options.text.name,
+            )
             for seed in options.seeds
         ]
         for name in options.arms
@@ -298,10 +305,12 @@ def plan(options: argparse.Namespace) -> dict[tuple[str, float], list[Run]]:
     }
 
 
-def arm_of(name: str, peers: int) -> Arm:
+def arm_of(name: str, peers: int, every: int) -> Arm:
     """One of ARMS, or what KEY=VALUE,... makes of plain averaging."""
     if name in ARMS:
-        return replace(ARMS[name], outer_lr=outer_lr_of(ARMS[name].outer_lr, peers))
+        arm = ARMS[name]
+        lr, momentum = settings_of_rounds(arm.outer_lr, arm.outer_momentum, peers, every)
+        return replace(arm, outer_lr=lr, outer_momentum=momentum)
     pairs = dict(pair.split("=") for pair in name.split(","))
     return Arm(**{key: type(getattr(Arm, key))(value) for key, value in pairs.items()})
 

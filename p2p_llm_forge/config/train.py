@@ -315,14 +315,16 @@ class SyncOptions(Options):
     # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
     # of real runs: benchmarks/README.md). They take a little less than a round's own change (0.5 x
     # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)
-    # were the worst there. More processes bear a higher rate: see `outer.outer_lr_of`.
+    # were the worst there. More processes bear a higher rate: see `outer.settings_of_rounds`.
     outer_lr: float | None = flag(
         None,
         "diloco: learning rate of the outer step, on the average of all pseudo-gradients; default:"
-        " 0.5 of two processes, 0.7 of four, 1 of eight or more; 1 with --outer-momentum 0 is plain"
-        " averaging",
+        " 0.5 of two processes, 0.7 of four, 1 of eight or more, and nearer to 1 in rounds of fewer"
+        " than 20 updates; 1 with --outer-momentum 0 is plain averaging",
     )
-    outer_momentum: float = flag(0.8, "diloco: Nesterov momentum of the outer step")
+    outer_momentum: float | None = flag(
+        None, "diloco: Nesterov momentum of the outer step; default: 0.8, less of shorter rounds"
+    )
     outer_warmup_rounds: int = flag(
         20, "diloco: rounds in which the outer step goes from plain averaging to these settings"
     )
@@ -354,7 +356,7 @@ class SyncOptions(Options):
         )
         require_above_0(self, problems, "outer_lr")
         problems.require(
-            0 <= self.outer_momentum < 1,
+            self.outer_momentum is None or 0 <= self.outer_momentum < 1,
             f"--outer-momentum is {self.outer_momentum}",
             "use a number from 0 to below 1",
         )

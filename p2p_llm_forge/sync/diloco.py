@@ -121,7 +121,9 @@ class DiLoCo(Sync):
         """Raises ForgeError where the model has fewer parts than `--fragments`."""
         self._cluster, self._config, self._optimizer = cluster, config, replica.optimizer
         self._every = config.round_length()
-        self._outer_lr = outer.outer_lr_of(config.outer_lr, cluster.world_size)
+        self._outer = outer.settings_of_rounds(
+            config.outer_lr, config.outer_momentum, cluster.world_size, self._every
+        )
         self.rounds_begin_after: int = config.ddp_warmup_steps
         self._total, self._done = replica.total_steps, replica.steps_done
         self._most_tokens = self._every * replica.tokens_per_update  # of a rank in a round
@@ -229,9 +231,7 @@ class DiLoCo(Sync):
         fragment.weights_sent = fragment.weights()
         fragment.sent_at, fragment.lands_at = self._done, lands_at
         rounds_done = max(0, self._done - 1 - self.rounds_begin_after) // self._every
-        fragment.outer = outer.outer_settings(
-            rounds_done, self._outer_lr, config.outer_momentum, config.outer_warmup_rounds
-        )
+        fragment.outer = outer.outer_settings(rounds_done, *self._outer, config.outer_warmup_rounds)
         own = (fragment.anchor - fragment.weights_sent).mul_(fragment.token_weight)
         fragment.tokens = 0
         fragment.pseudo_gradient = self._channel.in_background(

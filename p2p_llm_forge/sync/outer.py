@@ -11,6 +11,8 @@ from torch import Tensor
 
 from p2p_llm_forge.errors import ForgeError
 
+FULL_ROUND = 20  # updates in a round from which on the outer step is as large as it ever is
+FULL_MOMENTUM = 0.8
 Unit = list[tuple[str, torch.nn.Parameter]]  # neighbours that are synchronised together
 
 
@@ -40,14 +42,24 @@ def outer_step(
     return torch.add(anchor, direction, alpha=-lr, out=direction), buffer
 
 
-def outer_lr_of(asked: float | None, ranks: int) -> float:
-    """The outer rate asked for; if none is, that of so many ranks: 0.5 of two, 0.7 of four, 1 of 8.
+def settings_of_rounds(
+    lr: float | None, momentum: float | None, ranks: int, every: int
+) -> tuple[float, float]:
+    """The outer rate and momentum asked for; what is not asked suits so many ranks and updates.
 
-    It grows with the root of their number. Where noise rules, AdamW divides a gradient by the noise
-    of its batch: ranks that read a part each take steps of the same size, but that much less of
-    them is common to all and outlives the average. Figures: benchmarks/README.md.
+    In rounds of FULL_ROUND updates and more: momentum 0.8, and rate 0.5 of two ranks, 0.7 of four,
+    1 of eight. The rate grows with the root of their number. Where noise rules, AdamW divides a
+    gradient by the noise of its batch: ranks that read a part each take steps of the same size, but
+    that much less of them is common to all and outlives the average.
+    Shorter rounds part less, so both come closer to plain averaging (1 and 0), by the cube root of
+    their length. Figures: benchmarks/README.md.
     """
-    return min(1.0, math.sqrt(ranks / 8)) if asked is None else asked
+    reach = min(1.0, (every / FULL_ROUND) ** (1 / 3))
+    usual = min(1.0, math.sqrt(ranks / 8))
+    return (
+        1 + (usual - 1) * reach if lr is None else lr,
+        FULL_MOMENTUM * reach if momentum is None else momentum,
+    )
 
 
 def outer_settings(

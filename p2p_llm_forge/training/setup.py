@@ -15,7 +15,7 @@ from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
 from p2p_llm_forge.sync.base import Replica
 from p2p_llm_forge.sync.forecast import choose, table
-from p2p_llm_forge.sync.outer import outer_lr_of
+from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import read_state
@@ -170,10 +170,12 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     if config.compile == "on":
         say(f"compiled  layers; later runs find that in {keep_between_runs()}")
     if config.sync == "diloco":
-        rate = outer_lr_of(config.outer_lr, cluster.world_size)
+        rate, momentum = settings_of_rounds(
+            config.outer_lr, config.outer_momentum, cluster.world_size, config.round_length()
+        )
         say(
             f"rounds    of {config.round_length()} updates; outer rate {rate:.3g} and momentum"
-            f" {config.outer_momentum:g}, reached after {config.outer_warmup_rounds} rounds"
+            f" {momentum:.3g}, reached after {config.outer_warmup_rounds} rounds"
         )
         if cluster.world_size == 1:
             say("note      --sync diloco is pointless with one process: nobody to agree with")

@@ -20,7 +20,8 @@ def simulated(
     """
     count, ranks = sum(SIZES), range(len(tokens))
     every, overlap = settings["sync_every"], settings.get("overlap_steps", 0)
-    outer_lr = settings["outer_lr"] or (len(tokens) / 8) ** 0.5
+    less = 1 - (len(tokens) / 8) ** 0.5  # than plain averaging takes, in rounds of 20 updates
+    outer_lr = settings["outer_lr"] or 1 - less * min(20, every) ** (1 / 3) / 20 ** (1 / 3)
     momentum = settings["outer_momentum"]
     start = [-1 + 2 * n / (SIZES[0] - 1) for n in range(SIZES[0])] + [0.5] * (count - SIZES[0])
     local = [list(start) for _ in ranks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.outer import (
     fragment_due,
     fragments_of,
-    outer_lr_of,
     outer_settings,
     outer_step,
+    settings_of_rounds,
     units_of,
 )
 
@@ -73,10 +73,27 @@ def test_rate_1_without_momentum_is_plain_averaging_bit_for_bit():
 
 
 def test_more_ranks_take_a_higher_outer_rate_by_the_root_of_their_number():
-    rates = {ranks: outer_lr_of(None, ranks) for ranks in range(1, 20)}
+    rates = {ranks: settings_of_rounds(None, None, ranks, 20)[0] for ranks in range(1, 20)}
     assert rates[2] == 0.5
     assert all(rates[4 * n] == pytest.approx(2 * rates[n]) for n in (1, 2))
     assert all(rate == 1 for ranks, rate in rates.items() if ranks >= 8)
+
+
+def test_rounds_of_20_updates_and_more_have_momentum_and_shorter_ones_less():
+    assert {settings_of_rounds(None, None, 2, every) for every in (20, 50, 500)} == {(0.5, 0.8)}
+    by_length = [settings_of_rounds(None, None, 2, every) for every in range(1, 21)]
+    assert all(1 > a[0] > b[0] and 0 < a[1] < b[1] for a, b in pairwise(by_length))
+    gains = [lr / (1 - momentum) for lr, momentum in by_length]
+    assert 1 < gains[0] < 1.25 and 1.3 < gains[4] < 1.5, "the best of a sweep at 5: 1.4"
+    assert all(settings_of_rounds(None, 0.0, 8, every) == (1.0, 0.0) for every in (1, 5, 20))
+
+
+def test_settings_that_are_asked_for_stay_whatever_the_rounds():
+    for ranks, every in product((1, 2, 9), (1, 5, 100)):
+        assert settings_of_rounds(0.7, 0.9, ranks, every) == (0.7, 0.9)
+        usual = settings_of_rounds(None, None, ranks, every)
+        assert settings_of_rounds(0.7, None, ranks, every) == (0.7, usual[1])
+        assert settings_of_rounds(None, 0.9, ranks, every) == (usual[0], 0.9)
 
 
 @pytest.mark.parametrize(("lr", "momentum"), SETTINGS)
