@@ -1,4 +1,4 @@
-"""The default model, from one dial: the sizes, rate and batch that follow from `--depth`."""
+"""The default model, from one dial: the sizes and the rate that follow from `--depth`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ STARTS_AT_ZERO = ("qwen3",)  # families whose output projections do
 # Peak rates of a model that is 256 wide, from scratch; wider ones take less.
 RATES = {"muon": 5.5e-3, "adamw": 2e-3}
 RATE = 1e-3  # where sizes, or anything about the optimizer, are not known
-TOKENS_PER_UPDATE = 4096
 
 
 def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> dict[str, Any]:
@@ -43,8 +42,3 @@ def learning_rate_of(optimizer: str, depth: int | None) -> float:
         return RATE
     width = shape_of(depth)["hidden_size"]
     return float(f"{RATES[optimizer] * (256 / width) ** 0.5:.2g}")
-
-
-def batch_tokens_of(depth: int) -> int:
-    """Tokens in an update where no batch is given."""
-    return TOKENS_PER_UPDATE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -91,8 +92,12 @@ class TrainResult:
             lines.append(f"sample    {self.sample!r}")
         return "\n".join(lines)
 
-    def model_card(self, base_model: str | None) -> str:
-        """A README.md for the model's folder, as the Hub shows it."""
+    def model_card(
+        self, base_model: str | None, settings: Mapping[str, str | int | float | None] | None = None
+    ) -> str:
+        """A README.md for the model's folder, as the Hub shows it. settings: it was made with."""
+        given = {key: value for key, value in (settings or {}).items() if value is not None}
+        made_with = "".join(f"| {key} | {value} |\n" for key, value in given.items())
         figures = "\n".join(
             f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
             for key, value in vars(self).items()
@@ -103,7 +108,7 @@ class TrainResult:
             f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{origin}"
             f"tags: [p2p-llm-forge]\n---\n\n# {Path(self.output_dir).name}\n\n"
             "A causal language model trained data-parallel with P2P-LLM-Forge.\n\n"
-            f"| figure | value |\n|---|---|\n{figures}\n\n"
+            f"| figure | value |\n|---|---|\n{made_with}{figures}\n\n"
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."  # where this file lies\n'
             "model = AutoModelForCausalLM.from_pretrained(folder)\n"

@@ -19,6 +19,7 @@ from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import RunRecord, put_on_record
+from p2p_llm_forge.training.settle import settings_shown
 
 CARD = "README.md"
 NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
@@ -65,7 +66,8 @@ class RunFolder:
         if self._of_others([CARD]):
             return f"{self.path / CARD} is not of this run and stays as it is: no model card"
         with self._writing("the model card", [CARD]):
-            write_file(self.path / CARD, result.model_card(base_model))
+            card = result.model_card(base_model, settings_shown(self._job.config))
+            write_file(self.path / CARD, card)
         return None
 
     def publish(self, saved: Path) -> None:

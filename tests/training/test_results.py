@@ -68,5 +68,8 @@ def test_the_model_card_is_read_by_the_hub_and_names_the_model_it_began_from():
     assert "| eval_loss | 1.2500 |" in body and "| steps | 1200 |" in body
     assert "| mfu | 0.4125 |" in body and "| seconds | 185.4000 |" in body
     assert "sample" not in body
+    made_with = {"model_type": "qwen3", "depth": None, "learning_rate": 0.0078}
+    card = FULL.model_card(None, made_with)
+    assert "| model_type | qwen3 |\n| learning_rate | 0.0078 |\n" in card and "depth" not in card
     card = BARE.model_card(None)
     assert "base_model" not in card and "eval_loss" not in card

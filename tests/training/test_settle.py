@@ -123,6 +123,12 @@ def test_the_defaults_resume_from_what_the_checkpoint_says(config, tmp_path, mon
     monkeypatch.setattr("p2p_llm_forge.training.settle.learning_rate_of", lambda *_: 9.0)
     with pytest.raises(ForgeError, match="holds this run already"):
         train(config)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    rate = shape.learning_rate_of("muon", shape.DEPTH)
+    assert f"| model_type | qwen3 |\n| depth | {shape.DEPTH} |\n| optimizer | muon |" in card
+    assert f"| learning_rate | {rate} |" in card
+    identity = json.loads((tmp_path / "whole" / "run.json").read_text())["identity"]
+    assert (identity["model_type"], identity["depth"]) == ("qwen3", shape.DEPTH)
     train(replace(config, resume="auto"))
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert set(one) == set(other) and all((one[name] == other[name]).all() for name in one)
