@@ -62,7 +62,7 @@ class _ChunkedNats(torch.autograd.Function):
             grad = logs.exp_()
             grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
             if bent is not None:  # by 1 - tanh^2; times cap in backward
-                grad.addcmul_(grad * bent, bent, value=-1)
+                grad.addcmul_(grad, bent.square_(), value=-1)
             if grad_bias is not None:
                 grad_bias += grad[:, :vocab_size].sum(0)
             grad = grad.to(dtype)
