@@ -3,7 +3,7 @@
     python benchmarks/optimizers.py --text tinyshakespeare.txt
 
 trains a Qwen3 of 2 layers of 64 (output projections zero at first) for the same updates by every
-arm and prints bits per byte of the last 5 % of the text, and each arm's difference from the first,
+arm and prints bits per byte of held-out documents, and each arm's difference from the first,
 seed by seed, with its t: beyond 4.3 it is more than luck (two sides, 5 %, three seeds). Every run
 is kept in a file of results and never repeated.
 """

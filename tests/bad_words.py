@@ -7,6 +7,7 @@ TRAIN = r"""
 --depth=1 --model-type=gpt2 --config-overrides=n_embd=0 -> n_embd
 --depth=1 --model-type=gpt2 --config-overrides=n_layer=-1 -> n_layer
 --depth=1 --model-type=gpt2 --config-overrides=n_layer=0 -> n_layer
+--depth=1 --model-type=gpt2 --optimizer=muon --config-overrides=n_head=1,n_embd=1 -> none to train
 --depth=1 --model-type=gpt2 --config-overrides=n_head=3 -> n_head
 --depth=1 --model-type=gpt2 --config-overrides=n_head=1.5 -> n_head
 --depth=1 --model-type=gpt2 --config-overrides=n_head=true -> n_head

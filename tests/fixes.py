@@ -93,6 +93,9 @@ FOLLOWED = {
     "model.fit:require_same_words": (WORDS, WORDS),
     "model.fit:require_causal": (SIZES, SIZES, FAMILY),
     "model.fit:require_memory": (f"{MODEL}::test_the_fix_of_too_little_memory_is_a_smaller_model",),
+    "model.optimizer:build_optimizer": (
+        f"{MODEL}::test_the_fix_of_muon_without_matrices_is_adamw",
+    ),
     "model.sizes:sizes_asked_for": (FAMILY, SIZES, SIZES, SIZES, SIZES, SIZES),
     "model.sizes:text_part": (FAMILY, FAMILY),
     "model.sizes:require_tokens": (SIZES,),

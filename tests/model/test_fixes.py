@@ -24,6 +24,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.document_mask import document_mask_for
 from p2p_llm_forge.model.fit import require_memory
+from p2p_llm_forge.model.optimizer import build_optimizer
 from tests.runs import TINY
 
 SMALL = "n_layer=1,n_head=2,n_embd=32"
@@ -90,6 +91,15 @@ def test_the_fix_of_sizes_makes_a_model(text, asked, fix, then):
     asked = {"model_type": "gpt2", **asked}
     assert fix in fix_of(build_model, TrainConfig(**asked), text)
     assert build_model(TrainConfig(**{**asked, "config_overrides": then}), text)
+
+
+def test_the_fix_of_muon_without_matrices_is_adamw(text):
+    asked = TrainConfig(
+        model_type="gpt2", config_overrides="n_layer=1,n_head=1,n_embd=1", optimizer="muon"
+    )
+    model = build_model(asked, text)
+    assert fix_of(build_optimizer, asked, model) == "use --optimizer adamw"
+    assert build_optimizer(replace(asked, optimizer="adamw"), model)
 
 
 @pytest.mark.parametrize(("family", "fix"), FAMILIES, ids=str)
