@@ -30,15 +30,18 @@ POINTS = (
     *((1, 40_960, 0), (2, 40_960, 0), (1, 122_880, 0), (2, 122_880, 0), (3, 122_880, 0)),
     *((4, 122_880, 0), (1, 368_640, 0), (2, 368_640, 0), (3, 368_640, 0), (4, 368_640, 0)),
     *((1, 983_040, 0), (2, 737_280, 0)),
-    *((1, 61_440, 30_720), (1, 122_880, 30_720), (1, 491_520, 30_720), (2, 245_760, 61_440)),
-    *((1, 204_800, 102_400), (1, 409_600, 102_400), (1, 1_228_800, 0), (4, 122_880, 30_720)),
+    *((1, 30_720, 30_720), (1, 122_880, 30_720), (1, 102_400, 102_400), (1, 409_600, 102_400)),
+    *((2, 245_760, 61_440), (1, 245_760, 15_360), (1, 1_228_800, 0)),
 )
+STRETCH = 512  # tokens
 RATE, RATE_WIDTH = 0.007, 256  # of Muon, and the width that it is for
-NAMES = ("E", "A", "SIZE_POWER", "B", "BYTES_POWER", "HARM", "HARM_POWER")
+NAMES = ("E", "A", "SIZE_POWER", "B", "BYTES_POWER", "HARM", "HARM_POWER", "KIND")
 
 
 def collect(text_file: Path, results: Path, vocab: int, work_dir: Path) -> None:
     """Train what is not there yet."""
+    import torch
+
     from benchmarks.shapes import Arm, Training, bits_per_byte, encoded
 
     text = text_file.read_bytes()
@@ -59,7 +62,10 @@ def collect(text_file: Path, results: Path, vocab: int, work_dir: Path) -> None:
         )
         train, validation, size_bytes = encoded(text, vocab, work_dir)
         bytes_per_token = 9 * size_bytes / len(train)
-        train = train[:unique] if unique else train
+        if unique:  # stretches from all over the text
+            stretches = train[: len(train) // STRETCH * STRETCH].view(-1, STRETCH)
+            chosen = torch.linspace(0, len(stretches) - 1, unique // STRETCH).long()
+            train = stretches[chosen].flatten()
         training = Training(arm, 0, train)
         for _ in range(arm.updates):
             training.advance()
@@ -116,8 +122,8 @@ def fitted(found: list[dict[str, Any]], tries: int = 40) -> np.ndarray:
         return float(np.mean(np.log(expected(np.exp(logs), found) / seen) ** 2)) + pull
 
     draw = np.random.default_rng(0)
-    start = np.log([0.3, 8.0, 0.34, 12.0, 0.28, 0.0145, 1.2])
-    runs = (minimised(miss, start + draw.normal(0, 0.5, 7)) for _ in range(tries))
+    start = np.log([0.3, 8.0, 0.34, 12.0, 0.28, 0.0145, 1.2, 0.2])
+    runs = (minimised(miss, start + draw.normal(0, 0.5, 8)) for _ in range(tries))
     return np.exp(min(runs, key=miss))
 
 

@@ -1,10 +1,10 @@
 """What loss to expect of a model's size and of what it reads: a law fitted on small runs.
 
-    bits per byte = c (E + A / size^a + B / bytes^b) (1 + HARM size / text again^h)
+    bits per byte = c^k (E + A / size^a + B / bytes^b) (1 + HARM size / text again^h)
 
 size: parameters that a token is multiplied by (of the layers and of the head). bytes: of text that
 is read, of which repetitions count less and less (arXiv 2305.16264: a text's worth is bounded by
-1 + REPEATS times it). c: how many bits per byte a compressor needs, which stands for the kind of
+1 + REPEATS times it). c^k: how many bits per byte a compressor needs, to a power: the kind of
 text. The form is that of Chinchilla (arXiv 2203.15556); its last factor is ours: a model that is
 large for its text learns it by heart. text: its bytes; again: how often it is read after the first
 time. Fitted by benchmarks/loss_law.py.
@@ -17,7 +17,7 @@ import math
 
 # Fitted on 21 November 2026; benchmarks/README.md has the runs and what the law misses them by.
 E, A, SIZE_POWER, B, BYTES_POWER, REPEATS = 0.35, 8.0, 0.31, 12.0, 0.28, 15.4
-HARM, HARM_POWER = 0.0145, 1.2
+HARM, HARM_POWER, KIND = 0.0145, 1.2, 0.2
 SAMPLE_BYTES = 200_000  # of a text, that are compressed
 
 
@@ -32,7 +32,7 @@ def bits_per_byte(size: float, read: float, unique: float, compressed: float) ->
     """The loss to expect at the end, on unseen text. read, unique: bytes; compressed: see below."""
     learnt = E + A / size**SIZE_POWER + B / worth(read, unique) ** BYTES_POWER
     again = max(0.0, read / unique - 1)
-    return compressed * learnt * (1 + HARM * size / unique * again**HARM_POWER)
+    return compressed**KIND * learnt * (1 + HARM * size / unique * again**HARM_POWER)
 
 
 def compressed_bits(text: bytes) -> float:
