@@ -28,7 +28,7 @@ def test_text_that_is_read_again_is_worth_less_each_time():
 
 def test_a_model_that_is_large_for_its_text_learns_it_by_heart():
     loss = [law.bits_per_byte(3e5, read, 7.5e4, 2.5) for read in (7.5e4, 3e5, 1.2e6)]
-    assert loss[2] > 1.5 * loss[1] and loss[2] > loss[0]
+    assert loss[2] > 1.1 * loss[1] and loss[2] > loss[0]
     # On a text ten thousand times as large, reading on goes on helping.
     loss = [law.bits_per_byte(3e5, read, 7.5e8, 2.5) for read in (7.5e8, 3e9, 1.2e10)]
     assert loss[0] > loss[1] > loss[2]
