@@ -207,7 +207,7 @@ def forge(asked: argparse.Namespace) -> dict[str, Any]:
         overwrite=True,
         model_type=asked.model_type,
         config_overrides=asked.config_overrides,
-        compile=as_asked(asked.compile, TrainConfig.compile),
+        compile="on" if asked.compile else "off",
         optimizer=asked.optimizer,
         learning_rate=1e-4,
         batch_size=asked.batch_size,
@@ -233,11 +233,6 @@ def forge(asked: argparse.Namespace) -> dict[str, Any]:
         "overhead": statistics.median(ratios),
         "start_s": time.perf_counter() - began - sum(timed.loop_s + timed.bare_s) * asked.updates,
     }
-
-
-def as_asked(is_on: bool, default: Any) -> Any:
-    """The value of a flag that is true or false, or one of on, off and auto."""
-    return is_on if isinstance(default, bool) else "on" if is_on else "off"
 
 
 def loss(asked: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.loss import CHUNK_VALUES, NextTokenLoss
+from p2p_llm_forge.model.loss import CHUNK_VALUES, CHUNK_VALUES_ON_GPU, NextTokenLoss
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.checkpoint import read_state
@@ -20,7 +20,7 @@ from p2p_llm_forge.training.job import Job
 
 # What a forward and backward takes besides the activations that it keeps: a chunk of logits with
 # its gradient, and as much again of its own work as it keeps of a layer.
-CHUNK_BYTES, OWN_WORK = 3 * 4 * CHUNK_VALUES, 1.25
+BYTES_PER_LOGIT, OWN_WORK = 3 * 4, 1.25
 USABLE_SHARE = 0.8  # of what is free: others need some, and allocators keep some
 # Of a parameter: its gradient and the two moments of AdamW, in float32.
 BYTES_PER_PARAMETER = 12
@@ -71,7 +71,9 @@ def measured_memory(job: Job, model: NextTokenLoss) -> Memory:
     one, two = (bytes_kept(lambda n=n: one_micro_batch(job, model, n)) for n in (1, 2))  # type: ignore[misc]
     per_block = OWN_WORK * max(two - one, one / 2)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = BYTES_PER_PARAMETER * parameters + CHUNK_BYTES + max(0.0, one - (two - one))
+    is_on_gpu = job.cluster.device.type == "cuda"
+    chunk = BYTES_PER_LOGIT * (CHUNK_VALUES_ON_GPU if is_on_gpu else CHUNK_VALUES)
+    fixed = BYTES_PER_PARAMETER * parameters + chunk + max(0.0, one - (two - one))
     processes = job.cluster.launch.local_world_size if job.cluster.device.type == "cpu" else 1
     return Memory(free_bytes(job.cluster.device) / processes, fixed, per_block)
 

@@ -9,8 +9,6 @@ import signal
 import pytest
 import torch
 
-from benchmarks.gpu_parts import as_asked
-from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.training.checkpoint import read_state
 from tests.gpu.devices import DEVICE, IS_REHEARSAL, ON_A_GPU
 from tests.runs import (
@@ -27,7 +25,7 @@ from tests.runs import (
 
 pytestmark = [*ON_A_GPU, pytest.mark.slow]
 GPT2 = {"model_type": "gpt2", "optimizer": "adamw", "batch_size": 8, "log_every": 1}
-GPT2["compile"] = as_asked(False, TrainConfig.compile)  # compiling takes longer than such a run
+GPT2["compile"] = "off"  # compiling takes longer than such a run
 STEPS = 24
 
 
@@ -51,7 +49,7 @@ def test_bf16_learns_as_float32_does_and_keeps_float32_weights(zygote, generated
 def test_compiled_updates_are_those_of_eager_ones(zygote, generated, tmp_path):
     asked = {**GPT2, "max_steps": 6, "mixed_precision": "no"}
     eager = finish(zygote, generated, tmp_path / "eager", 1, **asked)
-    asked["compile"] = as_asked(True, TrainConfig.compile)
+    asked["compile"] = "on"
     log, words = tmp_path / "log", flags(generated, tmp_path / "compiled", **asked)
     # C++ takes a minute on a slow CPU: a rehearsal compiles with what needs no compiler.
     environ = {"ACCELERATE_DYNAMO_BACKEND": "eager"} if IS_REHEARSAL else {}
