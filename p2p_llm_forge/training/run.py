@@ -218,10 +218,12 @@ class Run:
         if blocks is None:
             return {}
         size = job.data.manifest.splits["validation"].bytes
+        # What ranks have halved for want of memory is theirs alone; an evaluation is of all.
+        sizes = [one for (one,) in job.cluster.gather_numbers([self.micro_batch_size])]
+        require_numbers("its micro-batches are", sizes, 1, are_whole=True)
+        fits = int(min(sizes))
         with self.sync.agreed_weights():
-            figures = evaluate_split(
-                self.learner.bare_model, blocks, size, job.plan.micro_batch_size, job.cluster
-            )
+            figures = evaluate_split(self.learner.bare_model, blocks, size, fits, job.cluster)
         self.tracking.log({"step": step, **figures})
         return figures
 

@@ -1,4 +1,4 @@
-"""train.py in a process that may take only so many more bytes once its updates begin.
+"""train.py in a process whose first update may take only so many more bytes.
 
 python -m tests.multiprocess.little_memory BYTES FLAGS
 """
@@ -21,7 +21,10 @@ def main() -> int:
         if step == run.first_step:
             most = psutil.Process().memory_info().vms + more
             resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-        return take_update(run, step)
+        try:
+            return take_update(run, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
     train.take_update = limited
     return train.main()
