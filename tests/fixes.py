@@ -74,7 +74,7 @@ FOLLOWED = {
     "config.parser:parse": (OPTION, OPTION, OPTION),
     "config.parser:_parser": (NEEDED,),
     "config.parser:_recipe_as_flags": (RECIPE, RECIPE, RECIPE),
-    "config.train:check": (NEEDED, *[OPTION] * 10),
+    "config.train:check": (NEEDED, *[OPTION] * 13),
     "config.train:_refuse_options_of_rounds": (OPTION,),
     "config.train:_check_rounds": (OPTION, OPTION, OPTION),
     "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION),
