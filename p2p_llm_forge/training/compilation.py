@@ -33,33 +33,42 @@ LEAST_SHARE = 0.03  # of a micro-batch's time; less is noise
 
 
 def settle_compile(job: Job, model: NextTokenLoss, checkpoint: Path | None) -> Switch:
-    """Compile the layers of the model, or leave them; the same on all ranks.
+    """Compile the layers of the model, or leave them.
 
-    All ranks must call, before the model is wrapped. A run goes on as it has begun, for compiled
-    layers round otherwise. Raises ForgeError where --compile was asked for and is not possible.
+    All ranks must call, before the model is wrapped, and get the same answer where all are asked
+    the same; of others who were asked for auto is not compiled. A run goes on as it has begun, for
+    compiled layers round otherwise. Raises ForgeError where --compile was asked for and is not
+    possible.
     """
     config, cluster, lm = job.config, job.cluster, model.lm
     asked: str = config.compile
-    if asked != "off" and cluster.launch.compile:
-        lm.base_model.compile(**cluster.launch.compile)
-        return "on"
-    if asked == "auto" and checkpoint is not None:
-        asked = cluster.main_only(lambda: was_compiled(read_state(checkpoint)["config"]))
+    if checkpoint is not None:
+        begun = cluster.main_only(lambda: was_compiled(read_state(checkpoint)["config"]))
+        asked = begun if asked == "auto" else asked
+    of_launcher = cluster.launch.compile if config.compile != "off" else None
+    own = "launcher" if of_launcher else "must" if config.compile == "on" else asked
+    known = cluster.gather_facts({"asked": own, "is_on_gpu": cluster.device.type == "cuda"})
 
-    def compile_now() -> float:
+    def compile_now() -> None:
         require_compiler(cluster.device)
-        return compiled_by(lm, lambda: try_all_sizes(job, model))
+        compiled_by(lm, lambda: try_all_sizes(job, model))
 
-    if config.compile == "on":
-        cluster.together(compile_now)
-    elif asked == "on" or (asked == "auto" and cluster.device.type == "cuda"):
-        asked = "on" if all_can(job, compile_now) else "off"
-    elif asked == "auto":
-        asked = "on" if pays(job, model) else "off"
-    if asked == "on":
-        return "on"
-    take_back(lm)
-    return "off"
+    def compile_if_told() -> None:
+        if of_launcher:
+            lm.base_model.compile(**of_launcher)
+        elif own == "must":
+            compile_now()
+
+    cluster.together(compile_if_told)
+    if any(fact["asked"] != own for fact in known):
+        is_compiled = own in ("must", "launcher")
+    elif own == "on" or (own == "auto" and all(fact["is_on_gpu"] for fact in known)):
+        is_compiled = all_can(job, compile_now)
+    else:
+        is_compiled = pays(job, model) if own == "auto" else own != "off"
+    if not is_compiled:
+        take_back(lm)
+    return "on" if is_compiled else "off"
 
 
 def was_compiled(recorded: dict[str, Any]) -> Switch:

@@ -19,8 +19,8 @@ def fed(blocks: Blocks, batches: list[list[int]], device: torch.device) -> Itera
     """Inputs and targets of each micro-batch on the device; batches: the numbers of its blocks.
 
     To a GPU they are copied from pinned memory, so that the program need not wait for what the GPU
-    was given before, and the next ones are read meanwhile. On a CPU reading takes less than
-    handing it to a thread (benchmarks/README.md).
+    was given before, and the next ones are read meanwhile. A CPU computes all the while, and a
+    thread that reads would only take time from it.
     """
     if device.type != "cuda":
         for numbers in batches:

@@ -21,6 +21,9 @@ NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "lost+found")
 # meaning.
 MAY_CHANGE = ("dataset", "seed", "batch_size")
 
+# What older versions wrote down where nothing was asked for.
+USUAL = {"epochs": 1.0, "lr_scheduler": "cosine"}
+
 MOST_SHOWN, LONGEST_VALUE = 10, 300  # differences that a message lists, and their characters
 
 
@@ -155,5 +158,13 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         *("sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
         *("outer_warmup_rounds", "fragments", "overlap_steps", "ddp_warmup_steps"),
     )
-    changed = [key for key in computed if before.get(key) != now[key]]
-    return [f"{key}: {before.get(key)} -> {now[key]}" for key in changed]
+    pairs = [(key, _in_force(before, key), _in_force(now, key)) for key in computed]
+    return [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
+
+
+def _in_force(settings: dict[str, Any], key: str) -> Any:
+    """A setting in today's words, or what it comes to where it was left open."""
+    value = settings.get(key)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return USUAL.get(key) if value is None else value

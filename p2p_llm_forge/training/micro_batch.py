@@ -43,20 +43,23 @@ class Memory:
 def settle_micro_batch(job: Job, model: NextTokenLoss, checkpoint: Path | None) -> int:
     """The blocks in a forward: what was planned, or for `auto` the most that fit on every rank.
 
-    All ranks must call. A run goes on with what it had come to, if that fits. Raises ForgeError,
-    saying what would fit, where one block does not.
+    All ranks must call, also those to which a number was given: they keep it. A run goes on with
+    what it had come to, if that fits. Raises ForgeError, saying what would fit, where one block
+    does not.
     """
-    plan = job.plan
-    if job.config.micro_batch_size != "auto":
+    plan, cluster, is_auto = job.plan, job.cluster, job.config.micro_batch_size == "auto"
+    if not any(asks for (asks,) in cluster.gather_numbers([is_auto])):
         return plan.micro_batch_size
-    own = job.cluster.together(lambda: measured_memory(job, model))
-    fits = min(own.blocks_that_fit(), plan.shares[job.cluster.rank])
-    by_rank = [int(number) for (number,) in job.cluster.gather_numbers([fits])]
+    own = cluster.together(lambda: measured_memory(job, model) if is_auto else None)
+    fits = min(own.blocks_that_fit(), plan.shares[cluster.rank]) if own else max(plan.shares)
+    by_rank = [int(number) for (number,) in cluster.gather_numbers([fits])]
     require_numbers("the blocks that fit are", by_rank, are_whole=True)
     if min(by_rank) < 1:
-        job.cluster.together(lambda: refuse_one_block(job, model, own))
+        cluster.together(lambda: refuse_one_block(job, model, own) if own else None)
     most = max(1, min(by_rank))
-    begun = job.cluster.main_only(lambda: recorded_size(checkpoint)) if checkpoint else 0
+    begun = cluster.main_only(lambda: recorded_size(checkpoint)) if checkpoint else 0
+    if own is None:
+        return plan.micro_batch_size
     return begun if 0 < begun <= most else even_size(max(plan.shares), most)
 
 

@@ -94,7 +94,9 @@ def dry_run(job: Job) -> TrainResult:
     config, cluster = job.config, job.cluster
     cluster.main_only(job.refuse_another_run)
     lm = cluster.together(lambda: new_model(job))
-    text = "\n".join([introduction(cluster, job.data, job.plan, lm), *settled_lines(config)])
+    planned = job.budget.words if job.budget else []
+    lines = [introduction(cluster, job.data, job.plan, lm), *settled_lines(config), *planned]
+    text = "\n".join(lines)
     if cluster.world_size > 1:
         text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])
     if cluster.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +45,17 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     cluster, minutes = job.cluster, job.config.minutes
     assert minutes is not None
     budget = Budget(minutes * 60, began)
-    if cluster.main_only(lambda: begun_in(asked) is not None):
-        return replace(job, plan=replace(job.plan, total_steps=FIRST_GUESS), budget=budget)
+    begun = cluster.main_only(lambda: begun_in(asked))
+    if begun and "warmup_steps" in begun:  # it has a checkpoint
+        chosen = {
+            name: getattr(asked, name) or begun[name] for name in ("warmup_steps", "batch_size")
+        }
+        plan = replace(job.plan, total_steps=FIRST_GUESS)
+        return replace(job, config=replace(job.config, **chosen), plan=plan, budget=budget)
+    if begun:  # and ended before it had saved anything: run.json holds what it was
+        is_given = asked.batch_size or asked.gradient_accumulation_steps
+        batch_size = asked.batch_size if is_given else job.plan.batch_size
+        asked = replace(asked, depth=job.config.depth, batch_size=batch_size)
     cluster.main_only(budget.require_start)
     return Planning(asked, job, budget).planned()
 
@@ -62,6 +72,12 @@ class Planning:
         self.links = measure_links(self.cluster) if self.cluster.world_size > 1 else None
         given = (asked.model_name, asked.model_type, asked.depth, asked.config_overrides)
         self.is_model_given = any(given)
+        # Ranks may differ in both, and all must come to the same answers.
+        own = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
+        on_cpus, micro_batches = zip(*self.cluster.gather_numbers(own), strict=True)
+        require_numbers("its micro-batch is", micro_batches, are_whole=True)
+        self.is_on_cpu = any(on_cpus)
+        self.micro_batch = math.lcm(*map(int, micro_batches))
 
     def planned(self) -> Job:
         """The job as chosen. Raises ForgeError where the time is too short for it."""
@@ -177,7 +193,7 @@ class Planning:
             peers=peers,
             bytes_per_s=self.links.slowest()[2],
             latency_s=max(s for row in latencies for s in row if s == s),
-            is_on_cpu=self.cluster.device.type == "cpu",
+            is_on_cpu=self.is_on_cpu,
         )
         if config.sync == "auto":
             return tokens / choose([forecast(s, measured) for s in CANDIDATES]).tokens_per_s
@@ -215,7 +231,7 @@ class Planning:
         if chosen.depth is not None:
             asked = replace(asked, depth=chosen.depth)
         if not (asked.batch_size or asked.gradient_accumulation_steps):
-            unit = self.cluster.world_size * (asked.micro_batch() or 1)
+            unit = self.cluster.world_size * self.micro_batch
             length = self.text.sequence_length
             asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
         warmup = asked.warmup_steps or int(WARMUP * chosen.updates)
