@@ -54,7 +54,8 @@ TRAIN = r"""
 --config-overrides=num_hidden_layers=0 -> num_hidden_layers
 --config-overrides=num_attention_heads=-1 -> num_attention_heads
 --config-overrides=hidden_size=1000000000 -> memory
---config-overrides=hidden_size=33 -> hidden_size
+--config-overrides=num_attention_heads=4,num_key_value_heads=3 -> num_key_value_heads
+--model-type=gpt2 --depth=1 --config-overrides=n_embd=33,n_head=2 -> n_head
 --config-overrides=num_hiden_layers=2 -> num_hidden_layers
 --depth=0 -> --depth is 0
 --depth=-1 -> --depth is -1

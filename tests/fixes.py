@@ -56,6 +56,15 @@ KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_readme_lets_the_peers_in_and_
 RESUMED = (
     "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
 )
+COMPILING = "tests/multiprocess/test_compile.py"
+UNCOMPILED = f"{COMPILING}::test_without_a_compiler_on_is_refused_and_auto_trains"
+TRITON = (
+    "tests/training/test_compilation.py"
+    "::test_without_triton_a_gpu_compiles_nothing_until_it_is_installed"
+)
+HEADERS = (
+    "tests/model/test_compiling.py::test_a_machine_without_python_headers_is_told_what_to_install"
+)
 CARRIES = "(carries what another place has built)"
 
 FOLLOWED = {
@@ -147,6 +156,8 @@ FOLLOWED = {
     "peers.launch:_require_within": (ENVIRONMENT,),
     "peers.launch:_flag": (ENVIRONMENT,),
     "peers.launch:_refuse_other_ways": (ENVIRONMENT, ENVIRONMENT),
+    "model.compiling:compiled_by": (UNCOMPILED,),  # the same words
+    "model.compiling:require_compiler": (*(TRITON, UNCOMPILED, HEADERS),),
     "peers.launch:_compile": (ENVIRONMENT,),
     "peers.launch:_threads": (ENVIRONMENT,),
     "peers.launch:_from_launcher": (

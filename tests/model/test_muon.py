@@ -131,7 +131,7 @@ def test_everything_else_takes_the_steps_of_adamw():
     left = [n for n, p in ours.named_parameters() if p.dim() < 2 or n.endswith("e.weight")]
     assert {"transformer.wte.weight", "transformer.h.1.ln_1.weight"} <= {*left}
     optimizers = [
-        build_optimizer(TrainConfig(optimizer=name, weight_decay=0.2), lm)
+        build_optimizer(TrainConfig(optimizer=name, learning_rate=1e-3, weight_decay=0.2), lm)
         for name, lm in (("muon", ours), ("adamw", theirs))
     ]
     for _ in range(3):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests import ROOT
-from tests.runs import finish, flags, lines
+from tests.runs import finish, flags, lines, read, results, start_each
 
 pytestmark = pytest.mark.slow
 # 512 blocks at a time keep some hundred MB, 64 a few dozen.
@@ -40,3 +40,14 @@ def test_a_run_out_of_memory_goes_on_with_the_same_updates(zygote, prepared, tmp
         assert ours["step"] == theirs["step"]
         for name in {"loss", "grad_norm"} & set(theirs):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_ranks_with_settings_of_their_own_train_together(zygote, prepared, tmp_path):
+    """One is to find the size that the other was given."""
+    own = ({"micro_batch_size": "auto"}, {"micro_batch_size": 2})
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    words = [flags(prepared, tmp_path / "run", **settings) for settings in own]
+    ranks = start_each(zygote, words, logs)
+    statuses = [zygote.wait(pid) for pid in ranks]
+    assert statuses == [0, 0], read(logs[0]) + read(logs[1])
+    assert results(tmp_path / "run")["steps"] == 3

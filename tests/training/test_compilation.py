@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from p2p_llm_forge.model.compiling import Trial
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.compiling import Trial, require_compiler
 from p2p_llm_forge.training import compilation
-from p2p_llm_forge.training.compilation import pays_back, was_compiled
+from p2p_llm_forge.training.compilation import has_compiler, pays_back, was_compiled
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,15 @@ def test_a_trial_is_made_where_it_can_pay(monkeypatch, open_small_job, update_s,
     model = type("Model", (), {"lm": None})
     assert compilation.pays(job, model) is answer
     assert not left, "no trial was made"
+
+
+def test_without_triton_a_gpu_compiles_nothing_until_it_is_installed(monkeypatch):
+    gpu, is_there = torch.device("cuda"), [False]
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: is_there[0])
+    with pytest.raises(ForgeError, match="--compile needs Triton") as refused:
+        require_compiler(gpu)
+    install, leave_out = refused.value.problems[0].fix.split(", or ")
+    assert leave_out == "leave --compile out" and not has_compiler(gpu)  # which auto asks
+    assert "install the triton" in install
+    is_there[0] = True
+    require_compiler(gpu)

@@ -113,6 +113,13 @@ def test_settings_that_change_at_a_resume_are_named():
     assert settings_changed(before, now) == ["learning_rate: 0.1 -> 0.2"]
 
 
+def test_what_older_versions_wrote_down_and_nobody_asked_for_has_not_changed():
+    now = vars(TrainConfig("data", "run", compile="off"))
+    before = {**now, "epochs": 1.0, "lr_scheduler": "cosine", "compile": False}
+    assert settings_changed(before, now) == []
+    assert settings_changed({**before, "epochs": 2.0}, now) == ["epochs: 2.0 -> 1.0"]
+
+
 def test_a_long_or_odd_record_leaves_room_for_what_can_be_done(tmp_path):
     own = {"dataset": "aaa", "model_type": "gpt2"}
     odd = {"z" * 20_000: 1, "a\nfix: rm -rf": "b\x1b[2Jc", **{f"k{n}": n for n in range(30)}}

@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.join import join
+from p2p_llm_forge.training import timing
+from p2p_llm_forge.training.job import open_job
+from p2p_llm_forge.training.run_record import RunRecord
+from p2p_llm_forge.training.timing import timed
 from tests import runs
+from train import train
 
-SECONDS = 36.0
+SECONDS = 60.0
 
 
 def saved(folder, step):
     return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
-def rates_of(decisions, end):
+def rates_of(decisions, end, warmup_steps):
     """By a loop: every update takes its part of what is left, and so does the rate."""
     left, total, rates, totals = 1.0, 0, [], dict(map(tuple, decisions))
     for step in range(end):
         total = totals.get(step, total)
-        rates.append(left * min(1.0, (step + 1) / 2))
+        rates.append(left * min(1.0, (step + 1) / (warmup_steps + 1)))
         left -= left / (total - step)
     return rates
 
@@ -34,7 +42,7 @@ def test_a_run_that_was_killed_ends_by_the_seconds_of_all_its_sessions(zygote, p
     folder, logs = tmp_path / "run", [tmp_path / "first.log", tmp_path / "second.log"]
     settings = {"max_steps": None, "minutes": SECONDS / 60, "learning_rate": 1e-3}
     settings |= {"sync": "diloco", "sync_every": 5}
-    settings |= {"log_every": 1, "keep_checkpoints": 100, "warmup_steps": 1}
+    settings |= {"log_every": 1, "keep_checkpoints": 100}
     words = runs.flags(prepared, folder, **settings)
     ranks = runs.start_ranks(zygote, words, 2, logs[0])
     runs.wait_for_checkpoint(zygote, ranks[0], folder, 1, logs[0])
@@ -50,14 +58,18 @@ def test_a_run_that_was_killed_ends_by_the_seconds_of_all_its_sessions(zygote, p
     assert [zygote.wait(pid) for pid in ranks] == [0, 0], runs.read(logs[1])
     end = runs.newest_step(folder)
     after = saved(folder, end)["budget"]
-    assert end > killed_at and f"resuming  after step {killed_at}" in logs[1].read_text()
+    said = logs[1].read_text()
+    assert end > killed_at and f"resuming  after step {killed_at}" in said
+    assert "changed  " not in said  # what was chosen holds, its warm-up too
+    warmup_steps = saved(folder, killed_at)["config"]["warmup_steps"]
+    assert saved(folder, end)["config"]["warmup_steps"] == warmup_steps > 0
     # What was decided before holds; the clock goes on from there, and not from 0.
     assert after["decisions"][: len(before["decisions"])] == before["decisions"]
     assert after["decisions"][-1][1] == end == runs.results(folder)["steps"]
     assert before["seconds"] < after["seconds"] < 2 * SECONDS
     rates = [line["learning_rate"] for line in runs.lines(folder) if "learning_rate" in line]
     assert rates == pytest.approx(
-        [1e-3 * one for one in rates_of(after["decisions"], end)], abs=1e-7
+        [1e-3 * one for one in rates_of(after["decisions"], end, warmup_steps)], abs=1e-7
     )
     assert len(rates) == end and rates[-1] < 0.2 * max(rates)
 
@@ -69,10 +81,6 @@ def test_minutes_and_a_number_of_updates_contradict_each_other():
 
 
 def test_a_time_shorter_than_the_start_is_refused_and_leaves_nothing(config, tmp_path):
-    from dataclasses import replace
-
-    from train import train
-
     with pytest.raises(ForgeError, match="--minutes 0.001 is too short") as refused:
         train(replace(config, max_steps=None, minutes=0.001))
     assert not (tmp_path / "run").exists()
@@ -80,10 +88,32 @@ def test_a_time_shorter_than_the_start_is_refused_and_leaves_nothing(config, tmp
 
 
 def test_a_run_by_the_clock_and_one_by_number_do_not_resume_each_other(config, tmp_path):
-    from dataclasses import replace
-
-    from train import train
-
     train(replace(config, max_steps=2))
     with pytest.raises(ForgeError, match="ends after a number of updates, not by --minutes"):
         train(replace(config, max_steps=None, minutes=1.0, resume="auto"))
+
+
+def test_a_run_that_was_killed_before_it_saved_anything_is_planned_again(config, tmp_path):
+    """run.json is all there is of it, and holds its depth and its batch."""
+    config = replace(config, max_steps=None, minutes=1.0, batch_size=None)
+    config = replace(config, model_type=None, config_overrides=None, resume="auto")
+
+    def opened():
+        with join(config) as cluster:
+            return timed(config, open_job(config, cluster), time.monotonic())
+
+    first = opened()
+    (tmp_path / "run").mkdir()
+    RunRecord(first.identity()).write(tmp_path / "run")
+    again = opened()
+    assert again.identity() == first.identity()
+    assert first.budget.plan.keys() == again.budget.plan.keys() != set()
+    assert again.plan.total_steps != timing.FIRST_GUESS and again.config.warmup_steps > 0
+
+
+def test_a_dry_run_shows_the_plan(config, tmp_path, capsys):
+    train(replace(config, max_steps=None, minutes=1.0, dry_run=True))
+    said = capsys.readouterr().out
+    assert "\nplan      about " in said and "\nexpected  about " in said
+    assert "twice the time" in said and "one more peer" in said
+    assert not (tmp_path / "run").exists()
