@@ -31,11 +31,11 @@ test-lowest:
 
 # The tests with hosts of their own need these; without them they are skipped, but not in CI.
 network-tools:
-	@for tool in ip nft ufw firewall-cmd ping faketime sshd shellcheck; do \
+	@for tool in ip nft ufw firewall-cmd ping faketime sshd shellcheck c++; do \
 	PATH="$$PATH:/usr/sbin" command -v $$tool; done | \
-	wc -l | grep -q 8 || test "$(CI)" != true || { apt-get update -qq && \
+	wc -l | grep -q 9 || test "$(CI)" != true || { apt-get update -qq && \
 	apt-get install -y -qq --no-install-recommends iproute2 nftables ufw firewalld dbus \
-	iputils-ping faketime openssh-server shellcheck; }
+	iputils-ping faketime openssh-server shellcheck g++; }
 
 lint: .venv/installed
 	$(RUN)/ruff check .

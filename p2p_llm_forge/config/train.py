@@ -55,7 +55,11 @@ class DataOptions(Options):
     tokenizer: str | None = flag(
         None, "for a text file: tokenizer to use; without it that of --model-name, or a new one"
     )
-    vocab_size: int = flag(8192, "for a text file: entries of a tokenizer that is trained on it")
+    vocab_size: int | None = flag(
+        None,
+        "for a text file: entries of a tokenizer that is trained on it; default: 8192, and with"
+        " --minutes by the size of the text",
+    )
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "for a text file: bytes that are not UTF-8 are refused, or replaced by U+FFFD"
     )

@@ -69,9 +69,11 @@ class Budget:
         if self.left_s >= least_s + self.ending_s:
             return
         needed = 1.5 * (self.spent_s + least_s + self.ending_s) / 60
+        rest_s = least_s + self.ending_s
+        training = f", and {FEWEST_UPDATES} updates and the end take {rest_s:.0f} s"
         raise ForgeError(
-            f"--minutes {self.seconds / 60:g} is too short: starting took {self.spent_s:.0f} s, and"
-            f" {FEWEST_UPDATES} updates and the end take {least_s + self.ending_s:.0f} s",
+            f"--minutes {self.seconds / 60:g} is too short: starting took {self.spent_s:.0f} s"
+            f"{training if rest_s else ''}",
             f"give it --minutes {math.ceil(10 * needed) / 10} or more",
         )
 

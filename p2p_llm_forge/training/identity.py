@@ -165,6 +165,8 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _in_force(settings: dict[str, Any], key: str) -> Any:
     """A setting in today's words, or what it comes to where it was left open."""
     value = settings.get(key)
+    if key == "outer_momentum" and settings.get("sync") != "diloco":
+        return None  # of no effect
     if isinstance(value, bool):
         return "on" if value else "off"
     return USUAL.get(key) if value is None else value

@@ -16,6 +16,7 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.config.fields import option
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
+from p2p_llm_forge.data.formats import compression_of, format_of
 from p2p_llm_forge.data.hub import near
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
@@ -30,10 +31,11 @@ from p2p_llm_forge.training.identity import (
     refuse_files_of_others,
 )
 from p2p_llm_forge.training.plan import Plan, plan_updates
-from p2p_llm_forge.training.planner import text_settings
+from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
 from p2p_llm_forge.training.settle import begun_in, settle
 
 FLAG = re.compile(r"--[a-z][a-z-]*")
+COMPRESSED = 3  # bytes of a text for one of a compressed file, about
 OF_TEXTS = ("tokenizer", "vocab_size", "encoding_errors")  # flags that only a text file obeys
 
 
@@ -212,15 +214,18 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     """
     from p2p_llm_forge.data.prepare import prepare
 
-    vocab_size, sequence_length = config.vocab_size, 256
+    vocab_size, sequence_length = 8192, 256
     if config.minutes:
-        usual, sequence_length = text_settings(os.path.getsize(config.dataset_path))
-        vocab_size = usual if vocab_size == TrainConfig.vocab_size else vocab_size
+        size = os.path.getsize(config.dataset_path)
+        is_packed = format_of(config.dataset_path) == "parquet"
+        if is_packed or compression_of(config.dataset_path):
+            size = max(LEAST_BYTES, COMPRESSED * size)  # whether it is enough is seen later
+        vocab_size, sequence_length = text_settings(size)
     asked = PrepareConfig(
         dataset_path=[config.dataset_path],
         output_dir=str(folder),
         tokenizer=config.tokenizer or config.model_name,
-        vocab_size=vocab_size,
+        vocab_size=config.vocab_size or vocab_size,
         trust_remote_code=config.trust_remote_code,
         sequence_length=config.sequence_length or sequence_length,
         encoding_errors=config.encoding_errors,

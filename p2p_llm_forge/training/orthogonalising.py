@@ -23,11 +23,14 @@ def settle_orthogonalising(
     """
     if not isinstance(optimizer, Muon):
         return
-    if config.sync == "ddp" and (cluster.device.type == "cpu" or not cluster.is_on_gloo):
+    is_mixed = cluster.accelerator.mixed_precision != "no"
+    own = {
+        "shares": cluster.device.type == "cpu" or not cluster.is_on_gloo,
+        "prefers_bfloat16": is_mixed and prefers_bfloat16(cluster.device),
+    }
+    facts = cluster.gather_facts(own)  # ranks on CPUs and GPUs may train together
+    if config.sync == "ddp" and all(fact["shares"] is True for fact in facts):
         optimizer.team = Team(*cluster.open_local_gather())
-    if cluster.accelerator.mixed_precision == "no":
-        return
-    facts = cluster.gather_facts({"prefers_bfloat16": prefers_bfloat16(cluster.device)})
     if all(fact["prefers_bfloat16"] is True for fact in facts):
         optimizer.dtype = torch.bfloat16
 

@@ -171,7 +171,8 @@ def in_words(choice: Choice, twice: Choice, with_peer: Choice) -> list[str]:
     return [
         f"plan      {depth}about {choice.updates:,} updates of {choice.update_tokens:,} tokens, the"
         f" text {choice.epochs:.1f} times{why}",
-        f"expected  about {choice.bits_per_byte:.3f} bits per byte; {', '.join(more)}",
+        f"expected  about {choice.bits_per_byte:.3f} bits per byte, by a law of other texts;"
+        f" {', '.join(more)}",
     ]
 
 

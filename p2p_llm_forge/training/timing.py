@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.peers.links import measure_links
@@ -47,11 +48,11 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     budget = Budget(minutes * 60, began)
     begun = cluster.main_only(lambda: begun_in(asked))
     if begun and "warmup_steps" in begun:  # it has a checkpoint
-        chosen = {
-            name: getattr(asked, name) or begun[name] for name in ("warmup_steps", "batch_size")
-        }
-        plan = replace(job.plan, total_steps=FIRST_GUESS)
-        return replace(job, config=replace(job.config, **chosen), plan=plan, budget=budget)
+        names = ("warmup_steps", "batch_size")
+        chosen: dict[str, Any] = {name: getattr(asked, name) or begun[name] for name in names}
+        config = replace(job.config, **chosen)
+        plan = replace(make_plan(config, cluster, job.data), total_steps=FIRST_GUESS)
+        return replace(job, config=config, plan=plan, budget=budget)
     if begun:  # and ended before it had saved anything: run.json holds what it was
         is_given = asked.batch_size or asked.gradient_accumulation_steps
         batch_size = asked.batch_size if is_given else job.plan.batch_size
@@ -73,7 +74,7 @@ class Planning:
         given = (asked.model_name, asked.model_type, asked.depth, asked.config_overrides)
         self.is_model_given = any(given)
         # Ranks may differ in both, and all must come to the same answers.
-        own = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
+        own: list[float] = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
         on_cpus, micro_batches = zip(*self.cluster.gather_numbers(own), strict=True)
         require_numbers("its micro-batch is", micro_batches, are_whole=True)
         self.is_on_cpu = any(on_cpus)
@@ -162,10 +163,10 @@ class Planning:
     # --- what that comes to -----------------------------------------------------------------------
 
     def _token_s(
-        self, measured: dict[int, Measurement], left_s: float, more_peers: int = 0
+        self, measured: dict[int, Measurement], left_s: float
     ) -> tuple[dict[int, float], dict[int, int]]:
         """Seconds of a token of all peers together, and products of a token, by depth."""
-        peers = self.cluster.world_size + more_peers
+        peers = self.cluster.world_size
         found, sizes = {}, {}
         for depth, one in measured.items():
             tokens = self._update_tokens(int(peers * left_s / one.token_s))
@@ -184,7 +185,7 @@ class Planning:
     def _with_exchange(self, one: Measurement, update_s: float, tokens: int, peers: int) -> float:
         """Seconds of an update and of what the peers exchange for it."""
         if self.links is None:
-            return update_s  # with one more peer: as if the link cost nothing
+            return update_s
         config, latencies = self.job.config, self.links.latency_s
         measured = Measured(
             parameters=one.parameters,

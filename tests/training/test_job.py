@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +14,24 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import job as jobs
 from p2p_llm_forge.training.identity import claim
+from p2p_llm_forge.training.job import open_job
+from p2p_llm_forge.training.planner import LEAST_BYTES
 from prepare_data import prepare
+from tests import ROOT
+
+
+def test_by_the_clock_a_vocabulary_that_is_given_is_kept_and_a_packed_text_is_not_short(
+    config, alone, tmp_path
+):
+    text = (ROOT / "data" / "sample_corpus.txt").read_bytes()[:18_000]
+    (tmp_path / "text.txt.gz").write_bytes(packed := gzip.compress(text))
+    assert len(packed) < LEAST_BYTES
+    given = {"dataset_path": str(tmp_path / "text.txt.gz"), "sequence_length": None}
+    config = replace(config, minutes=1.0, max_steps=None, **given)
+    job = open_job(replace(config, vocab_size=300, output_dir=str(tmp_path / "a")), alone)
+    assert job.data.manifest.arguments["vocab_size"] == 300
+    job = open_job(replace(config, output_dir=str(tmp_path / "b")), alone)
+    assert job.data.manifest.arguments["vocab_size"] == 512
 
 
 def test_a_job_holds_the_data_and_the_plan(open_small_job, prepared):
