@@ -48,6 +48,7 @@ def flags(data: Path, folder: Path, **settings: object) -> list[str]:
         "max_steps": 3,
         "report_to": "none",
         "cpu_threads": 1,
+        "compile": "off",  # a long run would try it first
         "resume": "auto",
         **settings,
     }

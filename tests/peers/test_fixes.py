@@ -461,15 +461,16 @@ def test_the_fix_of_little_memory_is_that_others_leave_theirs(monkeypatch):
 
 
 def test_the_fixes_of_a_taken_port_name_its_owner_and_another_port():
+    port = free_port()  # none that another program's connection may get meanwhile
     with subprocess.Popen(
-        [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"],
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         text=True,
     ) as other:
         assert other.stdout is not None
-        (port,) = map(int, re.findall(r"port (\d+)", other.stdout.readline()))
+        assert f"port {port}" in other.stdout.readline()  # it is served
         found = addresses.judge_own_port(port)
         (command,) = re.findall(r"see who has it: (.*?);", found.fix)
         listed = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
