@@ -127,7 +127,9 @@ def test_all_others_name_the_rank_that_was_killed(zygote, prepared, tmp_path, st
         assert zygote.wait(ranks[rank]) == 1, read(logs[rank])
         found = re.findall(r"error: .*\n  fix: .*", read(logs[rank]))
         assert len(found) == 1 and "lost" in found[0], read(logs[rank])
-        assert re.findall(r"rank (\d)", found[0]) == [str(rank), str(killed)], found
+        # Whoever is quicker may have found it, and is named as that.
+        blamed = re.sub(r", as rank \d \(.*?\) found", "", found[0])
+        assert re.findall(r"rank (\d)", blamed) == [str(rank), str(killed)], found
 
 
 def test_a_notebook_trains_again_after_a_peer_was_lost(zygote, prepared, tmp_path):
