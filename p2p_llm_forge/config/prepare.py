@@ -8,11 +8,13 @@ from typing import Literal
 
 from p2p_llm_forge.config.fields import Options, flag, require_at_least, require_between
 from p2p_llm_forge.config.launch import MOST_THREADS
-from p2p_llm_forge.config.train import LONGEST_BLOCK, MOST_WORDS
+from p2p_llm_forge.config.train import LONGEST_BLOCK
 from p2p_llm_forge.errors import Problems
 
 CAN_DELIMIT = {*map(chr, range(1, 127))} - set('"\r\n')
 BLANK_LINES = "\n\n"  # as a separator: one or more of them
+
+MOST_WORDS = 2**24  # entries of a tokenizer that is trained here; more is a slip of the keys
 
 
 @dataclass

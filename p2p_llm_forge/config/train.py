@@ -31,7 +31,6 @@ SCHEDULES = (
 # Beyond these a value is a slip of the keys, and would fail late, or never.
 LONGEST_BLOCK, MOST_BLOCKS = 2**22, 10**7  # tokens in a block, blocks in an update
 DEEPEST = 256  # layers that --depth makes
-MOST_WORDS = 2**24  # entries of a tokenizer that is trained here
 ROUND_LENGTH = 50  # updates, by default
 OF_DILOCO = (
     *("sync_every", "outer_lr", "outer_momentum", "outer_warmup_rounds"),

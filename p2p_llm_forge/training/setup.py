@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from p2p_llm_forge.model.compiling import keep_between_runs
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
-from p2p_llm_forge.sync.base import Replica
+from p2p_llm_forge.sync.base import Replica, Sync
 from p2p_llm_forge.sync.forecast import choose, table
 from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
@@ -61,27 +61,16 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     prime(job, learner, sync, blocks)
     if saved := folder.checkpoint:
         cluster.together(lambda: resume(saved, state, job, learner, sync))
-    window = LossWindow(
-        cluster,
-        plan.tokens_per_update,
-        state["step"],
-        state.get("since_log") or NO_LOSSES,
-        sync.rounds_begin_after,
-    )
     run = Run(
         job=job,
         folder=folder,
         learner=learner,
         blocks=blocks,
         sync=sync,
-        learning_rate_factor=(
-            paced_learning_rate(job.config, pace)
-            if pace
-            else learning_rate_factor(job.config, plan.total_steps)
-        ),
+        learning_rate_factor=schedule_of(job, pace),
         saving=Saving(job, folder, learner, sync),
         tracking=tracking_of(job.config, cluster, folder.confirm),
-        window=window,
+        window=window_of(job, state, sync),
         balance=Balance(plan.shares, job.config.balance == "auto"),
         gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
         first_step=state["step"],
@@ -101,6 +90,20 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         yield run
     finally:
         run.close()
+
+
+def schedule_of(job: Job, pace: Pace | None) -> Callable[[int], float]:
+    """The fraction of the peak learning rate at every update."""
+    if pace:
+        return paced_learning_rate(job.config, pace)
+    return learning_rate_factor(job.config, job.plan.total_steps)
+
+
+def window_of(job: Job, state: dict[str, Any], sync: Sync) -> LossWindow:
+    """The losses since the last line, as the trainer's state has them."""
+    since_log = state.get("since_log") or NO_LOSSES
+    tokens = job.plan.tokens_per_update
+    return LossWindow(job.cluster, tokens, state["step"], since_log, sync.rounds_begin_after)
 
 
 def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:

@@ -84,7 +84,7 @@ def test_fp16_skips_updates_that_overflow_and_resumes_its_scale(zygote, generate
 def test_a_killed_run_resumes_bit_for_bit(zygote, generated, tmp_path, precision):
     asked = {**GPT2, "config_overrides": DROPOUT, "mixed_precision": precision}
     asked |= {"micro_batch_size": 4, "save_every": 4, "eval_every": 12, "max_steps": 60}
-    resumes_bit_for_bit(zygote, generated, tmp_path, kills_after=(4, 24), **asked)
+    assert_resumes_bit_for_bit(zygote, generated, tmp_path, kills_after=(4, 24), **asked)
 
 
 # Attention's fast kernels share a block of more than a hundred tokens out, and add its gradients in
@@ -97,10 +97,14 @@ AS_IT_IS = pytest.param(
 @pytest.mark.parametrize("script", [AS_IT_IS, "tests.gpu.deterministic"])
 def test_a_killed_run_on_long_blocks_resumes_bit_for_bit(zygote, long_blocks, tmp_path, script):
     asked = {**GPT2, "mixed_precision": "bf16", "save_every": 4, "max_steps": 12}
-    resumes_bit_for_bit(zygote, long_blocks, tmp_path, kills_after=(4,), script=script, **asked)
+    assert_resumes_bit_for_bit(
+        zygote, long_blocks, tmp_path, kills_after=(4,), script=script, **asked
+    )
 
 
-def resumes_bit_for_bit(zygote, data, tmp_path, kills_after, script="train", **asked) -> None:
+def assert_resumes_bit_for_bit(
+    zygote, data, tmp_path, kills_after, script="train", **asked
+) -> None:
     """Compare a run that was killed after these steps, and resumed, with one that was not."""
     steps, logs = (
         asked["max_steps"],
