@@ -162,7 +162,9 @@ class UpdateOptions(Options):
     learning_rate: float | None = flag(
         None, "peak learning rate; default: follows from optimizer and depth"
     )
-    warmup_steps: int = flag(0, "updates until the peak", "--num_warmup_steps")
+    warmup_steps: int | None = flag(
+        None, "updates until the peak; default: 0", "--num_warmup_steps"
+    )
     lr_scheduler: str | None = flag(
         None,
         "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers;"

@@ -56,6 +56,6 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
     special = {"num_decay_steps": max(1, total_steps // 5)} if name == "warmup_stable_decay" else {}
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(
-        name, unused, config.warmup_steps, total_steps, scheduler_specific_kwargs=special
+        name, unused, config.warmup_steps or 0, total_steps, scheduler_specific_kwargs=special
     )
     return schedule.lr_lambdas[0]

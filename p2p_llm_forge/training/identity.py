@@ -22,7 +22,7 @@ NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "lost+found")
 MAY_CHANGE = ("dataset", "seed", "batch_size")
 
 # What older versions wrote down where nothing was asked for.
-USUAL = {"epochs": 1.0, "lr_scheduler": "cosine"}
+USUAL = {"epochs": 1.0, "lr_scheduler": "cosine", "warmup_steps": 0}
 
 MOST_SHOWN, LONGEST_VALUE = 10, 300  # differences that a message lists, and their characters
 

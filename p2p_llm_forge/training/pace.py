@@ -75,7 +75,7 @@ def paced_learning_rate(config: TrainConfig, pace: Pace) -> Callable[[int], floa
     schedule = learning_rate_factor(replace(config, lr_scheduler=name, warmup_steps=0), GRAIN)
 
     def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        warm = min(1.0, (step + 1) / ((config.warmup_steps or 0) + 1))
         return warm * float(schedule(int(pace.progress(step) * GRAIN)))
 
     return factor

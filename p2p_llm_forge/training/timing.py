@@ -49,7 +49,8 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     begun = cluster.main_only(lambda: begun_in(asked))
     if begun and "warmup_steps" in begun:  # it has a checkpoint
         names = ("warmup_steps", "batch_size")
-        chosen: dict[str, Any] = {name: getattr(asked, name) or begun[name] for name in names}
+        given: dict[str, Any] = {name: getattr(asked, name) for name in names}
+        chosen = {name: begun[name] if one is None else one for name, one in given.items()}
         config = replace(job.config, **chosen)
         plan = replace(make_plan(config, cluster, job.data), total_steps=FIRST_GUESS)
         return replace(job, config=config, plan=plan, budget=budget)
@@ -235,7 +236,9 @@ class Planning:
             unit = self.cluster.world_size * self.micro_batch
             length = self.text.sequence_length
             asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
-        warmup = asked.warmup_steps or int(WARMUP * chosen.updates)
+        warmup = asked.warmup_steps
+        if warmup is None:
+            warmup = int(WARMUP * chosen.updates)
         config = replace(settle(asked), warmup_steps=warmup)
         plan = make_plan(config, self.cluster, job.data)
         total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
