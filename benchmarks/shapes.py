@@ -51,6 +51,7 @@ class Arm:
     embed_std: float = 0.0  # of the embedding, if not std
     theta: float = 10_000.0  # base of the rotary frequencies
     dropout: float = 0.0  # of attention weights
+    residual: float = 0.0  # dropout of the embedding, and of what a layer adds to the stream
     vocab: int = 1024  # 256: bytes
     block: int = 128
     batch: int = 2048  # tokens of an update
@@ -153,6 +154,10 @@ def build(arm: Arm) -> nn.Module:
         for name, parameter in model.named_parameters():
             if arm.zero and name.endswith(outputs):
                 parameter.zero_()
+    dropped = [*model.model.layers.named_modules()]
+    dropped = [one for name, one in dropped if name.endswith(("o_proj", "down_proj", "fc2"))]
+    for module in [model.get_input_embeddings(), *dropped] if arm.residual else []:
+        module.register_forward_hook(lambda self, _, out: F.dropout(out, arm.residual, self.training))
     for layer in model.model.layers if arm.compile else []:
         layer.compile(dynamic=False)
     return model
