@@ -75,6 +75,7 @@ class Job:
     seed: int
     model: str
     batch_size: int
+    optimizer: str = "adamw"
 
     def ranks(self) -> int:
         return 1 if self.arm == "ddp" else self.peers
@@ -83,18 +84,26 @@ class Job:
         """What the result depends on."""
         is_ddp = self.arm == "ddp"
         left_out = {"arm", *(("peers", "every") if is_ddp else ())}
+        left_out |= {"optimizer"} if self.optimizer == "adamw" else set()  # as results once were
         return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def shape(self) -> dict[str, str]:
+        """What says how large the model is."""
+        if self.model.startswith("depth="):
+            return {"depth": self.model.removeprefix("depth=")}
+        return {"model_type": "gpt2", "config_overrides": self.model}
 
     def words(self, data: Path, folder: Path) -> list[str]:
         """The command line of train.py."""
         settings: dict[str, object] = {
-            **{"dataset_path": data, "output_dir": folder, "model_type": "gpt2"},
-            **{"config_overrides": self.model, "optimizer": "adamw"},
+            **{"dataset_path": data, "output_dir": folder, "optimizer": self.optimizer},
+            **self.shape(),
             **{"batch_size": self.batch_size, "max_steps": self.updates, "seed": self.seed},
             **{"learning_rate": self.learning_rate, "warmup_steps": self.updates // 20},
             **{"save_every": 0, "keep_checkpoints": 1, "log_every": self.updates // 10},
             **{"mixed_precision": "no", "report_to": "none", "cpu": True, "cpu_threads": 1},
             "peer_timeout": 300,
+            "compile": "off",
         }
         if self.arm != "ddp":
             settings["sync_every"] = self.every
@@ -182,7 +191,7 @@ class Plan:
             given["outer_lr"], given["outer_momentum"] = usual
         settings = ",".join(f"{name}={value}" for name, value in given.items())
         updates = options.rounds * every
-        sizes = (options.model, options.batch_size)
+        sizes = (options.model, options.batch_size, options.optimizer)
         return Job(arm, settings, peers, every, updates, rate, seed, *sizes)
 
     def cells(self) -> list[tuple[str, int, int]]:
@@ -273,7 +282,8 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 3e-3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names, or KEY=VALUE,...")
-    parser.add_argument("--model", default=MODEL, help="--config-overrides of train.py")
+    parser.add_argument("--model", default=MODEL, help="--config-overrides of a gpt2, or depth=N")
+    parser.add_argument("--optimizer", default="adamw", help="the inner one")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=512)

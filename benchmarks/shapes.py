@@ -157,7 +157,9 @@ def build(arm: Arm) -> nn.Module:
     dropped = [*model.model.layers.named_modules()]
     dropped = [one for name, one in dropped if name.endswith(("o_proj", "down_proj", "fc2"))]
     for module in [model.get_input_embeddings(), *dropped] if arm.residual else []:
-        module.register_forward_hook(lambda self, _, out: F.dropout(out, arm.residual, self.training))
+        module.register_forward_hook(
+            lambda self, _, out: F.dropout(out, arm.residual, self.training)
+        )
     for layer in model.model.layers if arm.compile else []:
         layer.compile(dynamic=False)
     return model
