@@ -17,7 +17,7 @@ PACKAGE = "p2p_llm_forge."
 # batches. What is wrong with prepared data, or with a checkpoint to resume from, is tested there.
 LOOKED_AT = re.compile(
     r"check_cluster|p2p_llm_forge\.(peers\..*|model\..*|training\.(job|plan)"
-    r"|config\.(check|launch|fields|parser|train|yaml_file))"
+    r"|config\.(check|launch|fields|parser|sync|train|yaml_file))"
 )
 BUILDERS = {
     *("warning", "failure", "refusal", "ForgeError", "RankFailure", "LostPeer"),

@@ -4,7 +4,8 @@ from p2p_llm_forge.config.check import CheckConfig
 from p2p_llm_forge.config.fields import as_dict, multiples_near, option
 from p2p_llm_forge.config.parser import flags_table, parse
 from p2p_llm_forge.config.prepare import PrepareConfig
-from p2p_llm_forge.config.train import OF_DILOCO, TrainConfig
+from p2p_llm_forge.config.sync import OF_DILOCO
+from p2p_llm_forge.config.train import TrainConfig
 
 __all__ = [
     "OF_DILOCO",
