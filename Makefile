@@ -46,7 +46,7 @@ format: .venv/installed
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-# The tables of flags in README.md and README.tr.md, from what the scripts parse.
+# The tables of flags in docs/flags.md, from what the scripts parse.
 readme: .venv/installed
 	$(RUN)/python -m tests.test_readme
 

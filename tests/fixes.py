@@ -52,7 +52,7 @@ NAMES = f"{HOSTS}::test_the_fixes_of_a_name_give_it_an_address"
 INTERFACE = f"{HOSTS}::test_the_fixes_of_an_interface_of_another_network_take_the_common_one"
 OWNERSHIP = f"{HOSTS}::test_the_fixes_of_a_main_address_of_another_machine_lead_to_the_right_one"
 OPENED = f"{FIREWALLS}::test_the_lines_for_each_firewall_open_it"
-KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_readme_lets_the_peers_in_and_nobody_else"
+KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_documents_lets_the_peers_in_and_nobody_else"
 RESUMED = (
     "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
 )

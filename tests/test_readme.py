@@ -1,4 +1,7 @@
-"""What the READMEs say is so: flags, commands, files. Run as a module, this rewrites the tables."""
+"""What the READMEs and docs/ say is so: flags, files, links. Run as a module, it makes the tables.
+
+That every block runs is shown by test_documents_run.py.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,28 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
 from tests import ROOT
-from tests.ports import free_port
+from tests.documents import (
+    DOCS,
+    OTHERS,
+    PAGES,
+    READMES,
+    Line,
+    anchor,
+    blocks,
+    commands,
+    headings,
+    lines_of,
+    text_of,
+    tracked,
+)
 
-READMES = ["README.md", "README.tr.md"]
+FLAGS = "docs/flags.md"
 SCRIPTS = {
     "train.py": TrainConfig,
     "prepare_data.py": PrepareConfig,
@@ -26,10 +39,9 @@ SCRIPTS = {
 }
 MADE_BY_A_RUN = ("artifacts/", "data/prepared/")
 TABLE = r"(<!-- flags of {} -->\n)(.*?)(<!-- end -->)"
-
-
-def text_of(readme: str) -> str:
-    return (ROOT / readme).read_text(encoding="utf-8")
+LAUNCHERS = ("python", "accelerate", "launch/ssh.sh", "sbatch", "torchrun")
+OTHER_PROGRAMS = ("cp", "pip", "python3", ".", "tensorboard", "(umask")
+MOST_LINES = 350  # of a README
 
 
 def with_tables(text: str) -> str:
@@ -40,27 +52,6 @@ def with_tables(text: str) -> str:
         text, replaced = pattern.subn(lambda found, rows=rows: found[1] + rows + found[3], text)
         assert replaced == 1, f"the markers of {script}'s table are missing"
     return text
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The contents of all code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-def commands(readme: str) -> list[str]:
-    """The command lines in the README's bash blocks, in order, without comments."""
-    lines = [line for block in blocks(text_of(readme), "bash") for line in block.splitlines()]
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
-def tracked() -> list[str]:
-    """The files that git keeps."""
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if listed.returncode:
-        pytest.skip("needs a git checkout: clone the project to run this")
-    return listed.stdout.splitlines()
 
 
 def file_tree(readme: str) -> list[str]:
@@ -74,9 +65,34 @@ def file_tree(readme: str) -> list[str]:
     return paths
 
 
+def test_the_tables_of_flags_are_what_the_scripts_parse():
+    assert with_tables(text_of(FLAGS)) == text_of(FLAGS), "the tables are old: run `make readme`"
+
+
 @pytest.mark.parametrize("readme", READMES)
-def test_the_tables_of_flags_are_what_the_scripts_parse(readme):
-    assert with_tables(text_of(readme)) == text_of(readme), "the tables are old: run `make readme`"
+def test_a_readme_is_read_in_a_sitting(readme):
+    assert len(text_of(readme).splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    """To a file of the project, and where it names a place in it, to a heading of that page."""
+    folder = (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+    for target in (one for one in targets if not re.match(r"https?:|mailto:", one)):
+        path, _, place = target.partition("#")
+        file = (folder / path).resolve() if path else ROOT / page
+        assert file.exists() and file.is_relative_to(ROOT), f"{page}: no {target}"
+        if place:
+            known = {anchor(one) for one in headings(file.read_text(encoding="utf-8"))}
+            assert place in known, f"{page}: no place {target}; there are {sorted(known)}"
+
+
+def test_every_page_of_docs_is_named_in_both_readmes():
+    assert {"docs/data.md", "docs/security.md", "docs/elastic.md"} <= set(DOCS)
+    for page in DOCS:
+        assert all(f"]({page})" in text_of(readme) for readme in READMES), page
+    assert all((ROOT / page).is_file() for page in OTHERS)
 
 
 def test_a_table_has_a_row_for_every_flag_with_its_default_and_help():
@@ -118,8 +134,18 @@ def test_every_wing_is_in_the_tree():
 
 
 def test_both_readmes_give_the_same_commands():
-    assert commands("README.md") == commands("README.tr.md")
+    """So what runs of the one runs of the other: lines, their order, and on which machine."""
+    english, turkish = ([*map(machines_and_lines, bash)] for bash in bash_blocks())
+    assert english == turkish
     assert len(commands("README.md")) > 10
+
+
+def bash_blocks() -> list[list[str]]:
+    return [blocks(text_of(readme), "bash") for readme in READMES]
+
+
+def machines_and_lines(block: str) -> list[Line]:
+    return [*lines_of(block)]
 
 
 def test_both_readmes_have_the_same_chapters_and_examples():
@@ -129,10 +155,9 @@ def test_both_readmes_have_the_same_chapters_and_examples():
     assert file_tree("README.md") == file_tree("README.tr.md")
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_what_is_secret_is_made_for_its_owner_alone(readme, tmp_path):
+def test_what_is_secret_is_made_for_its_owner_alone(tmp_path):
     """Each line is run as it stands; where WireGuard is not installed, `wg` is `cat`."""
-    text = text_of(readme)
+    text = text_of("docs/security.md")
     lines = re.findall(r"`(\(umask 077; [^`]+\)|wg [^`]+)`", text)
     assert len(lines) >= 3 and "wg genkey |" not in text
     (tmp_path / "wg").write_text("#!/bin/sh\nexec cat\n")
@@ -148,88 +173,48 @@ def test_what_is_secret_is_made_for_its_owner_alone(readme, tmp_path):
         assert made.stat().st_mode & 0o077 == 0 or made.name == "public.key"
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_firewall_lets_its_user_in_and_is_switched_on(readme):
-    rules = re.findall(r"`sudo ufw ([^`]+)`", text_of(readme))
+def test_the_firewall_lets_its_user_in_and_is_switched_on():
+    rules = re.findall(r"`sudo ufw ([^`]+)`", text_of("docs/security.md"))
     assert rules[0] == "allow OpenSSH" and rules[-1] == "enable"
     assert "allow 51820/udp" in rules and "allow in on wg0" in rules
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_two_ends_of_the_tunnel_fit_together(readme):
+def test_the_two_ends_of_the_tunnel_fit_together():
     """Only one listens; the other, behind a router, keeps the way open; both have one MTU."""
-    ends = re.findall(r"^   ```ini\n(.*?)^   ```$", text_of(readme), re.DOTALL | re.MULTILINE)
-    first, second = (dict(re.findall(r"^   (\w+) = (.*)$", end, re.MULTILINE)) for end in ends)
+    ends = blocks(text_of("docs/security.md"), "ini")
+    first, second = (dict(re.findall(r"^(\w+) = (.*)$", end, re.MULTILINE)) for end in ends)
     assert first["ListenPort"] == "51820" and second["Endpoint"].endswith(":51820")
     assert first["MTU"] == second["MTU"] == "1280" and second["PersistentKeepalive"] == "25"
     for one, other in ((first, second), (second, first)):
         assert one["AllowedIPs"] == other["Address"].replace("/24", "/32")
 
 
-@pytest.mark.parametrize("line", commands("README.md"))
+@pytest.mark.parametrize(
+    "line", sorted({line for page in ["README.md", *DOCS] for line in commands(page)})
+)
 def test_a_command_is_accepted(line):
-    """Targets, launchers and scripts know every word of it, and the files it names are there."""
+    """Launchers and scripts know every word of it, and the files it names are there."""
     words = shlex.split(line)
     while re.match(r"[A-Z_]+=", words[0]):  # the environment of the command
         words = words[1:]
-    if words[0] == "make":
-        makefile = text_of("Makefile")
-        for target in words[1:]:
-            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
-        return
-    if words[0] == "p2p-llm-forge":
-        words[:1] = ["python", "train.py"]
     for word in words:
         for path in word.split("="):
             ours = path.split("/")[0] in ("accelerate_configs", "recipes", "data", "launch")
             if ours and not path.startswith(MADE_BY_A_RUN):
-                assert (ROOT / path).exists(), f"{path} is not there"
-    if words[0] == "cp":
+                assert (ROOT / path.partition(":")[0]).exists(), f"{path} is not there"
+    if words[0] == "make":
+        for target in words[1:]:
+            makefile = text_of("Makefile")
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
         return
-    if words[0] == "pip":
-        assert words[1:] in (["install", "-e", "."], ["install", "-r", "requirements.txt"])
-        return
-    script, flags = through_launcher(words)
-    parse(SCRIPTS[script], flags, script)
-
-
-def chapter(readme: str, title: str) -> list[str]:
-    """The command lines of one chapter."""
-    text = text_of(readme).split(f"\n## {title}\n")[1].split("\n## ")[0]
-    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
-@pytest.mark.slow
-def test_the_first_commands_work_on_the_sample_text_as_they_are_typed(tmp_path):
-    """All of the chapters on one machine and on data, but installing, recipes, a second machine
-    and ten minutes.
-
-    The first training goes to its end, further ones take one step.
-    """
-    lines = chapter("README.md", "On one machine") + chapter("README.md", "Preparing data")
-    left_out = ("pip ", "p2p-llm-forge", "two_machines/", "--config recipes/", "--minutes")
-    lines = [line for line in lines if not any(word in line for word in left_out)]
-    assert len(lines) >= 9 and lines[0] == "cp data/sample_corpus.txt corpus.txt"
-    for name in tracked():
-        if not name.startswith(("tests/", "benchmarks/")) and (ROOT / name).exists():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / name)
-    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environ["PET_MASTER_PORT"] = str(free_port())  # torchrun's is the same one for everybody
-    trainings = [line for line in lines if " train.py " in line]
-    assert "accelerate launch" in trainings[0] and len(trainings) > 3
-    for line in lines:
-        less = " --max-steps 1" if line in trainings[1:] else ""
-        done = subprocess.run(
-            ["sh", "-c", line + less],
-            cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    for made in ("artifacts/x", "artifacts/one", "artifacts/two", "artifacts/text"):
-        assert (tmp_path / made / "model.safetensors").exists()
-    for made in ("x", "text", "mixture"):
-        assert (tmp_path / "data" / "prepared" / made / "manifest.json").exists()
+    if words[0] == "p2p-llm-forge":
+        words[:1] = ["python", "train.py"]
+    if words[0] in LAUNCHERS:
+        script, flags = through_launcher(words)
+        if script in SCRIPTS:
+            parse(SCRIPTS[script], flags, script)
+    else:
+        assert words[0] in OTHER_PROGRAMS, f"no reader of the documents knows {words[0]}"
 
 
 def through_launcher(words: list[str]) -> tuple[str, list[str]]:
@@ -248,15 +233,12 @@ def through_launcher(words: list[str]) -> tuple[str, list[str]]:
         return "train.py", words[2:]  # after the hosts
     elif words[0] == "sbatch":
         return "train.py", words[2:]  # after the job's script
-    elif words[0] == "torchrun":
+    else:
         from torch.distributed.run import get_args_parser
 
         launch = get_args_parser().parse_args(words[1:])
-    else:
-        raise AssertionError(f"no reader of the README knows {words[0]}")
     return launch.training_script, launch.training_script_args
 
 
 if __name__ == "__main__":
-    for name in READMES:
-        (ROOT / name).write_text(with_tables(text_of(name)), encoding="utf-8")
+    (ROOT / FLAGS).write_text(with_tables(text_of(FLAGS)), encoding="utf-8")

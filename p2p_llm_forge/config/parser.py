@@ -60,7 +60,7 @@ def parse(
 
 
 def flags_table(config_class: type[Options]) -> str:
-    """All flags of a script as a Markdown table, for the README.
+    """All flags of a script as a Markdown table, for docs/flags.md.
 
     Of a config that extends another, only what it adds.
     """

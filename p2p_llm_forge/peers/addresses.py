@@ -21,8 +21,7 @@ CONNECT_S = 3.0  # a packet that is lost is sent again after 1 s and 3 s: one lo
 NAT_FIX = (
     "put all machines on a network of their own. Simplest is Tailscale: `sudo tailscale up` on"
     " each, and the main address is what `tailscale ip -4` prints on machine 0. Or WireGuard, for"
-    " which the router of one machine forwards one UDP port, 51820, to it (README, 'On networks"
-    " you do not own')"
+    " which the router of one machine forwards one UDP port, 51820, to it (docs/security.md)"
 )
 NO_ROUTE_ERRORS = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EINVAL)
 
@@ -98,7 +97,7 @@ def judge_public(addresses: list[str], is_allowed: bool) -> list[Finding]:
         f"{', '.join(public)} is a public address, and whoever reaches the ports of a run can read"
         " and change it: nothing there is encrypted"
     )
-    fix = 'use the address of a private network or a VPN (README, "On networks you do not own")'
+    fix = "use the address of a private network or a VPN (docs/security.md)"
     if is_allowed:
         return [warning("public", found, f"{fix}, or keep a firewall before it")]
     return [failure("public", found, f"{fix}; --allow-public-address if a firewall guards it")]

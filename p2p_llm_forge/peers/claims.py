@@ -114,7 +114,7 @@ class Claim:
             f"a run is on already at {self.main}{here}: rank {self.rank} ({platform.node()}) comes"
             " too late",
             "wait for its end, or stop it, then start all machines again (--resume auto continues"
-            ' it); for peers that join while a run lasts see README, "When peers come and go"',
+            " it); for peers that join while a run lasts see docs/elastic.md",
         )
 
     def _other_size(self, size: str) -> ForgeError:

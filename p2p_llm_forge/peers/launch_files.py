@@ -236,7 +236,7 @@ def _judge_ignored(file: LaunchFile) -> Judgements:
     """Keys that look as if they did something."""
     backend = file.keys.get("rdzv_backend", "static")
     if backend != "static":
-        fix = 'take it out; for peers that come and go see README, "When peers come and go"'
+        fix = "take it out; for peers that come and go see docs/elastic.md"
         yield warning, f"rdzv_backend {backend} is not read from the file", fix
     if file.keys.get("dynamo_config") or file.keys.get("dynamo_backend"):
         found = "dynamo settings are taken as --compile is, on the machines of this file only"

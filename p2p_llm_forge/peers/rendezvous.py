@@ -305,8 +305,8 @@ def _prove(endpoint: Endpoint, peers: Liveness, hellos: list[dict]) -> Session |
     ]
     if strangers:
         found = f"{_who(strangers, hellos)} could not prove to rank {endpoint.rank} that it knows"
-        fix = f"{copy}; where all have the same file, somebody changes what the peers send: README,"
-        fix = f"{fix} On networks you do not own"
+        fix = f"{copy}; where all have the same file, somebody changes what the peers send:"
+        fix = f"{fix} docs/security.md"
         raise refusal("secret", f"{found} the cluster's secret", fix)
     return session
 

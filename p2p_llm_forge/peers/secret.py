@@ -29,8 +29,7 @@ SHORTEST_SECRET = 16  # bytes; whoever listens can try out guesses
 CONTEXT = b"p2p-llm-forge session 1"
 MAC_DIGITS = 64  # of HMAC-SHA256, before the value
 KEEP_OUT = (
-    "let only the peers reach the main port (README, On networks you do not own), then continue"
-    " with --resume auto"
+    "let only the peers reach the main port (docs/security.md), then continue with --resume auto"
 )
 
 

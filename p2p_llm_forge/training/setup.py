@@ -38,7 +38,7 @@ from p2p_llm_forge.training.tracking import introduction, tracking_of
 
 SENT_IN_PLAIN = (
     "note      NCCL sends weights and gradients in plain, the cluster's secret does not cover them:"
-    " run it inside a tunnel (WireGuard: README, On networks you do not own), or add --backend gloo"
+    " run it inside a tunnel (WireGuard: docs/security.md), or add --backend gloo"
 )
 # The trainer's state before the first update.
 FROM_SCRATCH = dict(step=0, blocks_read=0, train_loss=None, figures={}, since_log=NO_LOSSES)

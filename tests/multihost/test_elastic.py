@@ -31,7 +31,7 @@ def secret(tmp_path):
 
 
 def start(host, main, secret, prepared, folder, log, *more):
-    """The README's elastic launch, the same on every machine."""
+    """The elastic launch of docs/elastic.md, the same on every machine."""
     host.start(
         *(PYTHON, "launch/elastic.py", "--main", main.address, "--secret-file", secret),
         *("train.py", f"--dataset-path={prepared}", f"--output-dir={folder}", "--resume=auto"),

@@ -84,10 +84,10 @@ def test_a_firewall_that_rejects_is_opened_by_the_same_line(tmp_path):
             assert of_port(machines[1], machines[0], 29500).level == "fine"
 
 
-def test_the_firewall_of_the_readme_lets_the_peers_in_and_nobody_else(tmp_path):
+def test_the_firewall_of_the_documents_lets_the_peers_in_and_nobody_else(tmp_path):
     """What KEEP_OUT names: a tunnel between the peers, and nothing else open."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (step,) = re.findall(r"^2\. \*\*A firewall\.\*\* .*?(?=\(With Tailscale)", readme, re.M | re.S)
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    (step,) = re.findall(r"^2\. \*\*A firewall\.\*\* .*?(?=\(With Tailscale)", page, re.M | re.S)
     commands = re.findall(r"`(sudo ufw .*?)`", step)
     assert len(commands) == 5
     with hosts(3) as (main, peer, stranger), guarded(main, "nothing", tmp_path / "main") as machine:

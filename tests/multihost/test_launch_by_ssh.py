@@ -17,10 +17,10 @@ import pytest
 
 from tests import ROOT
 from tests.multihost.hosts import hosts, why_not
+from tests.multihost.ssh import SSHD, serve_ssh
 from tests.runs import flags
 from tests.waiting import wait_until
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 needs_ssh = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
@@ -40,28 +40,8 @@ def with_ssh(test):
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
     """Two hosts with an ssh server each, and the ssh command that gets into them."""
-    folder = tmp_path_factory.mktemp("ssh")
-    for key in ("host", "user"):
-        keygen = ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
-        subprocess.run(keygen, check=True)
-    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it, and only the system's service makes it
-    settings = (
-        *(f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/user.pub", "StrictModes=no"),
-        *("UsePAM=no", "PermitRootLogin=yes", "PidFile=none"),
-    )
-    options = [word for setting in settings for word in ("-o", setting)]
     with hosts(2) as made:
-        for host in made:
-            host.start(SSHD, "-D", "-e", "-f", "/dev/null", *options, log=folder / "sshd.log")
-        for host in made:
-            wait_until(lambda host=host: host.run("ss", "-ltnH", "sport = :22"))
-        yield (
-            made,
-            (
-                f"ssh -i {folder}/user -o StrictHostKeyChecking=no -o LogLevel=ERROR"
-                f" -o UserKnownHostsFile={folder}/known"
-            ),
-        )
+        yield made, serve_ssh(made, tmp_path_factory.mktemp("ssh"))
 
 
 def command(machines, *flags):
