@@ -17,7 +17,7 @@ OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md"]
 OTHERS += [f"{folder}/README.md" for folder in ("accelerate_configs", "benchmarks", "data")]
 PAGES = [*READMES, *DOCS, *OTHERS]
 BLOCK = r"^(?P<indent> *)```{}\n(?P<text>.*?)^(?P=indent)```$"
-ON_MACHINE = re.compile(r"# machine (\d+)$")
+ON_MACHINE = re.compile(r"# machine (\d+)\b")
 ON_EVERY_MACHINE = "# every machine"
 
 
