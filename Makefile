@@ -26,7 +26,7 @@ test-lowest:
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python \
-	--resolution lowest-direct --requirement requirements.txt
+	--resolution lowest-direct --requirement requirements.txt --group dev
 	.venv-lowest/bin/python -m pytest $(AT_ONCE) -m "not slow"
 
 # The tests with hosts of their own need these; without them they are skipped, but not in CI.
@@ -50,12 +50,12 @@ format: .venv/installed
 readme: .venv/installed
 	$(RUN)/python -m tests.test_readme
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet --requirement requirements.txt
+	$(RUN)/python -m pip install --quiet --requirement requirements.txt --group dev
 	@touch $@
 
 clean:

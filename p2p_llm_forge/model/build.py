@@ -181,3 +181,10 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     require_tokens(overrides, model_config.vocab_size)
     require_positions(model_config, "the model that --config-overrides asks for", text)
     return model_config
+
+
+def recompute_activations(lm: Any) -> None:
+    """Have backward compute the layers' activations again: less memory, slower."""
+    # transformers 5.22 and older, the newest for Python 3.10 among them, know only the older name.
+    newer = getattr(lm, "activation_checkpointing_enable", None)
+    (newer or lm.gradient_checkpointing_enable)({"use_reentrant": False})

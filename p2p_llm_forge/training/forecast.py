@@ -9,6 +9,7 @@ from typing import Any
 
 from p2p_llm_forge.config import OF_DILOCO, TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.peers.links import Links, measure_links
@@ -43,7 +44,7 @@ def computing_s(job: Job, lm: Any) -> float:
     """
     cluster, plan = job.cluster, job.plan
     if job.config.gradient_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(lm)
     model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
     optimizer = build_optimizer(job.config, lm)
     inputs, targets = first_micro_batch(job, job.data.train_blocks())

@@ -11,7 +11,7 @@ import torch
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import build_model, load_model
+from p2p_llm_forge.model.build import build_model, load_model, recompute_activations
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
@@ -87,7 +87,7 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
     lm = cluster.together(of_this_rank)
     refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
     if config.gradient_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(lm)
     return lm
 
 

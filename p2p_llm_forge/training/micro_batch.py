@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import CHUNK_VALUES, CHUNK_VALUES_ON_GPU, NextTokenLoss
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.shapes import is_count
@@ -123,7 +124,7 @@ def refuse_one_block(job: Job, model: NextTokenLoss, own: Memory) -> None:
     needed, free = own.fixed + own.per_block, USABLE_SHARE * own.free
     fixes = []
     if not job.config.gradient_checkpointing:
-        model.lm.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model.lm)
         if measured_memory(job, model).blocks_that_fit() >= 1:
             fixes.append("add --gradient-checkpointing")
     shorter = int(length * (free - own.fixed) / own.per_block)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.fit import in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
@@ -26,7 +27,7 @@ class Trial:
     def __init__(self, job: Job, blocks: Blocks) -> None:
         lm = new_model(job)
         if job.config.gradient_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(lm)
         self._accelerator = job.cluster.accelerator
         self._model = NextTokenLoss(lm.to(job.cluster.device), job.document_end).train()
         self._optimizer = build_optimizer(job.config, lm)
