@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.model.build import recompute_activations
+from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import micro_batch
 from p2p_llm_forge.training.compilation import one_micro_batch
 from p2p_llm_forge.training.job import open_job
