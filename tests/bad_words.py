@@ -145,6 +145,7 @@ TRAIN = r"""
 --sequence-length=1 -> --sequence-length is 1
 --sequence-length=64 -> has blocks of 32 tokens
 --eval-every=-1 -> --eval-every is -1
+--eval-blocks=-1 -> --eval-blocks is -1
 --keep-best -> --keep-best needs evaluations
 --keep-checkpoints=0 -> --keep-checkpoints is 0
 --log-every=0 -> --log-every is 0

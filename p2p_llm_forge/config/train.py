@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from p2p_llm_forge.config.evaluation import EvaluationOptions, require_evaluations
 from p2p_llm_forge.config.fields import (
     Options,
     flag,
@@ -232,13 +233,11 @@ class UpdateOptions(Options):
 
 @dataclass
 class SavingOptions(Options):
-    """What is evaluated, logged and saved, when, and what a run resumes from."""
+    """What is logged and saved, when, and what a run resumes from."""
 
-    heading = "evaluating, logging and saving"
+    heading = "logging and saving"
     PER_RANK = ["resume", "report_to"]
 
-    eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
-    eval_only: bool = flag(False, "evaluate the model of --output-dir (or --model-name) and stop")
     log_every: int = flag(10, "updates between lines of metrics.jsonl")
     save_every: int = flag(
         500,
@@ -273,34 +272,31 @@ class SavingOptions(Options):
         require_above_0(self, problems, "log_every")
         require_seconds(self, problems, "max_seconds")
         require_at_least(1, self, problems, "keep_checkpoints")
-        require_at_least(0, self, problems, "eval_every", "save_every")
+        require_at_least(0, self, problems, "save_every")
         problems.require(
             not (self.resume and self.overwrite),
             "--resume continues the run that --overwrite would throw away",
             "give one of them",
-        )
-        problems.require(
-            not (self.keep_best and not self.eval_every),
-            "--keep-best needs evaluations to choose by",
-            "add --eval-every N",
-        )
-        every = self.eval_every
-        problems.require(
-            not (self.keep_best and every > 0 and self.save_every % every),
-            f"--keep-best judges every checkpoint by its evaluation, but --save-every"
-            f" {self.save_every} is not a multiple of --eval-every {every}",
-            f"use --save-every {multiples_near(self.save_every, every or 1)}",
         )
 
 
 # A dataclass takes the fields of its last base first: so the data come first, as in GROUPS.
 @dataclass
 class TrainConfig(
-    LaunchOptions, SyncOptions, SavingOptions, UpdateOptions, ModelOptions, DataOptions
+    LaunchOptions,
+    SyncOptions,
+    SavingOptions,
+    EvaluationOptions,
+    UpdateOptions,
+    ModelOptions,
+    DataOptions,
 ):
     """One training run: what it learns from, what it builds, how long."""
 
-    GROUPS = [DataOptions, ModelOptions, UpdateOptions, SavingOptions, SyncOptions, LaunchOptions]
+    GROUPS = [
+        *(DataOptions, ModelOptions, UpdateOptions, EvaluationOptions, SavingOptions),
+        *(SyncOptions, LaunchOptions),
+    ]
 
     def check_together(self, problems: Problems) -> None:
         problems.require(
@@ -319,6 +315,8 @@ class TrainConfig(
             " --cluster-secret-file does not cover",
             "use --compress int8 or int4",
         )
+        best = require_evaluations(self.keep_best, self.save_every, self.eval_every)
+        problems.found += best.found
         every = self.round_length()
         if self.sync == "diloco" and not self.is_streaming() and every > 0:
             problems.require(

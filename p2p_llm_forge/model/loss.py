@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -152,24 +153,50 @@ class NextTokenLoss(nn.Module):
         self.document_mask = None if document_end is None else document_mask_for(lm, document_end)
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, count_correct: bool = False
+        self, inputs: torch.Tensor, targets: torch.Tensor, by_block: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(nats, correct): the summed loss, at least float32, and the number of tokens whose most
-        probable prediction is right, int64 (0 unless counted). inputs, targets: (blocks, tokens)
-        int64."""
+        """(nats, correct): the summed loss, at least float32, and 0, to learn from. by_block: of
+        each block (blocks,) its loss, and the number of tokens whose most probable prediction is
+        right, int64; without a gradient. inputs, targets: (blocks, tokens) int64."""
         mask = self.document_mask(inputs) if self.document_mask else {}
-        correct, flat = torch.zeros((), dtype=torch.int64, device=inputs.device), targets.flatten()
+        flat = targets.flatten()
         if self.head is None:
             logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.flatten(0, 1)
+            if by_block:
+                return _of_blocks([logits], flat, len(targets))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if count_correct:
-                correct += (logits.argmax(-1) == flat).sum()
-            return nn.functional.cross_entropy(logits, flat, reduction="sum"), correct
+            nats = nn.functional.cross_entropy(logits, flat, reduction="sum")
+            return nats, torch.zeros_like(nats, dtype=torch.int64)
         hidden = self.lm.base_model(input_ids=inputs, use_cache=False, **mask)[0].flatten(0, 1)
         linear = self.lm.get_output_embeddings()
-        if count_correct:
-            size = chunk_tokens(len(linear.weight), hidden.device)
-            for part, wanted in zip(hidden.split(size), flat.split(size), strict=True):
-                logits = self.head.logits(linear(self.head.scaled(part)))
-                correct += (logits.argmax(-1) == wanted).sum()
-        return chunked_nats(hidden, linear.weight, linear.bias, flat, self.head), correct
+        if by_block:
+            parts = hidden.split(chunk_tokens(len(linear.weight), hidden.device))
+            return _of_blocks(map(self._logits, parts), flat, len(targets))
+        nats = chunked_nats(hidden, linear.weight, linear.bias, flat, self.head)
+        return nats, torch.zeros_like(nats, dtype=torch.int64)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states (tokens, width), in at least float32 from the head's product on."""
+        assert self.head is not None
+        product = self.lm.get_output_embeddings()(self.head.scaled(hidden))
+        return self.head.logits(product.to(torch.promote_types(product.dtype, torch.float32)))
+
+
+@torch.no_grad()
+def _of_blocks(
+    chunks: Iterable[torch.Tensor], targets: torch.Tensor, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats, correct) of each block (blocks,), float64 and int64, from logits of all their tokens.
+
+    chunks: (tokens, vocabulary) each, in the order of targets.
+    """
+    nats, correct, place = [], [], 0
+    for logits in chunks:
+        wanted = targets[place : place + len(logits)]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats.append(nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        correct.append(logits.argmax(-1) == wanted)
+        place += len(logits)
+    by_token = torch.cat(nats).double(), torch.cat(correct).long()
+    of_nats, of_correct = (one.view(blocks, -1).sum(1) for one in by_token)
+    return of_nats, of_correct

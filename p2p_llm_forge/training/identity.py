@@ -155,7 +155,7 @@ def settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     computed = (
         *("learning_rate", "lr_scheduler", "warmup_steps", "epochs", "max_steps", "seed"),
         *("batch_size", "weight_decay", "max_grad_norm", "mixed_precision", "compile"),
-        *("sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
+        *("eval_blocks", "sync", "compress", "sync_every", "outer_lr", "outer_momentum"),
         *("outer_warmup_rounds", "fragments", "overlap_steps", "ddp_warmup_steps"),
     )
     pairs = [(key, _in_force(before, key), _in_force(now, key)) for key in computed]

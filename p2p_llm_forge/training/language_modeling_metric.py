@@ -26,7 +26,7 @@ class LanguageModelingMetric(evaluate.Metric):
         return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=features)
 
     def _compute(
-        self, nats: list[float], tokens: list[int], correct: list[int], bytes_of_text: int | None
+        self, nats: list[float], tokens: list[int], correct: list[int], bytes_of_text: float | None
     ) -> dict[str, float | None]:
         total_nats, total_tokens = math.fsum(nats), sum(tokens)
         loss = total_nats / total_tokens

@@ -23,7 +23,10 @@ from p2p_llm_forge.training.run_record import CHECKPOINT
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-FIGURES = ("eval_loss", "perplexity", "bits_per_byte", "token_accuracy")
+FIGURES = (
+    *("eval_loss", "perplexity", "bits_per_byte", "token_accuracy"),
+    *("eval_blocks", "eval_split_blocks", "eval_loss_stderr", "bits_per_byte_stderr"),
+)
 
 
 def is_digest(value: Any) -> bool:

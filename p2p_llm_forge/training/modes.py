@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.data.held_out import held_out
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.fit import TextSpec
@@ -15,7 +16,7 @@ from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.forecast import table
 from p2p_llm_forge.training.checkpoint import LONGEST_LINE, newest_good, read_state, steps_saved
-from p2p_llm_forge.training.evaluation import evaluate_split
+from p2p_llm_forge.training.evaluation import evaluate_blocks
 from p2p_llm_forge.training.forecast import measure_and_forecast
 from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
@@ -28,7 +29,8 @@ from p2p_llm_forge.training.tracking import introduction
 def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
     data = open_data(config, cluster)
-    blocks = data.blocks("validation")
+    code = config.trust_remote_code
+    blocks = cluster.together(lambda: held_out(data, config.eval_blocks, code))
     if blocks is None:
         raise ForgeError(
             f"{config.dataset_path} has no validation split",
@@ -37,17 +39,12 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     text, name = text_spec_of(data), config.model_name or ""
     if name:
         steps = 0
-        lm = cluster.together(lambda: load_model(name, text, config.trust_remote_code))
+        lm = cluster.together(lambda: load_model(name, text, code))
     else:
         name, steps, lm = load_newest(config, cluster, text)
     document_end = data.manifest.eos_token_id if config.document_mask else None
-    figures = evaluate_split(
-        NextTokenLoss(lm.to(cluster.device), document_end),
-        blocks,
-        data.manifest.splits["validation"].bytes,
-        config.micro_batch() or 8,
-        cluster,
-    )
+    model = NextTokenLoss(lm.to(cluster.device), document_end)
+    figures = evaluate_blocks(model, blocks, config.micro_batch() or 8, cluster)
     result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:
         print(result.summary(), flush=True)

@@ -78,5 +78,6 @@ def ending_s(lm: Any) -> float:
 def validation_tokens(job: Job) -> int:
     """Tokens that this rank evaluates at the end."""
     split = job.data.manifest.splits.get("validation")
-    tokens = split.blocks * job.data.manifest.sequence_length if split else 0
+    there = split.blocks if split else 0
+    tokens = min(job.config.eval_blocks or there, there) * job.data.manifest.sequence_length
     return -(-tokens // job.cluster.world_size)

@@ -18,6 +18,8 @@ SHAPE = {
     **dict.fromkeys(("train_loss", "tokens_per_second", "communication"), (None, int, float)),
     **dict.fromkeys(("bytes_sent_per_update", "eval_loss", "perplexity"), (None, int, float)),
     **dict.fromkeys(("bits_per_byte", "token_accuracy", "mfu", "seconds"), (None, int, float)),
+    **dict.fromkeys(("eval_loss_stderr", "bits_per_byte_stderr"), (None, int, float)),
+    **dict.fromkeys(("eval_blocks", "eval_split_blocks"), (None, is_count)),
     "memory_peak_bytes": (None, is_count),
     "sample": (None, str),
     "is_published": (None, is_flag),
@@ -40,6 +42,10 @@ class TrainResult:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     token_accuracy: float | None = None
+    eval_blocks: int | None = None  # that those four are of, drawn by chance if not all
+    eval_split_blocks: int | None = None  # of the whole split
+    eval_loss_stderr: float | None = None  # of a sample, as an estimate for the whole split
+    bits_per_byte_stderr: float | None = None
     sample: str | None = None
     discarded_updates: int = 0  # of rounds that were given up, which count nowhere else
     mfu: float | None = None  # model FLOPs utilisation of all peers, 0 to 1, of this session
@@ -62,6 +68,11 @@ class TrainResult:
         """All updates, also those that do not count."""
         return self.steps + self.discarded_updates
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the evaluation was of a part of the held-out blocks."""
+        return (self.eval_blocks or 0) < (self.eval_split_blocks or 0)
+
     def summary(self) -> str:
         """The result for a person, in a few lines."""
         tokens = f" ({self.tokens:,} tokens)" if self.tokens else ""
@@ -83,10 +94,18 @@ class TrainResult:
             lines.append(f"network   communication {self.communication:.1%}, {sent}")
         if self.eval_loss is not None:
             perplexity = "infinite" if self.perplexity is None else f"{self.perplexity:,.1f}"
-            bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
+            loss, bits = with_error(self.eval_loss, self.eval_loss_stderr, 4), ""
+            if self.bits_per_byte is not None:
+                size = with_error(self.bits_per_byte, self.bits_per_byte_stderr, 3)
+                bits = f", {size} bits per byte"
             lines.append(
-                f"held out  loss {self.eval_loss:.4f} nats per token, perplexity"
-                f" {perplexity}{bits}, {self.token_accuracy:.1%} of tokens guessed right"
+                f"held out  loss {loss} nats per token, perplexity {perplexity}{bits},"
+                f" {self.token_accuracy:.1%} of tokens guessed right"
+            )
+        if self.is_sampled:
+            lines.append(
+                f"sampled   {self.eval_blocks:,} of {self.eval_split_blocks:,} held-out blocks"
+                " (± standard error); all of them: --eval-only"
             )
         if self.sample:
             lines.append(f"sample    {self.sample!r}")
@@ -114,3 +133,8 @@ class TrainResult:
             "model = AutoModelForCausalLM.from_pretrained(folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
         )
+
+
+def with_error(value: float, error: float | None, digits: int) -> str:
+    """A figure, and how far it may be off if it is an estimate: 1.234 ± 0.005."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

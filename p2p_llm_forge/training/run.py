@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.data.held_out import HeldOut
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.peers.rank_failure import is_out_of_memory
@@ -19,7 +20,7 @@ from p2p_llm_forge.sync.base import STAY_FINITE, Discarded, Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
-from p2p_llm_forge.training.evaluation import evaluate_split, sample_text
+from p2p_llm_forge.training.evaluation import evaluate_blocks, sample_text
 from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
@@ -70,6 +71,7 @@ class Run:
     folder: RunFolder
     learner: Learner
     blocks: Blocks  # of the training split
+    held_out: HeldOut | None  # what is evaluated on, the same at every evaluation
     sync: Sync
     learning_rate_factor: Callable[[int], float]
     saving: Saving
@@ -213,17 +215,16 @@ class Run:
             self.tracking.log({**line, "memory_peak_bytes": self.gauge.worst_memory_peak or None})
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """The figures on the validation split after `step` updates; empty without one."""
-        job, blocks = self.job, self.job.data.blocks("validation")
-        if blocks is None:
+        """The figures on the held-out blocks after `step` updates; empty without any."""
+        job, held_out = self.job, self.held_out
+        if held_out is None:
             return {}
-        size = job.data.manifest.splits["validation"].bytes
         # What ranks have halved for want of memory is theirs alone; an evaluation is of all.
         sizes = [one for (one,) in job.cluster.gather_numbers([self.micro_batch_size])]
         require_numbers("its micro-batches are", sizes, 1, are_whole=True)
         fits = int(min(sizes))
         with self.sync.agreed_weights():
-            figures = evaluate_split(self.learner.bare_model, blocks, size, fits, job.cluster)
+            figures = evaluate_blocks(self.learner.bare_model, held_out, fits, job.cluster)
         self.tracking.log({"step": step, **figures})
         return figures
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import as_dict
+from p2p_llm_forge.data.held_out import HeldOut, held_out
+from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.compiling import keep_between_runs
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
+from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.sync.base import Replica, Sync
 from p2p_llm_forge.sync.forecast import choose, table
 from p2p_llm_forge.sync.outer import settings_of_rounds
@@ -20,6 +23,7 @@ from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import was_compiled
+from p2p_llm_forge.training.evaluation import blocks_beside
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
 from p2p_llm_forge.training.gauge import new_gauge
 from p2p_llm_forge.training.identity import settings_changed
@@ -53,10 +57,12 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     job = settle_strategy(job, folder.checkpoint)
     state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
     job, pace = settle_pace(job, state)
+    job = settle_evaluation(job, state)
     learner = build_learner(job, folder.checkpoint)
     job = as_settled(job, learner)
     cluster, plan = job.cluster, job.plan
     blocks = cluster.together(job.data.train_blocks)
+    evaluated = cluster.together(lambda: held_out_of(job))
     sync = build_strategy(job.config, cluster, replica_of(learner, plan, state["step"]))
     prime(job, learner, sync, blocks)
     if saved := folder.checkpoint:
@@ -66,6 +72,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         folder=folder,
         learner=learner,
         blocks=blocks,
+        held_out=evaluated,
         sync=sync,
         learning_rate_factor=schedule_of(job, pace),
         saving=Saving(job, folder, learner, sync),
@@ -115,6 +122,28 @@ def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:
     else:
         pace = Pace([(0, job.plan.total_steps)])
     return replace(job, plan=replace(job.plan, total_steps=pace.total_steps)), pace
+
+
+def settle_evaluation(job: Job, state: dict[str, Any]) -> Job:
+    """The job with how many blocks are evaluated: as asked, else as the run has begun, else as many
+    as are quick beside the training. 0: all. state: of the trainer."""
+    config, plan = job.config, job.plan
+    count = config.eval_blocks
+    if count is None and "config" in state:
+        begun = state["config"].get("eval_blocks")
+        count = begun if is_count(begun) else 0  # older versions took all
+    if count is None:
+        manifest = job.data.manifest
+        split = manifest.splits.get(VALIDATION)
+        updates = min(config.eval_every or plan.total_steps, plan.total_steps)
+        there, length = split.blocks if split else 0, manifest.sequence_length
+        count = blocks_beside(updates * plan.batch_size, there, length)
+    return replace(job, config=replace(config, eval_blocks=count))
+
+
+def held_out_of(job: Job) -> HeldOut | None:
+    """What the run evaluates on."""
+    return held_out(job.data, job.config.eval_blocks, job.config.trust_remote_code)
 
 
 def as_settled(job: Job, learner: Learner) -> Job:
@@ -167,6 +196,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
         say(f"note      the causal language model of a {config.model_type} is a {built}")
     if line := in_words(run.learner.bare_optimizer):
         say(line)
+    if run.held_out and run.held_out.is_sample:
+        say(f"held out  {run.held_out.in_words()}")
     say(run.gauge.in_words())
     if cluster.sends_in_plain:
         say(SENT_IN_PLAIN)

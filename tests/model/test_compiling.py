@@ -82,9 +82,9 @@ def test_compiled_layers_compute_the_same_with_mask_checkpointing_and_every_size
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, expected_gradients[name], rtol=1e-3, atol=1e-5), name
     with in_evaluation(model), uncompiled():
-        evaluated = model(tokens, tokens, count_correct=True)
+        evaluated = model(tokens, tokens, by_block=True)
     with in_evaluation(expected_of):
-        plain_ones = expected_of(tokens, tokens, count_correct=True)
+        plain_ones = expected_of(tokens, tokens, by_block=True)
     assert all(torch.equal(*pair) for pair in zip(evaluated, plain_ones, strict=True))
     assert list(model.state_dict()) == list(expected_of.state_dict())
     take_back(model.lm)

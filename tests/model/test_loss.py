@@ -86,7 +86,7 @@ def test_every_family_gets_the_loss_and_gradient_of_its_own_logits(small_chunks,
     module = losses.NextTokenLoss(lm)
     assert module.head == head
     inputs, targets = torch.randint(64, (3, 16)), torch.randint(64, (3, 16))
-    nats, correct = module(inputs, targets, count_correct=True)
+    nats, _ = module(inputs, targets)
     nats.backward()
     got = {name: p.grad.clone() for name, p in lm.named_parameters()}
     lm.zero_grad()
@@ -96,10 +96,21 @@ def test_every_family_gets_the_loss_and_gradient_of_its_own_logits(small_chunks,
     )
     expected.backward()
     assert nats.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert correct.item() == (logits.argmax(-1) == targets).sum().item()
+    require_blocks(module, inputs, targets, rel=1e-5)
     assert got
     for name, parameter in lm.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def require_blocks(module, inputs, targets, rel):
+    """Every block's loss and right guesses are those of transformers' own logits."""
+    nats, correct = module(inputs, targets, by_block=True)
+    assert nats.shape == correct.shape == (len(inputs),) and not nats.requires_grad
+    with torch.no_grad():
+        logits = module.lm(input_ids=inputs, use_cache=False).logits.double()
+    expected = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).sum(1)
+    assert nats.tolist() == pytest.approx(expected.tolist(), rel=rel)
+    assert correct.tolist() == (logits.argmax(-1) == targets).sum(1).tolist()
 
 
 def own_nats(lm, inputs, targets):
@@ -122,12 +133,11 @@ def test_a_head_that_a_new_model_does_not_show_has_its_own_loss_in_float64(small
     expected.backward()
     want = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
     lm.zero_grad()
-    nats, correct = module(inputs, targets, count_correct=True)
+    nats, _ = module(inputs, targets)
     nats.backward()
     assert nats.dtype == torch.float64
     assert nats.item() == pytest.approx(expected.item(), rel=PRECISION.get(family, 1e-12))
-    logits = lm(input_ids=inputs, use_cache=False).logits
-    assert correct.item() == (logits.argmax(-1) == targets).sum().item()
+    require_blocks(module, inputs, targets, rel=PRECISION.get(family, 1e-12))
     assert want
     largest = max(gradient.abs().max() for gradient in want.values())
     for name, gradient in want.items():

@@ -28,7 +28,7 @@ PHASES = {
     "update": ("p2p_llm_forge.data.order:micro_batches:3", {}),
     "compressed update": ("p2p_llm_forge.data.order:micro_batches:3", {"compress": "int8"}),
     "update between rounds": ("p2p_llm_forge.data.order:micro_batches:3", DILOCO),
-    "evaluation": (f"{TRAINING}.run:evaluate_split", {}),
+    "evaluation": (f"{TRAINING}.run:evaluate_blocks", {}),
     "save": (f"{TRAINING}.saving:Saving._make_way", {}),
     "save of each": (f"{TRAINING}.saving:Saving.save", DILOCO),
     "round": ("p2p_llm_forge.sync.diloco:DiLoCo._send", DILOCO),

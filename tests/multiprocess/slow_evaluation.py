@@ -16,8 +16,9 @@ def main() -> int:
     import torch
 
     from p2p_llm_forge.config import TrainConfig
+    from p2p_llm_forge.data.held_out import HeldOut
     from p2p_llm_forge.peers.join import join
-    from p2p_llm_forge.training.evaluation import evaluate_split
+    from p2p_llm_forge.training.evaluation import evaluate_blocks
 
     config = TrainConfig(output_dir="unused", cpu=True, **json.loads(sys.argv[1]))
 
@@ -28,11 +29,12 @@ def main() -> int:
     with join(config) as cluster:
 
         class Model(torch.nn.Module):
-            def forward(self, inputs: Any, targets: Any, count_correct: bool) -> Any:
+            def forward(self, inputs: Any, targets: Any, by_block: bool) -> Any:
                 if cluster.rank == 1:
                     threading.Event().wait(2.5 * config.peer_timeout)
-                return torch.tensor(8.0), torch.tensor(1)
+                return torch.tensor([8.0]), torch.tensor([1])
 
-        figures = evaluate_split(Model(), Blocks([0, 1]), 32, 1, cluster)
+        held_out = HeldOut(Blocks([0, 1]), 32, range(2))
+        figures = evaluate_blocks(Model(), held_out, 1, cluster)
         assert figures["eval_loss"] == 2.0, figures
     return 0
