@@ -1,7 +1,8 @@
 # make demo: from nothing to a small trained model.   make test: everything that is promised.
 # make test-quick: what needs no real processes, in the time that one waits for between two edits.
 # make test-lowest: the same with every dependency at its lower bound; once a release.
-.PHONY: demo test test-quick test-lowest network-tools lint format readme clean
+# make test-install: uv sync, a build for PyPI and the first commands, with downloads; once a release.
+.PHONY: demo test test-quick test-lowest test-install network-tools lint format readme notebook clean
 PYTHON ?= python3
 RUN := .venv/bin
 AT_ONCE := --numprocesses 2 --dist worksteal
@@ -29,6 +30,9 @@ test-lowest:
 	--resolution lowest-direct --requirement requirements.txt --group dev
 	.venv-lowest/bin/python -m pytest $(AT_ONCE) -m "not slow"
 
+test-install: .venv/installed
+	INSTALL_TESTS=1 $(RUN)/python -m pytest tests/test_first_commands.py
+
 # The tests with hosts of their own need these; without them they are skipped, but not in CI.
 network-tools:
 	@for tool in ip nft ufw firewall-cmd ping faketime sshd shellcheck c++; do \
@@ -49,6 +53,10 @@ format: .venv/installed
 # The tables of flags in docs/flags.md, from what the scripts parse.
 readme: .venv/installed
 	$(RUN)/python -m tests.test_readme
+
+# The outputs that the notebook is stored with.
+notebook: .venv/installed
+	$(RUN)/python -m tests.test_notebook
 
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
