@@ -19,6 +19,7 @@ from p2p_llm_forge.peers.parent import end_with_parent
 from p2p_llm_forge.training.budget import process_began
 from p2p_llm_forge.training.interruptions import NOTHING, Interruptions, interruption
 from p2p_llm_forge.training.mistakes import mistakes_in
+from p2p_llm_forge.training.publishing import push_at_end, push_finished
 from p2p_llm_forge.training.results import TrainResult
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
@@ -39,6 +40,8 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     began = time.monotonic() if began is None else began
     interruptions = Interruptions(config.max_seconds)  # the clock runs from here
     mistakes_in(config).raise_any()  # before imports that take seconds
+    if config.push_to_hub and not config.dataset_path:
+        return push_finished(config)
     from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
@@ -57,11 +60,14 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
         if config.dry_run:
             return dry_run(job)
         with run_folder(job) as folder:
-            if folder.result:
-                return folder.result
-            with set_up(job, folder) as run, interruptions:
-                loop(run, interruptions)
-                return conclude(run)
+            result = folder.result
+            if result is None:
+                with set_up(job, folder) as run, interruptions:
+                    loop(run, interruptions)
+                    result = conclude(run)
+    if cluster.is_main:  # the others need not wait for it
+        push_at_end(config)
+    return result
 
 
 def loop(run: Run, interruptions: Interruptions) -> None:

@@ -20,6 +20,7 @@ from p2p_llm_forge.config.fields import (
     require_seconds,
 )
 from p2p_llm_forge.config.launch import LaunchOptions
+from p2p_llm_forge.config.sharing import SharingOptions
 from p2p_llm_forge.config.sync import SyncOptions
 from p2p_llm_forge.errors import Problems, nearest
 
@@ -65,8 +66,9 @@ class DataOptions(Options):
     )
 
     def check(self, problems: Problems) -> None:
+        is_upload = getattr(self, "push_to_hub", None)  # of a finished run, which needs no data
         problems.require(
-            bool(self.dataset_path),
+            bool(self.dataset_path or is_upload),
             "no data given",
             "add --dataset-path FOLDER (made by prepare_data.py) or a text file",
         )
@@ -285,6 +287,7 @@ class SavingOptions(Options):
 class TrainConfig(
     LaunchOptions,
     SyncOptions,
+    SharingOptions,
     SavingOptions,
     EvaluationOptions,
     UpdateOptions,
@@ -295,7 +298,7 @@ class TrainConfig(
 
     GROUPS = [
         *(DataOptions, ModelOptions, UpdateOptions, EvaluationOptions, SavingOptions),
-        *(SyncOptions, LaunchOptions),
+        *(SharingOptions, SyncOptions, LaunchOptions),
     ]
 
     def check_together(self, problems: Problems) -> None:
@@ -303,6 +306,11 @@ class TrainConfig(
             bool(self.output_dir or (self.eval_only and self.model_name)),
             "no place for the run",
             "add --output-dir FOLDER",
+        )
+        problems.require(
+            not (self.push_to_hub and (self.eval_only or (self.dry_run and not self.dataset_path))),
+            "--push-to-hub uploads a run, and --eval-only and --dry-run make none",
+            "give one of them",
         )
         problems.require(
             not (self.overwrite and self.model_name and _is_in(self.model_name, self.output_dir)),

@@ -32,6 +32,7 @@ from p2p_llm_forge.training.identity import (
 )
 from p2p_llm_forge.training.plan import Plan, plan_updates
 from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
+from p2p_llm_forge.training.publishing import look_at_hub, require_login
 from p2p_llm_forge.training.settle import begun_in, settle
 
 FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -106,6 +107,7 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
 
     Raises ForgeError; a text that was prepared for a run that is refused leaves no trace then.
     """
+    cluster.main_only(lambda: require_login(config))
     config = settled(config, cluster)
     prepared = Path(config.output_dir) / PREPARED
     was_there = cluster.main_only(lambda: os.path.lexists(prepared))
@@ -121,6 +123,7 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
 
     if data.path == prepared and not was_there:
         cluster.main_only(refuse_without_a_trace)
+    cluster.main_only(lambda: look_at_hub(config))
     return job
 
 

@@ -1,8 +1,7 @@
-"""What a run came to: the result that `train()` returns, all_results.json and the model card."""
+"""What a run came to: the result that `train()` returns, and all_results.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -110,29 +109,6 @@ class TrainResult:
         if self.sample:
             lines.append(f"sample    {self.sample!r}")
         return "\n".join(lines)
-
-    def model_card(
-        self, base_model: str | None, settings: Mapping[str, str | int | float | None] | None = None
-    ) -> str:
-        """A README.md for the model's folder, as the Hub shows it. settings: it was made with."""
-        given = {key: value for key, value in (settings or {}).items() if value is not None}
-        made_with = "".join(f"| {key} | {value} |\n" for key, value in given.items())
-        figures = "\n".join(
-            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |"
-            for key, value in vars(self).items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        )
-        origin = f"base_model: {base_model}\n" if base_model else ""
-        return (
-            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{origin}"
-            f"tags: [p2p-llm-forge]\n---\n\n# {Path(self.output_dir).name}\n\n"
-            "A causal language model trained data-parallel with P2P-LLM-Forge.\n\n"
-            f"| figure | value |\n|---|---|\n{made_with}{figures}\n\n"
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'folder = "."  # where this file lies\n'
-            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
-        )
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from p2p_llm_forge.peers.rank_failure import is_out_of_memory
 from p2p_llm_forge.sync.base import STAY_FINITE, Discarded, Sync, SyncReport
 from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.budget import Budget
+from p2p_llm_forge.training.card import CardFacts
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
 from p2p_llm_forge.training.evaluation import evaluate_blocks, sample_text
 from p2p_llm_forge.training.gauge import Gauge
@@ -27,8 +29,9 @@ from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, text_spec_of
 from p2p_llm_forge.training.loss_window import LossWindow
 from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
+from p2p_llm_forge.training.publishing import Uploads
 from p2p_llm_forge.training.results import TrainResult
-from p2p_llm_forge.training.run_folder import RunFolder
+from p2p_llm_forge.training.run_folder import RunFolder, published_names
 from p2p_llm_forge.training.saving import Saving
 from p2p_llm_forge.training.tracking import Silent
 
@@ -79,12 +82,14 @@ class Run:
     window: LossWindow
     balance: Balance
     gauge: Gauge
+    card_facts: CardFacts
 
     first_step: int  # of this process; not 0 where it has resumed
     first_position: int  # of that update in the stream of blocks
     train_loss: float | None  # of the last line in metrics.jsonl
     figures: dict[str, Any]  # of the evaluation after the last update, if there was one
 
+    uploads: Uploads | None = None  # of checkpoints; on the main process
     budget: Budget | None = None  # with --minutes
     pace: Pace | None = None  # the same
     discarded: int = 0  # updates that ranks took and gave up again, of the whole run
@@ -249,8 +254,20 @@ class Run:
         if self.budget and self.pace:
             self.budget.saved()
             state["budget"] = self.budget.state(self.pace)
-        if failed := self.saving.save(step, state):
+        if failed := self.saving.save(step, state, self.upload_of(step)):
             self.tracking.say(f"warning: {failed}; training continues")
+
+    def upload_of(self, step: int) -> Callable[[Path], None] | None:
+        """What uploads the checkpoint after `step` updates, if it is asked for."""
+        uploads = self.uploads
+        if uploads is None or step == self.total_steps:  # the end has an upload of its own
+            return None
+        tokens, processes = step * self.job.plan.tokens_per_update, self.job.cluster.world_size
+        result = TrainResult(
+            str(self.folder.path), step, tokens, self.train_loss, None, processes, **self.figures
+        )
+        card = self.folder.card(result, self.card_facts)
+        return lambda saved: uploads.start(step, saved, published_names(saved), card)
 
     def require_finite(self, step: int) -> None:
         """Raise ForgeError, on all ranks, if there are weights or moments that none could resume
@@ -315,10 +332,10 @@ def conclude(run: Run) -> TrainResult:
             **figures,
         )
         try:
-            note = folder.write_results(result, job.config.model_name)
+            note = folder.write_results(result, run.card_facts)
             folder.publish(checkpoint_dir(folder.path, steps))
             result = replace(result, is_published=True, sample=sample_of(run))
-            folder.write_results(result, job.config.model_name)
+            folder.write_results(result, run.card_facts)
         finally:
             run.tracking.say(result.summary())
         if note:

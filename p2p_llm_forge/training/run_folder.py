@@ -14,14 +14,14 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
 from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.card import PICTURES, CardFacts, model_card
 from p2p_llm_forge.training.identity import LOCK, claim, refuse_file_of_trackers
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.pace import saved_pace
+from p2p_llm_forge.training.publishing import CARD
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import RunRecord, put_on_record
-from p2p_llm_forge.training.settle import settings_shown
 
-CARD = "README.md"
 NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
 
 
@@ -56,7 +56,7 @@ class RunFolder:
 
         self._job.cluster.main_only(write)
 
-    def write_results(self, result: TrainResult, base_model: str | None) -> str | None:
+    def write_results(self, result: TrainResult, facts: CardFacts) -> str | None:
         """Write figures and model card. Returns a note where there is a README.md of others.
 
         Raises ForgeError when the disk does not take them, or when others have such figures there.
@@ -66,21 +66,19 @@ class RunFolder:
         if self._of_others([CARD]):
             return f"{self.path / CARD} is not of this run and stays as it is: no model card"
         with self._writing("the model card", [CARD]):
-            card = result.model_card(base_model, settings_shown(self._job.config))
-            write_file(self.path / CARD, card)
+            write_file(self.path / CARD, self.card(result, facts))
         return None
+
+    def card(self, result: TrainResult, facts: CardFacts) -> str:
+        """The model card, with the pictures that are there."""
+        return model_card(result, facts, [one for one in PICTURES if (self.path / one).is_file()])
 
     def publish(self, saved: Path) -> None:
         """Copy the model of a checkpoint into the folder itself, where users of the Hub look.
 
         Raises ForgeError when the disk does not take it, or when files of others are in its place.
         """
-        sources = [
-            source
-            for source in sorted(saved.iterdir())
-            if source.is_file() and not source.name.startswith("rank-")
-            if source.name not in NOT_PUBLISHED
-        ]
+        sources = [saved / name for name in published_names(saved)]
         what = f"the model, which lies in {saved},"
         with self._writing(what, [source.name for source in sources]):
             for source in sources:
@@ -121,6 +119,16 @@ class RunFolder:
                 f"{what} could not be written into {self.path}: {error.strerror or error}",
                 f"{fix} and use --resume auto: nothing is trained again",
             ) from error
+
+
+def published_names(saved: Path) -> list[str]:
+    """The files of a checkpoint that users of the model need."""
+    return [
+        source.name
+        for source in sorted(saved.iterdir())
+        if source.is_file() and not source.name.startswith("rank-")
+        if source.name not in NOT_PUBLISHED
+    ]
 
 
 @contextlib.contextmanager

@@ -68,8 +68,11 @@ class Saving:
         self._writer = Writer(job.config.save_in_background)
         self._ranks_with_files = range(1, job.cluster.world_size if sync.has_own_state else 1)
 
-    def save(self, step: int, state: dict[str, Any]) -> ForgeError | None:
-        """Save a checkpoint after `step` updates. state: JSON, the same on every rank.
+    def save(
+        self, step: int, state: dict[str, Any], then: Callable[[Path], object] | None = None
+    ) -> ForgeError | None:
+        """Save a checkpoint after `step` updates. state: JSON, the same on every rank. then: what
+        the main process does with its folder once it is complete.
 
         Returns, on the main process, what has kept the save before from being written, if anything
         has. Raises ForgeError on all ranks if another process has taken the folder over.
@@ -92,7 +95,7 @@ class Saving:
             failed = self._writer.failure()
             with self._sync.agreed_weights():
                 taken = snapshot.Snapshot.take(self._lm, self._optimizer, state, held)
-            self._writer.start(lambda: self._commit(step, taken))
+            self._writer.start(lambda: self._commit(step, taken, then))
         elif cluster.rank in self._ranks_with_files:
             own = held.own
             if self._sync.trains_alone:
@@ -145,7 +148,9 @@ class Saving:
         self._writer.wait()
         self._folder.confirm()
 
-    def _commit(self, step: int, taken: snapshot.Snapshot) -> None:
+    def _commit(
+        self, step: int, taken: snapshot.Snapshot, then: Callable[[Path], object] | None
+    ) -> None:
         output_dir = self._folder.path
 
         def write(folder: Path) -> None:
@@ -154,7 +159,10 @@ class Saving:
                 answer = self._job.cluster.wait_for(f"saved/{step}", rank)
                 snapshot.collect_rank_file(output_dir, file_in(answer, rank), rank, folder)
 
-        checkpoint.commit(output_dir, step, write, self._job.config, self._folder.confirm)
+        config, confirm = self._job.config, self._folder.confirm
+        saved = checkpoint.commit(output_dir, step, write, config, confirm)
+        if then:
+            then(saved)
 
     def _write_rank_file(self, step: int, own: dict[str, torch.Tensor]) -> None:
         rank = self._job.cluster.rank

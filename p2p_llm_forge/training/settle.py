@@ -68,12 +68,6 @@ def _checkpoints(config: TrainConfig) -> Iterator[Path]:
         yield from (checkpoint_dir(folder, step) for step in steps_saved(folder))
 
 
-def settings_shown(config: TrainConfig) -> dict[str, Any]:
-    """What the card of a model says that it was made with; None for what does not apply."""
-    names = ("model_type", "depth", "optimizer", "learning_rate")
-    return {name: getattr(config, name) for name in names}
-
-
 def settled_lines(config: TrainConfig) -> list[str]:
     """What a settled configuration comes to, for a person."""
     by = f"by {config.optimizer}, peak learning rate {config.learning_rate:g}"

@@ -21,6 +21,7 @@ from p2p_llm_forge.sync.forecast import choose, table
 from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.card import facts_of, machines_of
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import was_compiled
 from p2p_llm_forge.training.evaluation import blocks_beside
@@ -33,6 +34,7 @@ from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
 from p2p_llm_forge.training.orthogonalising import in_words
 from p2p_llm_forge.training.pace import Pace, paced_learning_rate, saved_pace
 from p2p_llm_forge.training.plan import Plan
+from p2p_llm_forge.training.publishing import Uploads
 from p2p_llm_forge.training.rehearsal import ending_s, validation_tokens
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
@@ -67,6 +69,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
     prime(job, learner, sync, blocks)
     if saved := folder.checkpoint:
         cluster.together(lambda: resume(saved, state, job, learner, sync))
+    tracking = tracking_of(job.config, cluster, folder.confirm)
     run = Run(
         job=job,
         folder=folder,
@@ -76,10 +79,12 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         sync=sync,
         learning_rate_factor=schedule_of(job, pace),
         saving=Saving(job, folder, learner, sync),
-        tracking=tracking_of(job.config, cluster, folder.confirm),
+        tracking=tracking,
         window=window_of(job, state, sync),
         balance=Balance(plan.shares, job.config.balance == "auto"),
         gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
+        card_facts=facts_of(job, learner.lm, machines_of(cluster), bool(folder.checkpoint)),
+        uploads=Uploads(job.config, tracking.say) if uploads_checkpoints(job) else None,
         first_step=state["step"],
         first_position=state["blocks_read"],
         train_loss=state.get("train_loss"),
@@ -97,6 +102,11 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         yield run
     finally:
         run.close()
+
+
+def uploads_checkpoints(job: Job) -> bool:
+    """Whether this rank uploads them."""
+    return job.cluster.is_main and job.config.push_checkpoints
 
 
 def schedule_of(job: Job, pace: Pace | None) -> Callable[[int], float]:

@@ -8,26 +8,7 @@ import pytest
 
 from p2p_llm_forge.files import write_json
 from p2p_llm_forge.training.results import RESULTS, TrainResult
-
-FULL = TrainResult(
-    output_dir="artifacts/mara",
-    steps=1200,
-    tokens=2_457_600,
-    train_loss=1.5,
-    tokens_per_second=12_345.6,
-    processes=2,
-    communication=0.125,
-    bytes_sent_per_update=2.5e6,
-    eval_loss=1.25,
-    perplexity=3.49,
-    bits_per_byte=0.0,
-    token_accuracy=0.5,
-    sample="Mara bakes",
-    mfu=0.4125,
-    memory_peak_bytes=1_234_000_000,
-    seconds=185.4,
-)
-BARE = TrainResult("artifacts/mara", 0, 0, None, None, 1)
+from tests.training.figures import BARE, FULL
 
 
 @pytest.mark.parametrize("result", [FULL, BARE])
@@ -52,24 +33,3 @@ def test_the_summary_has_a_line_for_each_thing_that_is_known():
     assert "bits" not in replace(FULL, bits_per_byte=None).summary()
     unknown = replace(FULL, mfu=None, memory_peak_bytes=None).summary()
     assert "process(es), MFU unknown\nspent     3 min 5 s\n" in unknown
-
-
-def test_the_model_card_is_read_by_the_hub_and_names_the_model_it_began_from():
-    import yaml
-
-    _, head, body = FULL.model_card("gpt2").split("---\n", 2)
-    assert yaml.safe_load(head) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": "gpt2",
-        "tags": ["p2p-llm-forge"],
-    }
-    assert "# mara\n" in body
-    assert "| eval_loss | 1.2500 |" in body and "| steps | 1200 |" in body
-    assert "| mfu | 0.4125 |" in body and "| seconds | 185.4000 |" in body
-    assert "sample" not in body
-    made_with = {"model_type": "qwen3", "depth": None, "learning_rate": 0.0078}
-    card = FULL.model_card(None, made_with)
-    assert "| model_type | qwen3 |\n| learning_rate | 0.0078 |\n" in card and "depth" not in card
-    card = BARE.model_card(None)
-    assert "base_model" not in card and "eval_loss" not in card

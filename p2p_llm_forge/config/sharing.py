@@ -1,0 +1,56 @@
+"""What train.py can be asked to upload to the Hub of Hugging Face."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from p2p_llm_forge.config.fields import Options, flag
+from p2p_llm_forge.errors import Problems
+
+# The Hub's rules for OWNER/NAME and NAME, as huggingface_hub (2.4) checks them.
+PART = r"\w(?:[\w.-]{0,94}\w)?"
+NAME = re.compile(rf"(?:{PART}/)?{PART}", re.ASCII)
+
+
+def is_name_on_hub(name: str) -> bool:
+    """Whether the Hub can have a model of this name."""
+    return bool(NAME.fullmatch(name)) and not re.search(r"--|\.\.|\.git$", name)
+
+
+@dataclass
+class SharingOptions(Options):
+    """Whether the model is uploaded to the Hub, where to and when."""
+
+    heading = "sharing"
+    PER_RANK = ["push_to_hub", "private", "push_checkpoints"]  # only rank 0 uploads
+
+    push_to_hub: str | None = flag(
+        None,
+        "upload model, card, pictures and figures to this model of the Hub at the end; without"
+        " --dataset-path: those of the finished run in --output-dir",
+        "--hub_model_id",
+        metavar="NAME",
+    )
+    private: bool = flag(
+        False, "with --push-to-hub: nobody else sees the model", "--hub_private_repo"
+    )
+    push_checkpoints: bool = flag(
+        False, "with --push-to-hub: upload at checkpoints as well, while training continues"
+    )
+
+    def check(self, problems: Problems) -> None:
+        name = self.push_to_hub
+        problems.require(
+            name is None or is_name_on_hub(name),
+            f"--push-to-hub {name!r} is no name that the Hub allows",
+            "give NAME or OWNER/NAME of letters without accents, digits and single - _ . between"
+            " them, at most 96 in each",
+        )
+        given = ("--private", self.private), ("--push-checkpoints", self.push_checkpoints)
+        for flag_given, is_given in given:
+            problems.require(
+                not is_given or name is not None,
+                f"{flag_given} is for an upload, and none was asked for",
+                "add --push-to-hub NAME, or leave it out",
+            )
