@@ -53,6 +53,7 @@ class CardFacts:
     training: Table
     recipe: Table = field(default_factory=dict)  # what --config takes
     prompt: str = ""
+    new_tokens: int = 60  # that the model is asked for: it may know no more positions
 
 
 # --- gathering ------------------------------------------------------------------------------------
@@ -130,6 +131,7 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
         },
         recipe=recipe_of(config, base) | {"batch_size": job.plan.batch_size},
         prompt=config.sample_prompt,
+        new_tokens=min(60, manifest.sequence_length // 2),
     )
 
 
@@ -163,7 +165,7 @@ def model_card(result: TrainResult, facts: CardFacts, pictures: Iterable[str] = 
         f"---\n{_metadata(name, result, facts)}---\n\n# {_cell(name)}\n\n"
         "A causal language model that was trained data-parallel by P2P-LLM-Forge.\n\n",
         shown,
-        _use(facts.prompt),
+        _use(facts),
         f"## Results\n\n{_table(figures)}",
         f"A sample:\n\n{_fenced(plain(result.sample))}" if result.sample else "",
         f"## Model\n\n{_table(facts.model)}",
@@ -205,9 +207,9 @@ def _metadata(name: str, result: TrainResult, facts: CardFacts) -> str:
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
 
 
-def _use(prompt: str) -> str:
+def _use(facts: CardFacts) -> str:
     """How the model is loaded, asked and trained on."""
-    prompt = in_one_line(prompt) or "The"
+    prompt = in_one_line(facts.prompt) or "The"
     return (
         "## Use\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -215,7 +217,7 @@ def _use(prompt: str) -> str:
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
-        "written = model.generate(**inputs, max_new_tokens=60, do_sample=True)\n"
+        f"written = model.generate(**inputs, max_new_tokens={facts.new_tokens}, do_sample=True)\n"
         "print(tokenizer.decode(written[0], skip_special_tokens=True))\n```\n\n"
         "In a clone of P2P-LLM-Forge, where `MODEL` is this folder or that name, `generate.py`"
         " writes as you watch, and `train.py` continues with your text:\n\n"
