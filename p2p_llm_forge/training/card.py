@@ -190,8 +190,10 @@ def _metadata(name: str, result: TrainResult, facts: CardFacts) -> str:
     }
     if facts.base_model:
         metadata |= {"base_model": facts.base_model, "base_model_relation": "finetune"}
+    drawn, of = result.eval_blocks, result.eval_split_blocks
+    sampled = f", of {drawn:,} blocks drawn out of {of:,}" if drawn and of and drawn < of else ""
     metrics = [
-        {"type": METRICS_OF_HUB.get(key, key), "name": words, "value": value}
+        {"type": METRICS_OF_HUB.get(key, key), "name": words + sampled, "value": value}
         for key, words in EVALUATED.items()
         if (value := getattr(result, key)) is not None and math.isfinite(value)
     ]

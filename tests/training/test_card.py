@@ -50,6 +50,15 @@ def test_the_hubs_own_library_reads_the_metadata(tmp_path):
         assert one.dataset_split == "validation" and one.dataset_args == {"fingerprint": "ab" * 32}
 
 
+def test_an_estimate_is_called_one():
+    card = model_card(replace(FULL, eval_blocks=512, eval_split_blocks=2000), FACTS)
+    (index,) = yaml.safe_load(BLOCK.match(card)[2])["model-index"]
+    names = [metric["name"] for metric in index["results"][0]["metrics"]]
+    assert names and all(name.endswith(", of 512 blocks drawn out of 2,000") for name in names)
+    whole = replace(FULL, eval_blocks=2000, eval_split_blocks=2000)
+    assert "drawn" not in model_card(whole, FACTS)
+
+
 def test_without_an_evaluation_there_is_no_index_and_without_a_base_none_is_named():
     card = model_card(BARE, replace(FACTS, base_model=None))
     assert errors_in(card) == []

@@ -125,8 +125,10 @@ def test_the_defaults_resume_from_what_the_checkpoint_says(config, tmp_path, mon
         train(config)
     card = (tmp_path / "whole" / "README.md").read_text()
     rate = shape.learning_rate_of("muon", shape.DEPTH)
-    assert f"| model_type | qwen3 |\n| depth | {shape.DEPTH} |\n| optimizer | muon |" in card
-    assert f"| learning_rate | {rate} |" in card
+    assert "| family | qwen3 |" in card
+    for line in ("model_type: qwen3", f"depth: {shape.DEPTH}", "optimizer: muon"):
+        assert f"\n{line}\n" in card  # of its recipe
+    assert f"\nlearning_rate: {rate}\n" in card
     identity = json.loads((tmp_path / "whole" / "run.json").read_text())["identity"]
     assert (identity["model_type"], identity["depth"]) == ("qwen3", shape.DEPTH)
     train(replace(config, resume="auto"))
