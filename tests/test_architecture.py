@@ -14,6 +14,7 @@ ARROWS = {
     **{wing: BASE | {"config"} for wing in ("config", "data", "model", "peers")},
     "sync": BASE | {"config", "peers"},
     "training": BASE | {"config", "data", "model", "peers", "sync"},
+    "using": BASE | {"config", "model"},
 }
 
 
@@ -46,5 +47,5 @@ def test_wings_import_only_what_lies_below_them():
 def test_there_is_no_cycle_and_no_script_imports_another():
     imports = imports_by_module()
     tuple(graphlib.TopologicalSorter(imports).static_order())
-    scripts = {"train", "prepare_data", "check_cluster"}
+    scripts = {"train", "prepare_data", "check_cluster", "generate", "export"}
     assert not [name for name in scripts if imports[name] & scripts]

@@ -129,6 +129,9 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
         found = f"--model-name {name} could not be loaded: {one_line(error)}"
         raise ForgeError(found, fix) from error
     model, loading = loaded
+    model.config.get_text_config(decoder=True).use_cache = True  # of runs before it was published
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
     require_all_weights(model, name, loading["missing_keys"])
     what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
     require_positions(model.config, what, text)
@@ -171,7 +174,7 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
             f"give another value for {wrong}, or leave {wrong} out",
         ) from error
     share_vocabulary(defaults, model_config)
-    model_config.use_cache = False
+    model_config.use_cache = True  # whoever generates wants it; training asks for none
     if model_config.vocab_size < text.vocab_size:
         raise ForgeError(
             f"--config-overrides asks for a vocabulary of {model_config.vocab_size}, the data has"

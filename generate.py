@@ -1,0 +1,108 @@
+"""Let a trained model write: load it, read the prompt, print the text as it comes.
+
+python generate.py artifacts/demo --prompt "The ferry"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from p2p_llm_forge.config import GenerateConfig, name_first, parse
+from p2p_llm_forge.errors import plain, run_script
+
+if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
+    from p2p_llm_forge.using.loading import LanguageModel
+    from p2p_llm_forge.using.prompts import Message
+
+
+def generate(config: GenerateConfig) -> None:
+    """Print what the model makes of the prompt, or of each one that is typed.
+
+    Raises ForgeError where there is no whole model, or a prompt that it cannot read.
+    """
+    config.problems().raise_any()
+    import torch
+
+    from p2p_llm_forge.training.newest import newest_model
+    from p2p_llm_forge.using.loading import load
+
+    name = config.model_name
+    if Path(name).is_dir():
+        name = str(newest_model(Path(name)))
+    if name != config.model_name:
+        note(f"the newest model is {name}")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = load(name, device)
+    torch.manual_seed(torch.seed() if config.seed is None else config.seed)
+    speak = answer if config.chat_template and model.tokenizer.chat_template else continue_text
+    messages: list[Message] = []
+    for prompt in prompts(config):
+        speak(model, prompt, config, messages)
+
+
+def prompts(config: GenerateConfig) -> Iterator[str | None]:
+    """The prompt of the command line, then, if it is asked for, each line that is typed."""
+    if config.prompt is not None or not config.interactive:
+        yield config.prompt
+    sign = "> " if sys.stdin.isatty() else ""
+    while config.interactive:
+        try:
+            yield input(sign)
+        except EOFError:
+            break
+
+
+def continue_text(
+    model: LanguageModel, prompt: str | None, config: GenerateConfig, _: list[Message]
+) -> None:
+    """Print the prompt and how the model goes on from there."""
+    from p2p_llm_forge.using.prompts import note_of_window, tokens_of_text
+    from p2p_llm_forge.using.writing import write
+
+    tokens = tokens_of_text(model, prompt or "")
+    if long := note_of_window(len(tokens), config.max_new_tokens, model.context):
+        note(long)
+    show(prompt or "")
+    write(model, tokens, config, show)
+    show("\n")
+
+
+def answer(
+    model: LanguageModel, prompt: str | None, config: GenerateConfig, messages: list[Message]
+) -> None:
+    """Print the model's answer in a conversation, to which question and answer are added."""
+    from p2p_llm_forge.using.prompts import STORY, tokens_of_chat
+    from p2p_llm_forge.using.writing import write
+
+    messages.append({"role": "user", "content": prompt or STORY})
+    before = len(messages)
+    tokens = tokens_of_chat(model, messages)
+    if forgotten := before - len(messages):
+        note(f"the conversation is too long: its first {forgotten} messages are left out")
+    new = write(model, tokens, config, show)
+    show("\n")
+    text = model.tokenizer.decode(new, skip_special_tokens=True)
+    messages.append({"role": "assistant", "content": text})
+
+
+def show(text: str) -> None:
+    """Print a piece of what a model has written, which no terminal takes for commands."""
+    print(plain(text, len(text)), end="", flush=True)
+
+
+def note(text: str) -> None:
+    """Print a line that is no part of the text."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """The command line."""
+    generate(parse(GenerateConfig, name_first(sys.argv[1:]), "generate.py"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

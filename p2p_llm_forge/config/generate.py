@@ -1,0 +1,101 @@
+"""GenerateConfig: all that generate.py can be asked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from p2p_llm_forge.config.fields import Options, flag, require_between
+from p2p_llm_forge.errors import Problems
+
+LONGEST_TEXT = 10**6  # tokens; more is a slip of the keys
+MOST_SEEDS = 2**63
+
+
+def name_first(argv: list[str]) -> list[str]:
+    """The command line with a model's name that stands first, as in `generate.py artifacts/demo`,
+    given to its flag."""
+    if argv and not argv[0].startswith("-"):
+        return ["--model_name", *argv]
+    return argv
+
+
+@dataclass
+class ModelOptions(Options):
+    """Which model is used."""
+
+    heading = "model"
+
+    model_name: str = flag(
+        "",
+        "the folder of a run (its newest model is taken), of one checkpoint or of any other model,"
+        " or a name of the Hub; may stand first, without the flag",
+        "--model_name_or_path",
+        "--out_dir",
+    )
+
+    def check(self, problems: Problems) -> None:
+        problems.require(
+            bool(self.model_name),
+            "no model given",
+            "name the folder of a run or a model of the Hub, as in artifacts/demo",
+        )
+
+
+@dataclass
+class PromptOptions(Options):
+    """What the model continues or answers."""
+
+    heading = "prompt"
+
+    prompt: str | None = flag(
+        None,
+        "text to continue, or to answer where the model has a chat template (default: the start of"
+        " a document, and of a chat model a short story)",
+        "--start",
+    )
+    interactive: bool = flag(
+        False, "ask for one prompt after the other until the input ends (Ctrl-D)"
+    )
+    chat_template: bool = flag(True, "speak to a model in the words of its chat template, if any")
+
+
+@dataclass
+class SamplingOptions(Options):
+    """How the next token is chosen."""
+
+    heading = "how it writes"
+
+    max_new_tokens: int = flag(200, "tokens to write at most", "--length")
+    temperature: float = flag(
+        0.8, "above 1 wilder, below 1 tamer; 0: always the most probable token"
+    )
+    top_k: int = flag(40, "choose among so many of the most probable tokens; 0: all", "--k")
+    top_p: float = flag(
+        1.0, "choose among the most probable tokens that together have this probability", "--p"
+    )
+    seed: int | None = flag(None, "the same seed gives the same text (default: another each time)")
+
+    def check(self, problems: Problems) -> None:
+        require_between((1, LONGEST_TEXT), self, problems, "max_new_tokens")
+        require_between((0, LONGEST_TEXT), self, problems, "top_k")
+        problems.require(
+            0 <= self.temperature < math.inf,
+            f"--temperature is {self.temperature}",
+            "use a finite number of 0 or more, such as 0.8",
+        )
+        problems.require(
+            0 < self.top_p <= 1, f"--top-p is {self.top_p}", "use a number above 0, up to 1"
+        )
+        problems.require(
+            self.seed is None or 0 <= self.seed < MOST_SEEDS,
+            f"--seed is {self.seed}",
+            f"use a number from 0 to {MOST_SEEDS - 1}",
+        )
+
+
+@dataclass
+class GenerateConfig(SamplingOptions, PromptOptions, ModelOptions):
+    """Let a model write: print how it continues a prompt, word by word."""
+
+    GROUPS = [ModelOptions, PromptOptions, SamplingOptions]

@@ -1,0 +1,71 @@
+"""A model that was trained before, with its tokenizer: loaded whole, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.fit import positions_of, require_all_weights
+from p2p_llm_forge.model.sizes import one_line
+
+OF_FOLDER = "copy or download the whole model again: config.json, every file of weights, tokenizer"
+OF_HUB = (
+    "check the path, or the name and the connection to the Hub; without one, download the model on"
+    " another machine and give its folder"
+)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model that only reads and writes."""
+
+    name: str
+    lm: Any
+    tokenizer: Any
+    context: int | None  # tokens that it can read at once; None where its family sets no limit
+    ends: list[int]  # tokens after which nothing follows
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> LanguageModel:
+    """The model `name`: a folder, or a name of the Hub. dtype: "auto" is that of the file.
+
+    Raises ForgeError where it cannot be read, lacks weights, or has no tokenizer of its own.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is refused here
+    fix = OF_FOLDER if Path(name).is_dir() else OF_HUB
+    try:
+        lm, facts = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever transformers and safetensors raise for damaged files
+        found = f"--model-name {name} could not be loaded: {one_line(error)}"
+        raise ForgeError(found, fix) from error
+    require_all_weights(lm, name, facts["missing_keys"])
+    words, rows = tokenizer.get_vocab(), lm.get_input_embeddings().num_embeddings
+    if {*words} <= {*tokenizer.all_special_tokens}:  # what transformers 5.23 makes up for none
+        raise ForgeError(f"--model-name {name} has no tokenizer beside it", fix)
+    if max(words.values()) >= rows:
+        raise ForgeError(
+            f"--model-name {name} knows {rows} tokens, the tokenizer beside it has"
+            f" {max(words.values()) + 1}: it belongs to another model",
+            fix,
+        )
+    context = positions_of(lm.config)
+    return LanguageModel(name, lm.to(device).eval(), tokenizer, context, _ends(lm, tokenizer))
+
+
+def _ends(lm: Any, tokenizer: Any) -> list[int]:
+    """What the model was published to stop at, else what ends the tokenizer's documents."""
+    known = getattr(lm.generation_config, "eos_token_id", None)
+    known = tokenizer.eos_token_id if known is None else known
+    if isinstance(known, list):
+        return known
+    return [] if known is None else [known]

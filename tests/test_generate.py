@@ -1,0 +1,256 @@
+"""generate.py, compared with what transformers alone writes in another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.runs import finish
+from tests.using.models import CHAT, CONTEXT, save_model
+
+STRANGER = ROOT / "tests" / "using" / "stranger_writes.py"
+GREEDY = {"do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A GPT-2 of 48 positions, which fails beyond them."""
+    return save_model(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory) -> Path:
+    """A Qwen3 with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    return save_model(folder, "qwen3", CHAT, max_position_embeddings=512)
+
+
+@pytest.fixture
+def written(zygote, tmp_path):
+    """What generate.py prints, with its status; one thread, as the stranger has."""
+    count = 0
+
+    def run(*words: object, typed: str | None = None) -> tuple[int, str]:
+        nonlocal count
+        count += 1
+        log, terminal = tmp_path / f"{count}.log", tmp_path / "typed"
+        terminal.write_text(typed or "")
+        environ = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        argv = [str(word) for word in words]
+        pid = zygote.start(argv, log, environ, script="generate", terminal=str(terminal))
+        status = zygote.wait(pid)
+        return status, log.read_text()
+
+    return run
+
+
+def by_transformers(folder: Path, *cases: dict) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, STRANGER, folder, json.dumps(cases)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    texts = json.loads(done.stdout)
+    assert len(texts) == len(cases) and any(texts)
+    return [printable(text) for text in texts]
+
+
+def printable(text: str) -> str:
+    """Without what commands a terminal, which models of random weights write, too."""
+    return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
+
+
+def test_it_writes_what_transformers_writes(model, written):
+    drawn = {"do_sample": True, "temperature": 1.3, "top_k": 7, "top_p": 0.9}
+    alone = by_transformers(
+        model,
+        {"prompt": "Mara bakes", "new": 20, "sampling": GREEDY},
+        {"prompt": "naïve 👩🏽‍🚀", "new": 20, "sampling": drawn, "seed": 11},
+        {"prompt": "", "new": 20, "sampling": GREEDY},
+        {"prompt": "Mara bakes", "new": 90, "windows": CONTEXT},
+        {"prompt": "bread and nets " * 30, "new": 30, "windows": CONTEXT},
+    )
+    few = ("--max-new-tokens", 20)
+    assert written(model, "--prompt", "Mara bakes", "--temperature=0", *few) == (
+        0,
+        f"Mara bakes{alone[0]}\n",
+    )
+    words = ("--temperature=1.3", "--top-k=7", "--top-p=0.9", "--seed=11", *few)
+    assert written("--model-name", model, "--prompt", "naïve 👩🏽‍🚀", *words) == (
+        0,
+        f"naïve 👩🏽‍🚀{alone[1]}\n",
+    )
+    assert written(model, "--temperature=0", *few) == (0, f"{alone[2]}\n")
+
+    longer = written(model, "--prompt=Mara bakes", "--temperature=0", "--max-new-tokens=90")
+    assert longer[1].endswith(f"Mara bakes{alone[3]}\n")
+    assert f"after {CONTEXT} tokens the model no longer sees the beginning" in longer[1]
+
+    prompt = "bread and nets " * 30
+    status, text = written(model, "--prompt", prompt, "--temperature=0", "--max-new-tokens=30")
+    assert status == 0 and text.endswith(f"{prompt}{alone[4]}\n")
+    note = text.splitlines()[0]
+    assert f"the model reads at most {CONTEXT}: it continues the last {CONTEXT // 2}" in note
+
+
+def test_a_seed_gives_the_same_text_and_none_another(model, written):
+    first, again = (written(model, "--seed=5") for _ in range(2))
+    other, another = (written(model) for _ in range(2))
+    assert first == again and first[0] == 0
+    assert len({first[1], other[1], another[1]}) == 3
+
+
+def test_each_line_that_is_typed_is_continued(model, written):
+    alone = by_transformers(
+        model, *({"prompt": text, "new": 8, "sampling": GREEDY} for text in ("Mara", "Ines"))
+    )
+    words = (model, "--interactive", "--temperature=0", "--max-new-tokens=8")
+    expected = f"Mara{alone[0]}\nInes{alone[1]}\n"
+    assert written(*words, typed="Mara\nInes\n") == (0, expected)
+    assert written(*words, "--prompt=Mara", typed="Ines") == (0, expected)
+
+
+def test_a_chat_model_answers_and_remembers(chat_model, written):
+    first = {"role": "user", "content": "Who bakes?"}
+    case = {"new": 12, "sampling": GREEDY}
+    (answer,) = by_transformers(chat_model, {**case, "messages": [first]})
+    talk = [first, {"role": "assistant", "content": answer}, {"role": "user", "content": "Why?"}]
+    (why, plain) = by_transformers(
+        chat_model, {**case, "messages": talk}, {**case, "prompt": "Who bakes?"}
+    )
+    words = (chat_model, "--temperature=0", "--max-new-tokens=12")
+    said = written(*words, "--interactive", typed="Who bakes?\nWhy?\n")
+    assert said == (0, f"{answer}\n{why}\n")
+    raw = written(*words, "--prompt=Who bakes?", "--no-chat-template")
+    assert raw == (0, f"Who bakes?{plain}\n")
+
+
+def test_a_conversation_that_is_too_long_loses_its_beginning(chat_model, written):
+    question = "bread " * 30
+    status, text = written(
+        *(chat_model, "--interactive", "--max-new-tokens=4"),
+        typed=f"{question}\n" * 9,
+    )
+    assert status == 0 and "the conversation is too long: its first 2 messages are left" in text
+    status, text = written(chat_model, "--prompt", "bread " * 900)
+    assert status == 2 and "reads and writes at most 512\n  fix: shorten the prompt" in text
+
+
+def test_text_comes_while_it_is_written(model):
+    words = [sys.executable, ROOT / "generate.py", model, "--max-new-tokens=1000000", "--seed=1"]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Its end would come after many minutes.
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environ) as process:
+        assert process.stdout is not None and process.stdout.read(20)
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def a_run(one_zygote, prepared, tmp_path_factory) -> Path:
+    """A finished run with the checkpoints 3 and 6."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return finish(one_zygote, prepared, folder, 1, max_steps=6, save_every=3)
+
+
+@pytest.mark.slow
+def test_the_newest_model_of_a_run_writes(a_run, zygote, prepared, written, tmp_path):
+    published = json.loads((a_run / "config.json").read_text())
+    assert published["use_cache"] is True
+    run = shutil.copytree(a_run, tmp_path / "run")
+    words = ("--seed=1", "--max-new-tokens=9")
+    status, text = written(run, *words)
+    assert status == 0 and "newest" not in text
+    assert written(run / "checkpoint-6", *words) == (0, text)
+    assert written(run / "checkpoint-3", *words)[1] != text
+
+    # A run that has not ended has no published model.
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run / "checkpoint-3", unfinished / "checkpoint-3")
+    status, newest = written(unfinished, *words)
+    assert (
+        newest == f"the newest model is {unfinished / 'checkpoint-3'}\n" + newest.partition("\n")[2]
+    )
+    assert newest.endswith(written(run / "checkpoint-3", *words)[1])
+
+    # What comes after the end of a run is newer than what it published.
+    finish(zygote, prepared, run, 1, max_steps=9, save_every=3)
+    shutil.copytree(run / "checkpoint-9", a_run / "checkpoint-9", dirs_exist_ok=True)
+    assert f"the newest model is {a_run / 'checkpoint-9'}\n" in written(a_run, *words)[1]
+    # A damaged one is passed over for the newest that is whole.
+    (a_run / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    assert "newest model is " + str(a_run / "checkpoint-6") in written(a_run, *words)[1]
+    status, refused = written(a_run / "checkpoint-9", *words)
+    assert status == 2 and "is not whole: model.safetensors has 4 bytes" in refused
+    assert f"fix: take {a_run / 'checkpoint-6'}" in refused
+
+
+def cut(file: Path) -> None:
+    """Leave the first half of a file."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+SPOILT = {
+    "no model": (shutil.rmtree, "holds no model: neither config.json nor a checkpoint"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
+    "half the weights": (lambda folder: cut(folder / "model.safetensors"), "could not be loaded"),
+    "half the config": (lambda folder: cut(folder / "config.json"), "could not be loaded"),
+    "half the tokenizer": (lambda folder: cut(folder / "tokenizer.json"), "could not be loaded"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_folder_without_a_whole_model_is_refused(how, model, written, tmp_path):
+    spoil, found = SPOILT[how]
+    folder = shutil.copytree(model, tmp_path / "model")
+    spoil(folder)
+    folder.mkdir(exist_ok=True)
+    status, text = written(folder)
+    assert status == 2 and found in text and "\n  fix: " in text and "Traceback" not in text
+    shutil.rmtree(folder)  # the fix: copy or download it again
+    shutil.copytree(model, folder)
+    assert written(folder, "--max-new-tokens=2")[0] == 0
+
+
+def test_a_model_without_its_tokenizer_is_refused(model, written, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    status, text = written(folder)
+    assert status == 2 and "\n  fix: " in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], "no model given"),
+        (["artifacts/no such run"], "could not be loaded"),
+        (["x", "--temperature=-1"], "--temperature is -1.0"),
+        (["x", "--top-p=0"], "--top-p is 0.0"),
+        (["x", "--top-k=-2"], "--top-k is -2"),
+        (["x", "--max-new-tokens=0"], "--max-new-tokens is 0"),
+        (["x", "--seed=-5"], "--seed is -5"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(words, found, written):
+    status, text = written(*words)
+    assert status == 2 and found in text and "\n  fix: " in text and "Traceback" not in text
+
+
+def test_what_a_model_writes_commands_no_terminal(capsys):
+    from generate import show
+
+    show("red \x1b[31m\x07text" + "\u202e" * 3)
+    assert capsys.readouterr().out == "red text"
+    show("a" * 20_000)
+    assert capsys.readouterr().out == "a" * 20_000
