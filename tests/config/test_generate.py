@@ -1,0 +1,49 @@
+"""Options of generate.py and export.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p_llm_forge.config import ExportConfig, GenerateConfig, name_first, parse
+
+
+def test_a_model_may_stand_first():
+    config = parse(GenerateConfig, name_first(["artifacts/demo", "--seed", "3"]), "generate.py")
+    assert (config.model_name, config.seed) == ("artifacts/demo", 3)
+    named = parse(ExportConfig, name_first(["--model-name", "a/b"]), "export.py")
+    assert (named.model_name, named.dtype, named.output_file) == ("a/b", "f16", None)
+    assert name_first([]) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--start Hello", "prompt", "Hello"),
+        ("--length 5", "max_new_tokens", 5),
+        ("--k 5", "top_k", 5),
+        ("--p 0.5", "top_p", 0.5),
+        ("--model_name_or_path x", "model_name", "x"),
+        ("--no-chat-template", "chat_template", False),
+    ],
+)
+def test_names_that_other_scripts_have_are_understood(words, field, value):
+    config = parse(GenerateConfig, ["--model-name", "m", *words.split()], "generate.py")
+    assert getattr(config, field) == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"temperature": -1.0}, {"temperature": 0.8}),
+        ({"temperature": float("inf")}, {"temperature": 0.0}),
+        ({"top_p": 0.0}, {"top_p": 1.0}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"max_new_tokens": 0}, {"max_new_tokens": 1}),
+        ({"seed": -1}, {"seed": 0}),
+        ({"seed": 2**63}, {"seed": 2**63 - 1}),
+    ],
+)
+def test_the_fix_of_a_number_is_one_that_is_taken(wrong, right):
+    (problem,) = GenerateConfig(model_name="m", **wrong).problems().found
+    assert str(*right.values()) in problem.fix or "or more" in problem.fix or "0" in problem.fix
+    assert not GenerateConfig(model_name="m", **right).problems().found
