@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2p_llm_forge.config import GenerateConfig, name_first, parse
-from p2p_llm_forge.errors import plain, run_script
+from p2p_llm_forge.errors import ForgeError, plain, run_script
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.using.loading import LanguageModel
@@ -40,7 +40,12 @@ def generate(config: GenerateConfig) -> None:
     speak = answer if config.chat_template and model.tokenizer.chat_template else continue_text
     messages: list[Message] = []
     for prompt in prompts(config):
-        speak(model, prompt, config, messages)
+        try:
+            speak(model, prompt, config, messages)
+        except (KeyboardInterrupt, ForgeError) as error:
+            if not config.interactive:
+                raise
+            note(f"\n{error}")  # ends this text, not the conversation
 
 
 def prompts(config: GenerateConfig) -> Iterator[str | None]:
@@ -77,15 +82,14 @@ def answer(
     from p2p_llm_forge.using.prompts import STORY, tokens_of_chat
     from p2p_llm_forge.using.writing import write
 
-    messages.append({"role": "user", "content": prompt or STORY})
-    before = len(messages)
-    tokens = tokens_of_chat(model, messages)
-    if forgotten := before - len(messages):
+    asked = [*messages, {"role": "user", "content": prompt or STORY}]
+    tokens = tokens_of_chat(model, asked)
+    if forgotten := len(messages) + 1 - len(asked):
         note(f"the conversation is too long: its first {forgotten} messages are left out")
     new = write(model, tokens, config, show)
     show("\n")
     text = model.tokenizer.decode(new, skip_special_tokens=True)
-    messages.append({"role": "assistant", "content": text})
+    messages[:] = [*asked, {"role": "assistant", "content": text}]
 
 
 def show(text: str) -> None:

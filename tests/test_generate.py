@@ -11,6 +11,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests import ROOT
 from tests.runs import finish
@@ -142,6 +143,11 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(chat_model, written
         typed=f"{question}\n" * 9,
     )
     assert status == 0 and "the conversation is too long: its first 2 messages are left" in text
+    status, text = written(
+        *(chat_model, "--interactive", "--max-new-tokens=4", "--temperature=0"),
+        typed="bread " * 900 + "\nbread\n",
+    )
+    assert status == 0 and "fix: shorten the prompt" in text and len(text.splitlines()) > 3
     status, text = written(chat_model, "--prompt", "bread " * 900)
     assert status == 2 and "reads and writes at most 512\n  fix: shorten the prompt" in text
 
@@ -200,7 +206,15 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def spoil_a_number(folder: Path) -> None:
+    """Write a NaN where a weight was."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wpe.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 SPOILT = {
+    "no number": (spoil_a_number, "holds values in transformer.wpe.weight that are not finite"),
     "no model": (shutil.rmtree, "holds no model: neither config.json nor a checkpoint"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
     "half the weights": (lambda folder: cut(folder / "model.safetensors"), "could not be loaded"),

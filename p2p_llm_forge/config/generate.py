@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from p2p_llm_forge.config.fields import Options, flag, require_between
@@ -80,9 +79,9 @@ class SamplingOptions(Options):
         require_between((1, LONGEST_TEXT), self, problems, "max_new_tokens")
         require_between((0, LONGEST_TEXT), self, problems, "top_k")
         problems.require(
-            0 <= self.temperature < math.inf,
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             f"--temperature is {self.temperature}",
-            "use a finite number of 0 or more, such as 0.8",
+            "use 0, or a number from 0.001 to 1000, such as 0.8",
         )
         problems.require(
             0 < self.top_p <= 1, f"--top-p is {self.top_p}", "use a number above 0, up to 1"

@@ -49,6 +49,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
         found = f"--model-name {name} could not be loaded: {one_line(error)}"
         raise ForgeError(found, fix) from error
     require_all_weights(lm, name, facts["missing_keys"])
+    bad = next((key for key, one in lm.named_parameters() if not one.isfinite().all()), None)
+    if bad is not None:
+        raise ForgeError(f"--model-name {name} holds values in {bad} that are not finite", fix)
     words, rows = tokenizer.get_vocab(), lm.get_input_embeddings().num_embeddings
     if {*words} <= {*tokenizer.all_special_tokens}:  # what transformers 5.23 makes up for none
         raise ForgeError(f"--model-name {name} has no tokenizer beside it", fix)

@@ -72,6 +72,7 @@ def write(
             streamer=stream,
             max_new_tokens=room,
             use_cache=True,
+            num_beams=1,
             eos_token_id=model.ends or None,
             pad_token_id=model.ends[0] if model.ends else 0,
             **sampling(config),

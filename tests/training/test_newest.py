@@ -15,7 +15,7 @@ from tests.training.saved import WEIGHTS, writer
 
 def save(folder, *steps):
     for step in steps:
-        checkpoint.commit(folder, step, writer(step), TrainConfig(save_total_limit=9))
+        checkpoint.commit(folder, step, writer(step), TrainConfig(keep_checkpoints=9))
 
 
 def publish(folder, step, is_published=True):
@@ -57,4 +57,4 @@ def test_folders_of_others_are_left_to_transformers(tmp_path):
         (theirs / name).write_text("{}")
     assert newest_model(theirs) == theirs
     with pytest.raises(ForgeError, match="holds no model: neither config.json nor a checkpoint"):
-        newest_model(tmp_path / "checkpoint-500" / "..")
+        newest_model(tmp_path / "no such folder")
