@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from tests import ROOT
 from tests.folders import tree
 from tests.using.models import save_model
 
@@ -62,3 +65,11 @@ def test_without_the_package_it_says_the_line_to_install_it(monkeypatch, tmp_pat
     with pytest.raises(ForgeError, match="needs the package gguf, which is not installed") as no:
         export(ExportConfig(model_name=str(folder)))
     assert no.value.problems[0].fix == INSTALL
+
+
+def test_the_line_to_install_it_names_the_extra_that_is_tested():
+    from export import INSTALL
+
+    written = (ROOT / "pyproject.toml").read_text("utf-8")
+    (package,) = re.findall(r"'(.*)'", INSTALL)
+    assert f'gguf = ["{package}"]' in written and written.count(f'"{package}"') == 2
