@@ -41,13 +41,14 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
     logging.set_verbosity_error()  # what it warns of is refused here
     fix = OF_FOLDER if Path(name).is_dir() else OF_HUB
     try:
-        lm, facts = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever transformers and safetensors raise for damaged files
         found = f"--model-name {name} could not be loaded: {one_line(error)}"
         raise ForgeError(found, fix) from error
+    lm, facts = loaded
     require_all_weights(lm, name, facts["missing_keys"])
     bad = next((key for key, one in lm.named_parameters() if not one.isfinite().all()), None)
     if bad is not None:
