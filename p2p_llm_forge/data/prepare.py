@@ -64,6 +64,17 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
     return manifest
 
 
+def is_prepared(config: PrepareConfig) -> bool:
+    """Whether `prepare` would find this dataset there, so that it writes nothing."""
+    config.problems().raise_any()
+    preparation = Preparation.of(config)
+    arguments = preparation.tokenizer_arguments
+    tokenizer = (
+        tokenization.load_tokenizer(**arguments, report=lambda _: None) if arguments else None
+    )
+    return already_prepared(preparation, tokenizer) is not None
+
+
 def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     """The main rank's work: the dataset, made in the unfinished folder and then published."""
     folder, backend = preparation.folder, preparation.config.tokenizer_backend

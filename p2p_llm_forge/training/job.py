@@ -146,13 +146,11 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
         raise ForgeError(f"--dataset-path {folder}: no such file", f"{fix} a text or a folder")
     is_text = cluster.main_only(lambda: folder.is_file())
     if is_text:
-        if config.dry_run:
-            raise ForgeError(
-                f"--dry-run writes nothing, and {folder} is a text",
-                "prepare it with prepare_data.py first, or leave --dry-run out",
-            )
         folder = Path(config.output_dir) / PREPARED
-        cluster.main_only(lambda: prepare_text(config, folder, cluster.launch.run_id))
+        if config.dry_run:
+            cluster.main_only(lambda: require_prepared(config, folder))
+        else:
+            cluster.main_only(lambda: prepare_text(config, folder, cluster.launch.run_id))
 
     def opened() -> PreparedDataset:
         data = open_prepared(folder)
@@ -217,22 +215,7 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     """
     from p2p_llm_forge.data.prepare import prepare
 
-    vocab_size, sequence_length = 8192, 256
-    if config.minutes:
-        size = os.path.getsize(config.dataset_path)
-        is_packed = format_of(config.dataset_path) == "parquet"
-        if is_packed or compression_of(config.dataset_path):
-            size = max(LEAST_BYTES, COMPRESSED * size)  # whether it is enough is seen later
-        vocab_size, sequence_length = text_settings(size)
-    asked = PrepareConfig(
-        dataset_path=[config.dataset_path],
-        output_dir=str(folder),
-        tokenizer=config.tokenizer or config.model_name,
-        vocab_size=config.vocab_size or vocab_size,
-        trust_remote_code=config.trust_remote_code,
-        sequence_length=config.sequence_length or sequence_length,
-        encoding_errors=config.encoding_errors,
-    )
+    asked = preparation_of(config, folder)
     if (folder / MANIFEST).exists() and not config.overwrite:
         prepare(asked)
         return
@@ -252,6 +235,38 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     finally:
         with contextlib.suppress(OSError):  # not empty
             output_dir.rmdir()
+
+
+def require_prepared(config: TrainConfig, folder: Path) -> None:
+    """Raise ForgeError unless a run in the folder has prepared the text, which a dry run uses."""
+    from p2p_llm_forge.data.prepare import is_prepared
+
+    is_there = (folder / MANIFEST).exists()
+    if not (is_there and is_prepared(preparation_of(config, folder))):
+        raise ForgeError(
+            f"--dry-run writes nothing, and {config.dataset_path} is a text",
+            "prepare it with prepare_data.py first, or leave --dry-run out",
+        )
+
+
+def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
+    """How the text file of `--dataset-path` is prepared into `folder`. Raises ForgeError."""
+    vocab_size, sequence_length = 8192, 256
+    if config.minutes:
+        size = os.path.getsize(config.dataset_path)
+        is_packed = format_of(config.dataset_path) == "parquet"
+        if is_packed or compression_of(config.dataset_path):
+            size = max(LEAST_BYTES, COMPRESSED * size)  # whether it is enough is seen later
+        vocab_size, sequence_length = text_settings(size)
+    return PrepareConfig(
+        dataset_path=[config.dataset_path],
+        output_dir=str(folder),
+        tokenizer=config.tokenizer or config.model_name,
+        vocab_size=config.vocab_size or vocab_size,
+        trust_remote_code=config.trust_remote_code,
+        sequence_length=config.sequence_length or sequence_length,
+        encoding_errors=config.encoding_errors,
+    )
 
 
 @contextlib.contextmanager

@@ -18,11 +18,18 @@ from p2p_llm_forge.sync.forecast import table
 from p2p_llm_forge.training.checkpoint import LONGEST_LINE, newest_good, read_state, steps_saved
 from p2p_llm_forge.training.evaluation import evaluate_blocks
 from p2p_llm_forge.training.forecast import measure_and_forecast
+from p2p_llm_forge.training.identity import (
+    recorded_identity,
+    refuse_another_run,
+    refuse_files_of_others,
+)
 from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
-from p2p_llm_forge.training.manifest import own_files
+from p2p_llm_forge.training.manifest import checkpoint_dir, own_files
+from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.settle import settled_lines
+from p2p_llm_forge.training.setup import held_out_of, settle_evaluation, settle_pace
 from p2p_llm_forge.training.tracking import introduction
 
 
@@ -86,13 +93,47 @@ def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[
                 raise  # it is still there, so something else is wrong
 
 
+def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
+    """What the folder holds, for a person, and the state of the trainer of a run that can resume.
+
+    Raises ForgeError for a folder that holds no run, but files of others.
+    """
+    folder, config = job.output_dir, job.config
+    refuse_files_of_others(folder)
+    steps = [step for step in steps_saved(folder) if own_files(checkpoint_dir(folder, step))]
+    if not steps and recorded_identity(folder) is None:
+        return [], None
+    if config.overwrite:
+        return [f"folder    {folder} holds a run, which --overwrite throws away"], None
+    try:
+        refuse_another_run(folder, job.identity(), True, config.resume_changed)
+        state = read_state(checkpoint_dir(folder, steps[0])) if steps else None
+    except ForgeError as error:
+        return [f"folder    {one.found}\n          {one.fix}" for one in error.problems], None
+    except (OSError, ValueError) as error:
+        where = checkpoint_dir(folder, steps[0])
+        return [f"folder    {where} cannot be read ({in_one_line(error, LONGEST_LINE)})"], None
+    saved = f"saved after step {steps[0] if steps else 0:,}"
+    paced = saved_pace(state) if state else None
+    total = paced.total_steps if paced else job.plan.total_steps
+    then = "--resume auto continues it" if not steps or steps[0] < total else "which is its end"
+    found = f"{folder} holds this run, {saved} of {total:,}"
+    return [f"folder    {found}; {then}, --overwrite throws it away"], state
+
+
 def dry_run(job: Job) -> TrainResult:
     """Print what a run would do, and how fast by which strategy; train and write nothing."""
-    config, cluster = job.config, job.cluster
-    cluster.main_only(job.refuse_another_run)
+    cluster = job.cluster
+    in_folder, state = cluster.main_only(lambda: look_into(job))
+    if state:
+        job, _ = settle_pace(job, state)
+    job = settle_evaluation(job, state or {})
+    config, evaluated = job.config, held_out_of(job)
     lm = cluster.together(lambda: new_model(job))
     planned = job.budget.words if job.budget else []
     lines = [introduction(cluster, job.data, job.plan, lm), *settled_lines(config), *planned]
+    lines += [f"held out  {evaluated.in_words()}"] if evaluated else []
+    lines += in_folder
     text = "\n".join(lines)
     if cluster.world_size > 1:
         text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])

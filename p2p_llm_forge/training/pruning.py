@@ -89,21 +89,25 @@ def prune(output_dir: Path, newest: int, config: TrainConfig) -> None:
     """
     own = [s for s in steps_saved(output_dir) if own_files(checkpoint_dir(output_dir, s))]
     whole = [s for s in own if s <= newest and is_whole(checkpoint_dir(output_dir, s))]
-    best = best_step(output_dir, whole) if config.keep_best else None
-    kept = {*whole[: config.keep_checkpoints], best}
+    best = best_steps(output_dir, whole) if config.keep_best else []
+    kept = {*whole[: config.keep_checkpoints], *best}
     remove(output_dir, [step for step in own if step not in kept])
     remove_leftovers(output_dir)
 
 
-def best_step(output_dir: Path, steps: list[int]) -> int | None:
-    """The step of the checkpoint with the lowest evaluation loss; None if none of them has one."""
-    losses = []
+def best_steps(output_dir: Path, steps: list[int]) -> list[int]:
+    """The step of the checkpoint with the lowest evaluation loss; none if none of them has one.
+
+    Losses of other blocks are no lower or higher: where --eval-blocks has changed, one of each.
+    """
+    found: dict[int | None, list[tuple[float, int]]] = {}
     for step in steps:
         with contextlib.suppress(OSError, ValueError):
-            loss = read_state(checkpoint_dir(output_dir, step))["figures"].get("eval_loss")
+            figures = read_state(checkpoint_dir(output_dir, step))["figures"]
+            loss = figures.get("eval_loss")
             if loss is not None and math.isfinite(loss):
-                losses.append((loss, step))
-    return min(losses, default=(None, None))[1]
+                found.setdefault(figures.get("eval_blocks"), []).append((loss, step))
+    return [min(losses)[1] for losses in found.values()]
 
 
 def remove_leftovers(output_dir: Path) -> None:
