@@ -96,6 +96,11 @@ class ModelOptions(Options):
     config_overrides: str | None = flag(
         None, "sizes of a model trained from scratch", metavar="KEY=VALUE,..."
     )
+    dropout: float | None = flag(
+        None,
+        "of the embedding and of what every layer adds, in training; default: 0, and with --minutes"
+        " more the more often the text is read",
+    )
     trust_remote_code: bool = flag(
         False, "run the Python code that the model's author ships with it"
     )
@@ -119,6 +124,11 @@ class ModelOptions(Options):
 
     def check(self, problems: Problems) -> None:
         require_between((1, DEEPEST), self, problems, "depth")
+        problems.require(
+            0 <= (self.dropout or 0) < 1,
+            f"--dropout {self.dropout} is not a share",
+            "give 0 or more and less than 1, such as 0.1",
+        )
         problems.require(
             not (self.model_name and (self.model_type or self.config_overrides or self.depth)),
             "--model-name loads a model with its own sizes; --model-type, --depth and"

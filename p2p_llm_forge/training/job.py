@@ -97,6 +97,7 @@ def identity_without_data(config: TrainConfig) -> dict[str, Any]:
         "depth": config.depth,
         "config_overrides": sorted((config.config_overrides or "").replace(" ", "").split(",")),
         "document_mask": config.document_mask,
+        "dropout": config.dropout or None,
         "optimizer": config.optimizer,
         "seed": config.seed,
     }

@@ -12,6 +12,7 @@ from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model, recompute_activations
+from p2p_llm_forge.model.dropout import add_dropout
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
@@ -85,6 +86,7 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
         return load_model(str(checkpoint), text_spec_of(job.data), config.trust_remote_code)
 
     lm = cluster.together(of_this_rank)
+    cluster.together(lambda: add_dropout(lm, config.dropout or 0))
     refuse_different_models(cluster, lm, is_loaded=bool(config.model_name or checkpoint))
     if config.gradient_checkpointing:
         recompute_activations(lm)

@@ -14,6 +14,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 # Parts of the time after which a run could end: a small text is not read until known by heart.
 PARTS = tuple(0.85**n for n in range(40))
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
+DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
 # Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
 # best for long runs; the size that is best grows about as the root of what is read.
@@ -131,6 +132,11 @@ def update_tokens_for(tokens: int) -> int:
 def batch_size_for(choice: Choice, sequence_length: int, unit: int) -> int:
     """Blocks of an update: about as many tokens as chosen, and divisible by `unit`."""
     return unit * max(1, round(choice.update_tokens / sequence_length / unit))
+
+
+def dropout_for(epochs: float) -> float:
+    """The dropout of a model that reads its text so often."""
+    return next((one for least, one in DROPOUTS if epochs >= least), 0.0)
 
 
 def text_settings(size: int) -> tuple[int, int]:

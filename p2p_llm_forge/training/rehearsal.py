@@ -10,6 +10,7 @@ import torch
 
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.model.build import recompute_activations
+from p2p_llm_forge.model.dropout import add_dropout
 from p2p_llm_forge.model.fit import in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
@@ -26,6 +27,7 @@ class Trial:
 
     def __init__(self, job: Job, blocks: Blocks) -> None:
         lm = new_model(job)
+        add_dropout(lm, job.config.dropout or 0)
         if job.config.gradient_checkpointing:
             recompute_activations(lm)
         self._accelerator = job.cluster.accelerator

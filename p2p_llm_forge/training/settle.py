@@ -38,7 +38,15 @@ def settle(config: TrainConfig, begun: dict[str, Any] | None = None) -> TrainCon
         rate = before.get("learning_rate")
     if rate is None:
         rate = learning_rate_of(optimizer, depth)
-    return replace(config, model_type=family, depth=depth, optimizer=optimizer, learning_rate=rate)
+    dropout = before.get("dropout") if config.dropout is None else config.dropout
+    return replace(
+        config,
+        model_type=family,
+        depth=depth,
+        dropout=dropout,
+        optimizer=optimizer,
+        learning_rate=rate,
+    )
 
 
 def begun_in(config: TrainConfig) -> dict[str, Any] | None:
@@ -72,6 +80,8 @@ def settled_lines(config: TrainConfig) -> list[str]:
     """What a settled configuration comes to, for a person."""
     by = f"by {config.optimizer}, peak learning rate {config.learning_rate:g}"
     lines = [f"optimizer {by}"]
+    if config.dropout:
+        lines.append(f"dropout   {config.dropout:g} of the embedding and of every layer's outputs")
     if config.depth is not None:
         lines.insert(0, f"depth     {config.depth}; --depth N makes the model smaller or larger")
     return lines

@@ -57,7 +57,9 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     if begun:  # and ended before it had saved anything: run.json holds what it was
         is_given = asked.batch_size or asked.gradient_accumulation_steps
         batch_size = asked.batch_size if is_given else job.plan.batch_size
-        asked = replace(asked, depth=job.config.depth, batch_size=batch_size)
+        asked = replace(
+            asked, depth=job.config.depth, batch_size=batch_size, dropout=job.config.dropout
+        )
     cluster.main_only(budget.require_start)
     return Planning(asked, job, budget).planned()
 
@@ -236,6 +238,8 @@ class Planning:
             unit = self.cluster.world_size * self.micro_batch
             length = self.text.sequence_length
             asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
+        if asked.dropout is None and not self.is_model_given:
+            asked = replace(asked, dropout=planner.dropout_for(chosen.epochs))
         warmup = asked.warmup_steps
         if warmup is None:
             warmup = int(WARMUP * chosen.updates)

@@ -32,7 +32,7 @@ SCENARIOS = {
         {"config_overrides": DROPOUT, "micro_batch_size": 2, "optimizer": "muon"},
         5,
     ),
-    "defaults": (1, {**DEFAULTS, "micro_batch_size": 4}, 5),
+    "defaults": (1, {**DEFAULTS, "micro_batch_size": 4, "dropout": 0.1}, 5),
     "bf16": (1, {"mixed_precision": "bf16", "save_in_background": False}, 5),
     "two_processes": (
         2,

@@ -96,3 +96,8 @@ def test_a_text_too_small_for_any_model_is_refused():
     with pytest.raises(ForgeError, match="(?s)900 tokens.*too little.*at least 8,000"):
         planner.require_text(replace(TEXT, tokens=900))
     planner.require_text(replace(TEXT, tokens=2_000))
+
+
+def test_dropout_grows_with_the_readings_of_a_text():
+    found = [planner.dropout_for(epochs) for epochs in (0.3, 2.9, 3.0, 5.9, 6.0, 40.0)]
+    assert found == [0, 0, 0.1, 0.1, 0.2, 0.2]
