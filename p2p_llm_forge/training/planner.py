@@ -15,6 +15,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 PARTS = tuple(0.85**n for n in range(40))
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
+OFTEN, EVEN = 4.0, 0.01  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
 # Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
 # best for long runs; the size that is best grows about as the root of what is read.
@@ -91,7 +92,9 @@ def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
     """The depth with the lowest loss to expect after `seconds` of updates.
 
-    token_s: by depth, of all peers together.
+    token_s: by depth, of all peers together. Among depths that are as good as one another for all
+    that the law knows, one that reads a text again and again gives way to a deeper one: small models
+    that know their text by heart are what it has erred about most.
     """
     most = max(products(1, text), MOST_PER_BYTE * text.tokens * text.bytes_per_token)
     sizes = {depth: products(depth, text) for depth in token_s}
@@ -100,7 +103,11 @@ def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
         for depth, size in sizes.items()
         if size <= most
     ]
-    return min(choices, key=lambda choice: choice.bits_per_byte)
+    best = min(choices, key=lambda choice: choice.bits_per_byte)
+    if best.epochs < OFTEN:
+        return best
+    near = [one for one in choices if one.bits_per_byte <= (1 + EVEN) * best.bits_per_byte]
+    return min(near, key=lambda choice: max(OFTEN, choice.epochs))
 
 
 def choice_at(depth: int | None, size: int, token_s: float, text: Text, seconds: float) -> Choice:
