@@ -21,7 +21,7 @@ def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> 
     width, heads: where they are not to follow from the depth.
     """
     width = width or max(NARROWEST, 64 * depth)
-    head_size = 64 if width >= 256 else 32
+    head_size = 64 if width >= 128 else 32
     usual = max(1, width // head_size)
     heads = heads or min(MOST_HEADS, usual)
     if heads != usual:
