@@ -51,7 +51,7 @@ def test_a_depth_gives_other_families_their_sizes(text, family):
     lm = build_model(TrainConfig(depth=1, model_type=family), text)
     config = lm.config
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
-    assert (config.model_type, *sizes) == (family, 1, 128, 4)
+    assert (config.model_type, *sizes) == (family, 1, 128, 2)
     assert sum(p.numel() for p in lm.parameters()) < 2_000_000
 
 
