@@ -92,9 +92,9 @@ def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
     """The depth with the lowest loss to expect after `seconds` of updates.
 
-    token_s: by depth, of all peers together. Among depths that are as good as one another for all
-    that the law knows, one that reads a text again and again gives way to a deeper one: small models
-    that know their text by heart are what it has erred about most.
+    token_s: by depth, of all peers together. Among depths that are even for all that the law knows,
+    one that reads a text again and again gives way to a deeper one: about small models that know
+    their text by heart it has erred most.
     """
     most = max(products(1, text), MOST_PER_BYTE * text.tokens * text.bytes_per_token)
     sizes = {depth: products(depth, text) for depth in token_s}
