@@ -1,4 +1,4 @@
-"""How long, how large: what `train.py --minutes M --dry-run` chooses on this machine, as a table.
+"""How long, how large: what `train.py --minutes M --dry-run` chooses on this machine, as tables.
 
     python benchmarks/sizes.py --work-dir /tmp/sizes
 
@@ -27,6 +27,7 @@ from p2p_llm_forge.training.planner import text_settings  # noqa: E402
 
 MINUTES = (5, 30, 120, 480)
 SAMPLE = ROOT / "data" / "sample_corpus.txt"
+HEAD = ["text", "time", "depth", "parameters", "the text", "bits per byte", "with one more peer"]
 PLANNED = re.compile(
     r"model     \w+, (?P<parameters>[\d.]+) M parameters.*"
     r"plan      (?:depth (?P<depth>\d+), )?about (?P<updates>[\d,]+) updates of (?P<tokens>[\d,]+)"
@@ -53,7 +54,7 @@ class Row:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True, help="texts and data are kept here")
     parser.add_argument("--megabytes", type=int, nargs="*", default=[10, 100], help="further texts")
@@ -67,7 +68,7 @@ def main() -> None:
     for name, path in texts.items():
         folder = prepared(path, options.work_dir)
         rows += [planned(dry_run(folder, minutes), name, minutes) for minutes in options.minutes]
-    print(f"{machine()}\n\n{table(rows)}")
+    print(f"{machine()}\n\n{short_table(rows)}\n\n{table(rows)}")
 
 
 def gathered(path: Path, megabytes: int) -> Path:
@@ -129,28 +130,39 @@ def planned(printed: str, text: str, minutes: int) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The plans as Markdown."""
-    head = [
-        "text",
-        "time",
-        "depth",
-        "parameters",
-        "the text",
-        "bits per byte",
-        "with one more peer",
-    ]
-    body = [
+    """The plans as Markdown, one a row."""
+    return markdown(
+        HEAD,
         [
-            row.text,
-            time_of(row.minutes) + (", ends early" if row.ends_early else ""),
-            row.depth,
-            f"{row.parameters_m:.1f} M",
-            f"{row.epochs:.1f} times",
-            f"{row.bits_per_byte:.2f}",
-            f"{row.with_peer:.2f}",
-        ]
-        for row in rows
-    ]
+            [
+                row.text,
+                time_of(row.minutes) + (", ends early" if row.ends_early else ""),
+                row.depth,
+                f"{row.parameters_m:.1f} M",
+                f"{row.epochs:.1f} times",
+                f"{row.bits_per_byte:.2f}",
+                f"{row.with_peer:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def short_table(rows: list[Row]) -> str:
+    """The same: texts one below the other, times side by side; parameters and bits per byte."""
+    minutes = sorted({row.minutes for row in rows})
+    body = []
+    for text in dict.fromkeys(row.text for row in rows):
+        cells = {row.minutes: row for row in rows if row.text == text}
+        body.append([text, *(cell_of(cells[one]) for one in minutes)])
+    return markdown(["text", *map(time_of, minutes)], body)
+
+
+def cell_of(row: Row) -> str:
+    return f"{row.parameters_m:.1f} M, {row.bits_per_byte:.2f}" + " (early)" * row.ends_early
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
     rule = ["---"] * len(head)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])
 

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -26,11 +27,13 @@ from tests.documents import BLOCK, DOCS, Line, commands, lines_of, text_of, trac
 from tests.multihost.hosts import Host, hosts, why_not
 from tests.multihost.ssh import serve_ssh
 from tests.ports import free_port
+from tests.training.stand_in_hub import TOKEN, Hub
 from tests.waiting import wait_until
 
 # The environment of these tests is used; test_packaging.py installs, .ci/run makes the demo.
-LEFT_OUT = ("make ", "python3 -m venv", ". .venv/", "pip install")
+LEFT_OUT = ("make ", "python3 -m venv", ". .venv/", "pip install ", "hf auth ")
 FIRST, SHORT = "--minutes 1", "--max-steps 2"  # the first training by the clock, and all others
+SHELL = ("sh", "-c")
 WORKS = {"check_cluster.py": (0, 3)}  # 3: with warnings, such as that two hosts share a disk
 
 
@@ -40,8 +43,9 @@ def as_run(line: str, addresses: list[str], is_first: bool) -> str:
         line = line.replace(f"10.0.0.{number}", address)
     if line.startswith("tensorboard "):
         return f"{line} --port {free_port()}"
-    is_training = any(word in line for word in (" train.py ", "ssh.sh ", "slurm.sbatch "))
-    if not is_training or "--dry-run" in line or "--eval-only" in line:
+    trains = any(word in line for word in (" train.py ", "ssh.sh ", "slurm.sbatch "))
+    trains = trains and any(word in line for word in ("--dataset-path ", "--config "))
+    if not trains or "--dry-run" in line or "--eval-only" in line:
         return line
     line, by_clock = re.subn(r"--minutes [\d.]+", FIRST if is_first else SHORT, line)
     return line if by_clock else f"{line} {SHORT}"
@@ -64,7 +68,8 @@ class Reader:
             indent = re.compile(rf"^{found['indent']}", re.MULTILINE)
             block = indent.sub("", found["text"])
             if found["language"] == "python":
-                self.run([sys.executable, "-c", block], block)
+                status, printed = self.run(block, shell=(sys.executable, "-c"))
+                assert status == 0, f"{block}\n{printed[-6000:]}"
             else:
                 self.type(list(lines_of(block)))
 
@@ -86,11 +91,14 @@ class Reader:
         if line.startswith("tensorboard "):
             self.serve(line)
             return
-        status, printed = self.run(["sh", "-c", line], line, check=False)
+        if "--push-to-hub " in line:
+            self.upload(line)
+            return
+        status, printed = self.run(line)
         # On a busy machine a minute may be too short: then what the message says must do.
         while FIRST.split()[0] in line and (more := re.search(r"fix: give it (\S+ \S+)", printed)):
             line = re.sub(r"--minutes \S+", more[1], line)
-            status, printed = self.run(["sh", "-c", line], line, check=False)
+            status, printed = self.run(line)
         assert status in statuses(text), f"{line}\n{printed[-6000:]}"
 
     def type_together(self, lines: list[tuple[int, str]]) -> None:
@@ -98,60 +106,60 @@ class Reader:
         if not self.machines:
             self.left_out += [text for _, text in lines]
             return
-        started = [(text, *self.start(self.machines[number], text)) for number, text in lines]
-        try:
-            wait_until(lambda: all(process.poll() is not None for _, process, _ in started))
-        finally:
-            for _, process, _ in started:
-                end(process)
-        for text, process, log in started:
-            assert process.returncode in statuses(text), f"{text}\n{log.read_text()[-6000:]}"
-
-    def start(self, host: Host, text: str) -> tuple[subprocess.Popen, Path]:
-        """Start what a line says on a machine; its output goes to the file."""
-        log = self.clone.parent / f"{len(list(self.clone.parent.glob('*.log')))}.log"
-        words = ["ip", "netns", "exec", host.name, "sh", "-c", self.as_run(text)]
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                words, cwd=self.clone, env=self.environ, stdout=output, stderr=output,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-        return process, log
+        typed = [(self.machines[number], self.as_run(text)) for number, text in lines]
+        with ExitStack() as stack:
+            runs = [stack.enter_context(self.started(line, host)) for host, line in typed]
+            wait_until(lambda: all(process.poll() is not None for process, _ in runs))
+        for (_, line), (process, log) in zip(typed, runs, strict=True):
+            assert process.returncode in statuses(line), f"{line}\n{log.read_text()[-6000:]}"
 
     def as_run(self, text: str) -> str:
         line = as_run(text, [host.address for host in self.machines], not self.trained)
         self.trained += " train.py " in text
         return line
 
-    def run(self, words: list[str], what: str, check: bool = True) -> tuple[int, str]:
-        """Status and output of a program in the clone."""
-        done = subprocess.run(
-            words, cwd=self.clone, env=self.environ, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == 0 or not check, f"{what}\n{done.stdout[-6000:]}"
-        return done.returncode, done.stdout
+    def run(self, line: str, shell: tuple[str, ...] = SHELL) -> tuple[int, str]:
+        """Status and output of a line, or of a program, in the clone."""
+        with self.started(line, shell=shell) as (process, log):
+            wait_until(lambda: process.poll() is not None, log=log)
+        return process.returncode, log.read_text()
 
     def serve(self, line: str) -> None:
         """Start what serves a page until it is stopped, and see that it answers."""
-        with (self.clone.parent / "served.log").open("w") as log:
-            process = subprocess.Popen(
-                ["sh", "-c", line], cwd=self.clone, env=self.environ, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
         port = int(line.rpartition(" ")[2])
+        with self.started(line) as (process, log):
+            wait_until(lambda: process.poll() is not None or answers(port), log=log)
+            assert process.poll() is None, log.read_text()
+
+    def upload(self, line: str) -> None:
+        """Do what uploads, to a Hub of one's own."""
+        folder, before = self.clone.parent / "hub", self.environ
+        folder.mkdir()
+        hub = Hub(folder)
+        Thread(target=hub.serve_forever, daemon=True).start()
+        self.environ = before | {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+        self.environ |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        status, printed = self.run(line)
+        self.environ = before
+        hub.shutdown()
+        assert status == 0 and list(folder.rglob("README.md")), f"{line}\n{printed}"
+
+    @contextmanager
+    def started(self, line: str, host: Host | None = None, shell: tuple[str, ...] = SHELL):
+        """A line that runs, and the file that its output goes to; ended with the block."""
+        there = ["ip", "netns", "exec", host.name] if host else []
+        log = self.clone.parent / f"{len(list(self.clone.parent.glob('*.log')))}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [*there, *shell, line], cwd=self.clone, env=self.environ, stdout=output,
+                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
         try:
-            wait_until(lambda: process.poll() is not None or answers(port))
-            assert process.poll() is None, (self.clone.parent / "served.log").read_text()
+            yield process, log
         finally:
-            end(process)
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a program, and all that it has started, if it still runs."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def started_together(lines: Iterator[Line], machines: int) -> Iterator[list[tuple[int, str]]]:
@@ -229,6 +237,5 @@ def do_what_the_readme_says(reader: Reader, page: str) -> None:
     """So far as the page needs it: text, prepared data, and a model of two updates."""
     reader.trained = 1
     for made in ("corpus.txt", "data/prepared/corpus", "artifacts/mine"):
-        lines = [line for line in commands("README.md") if line.endswith(made) or made in line]
-        if made in text_of(page) and not (reader.clone / made).exists():
-            reader.type_alone(lines[0])
+        if made == "corpus.txt" or made in text_of(page):
+            reader.type_alone(next(line for line in commands("README.md") if made in line))

@@ -14,7 +14,16 @@ import subprocess
 
 import pytest
 
-from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
+from p2p_llm_forge.config import (
+    CheckConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TrainConfig,
+    flags_table,
+    name_first,
+    parse,
+)
 from tests import ROOT
 from tests.documents import (
     DOCS,
@@ -36,11 +45,13 @@ SCRIPTS = {
     "train.py": TrainConfig,
     "prepare_data.py": PrepareConfig,
     "check_cluster.py": CheckConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
 }
 MADE_BY_A_RUN = ("artifacts/", "data/prepared/")
 TABLE = r"(<!-- flags of {} -->\n)(.*?)(<!-- end -->)"
 LAUNCHERS = ("python", "accelerate", "launch/ssh.sh", "sbatch", "torchrun")
-OTHER_PROGRAMS = ("cp", "pip", "python3", ".", "tensorboard", "(umask")
+OTHER_PROGRAMS = ("cp", "pip", "python3", ".", "tensorboard", "(umask", "hf")
 MOST_LINES = 350  # of a README
 
 
@@ -130,7 +141,7 @@ def test_everything_at_the_top_is_in_the_tree(readme):
 def test_every_wing_is_in_the_tree():
     package = ROOT / "p2p_llm_forge"
     wings = {f"p2p_llm_forge/{found.parent.name}/" for found in package.glob("*/__init__.py")}
-    assert len(wings) == 6 and wings <= set(file_tree("README.md"))
+    assert len(wings) == 7 and wings <= set(file_tree("README.md"))
 
 
 def test_both_readmes_give_the_same_commands():
@@ -211,6 +222,8 @@ def test_a_command_is_accepted(line):
         words[:1] = ["python", "train.py"]
     if words[0] in LAUNCHERS:
         script, flags = through_launcher(words)
+        if script in ("generate.py", "export.py"):
+            flags = name_first(flags)
         if script in SCRIPTS:
             parse(SCRIPTS[script], flags, script)
     else:
