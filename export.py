@@ -64,7 +64,7 @@ def main() -> int:
     file = export(config)
     print(
         f"written {file} ({file.stat().st_size / 1e6:,.1f} MB); to run it:\n"
-        f'  llama-cli -m {file} -no-cnv -p "The ferry"\n'
+        f'  llama-completion -m {file} -no-cnv -p "The ferry"\n'
         f"  echo FROM {file.resolve()} > Modelfile && ollama create {file.stem} -f Modelfile"
     )
     return 0

@@ -14,6 +14,7 @@ class FileOptions(Options):
     """The file that is written."""
 
     heading = "file"
+    COMMON = ["output_file", "dtype", "overwrite"]
 
     output_file: str | None = flag(
         None, "the GGUF file (default: named after the model, in its folder)", "--outfile"

@@ -24,6 +24,7 @@ class ModelOptions(Options):
     """Which model is used."""
 
     heading = "model"
+    COMMON = ["model_name", "config"]
 
     model_name: str = flag(
         "",
@@ -31,6 +32,9 @@ class ModelOptions(Options):
         " or a name of the Hub; may stand first, without the flag",
         "--model_name_or_path",
         "--out_dir",
+    )
+    config: str | None = flag(
+        None, "recipe: a YAML file whose keys are these flags; the command line wins"
     )
 
     def check(self, problems: Problems) -> None:
@@ -46,6 +50,7 @@ class PromptOptions(Options):
     """What the model continues or answers."""
 
     heading = "prompt"
+    COMMON = ["prompt", "interactive", "chat_template"]
 
     prompt: str | None = flag(
         None,
@@ -64,6 +69,7 @@ class SamplingOptions(Options):
     """How the next token is chosen."""
 
     heading = "how it writes"
+    COMMON = ["max_new_tokens", "temperature", "top_k", "top_p", "seed"]
 
     max_new_tokens: int = flag(200, "tokens to write at most", "--length")
     temperature: float = flag(

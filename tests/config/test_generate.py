@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from p2p_llm_forge.config import ExportConfig, GenerateConfig, name_first, parse
+from tests import ROOT
 
 
 def test_a_model_may_stand_first():
@@ -13,6 +17,22 @@ def test_a_model_may_stand_first():
     named = parse(ExportConfig, name_first(["--model-name", "a/b"]), "export.py")
     assert (named.model_name, named.dtype, named.output_file) == ("a/b", "f16", None)
     assert name_first([]) == []
+
+
+def test_a_recipe_gives_defaults(tmp_path):
+    recipe = tmp_path / "story.yaml"
+    recipe.write_text("model-name: a/b\ntemperature: 0.5\ntop-k: 3\n")
+    config = parse(GenerateConfig, ["--config", str(recipe), "--top-k", "9"], "generate.py")
+    assert (config.model_name, config.temperature, config.top_k) == ("a/b", 0.5, 9)
+
+
+@pytest.mark.parametrize("script", ["generate.py", "export.py"])
+def test_help_fits_a_screen_and_needs_no_heavy_library(script):
+    words = [sys.executable, "-m", "tests.config.help_imports", script, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    *lines, imported = done.stdout.splitlines()
+    assert done.returncode == 0 and imported == "imported: []", done.stderr
+    assert len(lines) <= 45 and any("--model-name" in line for line in lines)
 
 
 @pytest.mark.parametrize(
