@@ -79,7 +79,7 @@ def loop(run: Run, interruptions: Interruptions) -> None:
         run.window.add(update.nats)
         run.grad_norm = update.grad_norm
         run.synced(run.sync.after_update(step, update.tokens))
-        run.tracking.step()
+        run.tracking.step(update.nats, update.tokens)
 
         step = done = step + 1
         if run.is_due(done, config.log_every):

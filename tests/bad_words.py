@@ -155,7 +155,7 @@ TRAIN = r"""
 --resume=@/nothing -> there is no such folder
 --resume=auto --overwrite -> give one of them
 --report-to=foo -> foo: no such tracker
---report-to=wandb -> wandb
+--report-to=clearml -> clearml
 --sample-prompt=$'a \udc80' -> --sample-prompt
 --sync=foo -> choose from: auto, ddp, diloco
 --sync=diloco --outer-lr=nan -> --outer-lr is nan

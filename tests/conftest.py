@@ -70,6 +70,7 @@ def config(prepared: Path, tmp_path: Path) -> Any:
         log_every=2,
         save_every=3,
         report_to="none",
+        pictures=False,
         cpu_threads=1,
     )
 

@@ -34,6 +34,7 @@ DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmu
 # Figures that the clock and the machine decide.
 CLOCKED = {"tokens_per_second", "communication", "bytes_sent_per_update", "mfu", "seconds"}
 CLOCKED |= {"seconds_left", "memory_peak_bytes"}
+CLOCKED |= {"resumed_from"}  # what was interrupted, and went on to the same end
 # A run that trains until it is ended.
 LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
 
@@ -47,6 +48,7 @@ def flags(data: Path, folder: Path, **settings: object) -> list[str]:
         "batch_size": 8,
         "max_steps": 3,
         "report_to": "none",
+        "pictures": False,
         "cpu_threads": 1,
         "compile": "off",  # a long run would try it first
         "resume": "auto",

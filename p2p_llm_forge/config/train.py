@@ -21,6 +21,7 @@ from p2p_llm_forge.config.fields import (
 )
 from p2p_llm_forge.config.launch import LaunchOptions
 from p2p_llm_forge.config.sharing import SharingOptions
+from p2p_llm_forge.config.showing import ShowingOptions
 from p2p_llm_forge.config.sync import SyncOptions
 from p2p_llm_forge.errors import Problems, nearest
 
@@ -248,7 +249,7 @@ class SavingOptions(Options):
     """What is logged and saved, when, and what a run resumes from."""
 
     heading = "logging and saving"
-    PER_RANK = ["resume", "report_to"]
+    PER_RANK = ["resume"]
 
     log_every: int = flag(10, "updates between lines of metrics.jsonl")
     save_every: int = flag(
@@ -274,11 +275,6 @@ class SavingOptions(Options):
         False, "resume although the data, the seed or the batch size is another one than before"
     )
     overwrite: bool = flag(False, "throw away the run in --output-dir; files of others stay")
-    report_to: str = flag(
-        "tensorboard",
-        "trackers beside metrics.jsonl, comma-separated: tensorboard, wandb, ...; none",
-    )
-    sample_prompt: str = flag("", "text that the sample after training continues")
 
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "log_every")
@@ -298,6 +294,7 @@ class TrainConfig(
     LaunchOptions,
     SyncOptions,
     SharingOptions,
+    ShowingOptions,
     SavingOptions,
     EvaluationOptions,
     UpdateOptions,
@@ -308,7 +305,7 @@ class TrainConfig(
 
     GROUPS = [
         *(DataOptions, ModelOptions, UpdateOptions, EvaluationOptions, SavingOptions),
-        *(SharingOptions, SyncOptions, LaunchOptions),
+        *(ShowingOptions, SharingOptions, SyncOptions, LaunchOptions),
     ]
 
     def check_together(self, problems: Problems) -> None:

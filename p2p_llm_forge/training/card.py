@@ -130,7 +130,7 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
             "Python": platform.python_version(),
         },
         recipe=recipe_of(config, base) | {"batch_size": job.plan.batch_size},
-        prompt=config.sample_prompt,
+        prompt=config.prompts()[0],
         new_tokens=min(60, manifest.sequence_length // 2),
     )
 

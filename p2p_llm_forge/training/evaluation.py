@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from p2p_llm_forge.data.held_out import HeldOut
 from p2p_llm_forge.model.compiling import uncompiled
-from p2p_llm_forge.model.fit import TextSpec, in_evaluation
+from p2p_llm_forge.model.fit import in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.plausible import require_numbers
@@ -128,26 +127,3 @@ def standard_errors(sums: dict[str, float], count: int, total: int) -> tuple[flo
         sums["nats_nats"] - 2 * ratio * sums["nats_bytes"] + ratio * ratio * sums["bytes_bytes"]
     )
     return of_tokens, math.sqrt(max(0.0, of_mean * residuals)) / size
-
-
-def sample_text(lm: Any, text: TextSpec, prompt: str, seed: int, new_tokens: int = 60) -> str:
-    """The prompt (or the start of a document) and how the model continues it, drawn by `seed`."""
-    tokenizer = AutoTokenizer.from_pretrained(text.tokenizer_dir)
-    tokens = [text.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-    tokens = tokens[-max(1, text.sequence_length - new_tokens) :]
-    inputs = torch.tensor([tokens], device=lm.device)
-    torch.manual_seed(seed)
-    # Every length would be compiled again for a few tokens.
-    with in_evaluation(lm), uncompiled():
-        drawn = lm.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(new_tokens, text.sequence_length - 1),
-            do_sample=True,
-            top_k=40,
-            temperature=0.8,
-            use_cache=True,
-            eos_token_id=text.eos_token_id,
-            pad_token_id=text.eos_token_id,
-        )
-    return str(tokenizer.decode(drawn[0], skip_special_tokens=True))

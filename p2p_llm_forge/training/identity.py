@@ -10,7 +10,7 @@ from p2p_llm_forge.data.dataset import looks_like_prepared
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
 from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
-from p2p_llm_forge.training.run_record import METRICS, RUNS, RunRecord
+from p2p_llm_forge.training.run_record import LOSS, METRICS, PEERS, RUNS, SAMPLES, RunRecord
 
 LOCK = "run.lock"
 PREPARED = "prepared"  # the dataset that is made of a text, by the rules of data/prepare.py
@@ -141,8 +141,9 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -
             remove_run(output_dir, record or RunRecord({}))
         kept = {n for n in (record.wrote if record else ()) if os.path.lexists(output_dir / n)}
         # What is there and was not written by a run of ours is somebody else's, also from now on.
-        wrote = kept if os.path.lexists(metrics) else kept | {METRICS}
-        RunRecord(identity, frozenset(wrote)).write(output_dir)
+        names = (METRICS, SAMPLES, LOSS, PEERS)
+        free = {name for name in names if not os.path.lexists(output_dir / name)}
+        RunRecord(identity, frozenset(kept | free)).write(output_dir)
     except OSError as error:
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}",

@@ -59,8 +59,8 @@ class Trial:
         self._optimizer.zero_grad()
 
 
-def ending_s(lm: Any) -> float:
-    """Seconds that the end of a run takes after its last evaluation: saving, and a sample of text.
+def ending_s(lm: Any, samples: int = 1) -> float:
+    """Seconds that the end of a run takes after its last evaluation: saving, and samples of text.
 
     What is imported for it is imported now, when nothing depends on how long that takes.
     """
@@ -74,7 +74,7 @@ def ending_s(lm: Any) -> float:
             spent_s.append(time.perf_counter() - began)
     # Weights and two moments are copied, written, read for their checksums; weights are published.
     saving_s = 8 * sum(p.nbytes for p in lm.parameters()) / DISK
-    return AROUND * SAMPLED * min(spent_s) + saving_s + 20 * min(spent_s) + 1.0
+    return AROUND * SAMPLED * samples * min(spent_s) + saving_s + 20 * min(spent_s) + 1.0
 
 
 def validation_tokens(job: Job) -> int:

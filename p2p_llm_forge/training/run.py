@@ -22,16 +22,18 @@ from p2p_llm_forge.training.balance import Balance
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.card import CardFacts
 from p2p_llm_forge.training.checkpoint import checkpoint_dir
-from p2p_llm_forge.training.evaluation import evaluate_blocks, sample_text
+from p2p_llm_forge.training.evaluation import evaluate_blocks
 from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, SAVE_NOW
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import Learner, text_spec_of
+from p2p_llm_forge.training.learner import Learner
 from p2p_llm_forge.training.loss_window import LossWindow
 from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
+from p2p_llm_forge.training.pictures import Pictures
 from p2p_llm_forge.training.publishing import Uploads
 from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.run_folder import RunFolder, published_names
+from p2p_llm_forge.training.samples import Samples
 from p2p_llm_forge.training.saving import Saving
 from p2p_llm_forge.training.tracking import Silent
 
@@ -92,6 +94,8 @@ class Run:
     uploads: Uploads | None = None  # of checkpoints; on the main process
     budget: Budget | None = None  # with --minutes
     pace: Pace | None = None  # the same
+    samples: Samples | None = None  # on the main process
+    pictures: Pictures | None = None  # the same, if asked for and possible
     discarded: int = 0  # updates that ranks took and gave up again, of the whole run
     grad_norm: float | torch.Tensor = 0.0  # of the last update; on the device
     meter: SyncReport = field(default_factory=SyncReport)  # of all updates
@@ -105,7 +109,9 @@ class Run:
 
     def start(self) -> None:
         """The first update is about to be taken."""
-        self.tracking.start(self.first_step, self.total_steps)
+        self.tracking.start(self.first_step, self.total_steps, self.gauge.began)
+        if self.samples:
+            self.samples.start(self.first_step)
         self.clock.start()
         self.gauge.start()
         if self.budget:
@@ -207,8 +213,10 @@ class Run:
         }
         if self.budget:
             line["seconds_left"] = max(0.0, self.budget.left_s)
-        if self.job.config.balance == "auto":
+        if self.job.cluster.world_size > 1:
             line["shares"] = self.balance.shares
+        if self.first_step:
+            line["resumed_from"] = self.first_step
         if self.discarded:
             line["discarded_updates"] = self.discarded
         self.window.end_line(line)
@@ -240,6 +248,8 @@ class Run:
         self.figures = self.evaluate(step) if due.evaluate else {}
         if due.evaluate and self.budget:
             self.budget.evaluation_s = time.perf_counter() - began
+        if due.evaluate and self.samples:
+            self.samples.take(step)
         if not due.save:
             return
         state = {
@@ -332,9 +342,12 @@ def conclude(run: Run) -> TrainResult:
             **figures,
         )
         try:
+            if run.pictures:
+                run.pictures.draw()
             note = folder.write_results(result, run.card_facts)
             folder.publish(checkpoint_dir(folder.path, steps))
-            result = replace(result, is_published=True, sample=sample_of(run))
+            texts = run.samples.take(steps) if run.samples else []
+            result = replace(result, is_published=True, sample=texts[0] if texts else None)
             folder.write_results(result, run.card_facts)
         finally:
             run.tracking.say(result.summary())
@@ -343,17 +356,3 @@ def conclude(run: Run) -> TrainResult:
         return vars(result)
 
     return TrainResult(**job.cluster.main_only(publish))
-
-
-def sample_of(run: Run) -> str | None:
-    """A sample of text by the model; None, with a warning, where its family cannot write one."""
-    config, text = run.job.config, text_spec_of(run.job.data)
-    try:
-        return sample_text(run.learner.lm, text, config.sample_prompt, config.seed)
-    except Exception as error:  # generate fails in many ways, and is not what the run is for
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        run.tracking.say(
-            f"warning: no sample of text ({type(error).__name__}: {reason}); figures and model are"
-            " written"
-        )
-        return None

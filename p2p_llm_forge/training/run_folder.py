@@ -46,6 +46,13 @@ class RunFolder:
         if self._lock is not None:
             self._lock.confirm()
 
+    def may_write(self, name: str) -> bool:
+        """Whether a file of this name is this run's to write, and nobody has taken it over."""
+        with contextlib.suppress(ForgeError):
+            self.confirm()
+            return not self._of_others([name])
+        return False
+
     def claim(self) -> None:
         """Make the folder this run's own. All ranks must call, when all else is known to work."""
 

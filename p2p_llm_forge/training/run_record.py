@@ -20,6 +20,7 @@ from p2p_llm_forge.shapes import is_count, is_path_inside
 RUN = "run.json"
 FORMAT_VERSION = 1
 METRICS, RUNS = "metrics.jsonl", "runs"
+SAMPLES, LOSS, PEERS = "samples.jsonl", "loss.png", "peers.png"
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)", re.ASCII)
 
 # What earlier versions, which kept no such record, have put beside their checkpoints.

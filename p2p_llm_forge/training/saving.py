@@ -66,6 +66,7 @@ class Saving:
         self._job, self._folder, self._sync = job, folder, sync
         self._lm, self._optimizer = learner.lm, learner.bare_optimizer
         self._writer = Writer(job.config.save_in_background)
+        self.after: Callable[[], object] = lambda: None  # what follows a checkpoint, in its thread
         self._ranks_with_files = range(1, job.cluster.world_size if sync.has_own_state else 1)
 
     def save(
@@ -161,6 +162,7 @@ class Saving:
 
         config, confirm = self._job.config, self._folder.confirm
         saved = checkpoint.commit(output_dir, step, write, config, confirm)
+        self.after()
         if then:
             then(saved)
 

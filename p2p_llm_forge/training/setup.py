@@ -33,11 +33,13 @@ from p2p_llm_forge.training.learner import Learner, build_learner, new_model, pr
 from p2p_llm_forge.training.loss_window import NO_LOSSES, LossWindow
 from p2p_llm_forge.training.orthogonalising import in_words
 from p2p_llm_forge.training.pace import Pace, paced_learning_rate, saved_pace
+from p2p_llm_forge.training.pictures import Pictures, install_line, is_installed
 from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.publishing import Uploads
 from p2p_llm_forge.training.rehearsal import ending_s, validation_tokens
 from p2p_llm_forge.training.run import Run
 from p2p_llm_forge.training.run_folder import RunFolder
+from p2p_llm_forge.training.samples import Samples
 from p2p_llm_forge.training.saving import Saving, resume
 from p2p_llm_forge.training.settle import settled_lines
 from p2p_llm_forge.training.tracking import introduction, tracking_of
@@ -94,9 +96,13 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         discarded=state.get("discarded_updates") or 0,
     )
     introduce(run, state)
+    if cluster.is_main:
+        run.samples = Samples(job, folder, learner.lm, sync, tracking)
+        run.pictures = pictures_for(run)
     folder.claim()
     if job.budget and cluster.is_main:
-        job.budget.ending_s = ending_s(learner.lm)
+        drawing_s = run.pictures.rehearse() if run.pictures else 0.0
+        job.budget.ending_s = ending_s(learner.lm, len(job.config.prompts())) + drawing_s
         job.budget.evaluated_tokens = validation_tokens(job)
     try:
         yield run
@@ -107,6 +113,21 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
 def uploads_checkpoints(job: Job) -> bool:
     """Whether this rank uploads them."""
     return job.cluster.is_main and job.config.push_checkpoints
+
+
+def pictures_for(run: Run) -> Pictures | None:
+    """What draws the run's pictures after every checkpoint; None where it is not to, or cannot."""
+    if not run.job.config.pictures:
+        return None
+    if not is_installed():
+        run.tracking.say(
+            "note      no pictures of the run: matplotlib is not installed. To have them:"
+            f"\n          {install_line('matplotlib')}"
+        )
+        return None
+    pictures = Pictures(run.folder.path, run.folder.may_write, run.tracking.say)
+    run.saving.after = pictures.draw_if_due
+    return pictures
 
 
 def schedule_of(job: Job, pace: Pace | None) -> Callable[[int], float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,22 @@ from p2p_llm_forge.training.plan import Plan
 from p2p_llm_forge.training.run_record import METRICS, RUNS, put_on_record
 
 PLAIN_LINE_INTERVAL_S = 5.0
+SILENCE_S = 10.0  # after which the loss of a single update is shown
+OF_PEERS = {
+    *("tokens_per_second", "mfu", "memory_peak_bytes", "peers"),
+    *("communication", "bytes_sent_per_update", "discarded_updates"),
+}
 OF_TRACKER = re.compile(r"events\.out\.tfevents\..+|hparams\.yml")
 
 
 class Silent:
     """What the other ranks have instead of a `Tracking`."""
 
-    def start(self, first_step: int, total_steps: int) -> None: ...
-    def step(self) -> None: ...
+    def start(self, first_step: int, total_steps: int, began: float | None = None) -> None: ...
+    def step(self, nats: Any = None, tokens: int = 0) -> None: ...
     def expect(self, total_steps: int) -> None: ...
     def log(self, metrics: dict[str, Any]) -> None: ...
+    def texts(self, step: int, texts: dict[str, str]) -> None: ...
     def say(self, text: str) -> None: ...
     def finish(self) -> None: ...
 
@@ -49,7 +56,7 @@ class Elsewhere(Silent):
         self._main, self._done = f"rank 0 at {launch.master_addr}", 0
         self._has_started = False
 
-    def start(self, first_step: int, total_steps: int) -> None:
+    def start(self, first_step: int, total_steps: int, began: float | None = None) -> None:
         self._has_started = True
         left = f"{total_steps - first_step:,} updates"
         print(
@@ -57,7 +64,7 @@ class Elsewhere(Silent):
             flush=True,
         )
 
-    def step(self) -> None:
+    def step(self, nats: Any = None, tokens: int = 0) -> None:
         self._done += 1
 
     def finish(self) -> None:
@@ -93,10 +100,17 @@ class Tracking(Silent):
         self._config, self._accelerator = config, cluster.accelerator
         self._tracker_names = tracker_names(config.report_to)
         self._opened = contextlib.ExitStack()
-        self._last_line = 0.0
+        self._shown_at = self._logged_at = -math.inf
+        self._first_step = self._done = 0
 
-    def start(self, first_step: int, total_steps: int) -> None:
-        """Open the bar, metrics.jsonl (without lines of steps to be repeated) and the trackers."""
+    def start(self, first_step: int, total_steps: int, began: float | None = None) -> None:
+        """Open the bar, metrics.jsonl (without lines of steps to be repeated) and the trackers.
+
+        began: when the session did, by `time.monotonic`; without it, now.
+        """
+        self._first_step = self._done = first_step
+        self._started_at = time.monotonic()
+        self._began = self._started_at if began is None else began
         path = Path(self._config.output_dir) / METRICS
         keep_metrics_until(path, first_step)
         self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
@@ -105,7 +119,9 @@ class Tracking(Silent):
             settings |= {k: str(v) for k, v in settings.items() if not isinstance(v, int | float)}
             self._accelerator.log_with = filter_trackers(self._tracker_names, folder)
             before = self._events()
-            self._accelerator.init_trackers(RUNS, config=settings)
+            name = Path(folder).resolve().name
+            named = {service: {"name": name} for service in ("wandb", "trackio")}
+            self._accelerator.init_trackers(RUNS, config=settings, init_kwargs=named)
             with self._surviving("run.json"):
                 put_on_record(Path(folder), self._events() - before)
             self._opened.callback(self._accelerator.end_training)
@@ -120,9 +136,18 @@ class Tracking(Silent):
         found = files_in(Path(self._config.output_dir) / RUNS)
         return {f"{RUNS}/{name}" for name in found if OF_TRACKER.fullmatch(Path(name).name)}
 
-    def step(self) -> None:
-        """One more update is done."""
+    def step(self, nats: Any = None, tokens: int = 0) -> None:
+        """One more update is done. nats: the summed loss of this rank's tokens in it, a scalar."""
         self._bar.update()
+        self._done += 1
+        now, has_line = time.monotonic(), self._done % self._config.log_every == 0
+        if has_line or not tokens or now - self._shown_at < SILENCE_S:
+            return  # asking a GPU for its loss waits for it
+        self._shown_at = now
+        update_s = (now - self._started_at) / (self._done - self._first_step)
+        figures = {"loss": float(nats) / tokens, "seconds": now - self._began}
+        left_s = ((self._bar.total or self._done) - self._done) * update_s
+        self._show({"step": self._done, **figures, "seconds_left": left_s})
 
     def expect(self, total_steps: int) -> None:
         """The run is to end after so many updates."""
@@ -137,15 +162,28 @@ class Tracking(Silent):
         with self._surviving("metrics.jsonl"):
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
-        if self._tracker_names:
-            numbers = {key: one for key, one in metrics.items() if isinstance(one, int | float)}
+        self._track(metrics["step"], grouped(metrics))
+        now = time.monotonic()
+        is_due = now - self._logged_at > PLAIN_LINE_INTERVAL_S or "eval_loss" in metrics
+        if is_due or not self._bar.disable:
+            self._shown_at = self._logged_at = now
+            self._show(metrics)
+
+    def texts(self, step: int, texts: dict[str, str]) -> None:
+        """Give texts, by their names, to the trackers."""
+        self._track(step, texts)
+
+    def _track(self, step: int, values: Mapping[str, float | str]) -> None:
+        if self._tracker_names and values:
             with self._surviving("a tracker"):
-                self._accelerator.log(numbers, step=metrics["step"])
+                self._accelerator.log(dict(values), step=step)
+
+    def _show(self, metrics: dict[str, Any]) -> None:
+        """The figures after some step: beside the bar, which has the times, or as a line."""
         text = line_of(metrics)
         if not self._bar.disable:
-            self._bar.set_postfix_str(text)  # the bar itself says how long it takes
-        elif time.monotonic() - self._last_line > PLAIN_LINE_INTERVAL_S or "eval_loss" in metrics:
-            self._last_line = time.monotonic()
+            self._bar.set_postfix_str(text)
+        else:
             text = "  ".join([text, *times_of(metrics)])
             print(f"step {metrics['step']}/{self._bar.total}  {text}", flush=True)
 
@@ -230,14 +268,34 @@ def tracker_names(report_to: str) -> list[str]:
     return names
 
 
+def grouped(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line as trackers name them: train/loss, eval/loss, peers/communication."""
+    is_evaluation, found = "eval_loss" in metrics, {}
+    for key, value in metrics.items():
+        group = "eval" if is_evaluation else "peers" if key in OF_PEERS else "train"
+        if key == "peers":
+            found["peers/processes"] = value
+        elif key == "shares":
+            found |= {f"peers/blocks_of_rank_{rank}": one for rank, one in enumerate(value)}
+        elif key != "step" and isinstance(value, int | float):
+            found[f"{group}/{key.removeprefix('eval_')}"] = value
+    return found
+
+
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl after `step`, which come again, and damaged ones."""
+    if path.exists():
+        write_file(path, "".join(lines_until(path, step)))
+
+
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a file up to `step`, without damaged ones; none if there is no file."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             require_shape(figures := parse_json(line), {"step": is_count})
             if line.endswith("\n") and figures["step"] <= step:
                 kept.append(line)
-    write_file(path, "".join(kept))
+    return kept

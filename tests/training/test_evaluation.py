@@ -19,7 +19,6 @@ from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training.evaluation import (
     blocks_beside,
     evaluate_blocks,
-    sample_text,
     standard_errors,
 )
 from p2p_llm_forge.training.learner import text_spec_of
@@ -150,11 +149,3 @@ def test_a_tenth_held_out_is_evaluated_exactly_after_an_epoch():
     for train in (20, 700, 90_000):
         assert blocks_beside(train, there=train // 9, sequence_length=256) == 0
     assert blocks_beside(1_000, there=10_000, sequence_length=256) == 128
-
-
-def test_a_sample_goes_on_from_its_prompt_and_repeats_with_its_seed(prepared):
-    data = open_prepared(prepared)
-    lm = build_model(TrainConfig(**TINY), text_spec_of(data))
-    sample = sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)
-    assert sample.startswith("Mara bakes")
-    assert sample == sample_text(lm, text_spec_of(data), "Mara bakes", seed=1, new_tokens=10)

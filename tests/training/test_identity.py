@@ -141,7 +141,8 @@ def test_names_that_no_file_can_have_are_in_nobodys_way(tmp_path):
     RunRecord(identity, wrote).write(tmp_path)
     (tmp_path / "README.md").write_text("a card")
     claim(tmp_path, identity, overwrite=True)
-    assert RunRecord.read(tmp_path).wrote == {"metrics.jsonl"}
+    own = {"metrics.jsonl", "samples.jsonl", "loss.png", "peers.png"}
+    assert RunRecord.read(tmp_path).wrote == own
     assert sorted(path.name for path in tmp_path.iterdir()) == [RUN]
 
 

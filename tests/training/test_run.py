@@ -41,7 +41,7 @@ def test_a_clock_does_not_count_pauses(now):
 def a_run(job, **more):
     """A run that has resumed after 10 updates, of what these tests look at."""
     parts = dict.fromkeys(("folder", "learner", "sync", "saving", "tracking", "balance"))
-    parts["held_out"] = None
+    parts |= {"held_out": None, "card_facts": None}
     parts |= {"learning_rate_factor": lambda step: 0.5, "blocks": range(100)}
     lines = SimpleNamespace(lines=[])
     lines.end_line = lines.lines.append
