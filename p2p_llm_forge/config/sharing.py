@@ -54,3 +54,11 @@ class SharingOptions(Options):
                 f"{flag_given} is for an upload, and none was asked for",
                 "add --push-to-hub NAME, or leave it out",
             )
+        # Options of other groups, with which this one is built into a whole.
+        asked = {key: getattr(self, key, None) for key in ("eval_only", "dry_run", "dataset_path")}
+        problems.require(
+            name is None
+            or not (asked["eval_only"] or (asked["dry_run"] and not asked["dataset_path"])),
+            "--push-to-hub uploads a run, and --eval-only and --dry-run make none",
+            "leave --push-to-hub out, or the other one",
+        )

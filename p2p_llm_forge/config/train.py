@@ -315,11 +315,6 @@ class TrainConfig(
             "add --output-dir FOLDER",
         )
         problems.require(
-            not (self.push_to_hub and (self.eval_only or (self.dry_run and not self.dataset_path))),
-            "--push-to-hub uploads a run, and --eval-only and --dry-run make none",
-            "give one of them",
-        )
-        problems.require(
             not (self.overwrite and self.model_name and _is_in(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}",
             "choose another --output-dir",

@@ -46,3 +46,17 @@ def test_a_finished_run_is_uploaded_without_data_and_nothing_else_is():
     for settings in ({"eval_only": True}, {"dry_run": True, "dataset_path": ""}):
         (found,) = problems(push_to_hub="me/mara", **settings)
         assert "--eval-only and --dry-run make none" in found
+
+
+@pytest.mark.parametrize("settings", [{"private": True}, {"push_checkpoints": True}])
+def test_the_fix_of_what_belongs_to_an_upload_makes_flags_that_are_taken(settings):
+    assert problems(**settings, push_to_hub="NAME") == []
+
+
+@pytest.mark.parametrize("name", ["me/mara bakes", "mé", "-a", "a--b", "/home/me/mara"])
+def test_the_fix_of_a_name_is_one_that_the_hub_takes(name):
+    config = TrainConfig(dataset_path="data", output_dir="run", push_to_hub=name)
+    (problem,) = config.problems().found
+    assert problem.fix.startswith("give NAME or OWNER/NAME")
+    for fixed in ("NAME", "OWNER/NAME", "x_1.b-c"):
+        assert problems(push_to_hub=fixed) == []
