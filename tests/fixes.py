@@ -86,7 +86,7 @@ FOLLOWED = {
     "config.sync:check": (OPTION, OPTION, OPTION),
     "config.sync:_refuse_options_of_rounds": (OPTION,),
     "config.sync:_check_rounds": (OPTION, OPTION, OPTION),
-    "config.train:check": (NEEDED, *[OPTION] * 10),
+    "config.train:check": (NEEDED, *[OPTION] * 8),
     "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION),
     "config.yaml_file:read_yaml": (UNREAD, RECIPE, UNREAD, RECIPE, RECIPE),
     "config.yaml_file:_require_simple": (RECIPE,),
@@ -110,7 +110,8 @@ FOLLOWED = {
     "model.sizes:text_part": (FAMILY, FAMILY),
     "model.sizes:require_tokens": (SIZES,),
     "model.sizes:require_sizes": (SIZES,),
-    "training.job:open_data": (TEXT, TEXT, AGAIN),
+    "training.job:open_data": (TEXT, AGAIN),
+    "training.job:require_prepared": (TEXT,),
     "training.job:refuse_flags_of_texts": (AGAIN,),
     "training.job:refuse_different_data": (
         f"{TRAINING}::test_the_fix_of_other_data_is_a_copy_of_those_of_rank_0",
