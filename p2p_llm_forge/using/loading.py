@@ -37,6 +37,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
 
     Raises ForgeError where it cannot be read, lacks weights, or has no tokenizer of its own.
     """
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        fix = "give a folder that is there: what a run writes is in its --output-dir"
+        raise ForgeError(f"--model-name {name}: no such folder", fix)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it warns of is refused here
     fix = OF_FOLDER if Path(name).is_dir() else OF_HUB
