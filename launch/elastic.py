@@ -11,13 +11,25 @@ out, after all have saved. Flags of this script stand before train.py, those of 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from p2p_llm_forge.errors import ForgeError, Problems, nearest, run_script
+from p2p_llm_forge.config.other_names import (
+    Meaning,
+    Typed,
+    all_of,
+    answer,
+    key_of,
+    renamed,
+    translated,
+    typed_in,
+)
+from p2p_llm_forge.errors import ForgeError, Problems, run_script
 from p2p_llm_forge.peers.elastic import DEFAULT_PORT, ElasticLaunch, run_elastic
 from p2p_llm_forge.peers.launcher import value_of
 
@@ -29,15 +41,59 @@ class Parser(argparse.ArgumentParser):
     """Raises ForgeError where argparse would print a usage and exit."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ForgeError(message, "see launch/elastic.py --help")
+        unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
+        found = f"unknown argument {unknown[1]}" if unknown else message
+        raise ForgeError(found, self.nearest(unknown[1] if unknown else ""))
+
+    def nearest(self, flag: str) -> str:
+        """A fix: the few flags that look most like this one."""
+        known = [name for action in self._actions for name in action.option_strings]
+        alike = difflib.get_close_matches(flag.replace("_", "-"), known)
+        see = "see launch/elastic.py --help"
+        return f"did you mean {' or '.join(alike)}? Else {see}" if alike else see
 
 
-def make_parser() -> argparse.ArgumentParser:
+def on_one_screen(prog: str) -> argparse.HelpFormatter:
+    """A line of at most 100 columns for each flag."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=101)
+
+
+def _peers(typed: Typed) -> list[str]:
+    """Machines as torchrun writes them: so many, or from:to."""
+    least, _, most = typed.value.partition(":")
+    return ["--min-peers", least, "--max-peers", most or least]
+
+
+def _endpoint(typed: Typed) -> list[str]:
+    address, colon, port = typed.value.rpartition(":")
+    return ["--main", address, "--port", port] if colon else ["--main", typed.value]
+
+
+OF_TORCHRUN = {
+    "nnodes": Meaning(_peers),
+    "rdzv_endpoint": Meaning(_endpoint),
+    "nproc_per_node": renamed("--processes"),
+    "master_addr": renamed("--main"),
+    "master_port": renamed("--port"),
+    "cluster_secret_file": renamed("--secret-file"),
+    "main_process_ip": renamed("--main"),
+    "main_process_port": renamed("--port"),
+    "num_processes": answer("use --processes N, of each machine"),
+    "num_machines": answer("use --min-peers N, and --max-peers N if more shall wait"),
+    **all_of(
+        "node_rank machine_rank rdzv_id rdzv_backend rdzv_conf standalone start_method",
+        answer("leave it out: --main says which machine all meet at"),
+    ),
+}
+
+
+def make_parser() -> Parser:
     """The flags that stand before the script."""
-    described = argparse.RawDescriptionHelpFormatter
-    parser = Parser("launch/elastic.py", None, __doc__, formatter_class=described)
+    usage = "launch/elastic.py --main ADDRESS [--FLAG VALUE ...] train.py [ITS FLAGS]"
+    parser = Parser("launch/elastic.py", usage, __doc__, formatter_class=on_one_screen)
     add = parser.add_argument
     parser.allow_abbrev = False
+    add("--help-all", action="help", help="this page: it shows all flags")
     add("--main", metavar="ADDRESS", help="of the main machine, as all reach it")
     add("--port", type=int, default=DEFAULT_PORT, help="that is free there (default: %(default)s)")
     add("--secret-file", metavar="FILE", help="with a secret that all machines must know")
@@ -83,13 +139,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def in_our_words(words: list[str], problems: Problems) -> list[str]:
+    """The words before the script with dashes, and with torchrun's names as ours."""
+    end = next((at for at, word in enumerate(words) if word.endswith(".py")), len(words))
+    own = [action for action in make_parser()._actions if action.option_strings]
+    dashed = {
+        key_of(name): renamed(name, is_switch=action.nargs == 0)
+        for action in own
+        for name in action.option_strings
+        if key_of(name)
+    }
+
+    def answered(flag: str, fix: str) -> None:
+        problems.require(False, f"launch/elastic.py has no {flag}", fix)
+
+    head = words[:end]
+    return translated(head, dashed | OF_TORCHRUN, typed_in(head), answered) + words[end:]
+
+
 def parse(words: list[str]) -> ElasticLaunch:
     """The launch that a command line asks for. Raises one ForgeError with all problems."""
-    given = make_parser().parse_args(words)
-    problems, script = Problems(), given.script
+    problems = Problems()
+    parser = make_parser()
+    try:
+        given = parser.parse_args(in_our_words(words, problems))
+    except ForgeError as error:
+        problems.add(error)
+        raise ForgeError.of(problems.found) from None
+    script = given.script
     if script and script[0].startswith("-"):
-        known = [name for action in make_parser()._actions for name in action.option_strings]
-        problems.require(False, f"unknown argument {script[0]}", nearest(script[0], known))
+        flag = script[0].partition("=")[0]
+        problems.require(False, f"unknown argument {flag}", parser.nearest(flag))
     else:
         problems.require(bool(script), "no script to start", "add train.py and its flags")
         is_there = not script or Path(script[0]).is_file()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 LONGEST_TEXT, LONGEST_QUOTE, LONGEST_NAME = 8000, 800, 100  # characters
+LONGEST_CHOICE = 200  # characters, of words to choose from
 # What a terminal takes as a command: CSI, then a string (title, link, ...), then any other.
 ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]"
@@ -136,10 +137,15 @@ class Problems:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A fix: the known words that look most like `word`; with none alike, all of them."""
+    """A fix: the known words that look most like `word`; with none alike all, of many a few."""
     known = sorted(known)
     alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(alike)}?" if alike else f"choose from: {', '.join(known)}"
+    if alike:
+        return f"did you mean {' or '.join(alike)}?"
+    if len(", ".join(known)) <= LONGEST_CHOICE:
+        return f"choose from: {', '.join(known)}"
+    few = difflib.get_close_matches(word, known, n=5, cutoff=0.0)
+    return f"choose one of {len(known)}, such as {', '.join(few)}"
 
 
 def _status_of(main: Callable[[], int | None]) -> int | None:

@@ -32,6 +32,9 @@ SECRET = f"{ALONE}::test_the_fixes_of_a_secret_make_one_that_is_taken"
 CHECKPOINTS = f"{ALONE}::test_the_fixes_of_checkpoints_that_do_not_fit_let_them_fit"
 
 OPTION = f"{CONFIG}::test_the_fix_of_flags_makes_flags_that_are_taken"
+OTHER_NAMES = (
+    "tests/config/test_names_people_type.py::test_an_answer_says_what_does_it_and_that_is_taken"
+)
 NEEDED = f"{CONFIG}::test_the_fixes_of_what_is_missing_add_it"
 RECIPE = f"{CONFIG}::test_the_fix_of_a_recipe_makes_one_that_is_taken"
 UNREAD = f"{CONFIG}::test_the_fixes_of_a_recipe_that_cannot_be_read_name_those_that_can"
@@ -80,13 +83,16 @@ FOLLOWED = {
     "config.fields:require_between": (OPTION,),
     "config.fields:require_seconds": (OPTION,),
     "config.fields:_require_writable": (OPTION, OPTION, OPTION),
-    "config.parser:parse": (OPTION, OPTION, OPTION),
+    "config.parser:parse": (OPTION,),
+    "config.parser:_in_our_words": (OTHER_NAMES,),
+    "config.parser:_refuse_unknown": (OPTION, OPTION),
     "config.parser:_parser": (NEEDED,),
     "config.parser:_recipe_as_flags": (RECIPE, RECIPE, RECIPE),
+    "config.evaluation:require_evaluations": (OPTION, OPTION),
     "config.sync:check": (OPTION, OPTION, OPTION),
     "config.sync:_refuse_options_of_rounds": (OPTION,),
     "config.sync:_check_rounds": (OPTION, OPTION, OPTION),
-    "config.train:check": (NEEDED, *[OPTION] * 8),
+    "config.train:check": (NEEDED, *[OPTION] * 9),
     "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION),
     "config.yaml_file:read_yaml": (UNREAD, RECIPE, UNREAD, RECIPE, RECIPE),
     "config.yaml_file:_require_simple": (RECIPE,),

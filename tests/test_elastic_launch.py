@@ -73,6 +73,46 @@ def test_mistakes_are_named(launcher, words, found):
         launcher.parse(words)
 
 
+SECRET = ["--secret-file", "x"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("--main 10.0.0.1 --min_peers 2", "--main 10.0.0.1 --min-peers 2"),
+        ("--main=10.0.0.1 --nnodes 1:4", "--main 10.0.0.1 --min-peers 1 --max-peers 4"),
+        ("--main 10.0.0.1 --nnodes=2", "--main 10.0.0.1 --min-peers 2 --max-peers 2"),
+        ("--rdzv_endpoint 10.0.0.1:29700", "--main 10.0.0.1 --port 29700"),
+        ("--rdzv-endpoint=10.0.0.1", "--main 10.0.0.1"),
+        (
+            "--master_addr 10.0.0.1 --master_port 29700 --nproc_per_node 2",
+            "--main 10.0.0.1 --port 29700 --processes 2",
+        ),
+        ("--main 10.0.0.1 --allow_public_address", "--main 10.0.0.1 --allow-public-address"),
+    ],
+)
+def test_torchruns_names_make_the_same_launch(launcher, typed, ours):
+    script = ["train.py", "--min_peers", "1", "--nnodes", "3"]
+    words = [*SECRET, *typed.split(), *script]
+    assert launcher.parse(words) == launcher.parse([*SECRET, *ours.split(), *script])
+
+
+@pytest.mark.parametrize(
+    ("typed", "found", "fix"),
+    [
+        ("--node_rank 1", "launch/elastic.py has no --node_rank", "leave it out: --main"),
+        ("--num_processes=4", "launch/elastic.py has no --num_processes", "use --processes N"),
+        ("--max-restarst=3", "unknown argument --max-restarst", "did you mean --max-restarts"),
+        ("--xyzzy", "unknown argument --xyzzy", "see launch/elastic.py --help"),
+    ],
+)
+def test_other_flags_are_answered_by_the_nearest_few(launcher, typed, found, fix):
+    with pytest.raises(ForgeError) as error:
+        launcher.parse([*SECRET, "--main", "10.0.0.1", *typed.split(), "train.py"])
+    (problem,) = error.value.problems
+    assert problem.found == found and problem.fix.startswith(fix) and problem.fix.count("--") <= 4
+
+
 def test_a_mistake_is_one_message_and_status_2_and_nothing_heavy_is_imported():
     words = [sys.executable, "-X", "importtime", LAUNCHER, "--main", "nowhere.invalid", "train.py"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -17,7 +17,7 @@ PACKAGE = "p2p_llm_forge."
 # batches. What is wrong with prepared data, or with a checkpoint to resume from, is tested there.
 LOOKED_AT = re.compile(
     r"check_cluster|p2p_llm_forge\.(peers\..*|model\..*|training\.(job|plan)"
-    r"|config\.(check|launch|fields|parser|sync|train|yaml_file))"
+    r"|config\.(check|evaluation|launch|fields|names_of_train|other_names|parser|sync|train|yaml_file))"
 )
 BUILDERS = {
     *("warning", "failure", "refusal", "ForgeError", "RankFailure", "LostPeer"),
@@ -25,7 +25,8 @@ BUILDERS = {
 }
 # Flags of other programs that a fix may name.
 OF_OTHERS = {
-    "--help",
+    *("--help", "--help-all"),
+    *("--revision", "--local-dir"),  # hf download
     *("--add-port", "--zone", "--add-source"),  # firewall-cmd
     *("--multi_gpu", "--config_file", "--num_cpu_threads_per_process"),  # accelerate launch
     *("--node-rank", "--nnodes", "--max-restarts"),  # torchrun

@@ -4,7 +4,8 @@ from p2p_llm_forge.config.check import CheckConfig
 from p2p_llm_forge.config.export import ExportConfig
 from p2p_llm_forge.config.fields import as_dict, multiples_near, option
 from p2p_llm_forge.config.generate import GenerateConfig, name_first
-from p2p_llm_forge.config.parser import flags_table, parse
+from p2p_llm_forge.config.help import flags_table
+from p2p_llm_forge.config.parser import parse
 from p2p_llm_forge.config.prepare import PrepareConfig
 from p2p_llm_forge.config.sync import OF_DILOCO
 from p2p_llm_forge.config.train import TrainConfig

@@ -60,6 +60,12 @@ class CheckConfig(CheckOptions, TrainConfig):
     """One look at a launch before it is made: takes the flags of train.py beside its own."""
 
     GROUPS = [*TrainConfig.GROUPS, CheckOptions]
+    COMMON = [
+        *("dataset_path", "model_name", "model_type", "depth", "batch_size", "micro_batch_size"),
+        *("sync", "compress", "backend", "peer_timeout", "cluster_secret_file", "cpu", "rank"),
+        *("world_size", "master_addr", "master_port", "config", "config_file", "meet", "json"),
+        *("write_configs", "hosts"),
+    ]
 
     def problems(self) -> Problems:
         """As of a training, which may still lack its data and its folder."""

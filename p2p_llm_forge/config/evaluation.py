@@ -13,6 +13,7 @@ class EvaluationOptions(Options):
     """When a model is evaluated, and on how much of the text that is held out."""
 
     heading = "evaluating"
+    COMMON = ["eval_every", "eval_blocks", "eval_only"]
 
     eval_every: int = flag(0, "updates between evaluations; 0: only at the end")
     eval_blocks: int | None = flag(

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from p2p_llm_forge.config.other_names import Meaning
 from p2p_llm_forge.errors import Problems, nearest
 
 PATHS = ("model_name", "tokenizer", "resume", "describe", "write_configs")  # or names of the Hub
@@ -53,6 +54,8 @@ class Options:
     heading: ClassVar[str] = ""  # in `--help`
     GROUPS: ClassVar[list[type[Options]]] = []
     PER_RANK: ClassVar[list[str]] = []  # may differ between the ranks of one run
+    COMMON: ClassVar[list[str]] = []  # what `--help` shows; `--help-all` shows all
+    OTHER_NAMES: ClassVar[dict[str, Meaning]] = {}  # of other programs' flags, with underscores
 
     def __post_init__(self) -> None:
         # From a notebook, paths may be Paths, one path a plain string, and sizes a dict.
@@ -80,6 +83,12 @@ class Options:
             group.check(checked, problems)
         checked.check_together(problems)
         return problems
+
+    @classmethod
+    def other_names(cls) -> dict[str, Meaning]:
+        """What the flags of other programs mean here, by name."""
+        groups = (group.OTHER_NAMES for group in cls.GROUPS)
+        return {name: one for names in (*groups, cls.OTHER_NAMES) for name, one in names.items()}
 
     def check(self, problems: Problems) -> None:
         """Note what is wrong with the values of this group, each of which is of its type."""

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from p2p_llm_forge.config.fields import Options, flag, require_between
+from p2p_llm_forge.config.other_names import all_of, answer, values
 from p2p_llm_forge.errors import Problems
 
+# What the other keys of nanoGPT's sample.py mean.
+OF_SAMPLE = {
+    "init_from": values({"resume": ""}, "--model-name {value}"),
+    "num_samples": answer("leave it out: each time it is started, it writes another text"),
+    **all_of("device dtype compile", answer("leave it out: this machine's best is taken")),
+}
 LONGEST_TEXT = 10**6  # tokens; more is a slip of the keys
 MOST_SEEDS = 2**63
 
@@ -104,3 +111,4 @@ class GenerateConfig(SamplingOptions, PromptOptions, ModelOptions):
     """Let a model write: print how it continues a prompt, word by word."""
 
     GROUPS = [ModelOptions, PromptOptions, SamplingOptions]
+    OTHER_NAMES = OF_SAMPLE

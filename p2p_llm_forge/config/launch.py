@@ -24,6 +24,7 @@ class LaunchOptions(Options):
     """Where a run computes, and how its processes find each other."""
 
     heading = "launch"
+    COMMON = ["backend", "cluster_secret_file", "cpu", "dry_run", "config"]
     PER_RANK = [
         *("config", "rank", "world_size", "master_addr", "master_port", "cpu", "cpu_threads"),
         *("cluster_secret_file", "allow_public_address", "allow_unauthenticated"),

@@ -1,18 +1,19 @@
-"""Read a configuration from flags and a recipe, and show which flags there are."""
+"""Read a configuration from flags and a recipe."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import Field, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from p2p_llm_forge.config.fields import Options, option
+from p2p_llm_forge.config.help import help_in_full, help_in_short
+from p2p_llm_forge.config.other_names import translated, typed_in
 from p2p_llm_forge.config.yaml_file import read_yaml
 from p2p_llm_forge.errors import Problems, nearest
 
@@ -27,103 +28,82 @@ def parse(
 ) -> Config:
     """Read a config from the command line and the recipe that `--config` names.
 
-    The recipe's keys are the flags' names (dashes or underscores). Raises one ForgeError with all
-    problems: flags and keys that do not exist (with the nearest name), and what `check`, by
-    default `problems` of the config, finds in the values. `--help` prints all flags.
+    The recipe's keys are the flags' names (dashes or underscores); names of other programs are
+    read as ours. Raises one ForgeError with all problems: flags and keys that do not exist (with
+    the nearest ones), and what `check`, by default `problems` of the config, finds in the values.
+    `--help` prints the common flags, `--help-all` all.
     """
-    if {"-h", "--help"} & set(argv):
-        print(_help(config_class, script))
+    if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
+        is_short = {"-h", "--help"} & set(argv)
+        others = {name: one.stands_for for name, one in config_class.other_names().items()}
+        full = help_in_full(config_class, script, {k: v for k, v in others.items() if v})
+        print(help_in_short(config_class, script) if is_short else full)
         sys.exit(0)
     problems = Problems()
     parser = _parser(config_class, script, problems)
     recipe = _last_value(argv, "--config")
     fix = "give a recipe's path, or leave --config out"
     problems.require(recipe != "", "--config is empty", fix)
-    words = [*(_recipe_as_flags(recipe, parser, problems) if recipe else []), *argv]
+    words = _recipe_as_flags(recipe, config_class, parser, problems) if recipe else []
+    words = _in_our_words([*words, *argv], config_class, script, problems)
     namespace, unknown = _parsed(parser, words, problems)
-    flags = [word for word in unknown if word.startswith("--")]
-    names = {option(name) for name in _names(parser)}
-    for word in flags:
-        problems.require(False, f"unknown argument {word}", nearest(word, names))
-    problems.require(
-        bool(flags) or not unknown,
-        f"arguments that belong to no flag: {' '.join(unknown)}",
-        "put the flag before them, and quotes around a value with spaces",
-    )
+    _refuse_unknown(unknown, config_class, parser, problems)
     config = config_class(**vars(namespace))
     problems.found += (check or config_class.problems)(config).found
     problems.raise_any()
     return config
 
 
-# --- what flags there are -------------------------------------------------------------------------
+def _in_our_words(
+    words: list[str], config_class: type[Options], script: str, problems: Problems
+) -> list[str]:
+    """The words of recipe and command line, with those of other programs as ours."""
+
+    def answered(flag: str, fix: str) -> None:
+        problems.require(False, f"{script} has no {flag}", fix)
+
+    return translated(words, config_class.other_names(), typed_in(words), answered)
 
 
-def flags_table(config_class: type[Options]) -> str:
-    """All flags of a script as a Markdown table, for docs/flags.md.
-
-    Of a config that extends another, only what it adds.
-    """
-    known = [vars(base)["GROUPS"] for base in config_class.__mro__[1:] if "GROUPS" in vars(base)]
-    rows = ["| flag | default | what it does |", "|---|---|---|"]
-    for group in config_class.GROUPS:
-        if any(group in groups for groups in known):
-            continue
-        rows.append(f"| **{group.heading}** | | |")
-        for field, choices, _ in _flags(group):
-            names = "<br>".join(f"`{name}`" for name in [_written(field), *_aliases(field)])
-            text = field.metadata["help"]
-            text += f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
-            default = f"`{field.default}`" if _shows_default(field) else ""
-            if isinstance(field.default, bool):
-                default = "on" if field.default else "off"
-            rows.append(f"| {names} | {default} | {text} |")
-    return "\n".join(rows) + "\n"
+def _refuse_unknown(
+    words: list[str], config_class: type[Options], parser: Any, problems: Problems
+) -> None:
+    """Note what the parser could not read: flags that do not exist, words that belong to none."""
+    flags = [word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)]
+    for word in flags:
+        fix = _nearest_flags(word, config_class, parser)
+        problems.require(False, f"unknown argument {word}", fix)
+    if flags or not words:
+        return
+    fix = "put the flag before them, and quotes around a value with spaces"
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json")):
+        fix = f"use --config {words[0]}"
+    elif len(words) == 1 and words[0].endswith(".py"):
+        fix = "write what it sets as `key: value` lines, and use --config FILE.yaml"
+    elif len(words) == 1 and Path(words[0]).exists() and hasattr(config_class, "dataset_path"):
+        fix = f"use --dataset-path {words[0]}"
+    problems.require(False, f"arguments that belong to no flag: {' '.join(words)}", fix)
 
 
-def _help(config_class: type[Options], script: str) -> str:
-    lines = [f"usage: {script} [--config RECIPE] [--FLAG VALUE ...]", "", str(config_class.__doc__)]
-    others = []
-    for group in config_class.GROUPS:
-        lines += ["", f"{group.heading}:"]
-        for field, choices, kind in _flags(group):
-            value = f"{{{','.join(choices)}}}" if choices else kind
-            text = field.metadata["help"]
-            if _shows_default(field) and not isinstance(field.default, bool):
-                text += f" (default: {field.default})"
-            lines.append(f"  {_written(field)} {value}".rstrip())
-            lines += textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            others += [f"  {alias} for {option(field.name)}" for alias in _aliases(field)]
-    return "\n".join([*lines, "", "Other names that are understood:", *others])
+def _nearest_flags(word: str, config_class: type[Options], parser: Any) -> str:
+    """A fix: the few flags whose names, or other names, look most like `word`."""
+    meant = {_plain(name): one.stands_for for name, one in config_class.other_names().items()}
+    # An alias leads to its flag; what has only an answer is named itself, if it was but mistyped.
+    shown = {name: flag[2:] if " " not in flag else name for name, flag in meant.items() if flag}
+    typed = {name: name for name, flag in meant.items() if not flag}
+    for action in parser._actions:
+        shown |= {_plain(name): _plain(action.option_strings[0]) for name in action.option_strings}
+    alike = difflib.get_close_matches(_plain(word), shown, n=6, cutoff=0.6)
+    alike += difflib.get_close_matches(_plain(word), typed, n=1, cutoff=0.85)
+    parts = {part for part in _plain(word).split("-") if len(part) > 3}
+    alike += [name for name in shown if parts & {*name.split("-")}]
+    few = list(dict.fromkeys(f"--{(shown | typed)[name]}" for name in alike))[:3]
+    every = f"{parser.prog} --help"
+    return f"did you mean {' or '.join(few)}? See {every}" if few else f"see {every}"
 
 
-def _flags(group: type[Options]) -> Iterator[tuple[Field, tuple[str, ...], str]]:
-    """Each field of a group, the values to choose from, and a word for any other value."""
-    words: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
-    hints = get_type_hints(group)
-    for field in fields(group):
-        kinds = get_args(hints[field.name]) or (hints[field.name],)
-        choices = kinds if get_origin(hints[field.name]) is Literal else ()
-        yield field, choices, "" if "metavar" in field.metadata else words.get(kinds[0], "")
-
-
-def _written(field: Field) -> str:
-    """The flag as it is typed: `--hosts`, `--save-in-background, --no-save-in-background`."""
-    if field.default is True:
-        return f"{option(field.name)}, {option('no_' + field.name)}"
-    return f"{option(field.name)} {field.metadata.get('metavar', '')}".rstrip()
-
-
-def _aliases(field: Field) -> list[str]:
-    """Its other names, each once, with underscores, as Hugging Face's scripts write them."""
-    return list(
-        dict.fromkeys("--" + name[2:].replace("-", "_") for name in field.metadata["aliases"])
-    )
-
-
-def _shows_default(field: Field) -> bool:
-    """Whether its default says something."""
-    return isinstance(field.default, bool | int | float | str) and field.default != ""
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
 
 
 # --- the parser -----------------------------------------------------------------------------------
@@ -205,11 +185,13 @@ def _last_value(argv: list[str], name: str) -> str | None:
     return value
 
 
-def _recipe_as_flags(path: str, parser: Any, problems: Problems) -> list[str]:
+def _recipe_as_flags(
+    path: str, config_class: type[Options], parser: Any, problems: Problems
+) -> list[str]:
     """The recipe's keys and values as command-line words, so that both are read alike."""
     fix = "check the path; recipes that come with the project lie in recipes/"
     words: list[str] = []
-    known = _names(parser) - {"config"}
+    known = (_names(parser) | config_class.other_names().keys()) - {"config"}
     lists = {action.dest for action in parser._actions if action.nargs == "+"}
     for key, value in read_yaml("--config", path, fix).items():
         name = str(key).replace("-", "_")

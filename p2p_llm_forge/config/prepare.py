@@ -8,6 +8,7 @@ from typing import Literal
 
 from p2p_llm_forge.config.fields import Options, flag, require_at_least, require_between
 from p2p_llm_forge.config.launch import MOST_THREADS
+from p2p_llm_forge.config.names_of_prepare import OF_PREPARATION
 from p2p_llm_forge.config.train import LONGEST_BLOCK
 from p2p_llm_forge.errors import Problems
 
@@ -22,6 +23,11 @@ class TextOptions(Options):
     """Which text is prepared, how it is read, and where the result goes."""
 
     heading = "text and output"
+    COMMON = [
+        *("dataset_path", "output_dir", "validation_path", "validation_fraction"),
+        *("document_separator", "text_column", "dataset_config", "dataset_split"),
+        *("skip_bad_rows", "encoding_errors"),
+    ]
 
     dataset_path: list[str] = flag(
         [],
@@ -121,6 +127,7 @@ class DocumentOptions(Options):
     """Which documents of the text are left out."""
 
     heading = "documents that are left out"
+    COMMON = ["deduplicate"]
 
     deduplicate: Literal["none", "exact", "near"] = flag(
         "none",
@@ -151,6 +158,7 @@ class TokenizerOptions(Options):
     """The tokenizer, loaded or trained."""
 
     heading = "tokenizer"
+    COMMON = ["tokenizer", "vocab_size"]
 
     tokenizer: str | None = flag(
         None, "tokenizer: a folder or a name of the Hub; without it one is trained on the text"
@@ -184,6 +192,7 @@ class BlockOptions(Options):
     """What the prepared dataset is cut into, and the work on it."""
 
     heading = "blocks and the work on them"
+    COMMON = ["sequence_length", "num_workers", "overwrite", "describe", "verify", "config"]
 
     sequence_length: int = flag(256, "tokens in a block", "--block_size")
     num_workers: int = flag(
@@ -222,6 +231,7 @@ class PrepareConfig(BlockOptions, TokenizerOptions, DocumentOptions, TextOptions
     """One preparation: which text, which tokenizer, which blocks."""
 
     GROUPS = [TextOptions, DocumentOptions, TokenizerOptions, BlockOptions]
+    OTHER_NAMES = OF_PREPARATION
 
     def check_together(self, problems: Problems) -> None:
         problems.require(

@@ -24,6 +24,7 @@ class SharingOptions(Options):
 
     heading = "sharing"
     PER_RANK = ["push_to_hub", "private", "push_checkpoints"]  # only rank 0 uploads
+    COMMON = ["push_to_hub"]
 
     push_to_hub: str | None = flag(
         None,

@@ -13,6 +13,7 @@ class ShowingOptions(Options):
 
     heading = "showing"
     PER_RANK = ["report_to", "pictures", "sample_prompt"]
+    COMMON = ["report_to", "sample_prompt"]
 
     report_to: str = flag(
         "tensorboard",

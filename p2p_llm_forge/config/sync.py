@@ -21,6 +21,7 @@ class SyncOptions(Options):
     """How peers agree on weights."""
 
     heading = "agreeing on weights"
+    COMMON = ["sync", "compress"]
 
     sync: Literal["ddp", "diloco", "auto"] = flag(
         "ddp",

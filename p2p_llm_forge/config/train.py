@@ -20,6 +20,7 @@ from p2p_llm_forge.config.fields import (
     require_seconds,
 )
 from p2p_llm_forge.config.launch import LaunchOptions
+from p2p_llm_forge.config.names_of_train import OF_TRAINING
 from p2p_llm_forge.config.sharing import SharingOptions
 from p2p_llm_forge.config.showing import ShowingOptions
 from p2p_llm_forge.config.sync import SyncOptions
@@ -42,6 +43,7 @@ class DataOptions(Options):
 
     heading = "data and output"
     PER_RANK = ["dataset_path", "output_dir", "tokenizer"]
+    COMMON = ["dataset_path", "output_dir", "sequence_length"]
 
     dataset_path: str = flag(
         "",
@@ -82,6 +84,7 @@ class ModelOptions(Options):
 
     heading = "model"
     PER_RANK = ["model_name", "gradient_checkpointing"]
+    COMMON = ["model_name", "model_type", "depth"]
 
     model_name: str | None = flag(
         None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
@@ -144,6 +147,7 @@ class UpdateOptions(Options):
 
     heading = "updates"
     PER_RANK = ["micro_batch_size"]
+    COMMON = ["minutes", "epochs", "max_steps", "batch_size", "learning_rate"]
 
     minutes: float | None = flag(
         None,
@@ -250,6 +254,7 @@ class SavingOptions(Options):
 
     heading = "logging and saving"
     PER_RANK = ["resume"]
+    COMMON = ["save_every", "resume", "overwrite"]
 
     log_every: int = flag(10, "updates between lines of metrics.jsonl")
     save_every: int = flag(
@@ -307,6 +312,7 @@ class TrainConfig(
         *(DataOptions, ModelOptions, UpdateOptions, EvaluationOptions, SavingOptions),
         *(ShowingOptions, SharingOptions, SyncOptions, LaunchOptions),
     ]
+    OTHER_NAMES = OF_TRAINING
 
     def check_together(self, problems: Problems) -> None:
         problems.require(

@@ -1,16 +1,11 @@
-"""Flags, aliases and recipes: all problems at once, the nearest name, and a quick --help."""
+"""Flags, aliases and recipes: all problems at once, and the nearest names."""
 
 from __future__ import annotations
 
-import dataclasses
-import subprocess
-import sys
-
 import pytest
 
-from p2p_llm_forge.config import CheckConfig, PrepareConfig, TrainConfig, flags_table, parse
+from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
-from tests import ROOT
 
 GIVEN = ["--dataset-path", "d", "--output-dir", "o"]
 
@@ -144,29 +139,3 @@ def test_all_problems_of_flags_recipe_and_values_are_reported_at_once(tmp_path):
     for part in ("batch_sise", "--lerning-rate", "--max-steps", "--epochs", "no data", "no place"):
         assert sum(part in one for one in found) == 1, part
     assert len(found) == 6
-
-
-@pytest.mark.parametrize("script", ["train.py", "prepare_data.py", "check_cluster.py"])
-def test_help_shows_each_flag_once_under_headings_and_needs_no_heavy_library(script):
-    words = [sys.executable, "-m", "tests.config.help_imports", script, "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "imported: []"
-    shown, _, others = done.stdout.partition("Other names that are understood:")
-    assert "_" in others and script != "train.py" or "--num_train_epochs for --epochs" in others
-    classes = {"train": TrainConfig, "prepare_data": PrepareConfig, "check_cluster": CheckConfig}
-    config_class = classes[script.removesuffix(".py")]
-    flags = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
-    ours = [flag.rstrip(",") for flag in flags]
-    names = [field.name for field in dataclasses.fields(config_class)]
-    expected = [f"--{name.replace('_', '-')}" for name in names]
-    assert sorted(ours) == sorted(expected)
-    for group in config_class.GROUPS:
-        assert f"\n{group.heading}:\n" in done.stdout
-    assert "(default: )" not in done.stdout and "(default: None)" not in done.stdout
-
-
-def test_the_table_of_a_config_that_extends_another_has_only_what_it_adds():
-    rows = [row for row in flags_table(CheckConfig).splitlines() if row.startswith("| `--")]
-    added = len(dataclasses.fields(CheckConfig)) - len(dataclasses.fields(TrainConfig))
-    assert len(rows) == added == 6
