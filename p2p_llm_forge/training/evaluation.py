@@ -19,7 +19,7 @@ from p2p_llm_forge.training.progress import Progress
 
 # Of the blocks that are trained on between two evaluations, so many are evaluated on: a token takes
 # less than half as long without its backward, so an evaluation takes about 6 % of the time. Where
-# that is too few for a figure, up to FEW of them, but no more than are trained on; and always those
+# that is too few for a figure, up to FEW of them, but no more than half of them; and always those
 # that a usual update would read, which takes no time.
 OF_TRAINED, FEW, TOKENS_OF_AN_UPDATE = 8, 128, 4096
 
@@ -30,7 +30,7 @@ def blocks_beside(trained: int, there: int, sequence_length: int) -> int:
     trained: blocks that are trained on between two evaluations.
     """
     of_update = TOKENS_OF_AN_UPDATE // sequence_length
-    count = max(trained // OF_TRAINED, min(trained, FEW), of_update)
+    count = max(trained // OF_TRAINED, min(trained // 2, FEW), of_update)
     return count if count < there else 0
 
 

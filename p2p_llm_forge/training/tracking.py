@@ -212,7 +212,8 @@ class Tracking(Silent):
 def line_of(metrics: dict[str, Any]) -> str:
     """The figures that are worth a look while a run lasts."""
     shown = [
-        f"{key} {value:,.0f}" if value > 100 else f"{key} {value:.4f}"
+        (f"{key} {value:,.0f}" if value > 100 else f"{key} {value:.4f}")
+        + (f" ± {error:.4f}" if (error := metrics.get(f"{key}_stderr")) is not None else "")
         for key in ("loss", "eval_loss", "tokens_per_second")
         if (value := metrics.get(key)) is not None
     ]

@@ -110,6 +110,20 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     assert checkpoint.steps_saved(tmp_path) == [6]
 
 
+def test_losses_of_other_blocks_do_not_compete_for_the_best(tmp_path):
+    config = TrainConfig(keep_checkpoints=1, keep_best=True)
+    for step, loss, blocks in (
+        (1, 1.0, 20),
+        (2, 2.0, 20),
+        (3, 3.0, 50),
+        (4, 2.5, 50),
+        (5, 2.6, 50),
+    ):
+        figures = {"eval_loss": loss, "eval_blocks": blocks}
+        checkpoint.commit(tmp_path, step, writer(step, figures=figures), config)
+    assert checkpoint.steps_saved(tmp_path) == [5, 4, 1]
+
+
 @pytest.mark.parametrize(("allowed", "left"), [(0, [10]), (1, [10, 20])])
 def test_what_has_lost_its_folder_commits_and_prunes_nothing(tmp_path, allowed, left):
     """allowed: how often it is found that the folder is still held."""

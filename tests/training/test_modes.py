@@ -80,7 +80,8 @@ def test_a_run_evaluates_on_one_sample_to_its_end_and_after_a_resume(config, tmp
     assert [line["step"] for line in found] == [2, 4, 6]
     assert {line["eval_blocks"] for line in found} == {20}
     assert all(line["eval_loss_stderr"] > 0 < line["bits_per_byte_stderr"] for line in found)
-    total = found[0]["eval_split_blocks"]
+    total, first = found[0]["eval_split_blocks"], found[0]
+    assert f"eval_loss {first['eval_loss']:.4f} ± {first['eval_loss_stderr']:.4f}" in shown
     assert total > 20
     assert f"{total} blocks, of which a sample of 20 is evaluated" in shown
     assert f"sampled   20 of {total} held-out blocks (± standard error)" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,3 +41,5 @@ def test_the_end_is_rehearsed_without_a_trace(job):
 def test_the_tokens_of_the_evaluation_are_those_of_the_split(job):
     split = job.data.manifest.splits["validation"]
     assert validation_tokens(job) == split.blocks * 32 > 0
+    sampled = replace(job, config=replace(job.config, eval_blocks=5))
+    assert validation_tokens(sampled) == 5 * 32 < split.blocks * 32
