@@ -9,7 +9,8 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt \
     --extra-index-url https://download.pytorch.org/whl/cpu
 COPY . .
-RUN pip install --no-cache-dir --no-deps . && rm -rf build
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir ".[pictures]" && rm -rf build
 # What a run reads and writes lies in the folder that is mounted at /data, and is its owner's.
 WORKDIR /data
 ENV HF_HOME=/data/.huggingface

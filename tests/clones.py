@@ -18,7 +18,7 @@ LEFT_BY_TOOLS = (
 )
 
 
-def fresh_clone(folder: Path, sample_bytes: int = 30_000) -> Path:
+def fresh_clone(folder: Path, sample_bytes: int = 12_000) -> Path:
     """The files of the project as they are now, without what runs and tools have left there.
 
     sample_bytes: about so much of the sample text is kept, so that an epoch takes seconds.

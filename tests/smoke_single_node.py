@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "sshleifer/tiny-gpt2"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 2, "n_positions": 1024, "vocab_size": 50257}
-VOCABULARY = 1024  # of a tokenizer made here
+VOCABULARY = 4096  # of a tokenizer made here
 WAIT_S = 6.0  # for the Hub
 
 
