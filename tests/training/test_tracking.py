@@ -24,6 +24,7 @@ from p2p_llm_forge.training.tracking import (
     tracker_names,
     tracking_of,
 )
+from tests.waiting import wait_until
 
 
 class Accelerator:
@@ -244,3 +245,116 @@ def test_the_other_ranks_show_nothing(capsys):
     silent.say("nothing")
     silent.finish()
     assert capsys.readouterr() == ("", "")
+
+
+def run_with(report_to, folder, resume_at=0):
+    """Figures and samples of a session, given to a tracker."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    config = TrainConfig(output_dir=str(folder), report_to=report_to)
+    accelerator = Accelerator(cpu=True, project_dir=str(folder))
+    tracking = Tracking(config, SimpleNamespace(accelerator=accelerator))
+    try:
+        tracking.start(resume_at, 4)
+        for step in range(resume_at + 1, resume_at + 3):
+            tracking.log({"step": step, "loss": 3.0 / step, "tokens_per_second": 100.0})
+            tracking.log({"step": step, "eval_loss": 2.0 / step, "bits_per_byte": None})
+            tracking.texts(step, {"samples/1": "The ferry – goes"})
+        tracking.finish()
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_tensorboard_shows_groups_and_samples(tmp_path, capsys):
+    run_with("tensorboard", tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for file in (tmp_path / "runs").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for name in events.Tags()["scalars"]:
+            found[name] = [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["tensors"]:
+            found[name] = [bytes(e.tensor_proto.string_val[0]) for e in events.Tensors(name)]
+    assert found["train/loss"] == [(1, 3.0), (2, 1.5)]
+    assert found["eval/loss"] == [(1, 2.0), (2, 1.0)]
+    assert found["peers/tokens_per_second"] == [(1, 100.0), (2, 100.0)]
+    assert "The ferry – goes".encode() in found["samples/1/text_summary"]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_trackio_has_every_figure_also_of_a_second_session(tmp_path, monkeypatch, capsys):
+    """Where nothing is to be reached: it writes a database on this machine."""
+    pytest.importorskip("trackio", reason="pip install --group dev")
+    import sqlite3
+
+    import trackio.sqlite_storage
+    import trackio.utils
+
+    for module in (trackio.utils, trackio.sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    (tmp_path / "x").mkdir()
+    run_with("trackio", tmp_path / "x")
+    run_with("trackio", tmp_path / "x", resume_at=2)
+    (file,) = (tmp_path / "trackio").rglob("runs.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    found = [(step, json.loads(text)) for step, text in rows]
+    losses = [(step, one["train/loss"]) for step, one in found if "train/loss" in one]
+    assert losses == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
+    assert any(one.get("samples/1") == "The ferry – goes" for _, one in found)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_wandb_writes_a_run_without_a_network(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb", reason="pip install --group dev")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "x").mkdir()
+    run_with("wandb", tmp_path / "x")
+    (file,) = tmp_path.rglob("run-*.wandb")
+    words = (b"train/loss", b"eval/loss", b"peers/tokens_per_second", b"The ferry")
+    # Its service writes it after the run has finished.
+    wait_until(lambda: all(word in file.read_bytes() for word in words))
+    assert "warning" not in capsys.readouterr().out
+
+
+# --- from the first update on ---------------------------------------------------------------------
+
+
+def test_the_first_update_is_shown_and_then_what_is_silent_for_long(
+    tracking, tmp_path, monkeypatch, capsys
+):
+    import torch
+
+    now = [1000.0]
+    monkeypatch.setattr(tracking_module.time, "monotonic", lambda: now[0])
+    tracking.start(20, 120, began=980.0)
+    for number in range(1, 13):
+        now[0] += 4.0
+        tracking.step(torch.tensor(64.0 * number), 32)
+        if number == 10:
+            tracking.log({"step": 30, "loss": 11.5, "tokens_per_second": 8.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 21/120  loss 2.0000  after 24 s  ends in about 6 min 36 s",
+        "step 24/120  loss 8.0000  after 36 s  ends in about 6 min 24 s",
+        "step 27/120  loss 14.0000  after 48 s  ends in about 6 min 12 s",
+        "step 30/120  loss 11.5000  tokens_per_second 8.0000",
+    ]
+    assert [line["step"] for line in lines(tmp_path)] == [30], "a single update is no figure"
+    now[0] += 4.0
+    tracking.step(torch.tensor(0.0), 0)  # a rank without blocks of this update
+
+
+def test_the_bar_shows_a_loss_from_the_first_update_on(tracking, monkeypatch, capsys):
+    import sys
+
+    import torch
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    tracking.start(0, 100)
+    tracking.step(torch.tensor(96.0), 32)
+    tracking.finish()
+    shown = capsys.readouterr().err
+    assert "loss 3.0000" in shown and "1/100" in shown and "<" in shown, "elapsed<remaining"
