@@ -26,6 +26,7 @@ from p2p_llm_forge.training.run_record import LOSS, METRICS, PEERS, put_on_recor
 
 SHARE = 0.01  # of the time, at most, that drawing may take while a run trains
 FINENESS = 60  # bends that a smoothed curve may show
+FEWEST_SMOOTHED = 12  # values; fewer are shown as they are
 MOST_POINTS = 4000  # in a curve; more cannot be seen
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b00", "#2a8f4f", "#808080"
 MOST_NAMED = 8  # ranks that a legend names
@@ -187,7 +188,7 @@ def between_lines(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """A mean over neighbours, weighted by nearness; values that are NaN are left out."""
-    if not len(values):
+    if len(values) < FEWEST_SMOOTHED:
         return values
     reach = max(1, len(values) // FINENESS)
     weights = np.exp(-0.5 * (np.arange(-3 * reach, 3 * reach + 1) / reach) ** 2)
