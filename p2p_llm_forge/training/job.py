@@ -225,6 +225,7 @@ def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
     try:
         with (
             flags_explained(asked),
+            model_named(config),
             only_writer(output_dir / LOCK, f"--output-dir {output_dir}", run_id),
         ):
             try:
@@ -268,6 +269,28 @@ def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
         sequence_length=config.sequence_length or sequence_length,
         encoding_errors=config.encoding_errors,
     )
+
+
+@contextlib.contextmanager
+def model_named(config: TrainConfig) -> Iterator[None]:
+    """Where the tokenizer is that of --model-name, speak of this flag: the other was not typed."""
+    try:
+        yield
+    except ForgeError as error:
+        asked = f"--tokenizer {config.model_name} "
+        if config.tokenizer or not any(asked in one.found for one in error.problems):
+            raise
+        fix = "check the name and the connection to the Hub; or give the folder of a whole model"
+        raise ForgeError.of(
+            replace(
+                one,
+                found=one.found.replace(
+                    asked, f"the tokenizer of --model-name {config.model_name} "
+                ),
+                fix=fix if "could not be loaded" in one.found else one.fix,
+            )
+            for one in error.problems
+        ) from error
 
 
 @contextlib.contextmanager

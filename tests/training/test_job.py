@@ -129,3 +129,16 @@ def test_what_makes_a_run_is_in_its_identity(open_small_job):
     assert open_small_job(learning_rate=0.5, max_steps=9).identity() == identity
     for other in ({"seed": 1}, {"optimizer": "sgd"}, {"batch_size": 4}, {"document_mask": True}):
         assert open_small_job(**other).identity() != identity, other
+
+
+def test_a_hint_about_a_models_tokenizer_speaks_of_the_flag_that_was_typed(config, alone, tmp_path):
+    (tmp_path / "text.txt").write_text("The ferry left.\n\n" * 300)
+    missing = str(tmp_path / "missing")
+    given = {"dataset_path": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "run")}
+    asked = replace(config, **given, model_type=None, depth=None, config_overrides=None)
+    for flag, other in (("model_name", "--tokenizer"), ("tokenizer", "--model-name")):
+        with pytest.raises(ForgeError) as error:
+            open_job(replace(asked, **{flag: missing}), alone)
+        (problem,) = error.value.problems
+        assert f"--{flag.replace('_', '-')} {missing}" in problem.found
+        assert other not in problem.found + problem.fix
