@@ -24,6 +24,7 @@ from p2p_llm_forge.training.manifest import (
     read_state,
     steps_saved,
 )
+from p2p_llm_forge.training.publishing import ONE_UPLOAD
 from p2p_llm_forge.training.run_record import CHECKPOINT, RUN, RUNS, RunRecord
 
 # What is written beside the checkpoints before it is renamed, here, in checkpoint.py, snapshot.py
@@ -111,11 +112,12 @@ def best_steps(output_dir: Path, steps: list[int]) -> list[int]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what writers have left that were killed. None may be at work."""
+    """Remove what writers have left that were killed. None may be at work but an upload of ours."""
     record = RunRecord.read(output_dir)
     wrote = record.wrote if record else ()
     for leftover in output_dir.glob("tmp-*"):
-        if not is_leftover(leftover.name, wrote):
+        is_in_use = leftover.name.startswith("tmp-uploaded-") and ONE_UPLOAD.locked()
+        if is_in_use or not is_leftover(leftover.name, wrote):
             continue
         if leftover.is_symlink() or not leftover.is_dir():
             leftover.unlink(missing_ok=True)

@@ -290,7 +290,7 @@ def test_rank_0_alone_uploads_at_checkpoints_and_at_the_end(hub, prepared, tmp_p
         both.callback(lambda: [rank.kill() for rank in ranks])
         printed = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
-    assert hub.commits() == ["Step 2", "After 4 updates"]
+    assert hub.commits() == ["Step 2", "After 4 updates"], printed[0]
     assert f"uploaded  step 2 to {hub.address}/me/mara" in printed[0]
     assert f"uploaded  {hub.address}/me/mara" in printed[0] and "upload" not in printed[1]
     card = (hub.folder / "me" / "mara" / "README.md").read_text()
