@@ -102,6 +102,7 @@ FOLLOWED = {
     "model.document_mask:document_mask_for": (
         f"{MODEL}::test_the_fix_of_a_family_that_cannot_mask_documents_is_another_one",
     ),
+    "model.dropout:add_dropout": (f"{MODEL}::test_the_fix_of_a_dropout_is_the_familys_own",),
     "model.fit:require_positions": (
         f"{MODEL}::test_the_fix_of_a_block_that_is_too_long_is_a_shorter_one",
     ),

@@ -30,9 +30,8 @@ def add_dropout(lm: Any, probability: float) -> None:
         raise ForgeError(
             f"--dropout {probability:g} is for families whose layers end in"
             f" {' and '.join(OUTPUT_PROJECTIONS)}, which {lm.config.model_type} has not",
-            f"leave it out, or use the family's own: --config-overrides {given}"
-            if own
-            else "leave it out",
+            "leave it out"
+            + f"; from scratch, the family has its own: --config-overrides {given}" * bool(own),
         )
 
     def drop(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:

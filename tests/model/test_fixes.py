@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -23,6 +24,7 @@ from p2p_llm_forge.data.tokenizer import train_tokenizer
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.document_mask import document_mask_for
+from p2p_llm_forge.model.dropout import add_dropout
 from p2p_llm_forge.model.fit import require_memory
 from p2p_llm_forge.model.optimizer import build_optimizer
 from tests.runs import TINY
@@ -100,6 +102,24 @@ def test_the_fix_of_muon_without_matrices_is_adamw(text):
     model = build_model(asked, text)
     assert fix_of(build_optimizer, asked, model) == "use --optimizer adamw"
     assert build_optimizer(replace(asked, optimizer="adamw"), model)
+
+
+def test_the_fix_of_a_dropout_is_the_familys_own(text):
+    asked = TrainConfig(model_type="gpt2", config_overrides=SMALL)
+    model = build_model(asked, text)
+    fix = fix_of(add_dropout, model, 0.2)
+    own = re.search(r"^leave it out; .*--config-overrides (\S+)$", fix)[1]
+    add_dropout(model, 0)
+    model = build_model(replace(asked, config_overrides=f"{SMALL},{own}"), text)
+    assert [one.p for one in model.modules() if isinstance(one, torch.nn.Dropout)] == [0.2] * 4
+    bare = build_model(
+        TrainConfig(
+            model_type="gpt_neox",
+            config_overrides="hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=48",
+        ),
+        text,
+    )
+    assert fix_of(add_dropout, bare, 0.2).startswith("leave it out")
 
 
 @pytest.mark.parametrize(("family", "fix"), FAMILIES, ids=str)
