@@ -12,6 +12,7 @@ demo: .venv/installed
 	$(RUN)/accelerate launch --config_file accelerate_configs/$(shell $(RUN)/python -c "import torch; \
 	print('multi_gpu' if torch.cuda.device_count() > 1 else 'cpu_2_processes')").yaml \
 	train.py --config recipes/demo.yaml
+	$(RUN)/python generate.py artifacts/demo --prompt "The ferry" --seed 1
 
 test: .venv/installed network-tools
 	$(RUN)/python -m pytest $(AT_ONCE)

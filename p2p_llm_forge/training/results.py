@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from p2p_llm_forge.files import read_json
 from p2p_llm_forge.shapes import is_count, is_flag
 from p2p_llm_forge.training.numbers import duration
+from p2p_llm_forge.training.run_record import LOSS
 
 RESULTS = "all_results.json"
 SHAPE = {
@@ -108,7 +110,18 @@ class TrainResult:
             )
         if self.sample:
             lines.append(f"sample    {self.sample!r}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._what_to_do_next()])
+
+    def _what_to_do_next(self) -> list[str]:
+        """Where to look, and what to type to read more of the model that lies there."""
+        folder, lines = Path(self.output_dir), []
+        if (folder / LOSS).is_file():
+            lines.append(f"picture   {folder / LOSS}")
+        if self.is_published and (folder / "config.json").is_file():
+            beside = Path(__file__).resolve().parents[2]  # a clone, or where packages lie
+            script = "generate.py" if beside == Path.cwd() else str(beside / "generate.py")
+            lines.append(f"write     python {shlex.join([script, self.output_dir])}")
+        return lines
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from p2p_llm_forge.files import write_json
 from p2p_llm_forge.training.results import RESULTS, TrainResult
+from tests import ROOT
 from tests.training.figures import BARE, FULL
 
 
@@ -33,3 +34,19 @@ def test_the_summary_has_a_line_for_each_thing_that_is_known():
     assert "bits" not in replace(FULL, bits_per_byte=None).summary()
     unknown = replace(FULL, mfu=None, memory_peak_bytes=None).summary()
     assert "process(es), MFU unknown\nspent     3 min 5 s\n" in unknown
+
+
+def test_a_model_that_lies_there_has_a_picture_and_a_line_that_lets_it_write(tmp_path, monkeypatch):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    result = replace(FULL, output_dir=str(folder))
+    assert result.summary().splitlines()[-1] == "sample    'Mara bakes'"
+    for name in ("loss.png", "config.json"):
+        (folder / name).touch()
+    monkeypatch.chdir(ROOT)
+    picture, write = result.summary().splitlines()[-2:]
+    assert picture == f"picture   {folder}/loss.png"
+    assert write == f"write     python generate.py '{folder}'"
+    monkeypatch.chdir(tmp_path)
+    assert result.summary().endswith(f"python {ROOT}/generate.py '{folder}'")
+    assert "python" not in replace(result, is_published=False).summary()
