@@ -243,11 +243,12 @@ def require_prepared(config: TrainConfig, folder: Path) -> None:
     """Raise ForgeError unless a run in the folder has prepared the text, which a dry run uses."""
     from p2p_llm_forge.data.prepare import is_prepared
 
-    is_there = (folder / MANIFEST).exists()
-    if not (is_there and is_prepared(preparation_of(config, folder))):
+    is_there, asked = (folder / MANIFEST).exists(), preparation_of(config, folder)
+    if not (is_there and is_prepared(asked)):
         raise ForgeError(
             f"--dry-run writes nothing, and {config.dataset_path} is a text",
-            "prepare it with prepare_data.py first, or leave --dry-run out",
+            f"prepare it first: {command_of(asked)}; then give --dataset-path PREPARED, or leave"
+            " --dry-run out",
         )
 
 
@@ -268,6 +269,17 @@ def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
         trust_remote_code=config.trust_remote_code,
         sequence_length=config.sequence_length or sequence_length,
         encoding_errors=config.encoding_errors,
+    )
+
+
+def command_of(asked: PrepareConfig) -> str:
+    """The line that prepares a text so by itself, into a folder PREPARED."""
+    given = {"dataset_path": asked.dataset_path[0], "output_dir": "PREPARED"}
+    given |= {name: getattr(asked, name) for name in ("sequence_length", *OF_TEXTS)}
+    return "python prepare_data.py" + "".join(
+        f" {option(name)} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value != getattr(PrepareConfig, name, None)
     )
 
 
@@ -302,18 +314,11 @@ def flags_explained(asked: PrepareConfig) -> Iterator[None]:
     except ForgeError as error:
         if all(known.issuperset(FLAG.findall(one.fix)) for one in error.problems):
             raise
-        given = {"dataset_path": asked.dataset_path[0], "output_dir": "PREPARED"}
-        given |= {name: getattr(asked, name) for name in ("sequence_length", *OF_TEXTS)}
-        command = "".join(
-            f" {option(name)} {shlex.quote(str(value))}"
-            for name, value in given.items()
-            if value != getattr(PrepareConfig, name, None)
-        )
         raise ForgeError.of(
             replace(
                 one,
-                fix=f"{one.fix}: prepare the text by itself, with such flags added to python "
-                f"prepare_data.py{command}, and then train with --dataset-path PREPARED",
+                fix=f"{one.fix}: prepare the text by itself, with such flags added to "
+                f"{command_of(asked)}, and then train with --dataset-path PREPARED",
             )
             for one in error.problems
         ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 
 import pytest
 
-from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.config import PrepareConfig, parse
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.job import refuse_different_data
@@ -38,14 +39,19 @@ def test_the_fix_of_a_batch_is_one_that_can_be_divided(open_small_job, sizes, fi
         assert number is None or batch == number
 
 
-def test_the_fixes_of_a_text_are_to_prepare_it_or_no_dry_run(open_small_job, text_file, prepared):
+def test_the_fixes_of_a_text_are_to_prepare_it_or_no_dry_run(open_small_job, text_file, tmp_path):
     assert fix_of(open_small_job, dataset_path="no.txt") == "give a text or a folder"
-    assert open_small_job(dataset_path=str(prepared))
     text = {"dataset_path": str(text_file)}
-    assert fix_of(open_small_job, **text, dry_run=True) == (
-        "prepare it with prepare_data.py first, or leave --dry-run out"
-    )
-    assert open_small_job(dataset_path=str(prepared), dry_run=True)
+    fix = fix_of(open_small_job, **text, dry_run=True)
+    line = re.fullmatch(
+        r"prepare it first: python prepare_data.py (.+); then give --dataset-path PREPARED, or"
+        r" leave --dry-run out",
+        fix,
+    )[1]
+    folder = str(tmp_path / "prepared by itself")
+    typed = [folder if word == "PREPARED" else word for word in shlex.split(line)]
+    prepare(parse(PrepareConfig, typed, "prepare_data.py"))
+    assert open_small_job(dataset_path=folder, dry_run=True)
     assert open_small_job(**text)
 
 

@@ -58,7 +58,7 @@ def test_the_batch_of_a_run_stays_when_it_is_resumed_without_one(open_small_job)
 def test_a_text_is_not_prepared_in_a_dry_run(open_small_job, text_file):
     with pytest.raises(ForgeError, match="--dry-run writes nothing") as error:
         open_small_job(dataset_path=str(text_file), dry_run=True)
-    assert error.value.problems[0].fix.startswith("prepare it with prepare_data.py first")
+    assert error.value.problems[0].fix.startswith("prepare it first: python prepare_data.py")
 
 
 @pytest.mark.parametrize(
