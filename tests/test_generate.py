@@ -248,8 +248,9 @@ def test_a_model_without_its_tokenizer_is_refused(model, written, tmp_path):
     ("words", "found"),
     [
         ([], "no model given"),
-        (["artifacts/no such run"], "could not be loaded"),
-        (["./no such run"], "--model-name ./no such run: no such folder"),
+        (["artifacts/no such run"], "is no folder here, and from the Hub it could not be loaded"),
+        (["./no such run"], "./no such run: no such folder"),
+        (["README.md"], "README.md is a file, and a model is a folder"),
         (["x", "--temperature=-1"], "--temperature is -1.0"),
         (["x", "--top-p=0"], "--top-p is 0.0"),
         (["x", "--top-k=-2"], "--top-k is -2"),

@@ -38,9 +38,12 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
     Raises ForgeError where it cannot be read, lacks weights, or has no tokenizer of its own.
     """
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
+    is_file = Path(name).is_file()
+    if is_file or (is_path and not Path(name).is_dir()):
+        found = f"{name}: no such folder"
+        found = f"{name} is a file, and a model is a folder" if is_file else found
         fix = "give a folder that is there: what a run writes is in its --output-dir"
-        raise ForgeError(f"--model-name {name}: no such folder", fix)
+        raise ForgeError(found, fix)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it warns of is refused here
     fix = OF_FOLDER if Path(name).is_dir() else OF_HUB
@@ -50,19 +53,21 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever transformers and safetensors raise for damaged files
-        found = f"--model-name {name} could not be loaded: {one_line(error)}"
-        raise ForgeError(found, fix) from error
+        found = f"could not be loaded: {one_line(error)}"
+        if not Path(name).is_dir():
+            found = f"is no folder here, and from the Hub it {found}"
+        raise ForgeError(f"{name} {found}", fix) from error
     lm, facts = loaded
     require_all_weights(lm, name, facts["missing_keys"])
     bad = next((key for key, one in lm.named_parameters() if not one.isfinite().all()), None)
     if bad is not None:
-        raise ForgeError(f"--model-name {name} holds values in {bad} that are not finite", fix)
+        raise ForgeError(f"{name} holds values in {bad} that are not finite", fix)
     words, rows = tokenizer.get_vocab(), lm.get_input_embeddings().num_embeddings
     if {*words} <= {*tokenizer.all_special_tokens}:  # what transformers 5.23 makes up for none
-        raise ForgeError(f"--model-name {name} has no tokenizer beside it", fix)
+        raise ForgeError(f"{name} has no tokenizer beside it", fix)
     if max(words.values()) >= rows:
         raise ForgeError(
-            f"--model-name {name} knows {rows} tokens, the tokenizer beside it has"
+            f"{name} knows {rows} tokens, the tokenizer beside it has"
             f" {max(words.values()) + 1}: it belongs to another model",
             fix,
         )
