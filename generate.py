@@ -55,7 +55,8 @@ def prompts(config: GenerateConfig) -> Iterator[str | None]:
     sign = "> " if sys.stdin.isatty() else ""
     while config.interactive:
         try:
-            yield input(sign)
+            # What is no UTF-8 came in as surrogates, which no tokenizer takes.
+            yield input(sign).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         except EOFError:
             break
 

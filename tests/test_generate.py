@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -270,3 +271,13 @@ def test_what_a_model_writes_commands_no_terminal(capsys):
     assert capsys.readouterr().out == "red text"
     show("a" * 20_000)
     assert capsys.readouterr().out == "a" * 20_000
+
+
+def test_bytes_that_are_not_utf_8_are_replaced_in_what_is_typed(monkeypatch):
+    from generate import prompts
+    from p2p_llm_forge.config import GenerateConfig
+
+    typed = b"na\xefve caf\xc3\xa9\n\xff\n"
+    stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert [*prompts(GenerateConfig(interactive=True))] == ["na\ufffdve caf\u00e9", "\ufffd"]
