@@ -13,6 +13,7 @@ from p2p_llm_forge.training.law import bits_per_byte
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 # Parts of the time after which a run could end: a small text is not read until known by heart.
 PARTS = tuple(0.85**n for n in range(40))
+READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
 OFTEN, EVEN = 4.0, 0.01  # readings of a text; shares of a loss that make no difference
@@ -128,6 +129,16 @@ def choice_at(depth: int | None, size: int, token_s: float, text: Text, seconds:
         seconds=tokens * token_s,
         is_cut_short=part < 1,
     )
+
+
+def most_tokens(size: int, text: Text) -> int:
+    """Tokens after which a model of this size would only learn the text by heart."""
+    unique = text.tokens * text.bytes_per_token
+
+    def expected(readings: float) -> float:
+        return bits_per_byte(size, readings * unique, unique, text.compressed)
+
+    return int(min(READINGS, key=expected) * text.tokens)
 
 
 def update_tokens_for(tokens: int) -> int:

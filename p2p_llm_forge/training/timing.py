@@ -94,7 +94,8 @@ class Planning:
             chosen = planner.choose(token_s, self.text, left_s)
         self._require_time(chosen, token_s)
         self._note(chosen, token_s, size, left_s)
-        return self._job_of(chosen)
+        size_of = planner.products(chosen.depth, self.text) if chosen.depth else size[0]
+        return self._job_of(chosen, size_of)
 
     def _text(self) -> Text:
         manifest = self.job.data.manifest
@@ -230,7 +231,7 @@ class Planning:
         records = planner.as_record([chosen, twice, with_peer])
         self.budget.plan = dict(zip(names, records, strict=True))
 
-    def _job_of(self, chosen: Choice) -> Job:
+    def _job_of(self, chosen: Choice, size: int) -> Job:
         asked, job = self.asked, self.job
         if chosen.depth is not None:
             asked = replace(asked, depth=chosen.depth)
@@ -246,7 +247,9 @@ class Planning:
         config = replace(settle(asked), warmup_steps=warmup)
         plan = make_plan(config, self.cluster, job.data)
         total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
-        if chosen.is_cut_short:
-            self.budget.most_updates = total_steps
+        self.budget.most_updates = total_steps
+        if not chosen.is_cut_short:  # so it may take more, where it turns out to be faster
+            most = planner.most_tokens(size, self.text) // plan.tokens_per_update
+            self.budget.most_updates = max(total_steps, most)
         plan = replace(plan, total_steps=total_steps)
         return replace(job, config=config, plan=plan, budget=self.budget)

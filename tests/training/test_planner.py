@@ -116,3 +116,14 @@ def test_a_text_too_small_for_any_model_is_refused():
 def test_dropout_grows_with_the_readings_of_a_text():
     found = [planner.dropout_for(epochs) for epochs in (0.3, 2.9, 3.0, 5.9, 6.0, 40.0)]
     assert found == [0, 0, 0.1, 0.1, 0.2, 0.2]
+
+
+def test_a_text_is_read_the_less_often_the_larger_the_model_and_never_without_end():
+    sizes = [planner.products(depth, TEXT) for depth in (1, 2, 4, 8)]
+    most = [planner.most_tokens(size, TEXT) for size in sizes]
+    assert most == sorted(most, reverse=True) and most[-1] >= TEXT.tokens
+    for size, tokens in zip(sizes, most, strict=True):
+        read, unique = tokens * 2.4, TEXT.tokens * 2.4
+        best = law.bits_per_byte(size, read, unique, TEXT.compressed)
+        assert best <= law.bits_per_byte(size, 1.2 * read, unique, TEXT.compressed)
+    assert planner.most_tokens(10**6, replace(TEXT, tokens=10**10)) > 50 * 10**10
