@@ -26,6 +26,9 @@ def export(config: ExportConfig) -> Path:
     file = file_of(config)
     if importlib.util.find_spec("gguf") is None:
         raise ForgeError("the export needs the package gguf, which is not installed", INSTALL)
+    if file.suffix != ".gguf" or file.is_dir():
+        found = f"--output-file {file} is not the name of a .gguf file"
+        raise ForgeError(found, "give a name that ends in .gguf, such as model.gguf")
     if not file.parent.is_dir() or (file.exists() and not config.overwrite):
         wrong = "is there already" if file.exists() else "is in a folder that does not exist"
         fix = "add --overwrite, or give another --output-file"

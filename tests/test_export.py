@@ -51,6 +51,9 @@ def test_what_cannot_be_exported_leaves_no_file(exported, tmp_path):
     assert "Traceback" not in text and tree(folder) == before
     status, text = exported(tmp_path)
     assert status == 2 and "holds no model" in text
+    for taken in (folder / "model.safetensors", tmp_path):
+        status, text = exported(folder, "--overwrite", "--output-file", taken)
+        assert status == 2 and "not the name of a .gguf file" in text and tree(folder) == before
     status, text = exported(folder, "--output-file", tmp_path / "no" / "x.gguf")
     assert status == 2 and f"fix: mkdir -p {tmp_path / 'no'}" in text
 

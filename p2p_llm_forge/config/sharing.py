@@ -28,8 +28,8 @@ class SharingOptions(Options):
 
     push_to_hub: str | None = flag(
         None,
-        "upload model, card, pictures and figures to this model of the Hub at the end; without"
-        " --dataset-path: those of the finished run in --output-dir",
+        "upload model and card to this model of the Hub at the end; pictures and figures, too."
+        " Without --dataset-path: those of the finished run in --output-dir",
         "--hub_model_id",
         metavar="NAME",
     )

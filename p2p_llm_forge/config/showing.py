@@ -17,7 +17,7 @@ class ShowingOptions(Options):
 
     report_to: str = flag(
         "tensorboard",
-        "trackers beside metrics.jsonl, comma-separated: tensorboard, wandb, trackio, ...; none",
+        "trackers beside metrics.jsonl, comma-separated, or none; tensorboard, wandb, trackio, ...",
     )
     pictures: bool = flag(True, "draw loss.png and peers.png, where matplotlib is installed")
     sample_prompt: list[str] = flag(

@@ -25,12 +25,13 @@ class SyncOptions(Options):
 
     sync: Literal["ddp", "diloco", "auto"] = flag(
         "ddp",
-        "how peers agree on weights: ddp: gradients in every update; diloco: rounds of updates"
-        " alone, then one exchange; auto: what the measured link allows",
+        "ddp: gradients in every update; diloco: in rounds, for slow links; auto: what the measured"
+        " link allows",
     )
     compress: Literal["none", "bf16", "int8", "int4", "powersgd"] = flag(
         "none",
-        "what travels: gradients (ddp) or pseudo-gradients (diloco) as they are, or compressed",
+        "none, bf16, int8, int4 or powersgd: how gradients (ddp), or pseudo-gradients (diloco),"
+        " travel",
     )
     powersgd_rank: int | None = flag(
         None, "rank of the matrices that --compress powersgd sends; default: 4"

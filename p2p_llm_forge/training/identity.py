@@ -102,7 +102,8 @@ def refuse_another_run(
     if not resume:
         raise ForgeError(
             f"{output_dir} holds this run already",
-            "continue it with --resume auto, or start it from scratch with --overwrite",
+            "continue it with --resume auto, or start it from scratch with --overwrite; from a"
+            f" finished one, go on by --model-name {output_dir} with another --output-dir",
         )
 
 

@@ -261,6 +261,12 @@ def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
         if is_packed or compression_of(config.dataset_path):
             size = max(LEAST_BYTES, COMPRESSED * size)  # whether it is enough is seen later
         vocab_size, sequence_length = text_settings(size)
+    if not config.overwrite:
+        # A run that is there made them: `--eval-only`, say, is typed without what chose these.
+        with contextlib.suppress(ForgeError):
+            known = open_prepared(folder).manifest
+            sequence_length = known.sequence_length
+            vocab_size = known.arguments.get("vocab_size") or vocab_size
     return PrepareConfig(
         dataset_path=[config.dataset_path],
         output_dir=str(folder),

@@ -106,7 +106,7 @@ class TrainResult:
         if self.is_sampled:
             lines.append(
                 f"sampled   {self.eval_blocks:,} of {self.eval_split_blocks:,} held-out blocks"
-                " (± standard error); all of them: --eval-only"
+                " (± standard error); all of them: the same line with --eval-only"
             )
         if self.sample:
             lines.append(f"sample    {self.sample!r}")

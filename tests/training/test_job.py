@@ -34,6 +34,15 @@ def test_by_the_clock_a_vocabulary_that_is_given_is_kept_and_a_packed_text_is_no
     assert job.data.manifest.arguments["vocab_size"] == 512
 
 
+def test_a_text_that_is_prepared_already_keeps_what_was_chosen_for_it(open_small_job, text_file):
+    text = {"dataset_path": str(text_file), "sequence_length": 48}
+    assert open_small_job(**text, vocab_size=290).data.manifest.sequence_length == 48
+    again = open_small_job(**{**text, "sequence_length": None}, eval_only=True).data.manifest
+    assert (again.sequence_length, again.arguments["vocab_size"]) == (48, 290)
+    with pytest.raises(ForgeError, match="sequence_length: 48 there, 24 asked"):
+        open_small_job(**{**text, "sequence_length": 24})
+
+
 def test_a_job_holds_the_data_and_the_plan(open_small_job, prepared):
     job = open_small_job()
     assert job.data.path == prepared
