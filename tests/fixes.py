@@ -93,7 +93,7 @@ FOLLOWED = {
     "config.sync:_refuse_options_of_rounds": (OPTION,),
     "config.sync:_check_rounds": (OPTION, OPTION, OPTION),
     "config.train:check": (NEEDED, *[OPTION] * 9),
-    "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION),
+    "config.train:check_together": (NEEDED, OPTION, OPTION, OPTION, OPTION),
     "config.yaml_file:read_yaml": (UNREAD, RECIPE, UNREAD, RECIPE, RECIPE),
     "config.yaml_file:_require_simple": (RECIPE,),
     "model.build:model_from_scratch": (SIZES,),

@@ -321,6 +321,11 @@ class TrainConfig(
             "add --output-dir FOLDER",
         )
         problems.require(
+            not (self.overwrite and self.eval_only),
+            "--eval-only looks at a model, and --overwrite would throw its run away",
+            "leave --overwrite out",
+        )
+        problems.require(
             not (self.overwrite and self.model_name and _is_in(self.model_name, self.output_dir)),
             f"--overwrite would throw away --model-name {self.model_name}",
             "choose another --output-dir",

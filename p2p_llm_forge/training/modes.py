@@ -116,7 +116,7 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
     saved = f"saved after step {steps[0] if steps else 0:,}"
     paced = saved_pace(state) if state else None
     total = paced.total_steps if paced else job.plan.total_steps
-    then = "--resume auto continues it" if not steps or steps[0] < total else "which is its end"
+    then = "--resume auto continues it" if not steps or steps[0] < total else "it has ended"
     found = f"{folder} holds this run, {saved} of {total:,}"
     return [f"folder    {found}; {then}, --overwrite throws it away"], state
 

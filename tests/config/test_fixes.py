@@ -46,6 +46,7 @@ FLAGS = [
     ),
     (["--model-name", "a", "--depth", "2"], "give one or the other", ["--depth", "2"]),
     (["--depth", "0"], "use 1 or more", ["--depth", "1"]),
+    (["--eval-only", "--overwrite"], "leave --overwrite out", ["--eval-only"]),
     (["--dropout", "1"], "0 or more and less than 1", ["--dropout", "0.1"]),
     (["--model-name", "a", "--model-type", "gpt2"], "give one or the other", ["--model-name", "a"]),
     (["--resume", "auto", "--overwrite"], "give one of them", ["--resume", "auto"]),

@@ -46,7 +46,7 @@ def test_a_dry_run_looks_at_a_folder_that_holds_a_run(config, tmp_path, capsys):
         assert contents(tmp_path / "run") == before
         return capsys.readouterr().out
 
-    assert f"{folder} holds this run, saved after step 6 of 6; which is its end" in seen()
+    assert f"{folder} holds this run, saved after step 6 of 6; it has ended" in seen()
     assert "after step 6 of 9; --resume auto continues it" in seen(max_steps=9)
     assert "after step 6 of 9; --resume auto" in seen(max_steps=9, resume="auto")
     other = seen(seed=7)
