@@ -185,8 +185,8 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture
-def reader(tmp_path) -> Iterator[Reader]:
-    """In a fresh clone, with two machines where they can be made."""
+def reader(page, tmp_path) -> Iterator[Reader]:
+    """In a fresh clone, with two machines where the page needs them and they can be made."""
     clone = tmp_path / "clone"
     for name in tracked():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,9 @@ def reader(tmp_path) -> Iterator[Reader]:
     stand_in_for_slurm(tmp_path / "slurm")
     environ |= {"PYTHON": sys.executable, "PYTHONPATH": str(clone)}
     with ExitStack() as stack:
-        machines = [] if why_not() else stack.enter_context(hosts(2))
+        needs_machines = "# machine 0" in text_of(page) or "# every machine" in text_of(page)
+        can_be = needs_machines and not why_not()
+        machines = stack.enter_context(hosts(2)) if can_be else []
         for host, number in zip(machines, (1, 2), strict=False):
             for file in clone.glob("accelerate_configs/*/*.yaml"):
                 file.write_text(file.read_text().replace(f"10.0.0.{number}\n", f"{host.address}\n"))
