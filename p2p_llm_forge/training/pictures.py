@@ -363,7 +363,7 @@ def main() -> int:
     folders = [Path(word) for word in sys.argv[1:]]
     if not folders or any(word.startswith("-") for word in sys.argv[1:]):
         print(__doc__.strip())
-        return 0
+        return 0 if {*sys.argv[1:]} & {"-h", "--help"} else 2
     if not is_installed():
         raise ForgeError("matplotlib is not installed", install_line("matplotlib"))
     for folder in folders:
