@@ -137,7 +137,7 @@ $'--tokenizer=@/tokenizer_no_eos' $'--eos-token=\udc80' -> --eos-token
 --verify -> add --describe FOLDER
 --config=@/bomb.yaml -> bomb.yaml
 --config=@/deep.yaml -> deep.yaml
---config=@/boolean.yaml -> unknown key 'epochs'
+--config=@/boolean.yaml -> prepare_data.py has no --epochs
 RANK=x WORLD_SIZE=2 -> RANK is 'x'
 RANK=3 WORLD_SIZE=2 -> RANK
 """
@@ -175,7 +175,7 @@ train.py -> --main is missing
 --main=127.0.0.1 --processes=0 train.py -> --processes is 0
 --main=127.0.0.1 --lost-after=nan train.py -> --lost-after is nan
 --main=127.0.0.1 --min-peers=3 --max-peers=2 train.py -> --max-peers 2 is below
---main=127.0.0.1 --foo train.py -> unrecognized arguments: --foo
+--main=127.0.0.1 --foo train.py -> unknown argument --foo
 --main=127.0.0.1 --secret-file=@/nothing train.py -> @/nothing
 --main=127.0.0.1 --secret-file=@/short.secret train.py -> @/short.secret
 --main=10.255.255.1 train.py -> secret
