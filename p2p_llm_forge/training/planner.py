@@ -12,7 +12,7 @@ from p2p_llm_forge.training.law import bits_per_byte
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 # Parts of the time after which a run could end: a small text is not read until known by heart.
-PARTS = tuple(0.85**n for n in range(40))
+PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on

@@ -73,6 +73,13 @@ def test_a_small_text_takes_a_smaller_model_than_a_large_one_and_is_not_read_for
     assert "ends before the time is over: give more text" in words
 
 
+def test_years_for_a_small_text_are_worth_what_an_hour_is():
+    hour, years = (planner.choose(seconds(), TEXT, time_s) for time_s in (3600, 10**8))
+    assert hour.is_cut_short and years.is_cut_short
+    assert years.bits_per_byte == pytest.approx(hour.bits_per_byte, rel=1e-2)
+    assert years.epochs == pytest.approx(hour.epochs, rel=0.2)
+
+
 def test_speeds_lie_on_a_line_over_the_work_of_a_token():
     work = {depth: planner.work(depth, TEXT) for depth in planner.DEPTHS}
     exact = {depth: 1e-5 + 2e-10 * one for depth, one in work.items()}
