@@ -131,7 +131,7 @@ def test_a_finished_run_is_uploaded_without_training_again(hub, finished, withou
     assert end.returncode == 0, end.stdout
     assert end.stdout.splitlines()[-1] == f"uploaded  {hub.address}/me/mara"
     there = contents(hub.folder / "me" / "mara")
-    assert set(there) == FILES | {"loss.png"}
+    assert set(there) == FILES | {"loss.png", "samples.jsonl"}
     assert there.pop(".gitattributes") == b"private"
     paths = [path for _, path in hub.asked()]
     assert any("/xorbs/" in path for path in paths) is not bool(without_xet)
