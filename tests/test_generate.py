@@ -194,7 +194,7 @@ def test_the_newest_model_of_a_run_writes(a_run, zygote, prepared, written, tmp_
     finish(zygote, prepared, run, 1, max_steps=9, save_every=3)
     shutil.copytree(run / "checkpoint-9", a_run / "checkpoint-9", dirs_exist_ok=True)
     assert f"the newest model is {a_run / 'checkpoint-9'}\n" in written(a_run, *words)[1]
-    # A damaged one is passed over for the newest that is whole.
+    # Of a damaged one, the newest that is whole takes the place.
     (a_run / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
     assert "newest model is " + str(a_run / "checkpoint-6") in written(a_run, *words)[1]
     status, refused = written(a_run / "checkpoint-9", *words)

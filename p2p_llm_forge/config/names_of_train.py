@@ -303,7 +303,7 @@ OF_SAVING = {
     "logging_dir": answer("leave it out: everything of a run lies in its --output-dir"),
     **all_of(
         "wandb_project wandb_run_name run_name project trackio_space_id",
-        answer("leave it out: runs are told apart by --output-dir; trackers by --report-to"),
+        answer("leave it out: each run has its --output-dir, and --report-to names trackers"),
     ),
     "disable_tqdm": unless_off("leave it out, and add 2>&1 | cat for lines without a bar"),
     "save_safetensors": unless_on("leave it out: nothing is ever saved by pickle"),

@@ -21,6 +21,7 @@ from p2p_llm_forge.sync.forecast import choose, table
 from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
+from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.card import facts_of, machines_of
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import was_compiled
@@ -101,13 +102,18 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         run.pictures = pictures_for(run)
     folder.claim()
     if job.budget and cluster.is_main:
-        drawing_s = run.pictures.rehearse() if run.pictures else 0.0
-        job.budget.ending_s = ending_s(learner.lm, len(job.config.prompts())) + drawing_s
-        job.budget.evaluated_tokens = validation_tokens(job)
+        rehearse_end(run, job.budget)
     try:
         yield run
     finally:
         run.close()
+
+
+def rehearse_end(run: Run, budget: Budget) -> None:
+    """Find how long evaluation, pictures, samples and saving will take when the time is over."""
+    drawing_s = run.pictures.rehearse() if run.pictures else 0.0
+    budget.ending_s = ending_s(run.learner.lm, len(run.job.config.prompts())) + drawing_s
+    budget.evaluated_tokens = validation_tokens(run.job)
 
 
 def uploads_checkpoints(job: Job) -> bool:

@@ -1,7 +1,7 @@
 """A Hub of one's own, as a program: the HTTP interface by which huggingface_hub uploads models.
 
 `python -m tests.training.stand_in_hub FOLDER` prints its address. In FOLDER it keeps
-`OWNER/NAME/FILE` of its models, `requests.jsonl` of what it was asked, and reads `rules.json` anew
+`OWNER/NAME/FILE` of its models, `requests.jsonl` of what it was asked, and reads `rules.json` again
 for every request: `{"role": "read"}` of the token, `{"fail": {"/commit/": 500}}` for paths,
 `{"silent": true}`. Takes files by LFS and by xet: of xet, whose blocks it does not decode, it wants
 the SHA-256 of every file in what was uploaded.
