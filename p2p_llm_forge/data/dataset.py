@@ -42,7 +42,10 @@ DECIDES_DOCUMENTS = (
     *("encoding_errors", "deduplicate", "min_document_tokens", "max_document_tokens"),
 )
 COUNTS = ("documents", "bytes", "tokens", "dropped_tokens", "left_out_tokens")
-SPLIT_SHAPE = dict.fromkeys((*COUNTS, "blocks"), is_count)
+SPLIT_SHAPE = {
+    **dict.fromkeys((*COUNTS, "blocks"), is_count),
+    "trained_tokens": (None, is_count),
+}
 SOURCE_SHAPE = {
     **dict.fromkeys((*COUNTS, "left_out_documents"), is_count),
     **{"name": str, "weight": (None, is_number)},
@@ -60,6 +63,7 @@ SHAPE = {
     **{"splits": {TRAIN: SPLIT_SHAPE, str: SPLIT_SHAPE}, "files": FILES_SHAPE, "digest": str},
     "sources": [SOURCE_SHAPE],
     "left_out": {str: dict.fromkeys(("documents", "bytes", "tokens"), is_count)},
+    "conversations": (None, dict),
 }
 
 
@@ -71,6 +75,8 @@ class SplitFacts:
     the separators between documents count nowhere, so bits per byte pays for predicting the ends
     of documents without being credited for them: never too low. dropped_tokens: the tail of the
     split that fills no block; its bytes are not counted. left_out_tokens: by a mixture's weights.
+    trained_tokens: of conversations those that count in the loss, and then `bytes` are those of
+    their text alone; None: all.
     """
 
     documents: int
@@ -79,6 +85,7 @@ class SplitFacts:
     bytes: int
     dropped_tokens: int
     left_out_tokens: int = 0
+    trained_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class Manifest:
     In its file it proves itself too: `digest` there is the SHA-256 of that file without it.
     What follows the arguments is known at the end: files are size and SHA-256 of every other file,
     skipped_rows the bad rows that were left out, left_out the documents, by the reason.
+    conversations: what decides how they became tokens and marks; None: text.
     """
 
     sequence_length: int
@@ -127,11 +135,22 @@ class Manifest:
     skipped_rows: int = 0
     left_out: dict[str, SplitCounts] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    conversations: dict[str, Any] | None = None
+
+    def content(self) -> dict[str, Any]:
+        """All that it says, as JSON values; of text nothing of conversations."""
+        content = asdict(self)
+        if self.conversations is None:
+            del content["conversations"]
+        for facts in content["splits"].values():
+            if facts["trained_tokens"] is None:
+                del facts["trained_tokens"]
+        return content
 
     @property
     def fingerprint(self) -> str:
         """Identifies the blocks: equal for two datasets that hold the same (64 hex digits)."""
-        content = asdict(self) | {"arguments": None, "files": None}
+        content = self.content() | {"arguments": None, "files": None}
         # Names of files may differ where the text does not, and so may what is a source but for
         # a mixture; the rest is in the fields already but for how documents were divided.
         for source in content["sources"]:
@@ -153,7 +172,7 @@ class Manifest:
             digest = known.get(name) or sha256_of(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         complete = replace(self, files=files)
-        write_file(folder / MANIFEST, sealed(asdict(complete)))
+        write_file(folder / MANIFEST, sealed(complete.content()))
         return complete
 
     @classmethod
@@ -322,6 +341,10 @@ class PreparedDataset:
             folder, manifest.sequence_length, manifest.eos_token_id, manifest.vocab_size
         )
         promised = manifest.splits[split].blocks
+        if blocks.is_of_conversations != (manifest.conversations is not None):
+            kinds = ("text", "conversations")[:: -1 if blocks.is_of_conversations else 1]
+            found = f"{folder} holds {kinds[0]}, the manifest has {kinds[1]}"
+            raise ForgeError(found, PREPARE_AGAIN)
         if any(str(chunk.dtype) != manifest.dtype for chunk in blocks.chunks):
             found = f"{folder} holds {blocks.chunks[0].dtype}, the manifest has dtype"
             raise ForgeError(f"{found} {manifest.dtype}", PREPARE_AGAIN)

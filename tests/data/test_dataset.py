@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,47 @@ def test_a_manifest_comes_back_as_it_was_saved(tmp_path):
     saved = a_manifest().save(tmp_path)
     assert Manifest.load(tmp_path) == saved and saved.files
     assert Manifest.load(tmp_path).fingerprint == a_manifest().fingerprint
+
+
+def test_a_text_is_named_and_described_as_before_there_were_conversations(tmp_path):
+    """By what the version before them has written."""
+    assert a_manifest().fingerprint == (
+        "84d470d5b77b9740148f6f6f67db93528d0c121e1cebde2add466d9142285b50"
+    )
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    a_manifest().save(tmp_path)
+    assert hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest() == (
+        "60e8d28ad1f2e1ae3bc1fa4f7ee4e08014a04cd58ce4ade6fb75bc5f17a30eb9"
+    )
+
+
+def test_a_manifest_of_conversations_comes_back_and_names_them(tmp_path):
+    facts = SplitFacts(3, 2, tokens=16, bytes=20, dropped_tokens=0, trained_tokens=9)
+    of_all = a_manifest(splits={"train": facts}, conversations={"train_on": "all"})
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    saved = of_all.save(tmp_path)
+    loaded = Manifest.load(tmp_path)
+    assert loaded == saved and loaded.conversations == {"train_on": "all"}
+    assert loaded.splits["train"].trained_tokens == 9
+    others = [
+        a_manifest(),
+        a_manifest(splits={"train": facts}, conversations={"train_on": "assistant"}),
+        a_manifest(
+            splits={"train": replace(facts, trained_tokens=8)}, conversations={"train_on": "all"}
+        ),
+    ]
+    assert len({one.fingerprint for one in [loaded, *others]}) == 4
+
+
+def test_a_manifest_of_conversations_does_not_go_with_blocks_of_text(prepared_corpus, tmp_path):
+    for name in ("train", "validation", "tokenizer"):
+        (tmp_path / name).symlink_to(prepared_corpus / name)
+    content = json.loads((prepared_corpus / "manifest.json").read_text())
+    write_manifest(tmp_path, content)
+    assert open_prepared(tmp_path).train_blocks()
+    write_manifest(tmp_path, content | {"conversations": {"train_on": "all"}})
+    with pytest.raises(ForgeError, match="train holds text, the manifest has conversations"):
+        open_prepared(tmp_path).train_blocks()
 
 
 def test_every_changed_byte_of_a_manifest_is_found(tmp_path):
