@@ -51,7 +51,8 @@ class Options:
     A whole configuration is built of groups by inheritance and lists them, in order, as GROUPS.
     """
 
-    heading: ClassVar[str] = ""  # in `--help`
+    heading: ClassVar[str] = ""  # in `--help-all`
+    shown_with: ClassVar[str] = ""  # the heading in `--help`, where that is not its own
     GROUPS: ClassVar[list[type[Options]]] = []
     PER_RANK: ClassVar[list[str]] = []  # may differ between the ranks of one run
     COMMON: ClassVar[list[str]] = []  # what `--help` shows; `--help-all` shows all

@@ -53,7 +53,8 @@ def help_in_short(config_class: type[Options], script: str) -> str:
     shown = {*vars(config_class).get("COMMON", shown)}
     for group in config_class.GROUPS:
         common = [one for one in _flags(group) if not shown or one[0].name in shown]
-        lines += [f"{group.heading}:"] * bool(common)
+        heading = f"{group.shown_with or group.heading}:"
+        lines += [heading] * bool(common and heading not in lines)
         for field, choices, kind in common:
             value = field.metadata.get("metavar") or _value(choices, kind)
             flag = f"  {option(field.name)} {value}".rstrip()

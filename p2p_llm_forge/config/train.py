@@ -20,6 +20,7 @@ from p2p_llm_forge.config.fields import (
     require_seconds,
 )
 from p2p_llm_forge.config.launch import LaunchOptions
+from p2p_llm_forge.config.lora import LoraOptions
 from p2p_llm_forge.config.names_of_train import OF_TRAINING
 from p2p_llm_forge.config.sharing import SharingOptions
 from p2p_llm_forge.config.showing import ShowingOptions
@@ -303,14 +304,15 @@ class TrainConfig(
     SavingOptions,
     EvaluationOptions,
     UpdateOptions,
+    LoraOptions,
     ModelOptions,
     DataOptions,
 ):
     """One training run: what it learns from, what it builds, how long."""
 
     GROUPS = [
-        *(DataOptions, ModelOptions, UpdateOptions, EvaluationOptions, SavingOptions),
-        *(ShowingOptions, SharingOptions, SyncOptions, LaunchOptions),
+        *(DataOptions, ModelOptions, LoraOptions, UpdateOptions, EvaluationOptions),
+        *(SavingOptions, ShowingOptions, SharingOptions, SyncOptions, LaunchOptions),
     ]
     OTHER_NAMES = OF_TRAINING
 

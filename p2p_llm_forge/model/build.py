@@ -21,6 +21,14 @@ from p2p_llm_forge.model.fit import (
     require_positions,
     require_same_words,
 )
+from p2p_llm_forge.model.lora import (
+    add_adapters,
+    base_of,
+    is_adapter_folder,
+    merge,
+    read_adapters,
+    settings_of,
+)
 from p2p_llm_forge.model.shape import DEPTH, OUTPUT_PROJECTIONS, STARTS_AT_ZERO
 from p2p_llm_forge.model.sizes import (
     below_1,
@@ -43,9 +51,12 @@ def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) ->
     """The causal LM that the run trains, in float32, on the CPU.
 
     Loaded from `--model-name`, or built from scratch with the text's vocabulary and context
-    length; weights from scratch depend on the seed alone. processes_here: on this machine, each
-    with a model of its own. Raises ForgeError where model, text and machine do not fit together.
+    length; weights from scratch depend on the seed alone. With `--lora-rank` it has adapters, and
+    its own weights are in `--base-dtype`. processes_here: on this machine, each with a model of its
+    own. Raises ForgeError where model, text and machine do not fit together.
     """
+    if config.model_name and config.lora_rank:
+        return load_base(config, text)
     if config.model_name:
         return load_model(config.model_name, text, config.trust_remote_code)
     disable_progress_bar()
@@ -98,11 +109,36 @@ def fix_of_sizes(config: TrainConfig, model_config: Any) -> str:
     return f"{sizes}; or take another family"
 
 
-def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> Any:
+def load_base(config: TrainConfig, text: TextSpec) -> Any:
+    """The model of `--model-name` with new adapters. Raises ForgeError."""
+    name = config.model_name or ""
+    if is_adapter_folder(Path(name)):
+        raise ForgeError(
+            f"--model-name {name} holds adapters, and new ones need the weights of a whole model",
+            "give the model that they belong to, or the same run's with --merge-lora",
+        )
+    dtype = torch.bfloat16 if config.base_dtype == "bfloat16" else torch.float32
+    lm = load_model(name, text, config.trust_remote_code, dtype)
+    add_adapters(lm, config)
+    return lm
+
+
+def load_model(
+    name: str,
+    text: TextSpec,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """The model `name` (a folder or a name of the Hub) in float32, on the CPU.
 
-    Raises ForgeError where it cannot be read, or does not fit the text.
+    Of a folder of adapters, the model that they belong to, with them added to its weights. Raises
+    ForgeError where it cannot be read, or does not fit the text.
     """
+    if is_adapter_folder(Path(name)):
+        lm = load_model(base_of(Path(name)), text, trust_remote_code)
+        read_adapters(lm, Path(name))
+        merge(lm)
+        return lm
     disable_progress_bar()  # transformers draws one for every file, on every rank
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
@@ -116,10 +152,10 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
     try:
         known = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         require_sizes(known, f"in the config.json of {name}", fix)
-        # transformers 5 keeps the file's dtype by default: training wants float32 weights.
+        # transformers 5 keeps the file's dtype by default: what is trained wants float32.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -129,6 +165,8 @@ def load_model(name: str, text: TextSpec, trust_remote_code: bool = False) -> An
         found = f"--model-name {name} could not be loaded: {one_line(error)}"
         raise ForgeError(found, fix) from error
     model, loading = loaded
+    if settings_of(model):  # adapters of the Hub, which transformers has put into their base
+        merge(model)
     model.config.get_text_config(decoder=True).use_cache = True  # of runs before it was published
     if model.generation_config is not None:
         model.generation_config.use_cache = True

@@ -22,7 +22,9 @@ def add_dropout(lm: Any, probability: float) -> None:
     projections = [
         module
         for name, module in lm.named_modules()
-        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, torch.nn.Linear)
+        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS
+        # An adapter is beside the layer that it adds to.
+        and isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
     ]
     if not projections:
         own = [name for name, value in lm.config.to_dict().items() if _is_dropout(name, value)]

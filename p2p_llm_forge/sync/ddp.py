@@ -58,10 +58,17 @@ def settle_ddp(config: TrainConfig, cluster: Cluster) -> None:
 
 
 def share_first_weights(cluster: Cluster, model: torch.nn.Module) -> None:
-    """Give rank 0's parameters and buffers to all, where DDP does not. All ranks must call."""
+    """Give rank 0's trained parameters, and buffers, to all, where DDP does not. All must call.
+
+    What is not trained stays: every rank has read the same, or no text reaches it.
+    """
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     if cluster.is_on_gloo and cluster.world_size > 1:
-        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        cluster.send_from_main_(named)
+        cluster.send_from_main_({**trained, **dict(model.named_buffers())})
+    else:
+        stays = [name for name, _ in model.named_parameters() if name not in trained]
+        # DDP (torch 2.13) sends all others when it is made.
+        model._ddp_params_and_buffers_to_ignore = stays  # type: ignore[assignment]
 
 
 class GradientAveraging(Sync):

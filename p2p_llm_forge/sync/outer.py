@@ -80,7 +80,8 @@ def outer_settings(
 
 def units_of(lm: Any) -> list[Unit]:
     """The model's parameters in the parts that a fragment is made of: what comes before the layers
-    (embeddings), each layer, what comes after. Tied weights count where they come first."""
+    (embeddings), each layer, what comes after. Tied weights count where they come first; what is
+    not trained, nowhere."""
     sizes = {
         f"{name}.": sum(p.numel() for p in module.parameters())
         for name, module in lm.named_modules()
@@ -89,7 +90,8 @@ def units_of(lm: Any) -> list[Unit]:
     # The largest: a layer may itself hold a longer list, of experts.
     stack, unit = max(sizes, key=lambda name: sizes[name], default="no list"), "before"
     units: dict[str, Unit] = {}
-    for name, parameter in lm.named_parameters():
+    trained = ((name, p) for name, p in lm.named_parameters() if p.requires_grad)
+    for name, parameter in trained:
         if name.startswith(stack):
             unit = name.removeprefix(stack).partition(".")[0]  # the layer's number
         elif unit != "before":

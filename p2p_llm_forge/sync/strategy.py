@@ -91,7 +91,10 @@ def refuse_different_models(cluster: Cluster, lm: Any, is_loaded: bool) -> None:
     shapes = {name: list(parameter.shape) for name, parameter in lm.named_parameters()}
     weights = hashlib.sha256()
     if is_loaded:
-        for _, parameter in lm.named_parameters():
+        parameters = list(lm.parameters())
+        # Of a model with adapters, what stays: rank 0's adapters are sent to all.
+        frozen = [one for one in parameters if not one.requires_grad]
+        for parameter in frozen or parameters:
             weights.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     facts = {"shapes": fingerprint(shapes), "weights": weights.hexdigest()}
     by_rank = cluster.gather_facts({**facts, "host": platform.node()})

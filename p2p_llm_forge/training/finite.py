@@ -11,7 +11,8 @@ from torch import Tensor
 
 # A weight whose square overflows float32 makes the next forward infinite.
 LARGEST_WEIGHT = torch.finfo(torch.float32).max ** 0.5
-OF_WEIGHTS = ("model", "pytorch_model")  # how files of weights begin; others hold moments
+# How files of weights begin; others hold moments.
+OF_WEIGHTS = ("model", "pytorch_model", "adapter_model")
 
 
 def bad_tensor(named: Iterable[tuple[str, Tensor]], largest: float = torch.inf) -> str | None:

@@ -100,6 +100,20 @@ def identity_without_data(config: TrainConfig) -> dict[str, Any]:
         "dropout": config.dropout or None,
         "optimizer": config.optimizer,
         "seed": config.seed,
+        **lora_identity(config),
+    }
+
+
+def lora_identity(config: TrainConfig) -> dict[str, Any]:
+    """What is trained in place of all weights; nothing where these are."""
+    if not config.lora_rank:
+        return {}
+    return {
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.scaling,
+        "lora_dropout": config.lora_dropout or None,
+        "lora_targets": sorted(config.lora_targets),
+        "base_dtype": config.base_dtype,
     }
 
 

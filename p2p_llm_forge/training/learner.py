@@ -14,6 +14,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model, recompute_activations
 from p2p_llm_forge.model.dropout import add_dropout
 from p2p_llm_forge.model.fit import TextSpec
+from p2p_llm_forge.model.lora import is_adapter_folder, load_adapters
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.model.unreached import freeze_unreached
@@ -83,6 +84,12 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
                 " --output-dir of rank 0",
                 "share the folder, or copy it to this machine",
             )
+        if is_adapter_folder(checkpoint) != bool(config.lora_rank):
+            raise other_kind(checkpoint)
+        if config.lora_rank:
+            lm = new_model(job)
+            load_adapters(lm, checkpoint)
+            return lm
         return load_model(str(checkpoint), text_spec_of(job.data), config.trust_remote_code)
 
     lm = cluster.together(of_this_rank)
@@ -93,10 +100,29 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
     return lm
 
 
+def other_kind(checkpoint: Path) -> ForgeError:
+    """What a checkpoint comes to that holds adapters where none are trained, or the reverse."""
+    if is_adapter_folder(checkpoint):
+        found = f"{checkpoint} holds adapters (LoRA), and this run trains all weights"
+        return ForgeError(found, "add the --lora-rank that they were trained with")
+    found = f"{checkpoint} holds a whole model, and this run trains adapters (LoRA)"
+    return ForgeError(found, "leave --lora-rank out, or start in another --output-dir")
+
+
 def new_model(job: Job) -> Any:
-    """The causal LM that a run from scratch begins with, in float32, on the CPU."""
+    """The causal LM that a run begins with, on the CPU: in float32, or as `base_dtype` says."""
     processes_here = job.cluster.launch.local_world_size
-    return build_model(job.config, text_spec_of(job.data), processes_here)
+    config = replace(job.config, base_dtype=base_dtype(job))
+    return build_model(config, text_spec_of(job.data), processes_here)
+
+
+def base_dtype(job: Job) -> Literal["float32", "bfloat16"]:
+    """What --base-dtype has come to, by what is computed in."""
+    asked, accelerator = job.config.base_dtype, job.cluster.accelerator
+    if asked != "auto":
+        return asked
+    is_bf16 = job.config.lora_rank and accelerator and accelerator.mixed_precision == "bf16"
+    return "bfloat16" if is_bf16 else "float32"
 
 
 def text_spec_of(data: PreparedDataset) -> TextSpec:

@@ -23,6 +23,7 @@ from p2p_llm_forge.training.run_record import CHECKPOINT
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+ADAPTERS = "adapter_model"  # how the file of weights begins where only adapters are saved
 FIGURES = (
     *("eval_loss", "perplexity", "bits_per_byte", "token_accuracy"),
     *("eval_blocks", "eval_split_blocks", "eval_loss_stderr", "bits_per_byte_stderr"),
@@ -174,7 +175,7 @@ def _unusable(path: Path, files: list[str]) -> str | None:
     except (OSError, ValueError) as error:
         return f"its {TRAINER_STATE} cannot be read ({error})"
     tensors = [name for name in files if name.endswith(".safetensors")]
-    if not any(os.sep not in name and name.startswith("model") for name in tensors):
+    if not any(os.sep not in name and name.startswith(("model", ADAPTERS)) for name in tensors):
         return "it holds no weights"
     for name in tensors:
         try:

@@ -11,7 +11,7 @@ from p2p_llm_forge.training.results import TrainResult
 from p2p_llm_forge.training.run_record import CHECKPOINT
 from p2p_llm_forge.training.snapshot import OPTIMIZER
 
-MODEL_CONFIG = "config.json"
+MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def newest_model(folder: Path) -> Path:
@@ -28,7 +28,8 @@ def newest_model(folder: Path) -> Path:
             raise _not_whole(folder, wrong)
         return folder
     steps, result = steps_saved(folder), TrainResult.load(folder)
-    is_published = (folder / MODEL_CONFIG).exists() and (result is None or result.is_published)
+    has_config = any((folder / name).exists() for name in MODEL_CONFIGS)
+    is_published = has_config and (result is None or result.is_published)
     ended_at = result.updates_taken if result else 0
     if is_published and (not steps or steps[0] <= ended_at):
         return folder
@@ -42,7 +43,7 @@ def newest_model(folder: Path) -> Path:
         )
     if newest is None:
         raise ForgeError(
-            f"{folder} holds no model: neither {MODEL_CONFIG} nor a checkpoint",
+            f"{folder} holds no model: neither {MODEL_CONFIGS[0]} nor a checkpoint",
             "give the --output-dir of a run that has saved something, a folder that save_pretrained"
             " has written, or a name of the Hub",
         )

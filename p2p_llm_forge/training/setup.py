@@ -12,6 +12,7 @@ from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.data.held_out import HeldOut, held_out
 from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.compiling import keep_between_runs
+from p2p_llm_forge.model.lora import layers_in_words
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
@@ -228,6 +229,8 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     say, config, cluster = run.tracking.say, run.job.config, run.job.cluster
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
     say("\n".join(settled_lines(config)))
+    if config.lora_rank:
+        say(layers_in_words(run.learner.lm))
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")

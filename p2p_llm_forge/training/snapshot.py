@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fsync, write_json
+from p2p_llm_forge.model.lora import saved_parameters, settings_of, write_adapters
 from p2p_llm_forge.polling import wait_for
 from p2p_llm_forge.sync.base import SyncState
 from p2p_llm_forge.training.checkpoint import FORMAT_VERSION, TRAINER_STATE, not_written
@@ -50,12 +51,16 @@ class Snapshot:
             # Tied weights stay one tensor, which save_pretrained writes once.
             return copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
 
-        model = {name: copy(tensor) for name, tensor in lm.state_dict().items()}
+        model = {name: copy(tensor) for name, tensor in saved_parameters(lm).items()}
         return Snapshot(model, optimizer_tensors(lm, optimizer), trainer=trainer, sync=sync)
 
     def write(self, folder: Path, lm: Any, tokenizer_dir: Path) -> None:
-        """Write all files of a checkpoint: the model (the class and sizes of `lm`), the state."""
-        lm.save_pretrained(folder, state_dict=self.model)
+        """Write all files of a checkpoint: the model (the class and sizes of `lm`, or its
+        adapters alone), the state."""
+        if settings_of(lm):
+            write_adapters(folder, lm, self.model)
+        else:
+            lm.save_pretrained(folder, state_dict=self.model)
         shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         save_file(self.optimizer, folder / OPTIMIZER)
         if self.sync.shared:

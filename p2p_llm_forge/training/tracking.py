@@ -19,6 +19,7 @@ from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
 from p2p_llm_forge.files import files_in, parse_json, write_file
+from p2p_llm_forge.model.lora import settings_of
 from p2p_llm_forge.peers.addresses import is_loopback, resolve
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import Launch
@@ -240,7 +241,9 @@ def times_of(metrics: dict[str, Any]) -> list[str]:
 def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -> str:
     """What is about to happen, in a few lines."""
     parameters = sum(p.numel() for p in lm.parameters())
-    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+    frozen = (
+        0 if settings_of(lm) else sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+    )
     note = f", of which no text reaches {frozen / 1e6:.2f} M" if frozen else ""
     manifest, precision = data.manifest, cluster.accelerator.mixed_precision
     blocks, length = manifest.splits["train"].blocks, manifest.sequence_length
