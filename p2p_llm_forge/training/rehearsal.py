@@ -10,6 +10,7 @@ import torch
 
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.model.build import recompute_activations
+from p2p_llm_forge.model.compiling import uncompiled
 from p2p_llm_forge.model.dropout import add_dropout
 from p2p_llm_forge.model.fit import in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
@@ -67,7 +68,7 @@ def ending_s(lm: Any, samples: int = 1) -> float:
     import p2p_llm_forge.training.language_modeling_metric  # noqa: F401
 
     token, spent_s = torch.zeros((1, 1), dtype=torch.long, device=lm.device), []
-    with in_evaluation(lm):
+    with in_evaluation(lm), uncompiled():
         for _ in range(3):
             began = time.perf_counter()
             float(lm(token).logits.sum())

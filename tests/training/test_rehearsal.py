@@ -43,3 +43,17 @@ def test_the_tokens_of_the_evaluation_are_those_of_the_split(job):
     assert validation_tokens(job) == split.blocks * 32 > 0
     sampled = replace(job, config=replace(job.config, eval_blocks=5))
     assert validation_tokens(sampled) == 5 * 32 < split.blocks * 32
+
+
+def test_nothing_is_compiled_for_the_end(job):
+    lm, compiled = new_model(job), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    lm.base_model.layers[0].compile(backend=backend)
+    ending_s(lm)
+    assert not compiled
+    lm(torch.zeros((1, 8), dtype=torch.long))
+    assert compiled  # so the backend is asked where something may be compiled
