@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ from p2p_llm_forge.config import GenerateConfig, name_first, parse
 from p2p_llm_forge.errors import ForgeError, plain, run_script
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
+    from p2p_llm_forge.model.chat import Message
     from p2p_llm_forge.using.loading import LanguageModel
-    from p2p_llm_forge.using.prompts import Message
 
 
 def generate(config: GenerateConfig) -> None:
@@ -26,6 +27,7 @@ def generate(config: GenerateConfig) -> None:
     config.problems().raise_any()
     import torch
 
+    from p2p_llm_forge.model.chat import ends_of_answers
     from p2p_llm_forge.training.newest import newest_model
     from p2p_llm_forge.using.loading import load
 
@@ -37,7 +39,10 @@ def generate(config: GenerateConfig) -> None:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load(name, device)
     torch.manual_seed(torch.seed() if config.seed is None else config.seed)
-    speak = answer if config.chat_template and model.tokenizer.chat_template else continue_text
+    chats = is_conversation(config, Path(name), model)
+    speak = answer if chats else continue_text
+    if chats:
+        model = replace(model, ends=ends_of_answers(model.tokenizer, model.ends))
     messages: list[Message] = []
     for prompt in prompts(config):
         try:
@@ -46,6 +51,21 @@ def generate(config: GenerateConfig) -> None:
             if not config.interactive:
                 raise
             note(f"\n{error}")  # ends this text, not the conversation
+
+
+def is_conversation(config: GenerateConfig, folder: Path, model: LanguageModel) -> bool:
+    """Whether prompts are what a user says, and not texts to continue. Raises ForgeError."""
+    from p2p_llm_forge.training.newest import was_trained_to_chat
+
+    has_template = bool(model.tokenizer.chat_template)
+    if config.chat == "on" and not has_template:
+        raise ForgeError(
+            f"--chat: the tokenizer of {model.name} has no chat template",
+            "leave --chat out: then the model continues the prompt",
+        )
+    trained = was_trained_to_chat(folder) if config.chat == "auto" else None
+    is_asked = trained is not False if config.chat == "auto" else config.chat == "on"
+    return has_template and is_asked
 
 
 def prompts(config: GenerateConfig) -> Iterator[str | None]:
@@ -80,7 +100,8 @@ def answer(
     model: LanguageModel, prompt: str | None, config: GenerateConfig, messages: list[Message]
 ) -> None:
     """Print the model's answer in a conversation, to which question and answer are added."""
-    from p2p_llm_forge.using.prompts import STORY, tokens_of_chat
+    from p2p_llm_forge.model.chat import STORY
+    from p2p_llm_forge.using.prompts import tokens_of_chat
     from p2p_llm_forge.using.writing import write
 
     asked = [*messages, {"role": "user", "content": prompt or STORY}]

@@ -113,7 +113,8 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]
         data = prepare_data(folder)
         results["parameters"] = results["parameters"] or parameters_of_model(data)
         with hosts(3) as (*machines, lonely):
-            alone = Alone(lonely, data, folder)
+            flags = [*common_flags(data, 1), "--log-every", 2]
+            alone = Alone(lonely, flags, folder / "alone", ALONE_UPDATES // 2)
             before = alone.tokens_per_s()
             for name, mbit in todo:
                 began = time.monotonic()
@@ -139,10 +140,11 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]
 class Alone:
     """One peer that trains on and on, but is stopped except while it is measured."""
 
-    def __init__(self, host: Host, data: Path, folder: Path) -> None:
-        self._host, self._output, self._log = host, folder / "alone", folder / "alone.log"
-        words = [*common_flags(data, 1), "--max-steps", 1_000_000, "--log-every", 2]
-        words += ["--output-dir", self._output, "--world-size", 1]
+    def __init__(self, host: Host, flags: list[object], output: Path, lines: int) -> None:
+        """lines: of metrics.jsonl, which a measurement takes."""
+        self._host, self._output, self._lines = host, output, lines
+        self._log = output.with_suffix(".log")
+        words = [*flags, "--max-steps", 1_000_000, "--output-dir", output, "--world-size", 1]
         host.start(PYTHON, "train.py", *words, log=self._log)
         self._more_lines(2)
         host.pause()
@@ -151,7 +153,7 @@ class Alone:
         """Its speed now."""
         self._host.go_on()
         # The line that ends first contains the pause.
-        first, *_, last = self._more_lines(1 + ALONE_UPDATES // 2)
+        first, *_, last = self._more_lines(1 + self._lines)
         self._host.pause()
         return speed_between(first, last)
 

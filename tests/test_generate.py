@@ -18,6 +18,7 @@ from tests import ROOT
 from tests.runs import finish
 from tests.using.models import CHAT, CONTEXT, save_model
 
+CHATML = CHAT.replace("\n{% endfor", "<|im_end|>\n{% endfor")
 STRANGER = ROOT / "tests" / "using" / "stranger_writes.py"
 GREEDY = {"do_sample": False}
 
@@ -65,6 +66,32 @@ def by_transformers(folder: Path, *cases: dict) -> list[str]:
     texts = json.loads(done.stdout)
     assert len(texts) == len(cases) and any(texts)
     return [printable(text) for text in texts]
+
+
+def mark_turns(folder: Path) -> None:
+    """Give the tokenizer a mark for the end of a turn; the model writes it, an X, it again, ..."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    lm.resize_token_embeddings(len(tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        for block in lm.model.layers:  # so that the head sees the embedding alone
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        lm.model.embed_tokens.weight.zero_()
+        lm.model.embed_tokens.weight[:, 0] = 1.0
+        lm.model.embed_tokens.weight[end, :2] = torch.tensor([0.0, 1.0])
+        lm.model.norm.weight.fill_(1.0)
+        lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.lm_head.weight))
+        lm.lm_head.weight[end, 0] = 1.0  # after anything else
+        lm.lm_head.weight[tokenizer.convert_tokens_to_ids("X"), 1] = 1.0  # after the mark
+    lm.config.tie_word_embeddings = False
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def printable(text: str) -> str:
@@ -133,15 +160,50 @@ def test_a_chat_model_answers_and_remembers(chat_model, written):
     words = (chat_model, "--temperature=0", "--max-new-tokens=12")
     said = written(*words, "--interactive", typed="Who bakes?\nWhy?\n")
     assert said == (0, f"{answer}\n{why}\n")
-    raw = written(*words, "--prompt=Who bakes?", "--no-chat-template")
+    raw = written(*words, "--prompt=Who bakes?", "--no-chat")
     assert raw == (0, f"Who bakes?{plain}\n")
+
+
+@pytest.mark.parametrize("trained_on", [None, "text", "conversations"])
+def test_a_model_chats_if_it_was_trained_to(trained_on, chat_model, written, tmp_path):
+    """A base's tokenizer may have a chat template that the run here never used."""
+    folder = shutil.copytree(chat_model, tmp_path / "run")
+    if trained_on:
+        identity = {"conversations": trained_on == "conversations" or None}
+        (folder / "run.json").write_text(json.dumps({"format_version": 1, "identity": identity}))
+    case = {"new": 6, "sampling": GREEDY}
+    message = {"role": "user", "content": "Who bakes?"}
+    (answered, continued) = by_transformers(
+        chat_model, {**case, "messages": [message]}, {**case, "prompt": "Who bakes?"}
+    )
+    assert answered != continued
+    words = (folder, "--prompt=Who bakes?", "--temperature=0", "--max-new-tokens=6")
+    as_text, as_answer = f"Who bakes?{continued}\n", f"{answered}\n"
+    assert written(*words)[1] == (as_text if trained_on == "text" else as_answer)
+    assert written(*words, "--chat")[1] == as_answer
+    assert written(*words, "--no-chat")[1] == as_text
+
+
+def test_a_tokenizer_without_a_template_cannot_chat(model, written):
+    status, text = written(model, "--chat", "--max-new-tokens=2")
+    assert status == 2 and "has no chat template\n  fix: leave --chat out" in text
+    assert written(model, "--max-new-tokens=2")[0] == 0
+
+
+def test_an_answer_ends_with_its_turn(tmp_path, written):
+    """Which the template ends by another token than documents have."""
+    folder = save_model(tmp_path / "m", "qwen3", CHATML, max_position_embeddings=512)
+    mark_turns(folder)
+    words = (folder, "--prompt=Who bakes?", "--temperature=0", "--max-new-tokens=40")
+    said, raw = written(*words)[1], written(*words, "--no-chat")[1]
+    assert said == "\n" and raw == "Who bakes?" + 20 * "X" + "\n"
 
 
 def test_a_conversation_that_is_too_long_loses_its_beginning(chat_model, written):
     question = "bread " * 30
     status, text = written(
         *(chat_model, "--interactive", "--max-new-tokens=4"),
-        typed=f"{question}\n" * 9,
+        typed=f"{question}\n" * 14,
     )
     assert status == 0 and "the conversation is too long: its first 2 messages are left" in text
     status, text = written(

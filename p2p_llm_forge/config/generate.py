@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from p2p_llm_forge.config.fields import Options, flag, require_between
-from p2p_llm_forge.config.other_names import all_of, answer, values
+from p2p_llm_forge.config.other_names import all_of, answer, switch, values
 from p2p_llm_forge.errors import Problems
 
 # What the other keys of nanoGPT's sample.py mean.
@@ -13,6 +14,11 @@ OF_SAMPLE = {
     "init_from": values({"resume": ""}, "--model-name {value}"),
     "num_samples": answer("leave it out: each time it is started, it writes another text"),
     **all_of("device dtype compile", answer("leave it out: this machine's best is taken")),
+}
+# What the last word of a switch means, and what the flag was called once.
+OF_CHAT = {
+    **all_of("no_chat no_chat_template", switch("--chat off", "--chat on")),
+    "chat_template": switch("--chat on", "--chat off"),
 }
 LONGEST_TEXT = 10**6  # tokens; more is a slip of the keys
 MOST_SEEDS = 2**63
@@ -57,18 +63,29 @@ class PromptOptions(Options):
     """What the model continues or answers."""
 
     heading = "prompt"
-    COMMON = ["prompt", "interactive", "chat_template"]
+    COMMON = ["prompt", "interactive", "chat"]
 
     prompt: str | None = flag(
         None,
-        "text to continue, or to answer where the model has a chat template (default: the start of"
-        " a document, and of a chat model a short story)",
+        "text to continue, or what a user says to a chat model (default: the start of a document,"
+        " and to a chat model a wish for a short story)",
         "--start",
     )
     interactive: bool = flag(
         False, "ask for one prompt after the other until the input ends (Ctrl-D)"
     )
-    chat_template: bool = flag(True, "speak to a model in the words of its chat template, if any")
+    chat: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "have a conversation by the chat template of the tokenizer, or continue the text (off, or"
+        " --no-chat); alone: on; auto: as the model was trained",
+        alone="on",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # YAML reads a bare on and off as true and false.
+        switches = {"true": "on", "false": "off"}
+        self.chat = switches.get(str(self.chat).lower(), self.chat)  # type: ignore[assignment]
 
 
 @dataclass
@@ -111,4 +128,4 @@ class GenerateConfig(SamplingOptions, PromptOptions, ModelOptions):
     """Let a model write: print how it continues a prompt, word by word."""
 
     GROUPS = [ModelOptions, PromptOptions, SamplingOptions]
-    OTHER_NAMES = OF_SAMPLE
+    OTHER_NAMES = OF_SAMPLE | OF_CHAT

@@ -155,7 +155,11 @@ class UpdateOptions(Options):
         "train the best model that this launch can make in this time, counted from its start to its"
         " end: chooses depth, batch, schedule and number of updates where they are not given",
     )
-    epochs: float | None = flag(None, "passes over the blocks; default: 1", "--num_train_epochs")
+    epochs: float | None = flag(
+        None,
+        "passes over the blocks; default: 1, of a loaded model 2, and by LoRA 3",
+        "--num_train_epochs",
+    )
     max_steps: int | None = flag(
         None, "updates; if given, --epochs does not count", "--max_train_steps"
     )
@@ -174,15 +178,19 @@ class UpdateOptions(Options):
         " that other way",
     )
     learning_rate: float | None = flag(
-        None, "peak learning rate; default: follows from optimizer and depth"
+        None,
+        "peak learning rate; default: follows from optimizer and depth, of a loaded model from its"
+        " width and from whether LoRA tunes it",
     )
     warmup_steps: int | None = flag(
-        None, "updates until the peak; default: 0", "--num_warmup_steps"
+        None,
+        "updates until the peak; default: 0, of a loaded model a twentieth of all",
+        "--num_warmup_steps",
     )
     lr_scheduler: str | None = flag(
         None,
         "schedule after the warm-up: linear, cosine, constant, wsd, or another of transformers;"
-        " default: cosine, and linear with --minutes",
+        " default: cosine, and linear with --minutes or of a loaded model",
         "--lr_scheduler_type",
     )
     optimizer: str | None = flag(

@@ -29,6 +29,7 @@ class TextSpec:
     eos_token_id: int  # ends every document
     sequence_length: int  # tokens in a block
     tokenizer_dir: Path
+    is_chat: bool = False  # made of conversations, by the tokenizer's chat template
 
 
 class BlockTooLong(ForgeError):

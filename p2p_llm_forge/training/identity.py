@@ -19,7 +19,7 @@ NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "lost+found")
 
 # What --resume-changed may change. Another model or tokenizer would give the saved numbers another
 # meaning.
-MAY_CHANGE = ("dataset", "seed", "batch_size")
+MAY_CHANGE = ("dataset", "conversations", "seed", "batch_size")
 
 # What older versions wrote down where nothing was asked for.
 USUAL = {"epochs": 1.0, "lr_scheduler": "cosine", "warmup_steps": 0}

@@ -33,7 +33,8 @@ from p2p_llm_forge.training.identity import (
 from p2p_llm_forge.training.plan import Plan, plan_updates
 from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
 from p2p_llm_forge.training.publishing import look_at_hub, require_login
-from p2p_llm_forge.training.settle import begun_in, settle
+from p2p_llm_forge.training.settle import begun_in, settle, width_for
+from p2p_llm_forge.training.tuning import with_warmup
 
 FLAG = re.compile(r"--[a-z][a-z-]*")
 COMPRESSED = 3  # bytes of a text for one of a compressed file, about
@@ -75,6 +76,7 @@ class Job:
             "tokenizer": manifest.tokenizer_fingerprint,
             "sequence_length": manifest.sequence_length,
             "batch_size": self.plan.batch_size,
+            "conversations": bool(manifest.conversations) or None,  # older runs have no such key
         }
 
     def refuse_another_run(self) -> None:
@@ -127,7 +129,8 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
     prepared = Path(config.output_dir) / PREPARED
     was_there = cluster.main_only(lambda: os.path.lexists(prepared))
     data = open_data(config, cluster)
-    job = Job(config, cluster, data, make_plan(config, cluster, data))
+    plan = make_plan(config, cluster, data)
+    job = Job(with_warmup(config, plan.total_steps), cluster, data, plan)
 
     def refuse_without_a_trace() -> None:
         try:
@@ -147,7 +150,9 @@ def settled(config: TrainConfig, cluster: Cluster) -> TrainConfig:
 
     Raises ForgeError where the run has begun with what no run can have.
     """
-    config = settle(config, cluster.main_only(lambda: begun_in(config)))
+    begun = cluster.main_only(lambda: begun_in(config))
+    width = cluster.main_only(lambda: width_for(config, begun))
+    config = settle(config, begun, width)
     config.problems().raise_any()
     return config
 

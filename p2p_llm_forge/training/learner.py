@@ -132,6 +132,7 @@ def text_spec_of(data: PreparedDataset) -> TextSpec:
         eos_token_id=data.manifest.eos_token_id,
         sequence_length=data.manifest.sequence_length,
         tokenizer_dir=data.tokenizer_dir,
+        is_chat=bool(data.manifest.conversations),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.checkpoint import newest_good
 from p2p_llm_forge.training.manifest import MANIFEST, damage, steps_saved
 from p2p_llm_forge.training.results import TrainResult
-from p2p_llm_forge.training.run_record import CHECKPOINT
+from p2p_llm_forge.training.run_record import CHECKPOINT, RunRecord
 from p2p_llm_forge.training.snapshot import OPTIMIZER
 
 MODEL_CONFIGS = ("config.json", "adapter_config.json")
@@ -48,6 +49,18 @@ def newest_model(folder: Path) -> Path:
             " has written, or a name of the Hub",
         )
     return newest
+
+
+def was_trained_to_chat(folder: Path) -> bool | None:
+    """Whether the run that made a model learnt from conversations; None where that is not known.
+
+    folder: of a run, or of one of its checkpoints.
+    """
+    is_checkpoint = CHECKPOINT.fullmatch(folder.name)
+    with contextlib.suppress(ForgeError):
+        if record := RunRecord.read(folder.parent if is_checkpoint else folder):
+            return bool(record.identity.get("conversations"))
+    return None
 
 
 def _not_whole(folder: Path, wrong: str) -> ForgeError:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from p2p_llm_forge.files import write_file
+from p2p_llm_forge.model.chat import STORY, ends_of_answers, tokens_of_conversation
 from p2p_llm_forge.model.compiling import uncompiled
 from p2p_llm_forge.model.fit import TextSpec, in_evaluation
 from p2p_llm_forge.sync.base import Sync
@@ -87,10 +88,16 @@ def sample_text(
 ) -> str:
     """The prompt (or the start of a document) and how the model continues it, drawn by `seed`.
 
-    Of a prompt that is longer than half a block, the model sees only the end.
+    Of a prompt that is longer than half a block, the model sees only the end. Where it learns from
+    conversations, the prompt is what a user says, and the sample is the answer alone.
     """
-    tokenizer = AutoTokenizer.from_pretrained(text.tokenizer_dir)
-    tokens = [text.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    tokenizer, ends = AutoTokenizer.from_pretrained(text.tokenizer_dir), [text.eos_token_id]
+    if text.is_chat:
+        asked = [{"role": "user", "content": prompt or STORY}]
+        tokens = tokens_of_conversation(tokenizer, asked, "the data's tokenizer")
+        ends = ends_of_answers(tokenizer, ends)
+    else:
+        tokens = [text.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
     tokens = tokens[-(text.sequence_length // 2) :]
     inputs = torch.tensor([tokens], device=lm.device)
     torch.manual_seed(seed)
@@ -104,7 +111,8 @@ def sample_text(
             top_k=TOP_K,
             temperature=TEMPERATURE,
             use_cache=True,
-            eos_token_id=text.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=text.eos_token_id,
         )
-    return str(tokenizer.decode(drawn[0], skip_special_tokens=True))
+    shown = drawn[0, len(tokens) if text.is_chat else 0 :]
+    return str(tokenizer.decode(shown, skip_special_tokens=True))

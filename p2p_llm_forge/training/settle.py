@@ -14,16 +14,20 @@ from p2p_llm_forge.model.shape import DEPTH, FAMILY, learning_rate_of
 from p2p_llm_forge.training.identity import of_today
 from p2p_llm_forge.training.manifest import checkpoint_dir, read_manifest, read_state, steps_saved
 from p2p_llm_forge.training.run_record import RunRecord
+from p2p_llm_forge.training.tuning import as_tuned, defaults_of, in_words, width_of
 
 OPTIMIZER = "muon"  # of a model from scratch
 OPTIMIZER_OF_LOADED = "adamw"
 
 
-def settle(config: TrainConfig, begun: dict[str, Any] | None = None) -> TrainConfig:
+def settle(
+    config: TrainConfig, begun: dict[str, Any] | None = None, width: int | None = None
+) -> TrainConfig:
     """The configuration with a family, a depth, an optimizer and a rate where none were given.
 
     begun: the settings that the run has begun with, which rule then (see `begun_in`). Of a family
-    that was given without a depth, sizes stay the family's own; of a loaded model, its own.
+    that was given without a depth, sizes stay the family's own; of a loaded model, its own, and
+    epochs and schedule are those of tuning. width: of the loaded model (see `width_for`).
     """
     before, depth, family = begun or {}, config.depth, config.model_type
     if not config.model_name and family is None and depth is None and not before:
@@ -37,9 +41,11 @@ def settle(config: TrainConfig, begun: dict[str, Any] | None = None) -> TrainCon
     if rate is None:
         rate = before.get("learning_rate")
     if rate is None:
-        rate = learning_rate_of(optimizer, depth)
+        is_tuned = bool(config.model_name) and optimizer == OPTIMIZER_OF_LOADED
+        usual_rate = learning_rate_of(optimizer, depth)
+        rate = defaults_of(config).rate_at(width) if is_tuned else usual_rate
     dropout = before.get("dropout") if config.dropout is None else config.dropout
-    return replace(
+    settled = replace(
         config,
         model_type=family,
         depth=depth,
@@ -47,6 +53,15 @@ def settle(config: TrainConfig, begun: dict[str, Any] | None = None) -> TrainCon
         optimizer=optimizer,
         learning_rate=rate,
     )
+    return as_tuned(settled, before) if config.model_name else settled
+
+
+def width_for(config: TrainConfig, begun: dict[str, Any] | None) -> int | None:
+    """How wide the loaded model is, where `settle` needs that for a rate."""
+    needs = config.model_name and config.learning_rate is None
+    if not needs or (begun or {}).get("learning_rate") is not None:
+        return None
+    return width_of(str(config.model_name))
 
 
 def begun_in(config: TrainConfig) -> dict[str, Any] | None:
@@ -82,6 +97,8 @@ def settled_lines(config: TrainConfig) -> list[str]:
     lines = [f"optimizer {by}"]
     if config.dropout:
         lines.append(f"dropout   {config.dropout:g} of the embedding and of every layer's outputs")
+    if config.model_name:
+        lines.insert(0, in_words(config))
     if config.depth is not None:
         lines.insert(0, f"depth     {config.depth}; --depth N makes the model smaller or larger")
     return lines

@@ -20,6 +20,7 @@ from p2p_llm_forge.training.learner import text_spec_of
 from p2p_llm_forge.training.planner import Choice, Text
 from p2p_llm_forge.training.rehearsal import Trial
 from p2p_llm_forge.training.settle import begun_in, settle
+from p2p_llm_forge.training.tuning import with_warmup
 
 FIRST_GUESS = 1000  # updates of a run that resumes, until its checkpoint says how many
 FIRST_DEPTHS, MORE_DEPTHS = (1, 4), 2  # that are measured, and how many more if it comes to that
@@ -45,6 +46,8 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     """
     cluster, minutes = job.cluster, job.config.minutes
     assert minutes is not None
+    if asked.model_name:  # on whose width its rate depends
+        asked = replace(asked, learning_rate=job.config.learning_rate)
     budget = Budget(minutes * 60, began)
     begun = cluster.main_only(lambda: begun_in(asked))
     if begun and "warmup_steps" in begun:  # it has a checkpoint
@@ -241,10 +244,9 @@ class Planning:
             asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
         if asked.dropout is None and not self.is_model_given:
             asked = replace(asked, dropout=planner.dropout_for(chosen.epochs))
-        warmup = asked.warmup_steps
-        if warmup is None:
-            warmup = int(WARMUP * chosen.updates)
-        config = replace(settle(asked), warmup_steps=warmup)
+        config = with_warmup(settle(asked), chosen.updates)
+        if config.warmup_steps is None:
+            config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
         plan = make_plan(config, self.cluster, job.data)
         total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
         self.budget.most_updates = total_steps

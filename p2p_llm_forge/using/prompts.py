@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.chat import Message, tokens_of_conversation
 from p2p_llm_forge.using.loading import LanguageModel
-
-STORY = "Tell me a short story."  # what a chat model is asked where nothing else is
-
-Message = dict[str, str]  # role and content, as chat templates take them
 
 
 def tokens_of_text(model: LanguageModel, prompt: str) -> list[int]:
@@ -56,23 +51,13 @@ def tokens_of_chat(model: LanguageModel, messages: list[Message]) -> list[int]:
     Raises ForgeError where the last message alone is, or the template does not take it.
     """
     while True:
-        tokens = _by_template(model, messages)
+        tokens = tokens_of_conversation(model.tokenizer, messages, model.name)
         if model.context is None or len(tokens) < model.context:
             return tokens
         if len(messages) == 1:
             raise ForgeError(
                 f"the prompt has {len(tokens)} tokens with the chat template, {model.name} reads"
                 f" and writes at most {model.context}",
-                "shorten the prompt, or give --no-chat-template to continue the end of it",
+                "shorten the prompt, or give --no-chat to continue the end of it",
             )
         del messages[:2]  # a question and its answer
-
-
-def _by_template(model: LanguageModel, messages: list[Message]) -> list[int]:
-    how: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
-    try:
-        tokens: list[int] = model.tokenizer.apply_chat_template(messages, **how)
-    except Exception as error:  # whatever a template raises
-        found = f"the chat template of {model.name} fails: {error}"
-        raise ForgeError(found, "give --no-chat-template") from error
-    return tokens

@@ -43,7 +43,10 @@ def test_help_fits_a_screen_and_needs_no_heavy_library(script):
         ("--k 5", "top_k", 5),
         ("--p 0.5", "top_p", 0.5),
         ("--model_name_or_path x", "model_name", "x"),
-        ("--no-chat-template", "chat_template", False),
+        ("--no-chat-template", "chat", "off"),
+        ("--no-chat", "chat", "off"),
+        ("--chat-template", "chat", "on"),
+        ("--chat", "chat", "on"),
     ],
 )
 def test_names_that_other_scripts_have_are_understood(words, field, value):

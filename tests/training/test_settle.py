@@ -14,6 +14,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model import shape
 from p2p_llm_forge.training.mistakes import mistakes_in
 from p2p_llm_forge.training.settle import OPTIMIZER, begun_in, settle
+from p2p_llm_forge.training.tuning import FULL, with_warmup
 from tests.runs import weights
 from train import train
 
@@ -45,12 +46,15 @@ def test_a_family_without_a_depth_keeps_its_own_sizes():
 
 
 def test_a_loaded_model_is_tuned_as_it_is():
-    assert settled(model_name="folder") == (None, None, "adamw", 1e-3)
+    rate = FULL.rate_at(None)  # of a base that does not say how wide it is
+    assert settled(model_name="folder") == (None, None, "adamw", rate)
+    assert settle(TrainConfig(model_name="folder"), None, 256).learning_rate == FULL.rate > rate
+    assert settled(model_name="folder", optimizer="sgd") == (None, None, "sgd", 1e-3)
 
 
 def test_settling_again_changes_nothing():
     for given in ({}, {"model_type": "llama"}, {"model_name": "folder"}, {"depth": 7}):
-        once = settle(TrainConfig(**given))
+        once = with_warmup(settle(TrainConfig(**given)), 100)
         assert settle(once) == once
         assert settle(TrainConfig(**given), as_dict(once)) == once
 

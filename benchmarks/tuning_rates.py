@@ -1,0 +1,199 @@
+"""Which peak rate, how many epochs and how much warm-up tuning wants: a sweep over small models.
+
+    python benchmarks/tuning_rates.py --text tinyshakespeare.txt
+
+trains a Qwen3 of each depth on one text, then tunes it on another (the sample text) in full and by
+LoRA of rank 16 (peft, alpha 32, every linear layer of the layers), and prints bits per byte of that
+text's held-out documents. Every run is kept in a file of results and never repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from benchmarks.optimizers import bits_per_byte
+from p2p_llm_forge.config import PrepareConfig, TrainConfig
+from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
+from p2p_llm_forge.data.order import blocks_at
+from p2p_llm_forge.model.build import build_model
+from p2p_llm_forge.model.loss import NextTokenLoss
+from p2p_llm_forge.model.optimizer import build_optimizer, learning_rate_factor
+from p2p_llm_forge.model.shape import learning_rate_of, shape_of
+from p2p_llm_forge.training.learner import text_spec_of
+from p2p_llm_forge.training.plan import steps_of_epochs
+from prepare_data import prepare
+from tests import ROOT
+
+LENGTH, VOCABULARY = 128, 1024  # of a block in tokens, of the tokenizer
+BASE_UPDATES, BASE_BLOCKS, TUNING_BLOCKS = 120, 32, 8
+RANK, ALPHA = 16, 32
+RATES = {
+    "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is tried."""
+
+    depth: int
+    method: str
+    rate: float
+    epochs: float
+    warmup: float = 0.05  # of the updates
+    schedule: str = "linear"
+    seed: int = 0
+
+
+def prepared(text: Path, folder: Path, tokenizer: str | None = None) -> PreparedDataset:
+    """The text in blocks, prepared once."""
+    asked = PrepareConfig(
+        [str(text)],
+        str(folder),
+        tokenizer=tokenizer,
+        vocab_size=VOCABULARY,
+        sequence_length=LENGTH,
+    )
+    prepare(asked)
+    return open_prepared(folder)
+
+
+def learn(lm: Any, data: PreparedDataset, config: TrainConfig, updates: int, blocks: int) -> None:
+    """So many updates of so many blocks."""
+    model, optimizer = NextTokenLoss(lm, None).train(), build_optimizer(config, lm)
+    rows, factor = data.train_blocks(), learning_rate_factor(config, updates)
+    for step in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = (config.learning_rate or 0) * factor(step)
+        numbers = blocks_at(step * blocks, blocks, len(rows), config.seed)
+        inputs, targets = (torch.from_numpy(a) for a in rows.inputs_and_targets(numbers))
+        nats, _ = model(inputs, targets)
+        (nats / targets.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def base_of(depth: int, data: PreparedDataset, folder: Path) -> Path:
+    """A model of that depth, trained on the data; made once."""
+    path = folder / f"base-{depth}"
+    if not path.exists():
+        rate = learning_rate_of("muon", depth)
+        config = TrainConfig(model_type="qwen3", depth=depth, optimizer="muon", learning_rate=rate)
+        lm = build_model(config, text_spec_of(data))
+        learn(lm, data, config, BASE_UPDATES, BASE_BLOCKS)
+        lm.save_pretrained(path)
+        print(f"base of depth {depth}: {bits_per_byte(NextTokenLoss(lm, None), data):.4f}")
+    return path
+
+
+def tuned(arm: Arm, base: Path, data: PreparedDataset) -> dict[str, float]:
+    """Bits per byte of the held-out documents before and after tuning."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(arm.seed)
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    before = bits_per_byte(NextTokenLoss(lm, None).eval(), data)
+    if arm.method == "lora":
+        lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        peft.get_peft_model(lm, lora)  # puts the adapters into lm itself
+    updates = steps_of_epochs(arm.epochs, len(data.train_blocks()), TUNING_BLOCKS)
+    config = TrainConfig(
+        optimizer="adamw",
+        learning_rate=arm.rate,
+        warmup_steps=math.ceil(arm.warmup * updates),
+        lr_scheduler=arm.schedule,
+        weight_decay=0.0 if arm.method == "lora" else 0.1,
+        seed=arm.seed,
+    )
+    learn(lm, data, config, updates, TUNING_BLOCKS)
+    after = bits_per_byte(NextTokenLoss(lm, None).eval(), data)
+    return {"before": before, "after": after, "updates": updates}
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    """Every combination that was asked for."""
+    return [
+        Arm(depth, method, rate, epochs, warmup, schedule, seed)
+        for seed, depth, method, epochs in product(
+            options.seeds, options.depths, options.methods, options.epochs
+        )
+        for rate in options.rates or RATES[method]
+        for warmup, schedule in product(options.warmup, options.schedules)
+    ]
+
+
+def table(found: dict[Arm, dict[str, float]]) -> str:
+    """Markdown: a row for each arm."""
+    lines = [
+        "| width | method | epochs | warm-up | schedule | seed | rate | updates | before | after |",
+        "|" + "---|" * 10,
+    ]
+    for arm, one in found.items():
+        width = shape_of(arm.depth)["hidden_size"]
+        lines.append(
+            f"| {width} | {arm.method} | {arm.epochs:g} | {arm.warmup:g} | {arm.schedule} |"
+            f" {arm.seed} | {arm.rate:g} | {one['updates']:g} | {one['before']:.4f} |"
+            f" {one['after']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="what the base learns from")
+    parser.add_argument("--tuning-text", type=Path, default=ROOT / "data" / "sample_corpus.txt")
+    parser.add_argument("--tuning-bytes", type=int, default=150_000, help="so much of it")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "artifacts" / "tuning_rates")
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--epochs", type=float, nargs="+", default=[1.0, 3.0])
+    parser.add_argument("--warmup", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--schedules", nargs="+", default=["linear"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Tune what is not done yet and print the table."""
+    options = parse()
+    torch.set_num_threads(1)
+    folder = options.work_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.json"
+    done = json.loads(results.read_text()) if results.exists() else {}
+    data = prepared(options.text, folder / "data")
+    text = folder / f"text-{options.tuning_bytes}.txt"
+    documents = options.tuning_text.read_bytes()[: options.tuning_bytes].rpartition(b"\n\n")[0]
+    text.write_bytes(documents)
+    other = prepared(text, folder / text.stem, str(data.tokenizer_dir))
+    found = {}
+    for arm in arms_of(options):
+        key = f"{arm} {options.tuning_bytes}"
+        if key not in done:
+            done[key] = tuned(arm, base_of(arm.depth, data, folder), other)
+            results.write_text(json.dumps(done, indent=1) + "\n")
+            print(f"{arm}: {done[key]}", file=sys.stderr, flush=True)
+        found[arm] = done[key]
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
