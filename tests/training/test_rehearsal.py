@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from p2p_llm_forge.model.compiling import repeated_layers
 from p2p_llm_forge.training.learner import new_model
 from p2p_llm_forge.training.rehearsal import Trial, ending_s, validation_tokens
 
@@ -52,7 +53,7 @@ def test_nothing_is_compiled_for_the_end(job):
         compiled.append(graph)
         return graph.forward
 
-    lm.base_model.layers[0].compile(backend=backend)
+    repeated_layers(lm)[0].compile(backend=backend)
     ending_s(lm)
     assert not compiled
     lm(torch.zeros((1, 8), dtype=torch.long))
