@@ -10,6 +10,9 @@ from p2p_llm_forge.config.fields import Options, flag, option, require_between
 from p2p_llm_forge.config.other_names import Meaning, all_of, answer, renamed, unless_off
 from p2p_llm_forge.errors import Problems
 
+# Files of adapters, as peft calls them; and of what they were trained beside.
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base_model.json"
 INSTALL = "python -m pip install 'peft>=0.20,<0.22'"
 HIGHEST_RANK = 4096
 QUANTISED = (

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from p2p_llm_forge.config.fields import Options, flag
 from p2p_llm_forge.errors import Problems
 
 # The Hub's rules for OWNER/NAME and NAME, as huggingface_hub (2.4) checks them.
 PART = r"\w(?:[\w.-]{0,94}\w)?"
+CACHED = re.compile(r"models--([^/]+)/snapshots/[0-9a-f]{40}/?$")  # in huggingface_hub's cache
 NAME = re.compile(rf"(?:{PART}/)?{PART}", re.ASCII)
 
 
 def is_name_on_hub(name: str) -> bool:
     """Whether the Hub can have a model of this name."""
     return bool(NAME.fullmatch(name)) and not re.search(r"--|\.\.|\.git$", name)
+
+
+def hub_name(model_name: str | None) -> str | None:
+    """The name on the Hub of a model that was loaded; None for a folder of this machine.
+
+    A folder of huggingface_hub's cache has the name of what was downloaded into it.
+    """
+    if not model_name:
+        return None
+    if found := CACHED.search(model_name):
+        return found[1].replace("--", "/", 1)
+    return model_name if is_name_on_hub(model_name) and not Path(model_name).exists() else None
 
 
 @dataclass

@@ -20,13 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from p2p_llm_forge.config import TrainConfig
-from p2p_llm_forge.config.lora import INSTALL
+from p2p_llm_forge.config.lora import BASE, CONFIG, INSTALL, WEIGHTS
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import read_json, write_json
 from p2p_llm_forge.model.sizes import one_line
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
-BASE = "base_model.json"  # what the adapters were trained beside: see `base_facts`
 PREFIX = "base_model.model."  # of the keys in peft's files
 ADAPTER = "default"  # peft's name for the only one
 LAYERS = (torch.nn.Linear, Conv1D)  # that are adapted
@@ -146,15 +144,15 @@ def saved_parameters(lm: Any) -> dict[str, torch.Tensor]:
     return dict(adapter_parameters(lm)) if settings_of(lm) else lm.state_dict()
 
 
-def layers_in_words(lm: Any) -> str:
-    """A line about the adapters, for a person."""
+def lora_in_words(lm: Any) -> str:
+    """What the adapters are, for a person."""
     settings, own = settings_of(lm), adapter_parameters(lm)
     assert settings is not None
     trained = sum(parameter.numel() for parameter in own.values())
     total = sum(parameter.numel() for parameter in lm.parameters()) - trained
     layers = ", ".join(sorted({name.split(".lora_")[0].rpartition(".")[2] for name in own}))
     return (
-        f"LoRA      of rank {settings.r}, alpha {settings.lora_alpha}, in {layers}:"
+        f"rank {settings.r}, alpha {settings.lora_alpha}, in {layers}:"
         f" {trained:,} of {total + trained:,} parameters are trained"
     )
 

@@ -18,9 +18,11 @@ import torch
 import yaml
 
 from p2p_llm_forge.config import TrainConfig, as_dict
-from p2p_llm_forge.config.sharing import is_name_on_hub
+from p2p_llm_forge.config.lora import LoraOptions
+from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.config.train import ModelOptions, SyncOptions, UpdateOptions
 from p2p_llm_forge.errors import counted, in_one_line, plain
+from p2p_llm_forge.model.lora import lora_in_words, settings_of
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import cores
 from p2p_llm_forge.peers.machine import versions
@@ -37,7 +39,6 @@ EVALUATED = {
     "eval_loss": "nats per token",
 }
 METRICS_OF_HUB = {"token_accuracy": "accuracy", "eval_loss": "loss"}  # the others as they are
-CACHED = re.compile(r"models--([^/]+)/snapshots/[0-9a-f]{40}/?$")  # in huggingface_hub's cache
 LONGEST_TITLE = 96
 
 Table = Mapping[str, Any]
@@ -54,21 +55,10 @@ class CardFacts:
     recipe: Table = field(default_factory=dict)  # what --config takes
     prompt: str = ""
     new_tokens: int = 60  # that the model is asked for: it may know no more positions
+    is_adapter: bool = False  # what is published belongs to its base, and needs it
 
 
 # --- gathering ------------------------------------------------------------------------------------
-
-
-def hub_name(model_name: str | None) -> str | None:
-    """The name on the Hub of a model that was loaded; None for a folder of this machine.
-
-    A folder of huggingface_hub's cache has the name of what was downloaded into it.
-    """
-    if not model_name:
-        return None
-    if found := CACHED.search(model_name):
-        return found[1].replace("--", "/", 1)
-    return model_name if is_name_on_hub(model_name) and not Path(model_name).exists() else None
 
 
 def machines_of(cluster: Cluster) -> str:
@@ -115,6 +105,7 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
             "attention heads": getattr(architecture, "num_attention_heads", None),
             "vocabulary": f"{manifest.vocab_size:,}",
             "tokens in a block": f"{manifest.sequence_length:,}",
+            "LoRA": lora_in_words(lm) if settings_of(lm) else None,
             "began from": base or ("a model in a folder" if config.model_name else "scratch"),
         },
         data={
@@ -132,16 +123,18 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
         recipe=recipe_of(config, base) | {"batch_size": job.plan.batch_size},
         prompt=config.prompts()[0],
         new_tokens=min(60, manifest.sequence_length // 2),
+        is_adapter=bool(config.lora_rank) and not config.merge_lora,
     )
 
 
 def recipe_of(config: TrainConfig, base_model: str | None) -> dict[str, Any]:
     """The settings that decide what is computed, as `--config` reads them, without the usual."""
-    groups = (ModelOptions, UpdateOptions, SyncOptions)
-    given, recipe = as_dict(config), {"model_name": base_model} if base_model else {}
+    groups = (ModelOptions, LoraOptions, UpdateOptions, SyncOptions)
+    given, usual = as_dict(config), as_dict(TrainConfig())
+    recipe = {"model_name": base_model} if base_model else {}
     for group in groups:
         for one in fields(group):
-            if one.name not in group.PER_RANK and given[one.name] != one.default:
+            if one.name not in group.PER_RANK and given[one.name] != usual[one.name]:
                 recipe[one.name] = given[one.name]
     return recipe
 
@@ -184,12 +177,13 @@ def title_of(output_dir: str) -> str:
 def _metadata(name: str, result: TrainResult, facts: CardFacts) -> str:
     """The YAML that the Hub reads. Source: github.com/huggingface/hub-docs, modelcard.md."""
     metadata: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if facts.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["p2p-llm-forge"],
     }
     if facts.base_model:
-        metadata |= {"base_model": facts.base_model, "base_model_relation": "finetune"}
+        relation = "adapter" if facts.is_adapter else "finetune"
+        metadata |= {"base_model": facts.base_model, "base_model_relation": relation}
     drawn, of = result.eval_blocks, result.eval_split_blocks
     sampled = f", of {drawn:,} blocks drawn out of {of:,}" if drawn and of and drawn < of else ""
     metrics = [
@@ -212,8 +206,12 @@ def _metadata(name: str, result: TrainResult, facts: CardFacts) -> str:
 def _use(facts: CardFacts) -> str:
     """How the model is loaded, asked and trained on."""
     prompt = in_one_line(facts.prompt) or "The"
+    needs = (
+        "These are adapters (LoRA): peft must be installed, and their base is loaded with them;"
+        " `base_model_name_or_path` in adapter_config.json says where it lies.\n\n"
+    )
     return (
-        "## Use\n\n"
+        f"## Use\n\n{needs * facts.is_adapter}"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies, or the name of this model on the Hub\n'
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"

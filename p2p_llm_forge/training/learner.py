@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from p2p_llm_forge.config.lora import BASE, CONFIG, WEIGHTS
 from p2p_llm_forge.data.blocks import Blocks
 from p2p_llm_forge.data.dataset import PreparedDataset
 from p2p_llm_forge.errors import ForgeError
@@ -134,6 +139,22 @@ def text_spec_of(data: PreparedDataset) -> TextSpec:
         tokenizer_dir=data.tokenizer_dir,
         is_chat=bool(data.manifest.conversations),
     )
+
+
+@contextlib.contextmanager
+def merged(saved: Path, text: TextSpec, trust_remote_code: bool) -> Iterator[Path]:
+    """A folder, until it is left, with the whole model that a checkpoint's adapters make of their
+    base, in float32, and all else that is published of it. Raises ForgeError."""
+    step = saved.name.rpartition("-")[2]
+    folder = saved.parent / f"tmp-merged-{step}-{secrets.token_hex(4)}"
+    shutil.copytree(saved, folder)
+    try:
+        for name in (CONFIG, WEIGHTS, BASE):
+            (folder / name).unlink()
+        load_model(str(saved), text, trust_remote_code).save_pretrained(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_micro_batch(job: Job, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,9 +56,13 @@ def flops_per_token(lm: Any, length: int) -> float | None:
     multiplied with, then attention to the whole length, so what a causal mask leaves out is
     counted. Neither recomputed activations nor lookups, and of experts those that a token uses.
     """
+    adapted = getattr(lm, "peft_config", None)  # by LoRA: weights that stay have no gradient
     parameters = active_parameters(lm)
     attention = attention_products(lm.config.get_text_config(decoder=True), length)
-    return None if parameters is None or attention is None else 6.0 * (parameters + attention)
+    if parameters is None or attention is None:
+        return None
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad) if adapted else parameters
+    return 4.0 * parameters + 2.0 * trained + 6.0 * attention
 
 
 def active_parameters(lm: Any) -> float | None:
@@ -77,7 +81,8 @@ def active_parameters(lm: Any) -> float | None:
         for parameter in module.parameters(recurse=False):
             is_stack = parameter.dim() == 3 and len(parameter) == experts
             is_stack &= not isinstance(module, nn.Conv1d)
-            if not parameter.requires_grad:  # no text reaches it
+            is_reached = parameter.requires_grad or getattr(lm, "peft_config", None)
+            if not is_reached:
                 continue
             if is_stack or "experts" in path.split("."):
                 of_experts += parameter.numel()

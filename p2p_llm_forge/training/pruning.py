@@ -30,7 +30,7 @@ from p2p_llm_forge.training.run_record import CHECKPOINT, RUN, RUNS, RunRecord
 # What is written beside the checkpoints before it is renamed, here, in checkpoint.py, snapshot.py
 # and files.py; and the digits of chance in their names.
 LEFTOVER = re.compile(
-    r"tmp-((checkpoint|pruned|replaced|uploaded)-\d+-[0-9a-f]{8}|rank-\d{5}\.safetensors\.[0-9a-f]{8}"
+    r"tmp-((checkpoint|pruned|replaced|uploaded|merged)-\d+-[0-9a-f]{8}|rank-\d{5}\.safetensors\.[0-9a-f]{8}"
     r"|run\.lock-[0-9a-f]{16})",
     re.ASCII,
 )

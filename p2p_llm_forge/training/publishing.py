@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config.lora import BASE, CONFIG
+from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.errors import ForgeError, quoted
 from p2p_llm_forge.files import read_json, write_json
 from p2p_llm_forge.peers.launch import rank_and_world_size
@@ -31,7 +33,7 @@ FIGURES = (METRICS, "samples.jsonl", "loss.png", "peers.png")  # beside the card
 # --overwrite: the next run of this folder may follow the last one there.
 UPLOADED = "uploaded.json"
 OF_HUB = (".gitattributes",)  # what the Hub itself puts into a new model
-OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
+OF_WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 LOOK_S = 10.0  # for a look at the Hub before a run
 LONGEST_REASON = 300  # characters
 ONE_UPLOAD = threading.Lock()  # the upload at the end waits for that of a checkpoint
@@ -226,6 +228,7 @@ def _commit(config: TrainConfig, content: Content, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, name, folder = HfApi(), _full_name(config), Path(config.output_dir)
+    content = _without_paths(content)
     _require_ours(config, name)
     url = str(api.create_repo(name, private=config.private or None, exist_ok=True))
     names = uploaded_to(folder)
@@ -238,6 +241,18 @@ def _commit(config: TrainConfig, content: Content, message: str) -> str:
     deletions = [CommitOperationDelete(path) for path in old]
     api.create_commit(name, [*additions, *deletions], commit_message=message)
     return url
+
+
+def _without_paths(content: Content) -> Content:
+    """The content; adapters call their base by a name, not by its path on this machine."""
+    named = {}
+    for file, key in ((CONFIG, "base_model_name_or_path"), (BASE, "name")):
+        path = content.get(file)
+        if isinstance(path, Path):
+            values = read_json(path, {key: str})
+            name = hub_name(values[key]) or Path(values[key]).name
+            named[file] = json.dumps({**values, key: name}, indent=2).encode()
+    return {**content, **named}
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ class Trial:
         self._optimizer = build_optimizer(job.config, lm)
         self._inputs, self._targets = first_micro_batch(job, blocks)
         self.parameters = sum(p.numel() for p in lm.parameters())
+        self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.forwards_s: list[float] = []
         self._updates_s: list[float] = []
 
@@ -60,8 +61,10 @@ class Trial:
         self._optimizer.zero_grad()
 
 
-def ending_s(lm: Any, samples: int = 1) -> float:
+def ending_s(lm: Any, samples: int = 1, is_merged: bool = False) -> float:
     """Seconds that the end of a run takes after its last evaluation: saving, and samples of text.
+
+    is_merged: a whole model is made of adapters then.
 
     What is imported for it is imported now, when nothing depends on how long that takes.
     """
@@ -74,7 +77,8 @@ def ending_s(lm: Any, samples: int = 1) -> float:
             float(lm(token).logits.sum())
             spent_s.append(time.perf_counter() - began)
     # Weights and two moments are copied, written, read for their checksums; weights are published.
-    saving_s = 8 * sum(p.nbytes for p in lm.parameters()) / DISK
+    saved = [p for p in lm.parameters() if p.requires_grad or is_merged]
+    saving_s = 8 * sum(p.nbytes for p in saved) / DISK
     return AROUND * SAMPLED * samples * min(spent_s) + saving_s + 20 * min(spent_s) + 1.0
 
 

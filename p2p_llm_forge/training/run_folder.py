@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,22 @@ from typing import Any
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
+from p2p_llm_forge.model.lora import is_adapter_folder
 from p2p_llm_forge.training import checkpoint, snapshot
 from p2p_llm_forge.training.card import PICTURES, CardFacts, model_card
 from p2p_llm_forge.training.identity import LOCK, claim, refuse_file_of_trackers
 from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.learner import merged, text_spec_of
 from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.publishing import CARD
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import RunRecord, put_on_record
 
 NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
+
+
+# Files of a published model that would be read beside those of the other kind.
+OF_A_MODEL = re.compile(r"(adapter_|base_|generation_)?(model|config)(\S*)\.(json|safetensors)")
 
 
 class RunFolder:
@@ -85,9 +92,18 @@ class RunFolder:
 
         Raises ForgeError when the disk does not take it, or when files of others are in its place.
         """
-        sources = [saved / name for name in published_names(saved)]
-        what = f"the model, which lies in {saved},"
-        with self._writing(what, [source.name for source in sources]):
+        with contextlib.ExitStack() as opened:
+            config, folder = self._job.config, saved
+            if config.merge_lora:
+                text = text_spec_of(self._job.data)
+                folder = opened.enter_context(merged(saved, text, config.trust_remote_code))
+            self._publish([folder / name for name in published_names(folder)], saved)
+
+    def _publish(self, sources: list[Path], saved: Path) -> None:
+        names = [source.name for source in sources]
+        with self._writing(f"the model, which lies in {saved},", names):
+            for name in self._of_other_kind(names):
+                (self.path / name).unlink(missing_ok=True)
             for source in sources:
                 partial = self.path / f"tmp-{source.name}.{os.getpid()}.0"
                 shutil.copyfile(source, partial)
@@ -95,6 +111,12 @@ class RunFolder:
                 self.confirm()
                 partial.replace(self.path / source.name)
             fsync(self.path)
+
+    def _of_other_kind(self, names: list[str]) -> list[str]:
+        """What a run of ours has published here as adapters, or as a whole model, if not both."""
+        record = RunRecord.read(self.path)
+        wrote = record.wrote if record else ()
+        return [one for one in wrote if OF_A_MODEL.fullmatch(one) and one not in names]
 
     def _of_others(self, names: list[str]) -> list[str]:
         """Those that exist and that no run of ours has written."""
@@ -177,7 +199,12 @@ def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
     if step < total_steps and checkpoint.is_in_the_way(last):
         raise checkpoint.in_the_way(last)
     result = TrainResult.load(job.output_dir)
-    if result is None or {result.updates_taken, step} != {total_steps} or not result.is_published:
+    is_asked_for = job.config.merge_lora != is_adapter_folder(job.output_dir)
+    if (
+        result is None
+        or {result.updates_taken, step} != {total_steps}
+        or not (result.is_published and (is_asked_for or not job.config.lora_rank))
+    ):
         return str(newest), None
     print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
     return str(newest), vars(result)

@@ -12,7 +12,7 @@ from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.data.held_out import HeldOut, held_out
 from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.compiling import keep_between_runs
-from p2p_llm_forge.model.lora import layers_in_words
+from p2p_llm_forge.model.lora import lora_in_words
 from p2p_llm_forge.model.optimizer import learning_rate_factor
 from p2p_llm_forge.peers.findings import refuse_failures
 from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
@@ -113,7 +113,9 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
 def rehearse_end(run: Run, budget: Budget) -> None:
     """Find how long evaluation, pictures, samples and saving will take when the time is over."""
     drawing_s = run.pictures.rehearse() if run.pictures else 0.0
-    budget.ending_s = ending_s(run.learner.lm, len(run.job.config.prompts())) + drawing_s
+    config = run.job.config
+    saving_s = ending_s(run.learner.lm, len(config.prompts()), config.merge_lora)
+    budget.ending_s = saving_s + drawing_s
     budget.evaluated_tokens = validation_tokens(run.job)
 
 
@@ -230,7 +232,7 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     say(introduction(cluster, run.job.data, run.job.plan, run.learner.lm))
     say("\n".join(settled_lines(config)))
     if config.lora_rank:
-        say(layers_in_words(run.learner.lm))
+        say(f"LoRA      of {lora_in_words(run.learner.lm)}")
     built = run.learner.lm.config.model_type
     if config.model_type not in (None, built):
         say(f"note      the causal language model of a {config.model_type} is a {built}")

@@ -34,6 +34,7 @@ class Measurement:
     """How fast one depth is trained: as measured on the slowest peer."""
 
     parameters: int
+    trained: int  # of them: what peers exchange
     token_s: float  # forward and backward of a token
     update_s: float  # of an update, beside those
 
@@ -164,7 +165,7 @@ class Planning:
             for figures in zip(*by_rank, strict=True):
                 require_numbers("it computes in seconds", figures)
             slowest = [max(figures) for figures in zip(*by_rank, strict=True)]
-            found[depth] = Measurement(trial.parameters, *slowest)
+            found[depth] = Measurement(trial.parameters, trial.trained, *slowest)
         return found
 
     # --- what that comes to -----------------------------------------------------------------------
@@ -195,7 +196,7 @@ class Planning:
             return update_s
         config, latencies = self.job.config, self.links.latency_s
         measured = Measured(
-            parameters=one.parameters,
+            parameters=one.trained,
             update_s=update_s,
             tokens_per_update=tokens,
             peers=peers,

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.fit import positions_of, require_all_weights
+from p2p_llm_forge.model.lora import base_of, is_adapter_folder, merge, read_adapters, settings_of
 from p2p_llm_forge.model.sizes import one_line
 
 OF_FOLDER = "copy or download the whole model again: config.json, every file of weights, tokenizer"
@@ -35,7 +36,8 @@ class LanguageModel:
 def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> LanguageModel:
     """The model `name`: a folder, or a name of the Hub. dtype: "auto" is that of the file.
 
-    Raises ForgeError where it cannot be read, lacks weights, or has no tokenizer of its own.
+    Adapters (LoRA) are loaded with their base, and in float32 become part of its weights. Raises
+    ForgeError where it cannot be read, lacks weights, or has no tokenizer of its own.
     """
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     is_file = Path(name).is_file()
@@ -47,9 +49,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it warns of is refused here
     fix = OF_FOLDER if Path(name).is_dir() else OF_HUB
+    is_adapter = is_adapter_folder(Path(name))
+    base = base_of(Path(name)) if is_adapter else name
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            base, dtype=dtype, output_loading_info=True
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever transformers and safetensors raise for damaged files
@@ -59,6 +63,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
         raise ForgeError(f"{name} {found}", fix) from error
     lm, facts = loaded
     require_all_weights(lm, name, facts["missing_keys"])
+    if is_adapter:
+        read_adapters(lm, Path(name))
+    if settings_of(lm) and lm.dtype == torch.float32:
+        merge(lm)  # coarser weights would lose what adapters add
     bad = next((key for key, one in lm.named_parameters() if not one.isfinite().all()), None)
     if bad is not None:
         raise ForgeError(f"{name} holds values in {bad} that are not finite", fix)

@@ -10,16 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config.lora import BASE, CONFIG, WEIGHTS
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.lora import (
-    BASE,
-    CONFIG,
-    WEIGHTS,
     adapter_parameters,
     base_fingerprint,
-    layers_in_words,
     load_adapters,
+    lora_in_words,
     merge,
     saved_parameters,
     write_adapters,
@@ -78,7 +76,7 @@ def test_only_adapters_learn_and_the_seed_decides_them(llama, text):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     assert torch.equal(logits_of(first), logits_of(load_model(llama, text)))  # they add nothing
-    words = layers_in_words(first)
+    words = lora_in_words(first)
     assert "rank 4, alpha 8, in q_proj, v_proj: 1,024 of" in words
 
 
