@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from p2p_llm_forge.config.conversations import ConversationOptions
 from p2p_llm_forge.config.fields import Options, flag, require_at_least, require_between
 from p2p_llm_forge.config.launch import MOST_THREADS
 from p2p_llm_forge.config.names_of_prepare import OF_PREPARATION
@@ -227,10 +228,12 @@ class BlockOptions(Options):
 
 # A dataclass takes the fields of its last base first: so the text comes first, as in GROUPS.
 @dataclass
-class PrepareConfig(BlockOptions, TokenizerOptions, DocumentOptions, TextOptions):
+class PrepareConfig(
+    BlockOptions, TokenizerOptions, ConversationOptions, DocumentOptions, TextOptions
+):
     """One preparation: which text, which tokenizer, which blocks."""
 
-    GROUPS = [TextOptions, DocumentOptions, TokenizerOptions, BlockOptions]
+    GROUPS = [TextOptions, DocumentOptions, ConversationOptions, TokenizerOptions, BlockOptions]
     OTHER_NAMES = OF_PREPARATION
 
     def check_together(self, problems: Problems) -> None:

@@ -13,9 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from p2p_llm_forge.data import columns
+from p2p_llm_forge.data import columns, conversations
 from p2p_llm_forge.data.formats import suffix_of
-from p2p_llm_forge.data.input_file import BYTE_ORDER_MARK, Columns, InputFile, first_line
+from p2p_llm_forge.data.input_file import (
+    BYTE_ORDER_MARK,
+    TO_UTF8,
+    Columns,
+    InputFile,
+    first_line,
+)
+from p2p_llm_forge.data.parts import column_of
 from p2p_llm_forge.data.table_files import joined_by_size, utf8_of
 from p2p_llm_forge.errors import ForgeError
 
@@ -61,7 +68,8 @@ def rows(file: InputFile) -> Columns:
                 ),
             )
             read = 0
-            for column in joined_by_size(_utf8_of(batches, file), piece_bytes):
+            documents_of = _conversations_of if file.options.train_on else _utf8_of
+            for column in joined_by_size(documents_of(batches, file), piece_bytes):
                 yield column, raw.tell() - read
                 read = raw.tell()
         except (pa.ArrowException, KeyError) as error:
@@ -240,15 +248,30 @@ def delimiter_of(head: str, file: InputFile) -> str:
 
     def fits(delimiter: str) -> tuple[int, int]:
         header = _header(head, delimiter)
-        names = columns.names_of(file.options.text_column, header)
-        return len(set(names) & set(header)), len(header)
+        return len(set(_asked(header, file)) & set(header)), len(header)
 
     return max(DELIMITERS, key=fits)
 
 
+def _asked(header: list[str], file: InputFile) -> list[str]:
+    """The columns that are asked for, there or not."""
+    if file.options.train_on:
+        return conversations.column_names(file.options)
+    return columns.names_of(file.options.text_column, header)
+
+
+def header_of(file: InputFile) -> list[str]:
+    """The names of a file's columns; none where it is empty."""
+    head = _head(file)
+    delimiter = delimiter_of(head, file)
+    return _header(head, delimiter, (suffix_of(file.path), delimiter) != TSV)
+
+
 def _names(header: list[str], delimiter: str, file: InputFile) -> list[str]:
     """The columns that are asked for. Raises ForgeError for those that are not there."""
-    names = columns.names_of(file.options.text_column, header)
+    names = _asked(header, file)
+    if file.options.train_on and (there := [name for name in names if name in header]):
+        return there  # what a row needs is seen there
     for name in names:
         if name not in header:
             fix = "choose one with --text-column, or what divides the columns with --csv-delimiter"
@@ -276,6 +299,26 @@ def _utf8_of(batches: Iterable[Any], file: InputFile) -> Iterator[pa.LargeBinary
         column = columns.joined(batch.columns)
         yield utf8_of(column, file, first_row, " (the header is row 1)")
         first_row += len(batch)
+
+
+def _conversations_of(batches: Iterable[Any], file: InputFile) -> Iterator[pa.LargeBinaryArray]:
+    """The conversations of every batch, as documents."""
+    row = 2  # after the header
+    for batch in batches:
+        documents = []
+        for number, values in enumerate(batch.to_pylist(), start=row):
+            where = f"{file.path}, row {number} (the header is row 1)"
+            errors = file.options.encoding_errors
+            try:
+                texts = {name: text.decode(errors=errors) for name, text in values.items() if text}
+            except UnicodeDecodeError:
+                file.skip(f"{where} is not UTF-8", TO_UTF8)
+            else:
+                documents += conversations.document_in(
+                    dict.fromkeys(values, "") | texts, where, file
+                )
+        row += len(batch)
+        yield column_of(documents)
 
 
 def _refuse(file: InputFile, error: Exception, delimiter: str) -> None:

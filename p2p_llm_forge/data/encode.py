@@ -86,6 +86,11 @@ class Encoders:
         self._threads = 0
         self._memory_at_start = own_memory()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the work was ended."""
+        return self._is_closed
+
     def close(self) -> None:
         """End the work: what threads are encoding by the tokenizer fails soon, processes end."""
         self._is_closed = True

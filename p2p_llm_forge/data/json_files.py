@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json
 
-from p2p_llm_forge.data import columns
+from p2p_llm_forge.data import columns, conversations
 from p2p_llm_forge.data.formats import suffix_of
 from p2p_llm_forge.data.input_file import (
     BYTE_ORDER_MARK,
@@ -20,7 +20,7 @@ from p2p_llm_forge.data.input_file import (
     Columns,
     InputFile,
 )
-from p2p_llm_forge.data.parts import column_of
+from p2p_llm_forge.data.parts import ReadOptions, column_of
 
 CHUNK_BYTES = 1 << 20  # of a file that are read at a time
 LINE_END = re.compile(b"\n")
@@ -35,7 +35,7 @@ BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")  # of an array
 def plain_lines(file: InputFile) -> pa.LargeBinaryArray:
     """The documents of a range of a file of JSON lines."""
     raw = file.read(LINE_END)
-    column = _parsed(raw, file.options.text_column)
+    column = _parsed(raw, file.options)
     return _line_by_line(raw, file, 1 + _lines_before(file)) if column is None else column
 
 
@@ -44,7 +44,7 @@ def compressed_lines(file: InputFile) -> Columns:
     line = 1
     for raw, source_bytes in file.pieces(LINE_END):
         text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
-        column = _parsed(text, file.options.text_column)
+        column = _parsed(text, file.options)
         yield _line_by_line(text, file, line) if column is None else column, source_bytes
         line += raw.count(b"\n")
 
@@ -58,12 +58,13 @@ def _lines_before(file: InputFile) -> int:
     return lines
 
 
-def _parsed(raw: bytes, text_column: str) -> pa.LargeBinaryArray | None:
+def _parsed(raw: bytes, options: ReadOptions) -> pa.LargeBinaryArray | None:
     """The text of JSON lines by pyarrow's parser; None where a line must be looked at."""
     if not raw.strip():
         return column_of([])
+    text_column = options.text_column
     schema = columns.schema_of(text_column)
-    if schema is None:
+    if schema is None or options.train_on:
         return None
     try:
         table = pyarrow.json.read_json(
@@ -104,14 +105,34 @@ def _line_by_line(raw: bytes, file: InputFile, first_line: int) -> pa.LargeBinar
 
 
 def _text_of_row(row: Any, where: str, file: InputFile) -> list[bytes]:
-    """The text of a row that was JSON, if it has one; lone surrogates, which UTF-8 cannot hold, as
-    U+FFFD."""
+    """The document of a row that was JSON, if it has one; lone surrogates, which UTF-8 cannot hold,
+    as U+FFFD."""
+    if file.options.train_on:
+        return conversations.document_in(row, where, file)
     try:
         text = columns.text_in(row, file.options.text_column)
     except columns.NoTextError as error:
         file.skip(where + error.found, error.fix)
         return []
     return [re.sub("[\ud800-\udfff]", "\ufffd", text).encode()]
+
+
+def first_row(file: InputFile, is_stream: bool) -> dict[str, Any] | None:
+    """The first object in a file; None where there is none. is_stream: of values, not lines."""
+    with file.decompressed() as (stream, _):
+        rows = (row for _, row in _values_of(stream, file)) if is_stream else _lines_of(stream)
+        return next((row for row in rows if isinstance(row, dict)), None)
+    return None
+
+
+def _lines_of(stream: Any) -> Iterator[Any]:
+    """The values of lines, null for what is not JSON."""
+    begun = b""
+    while (more := stream.read(CHUNK_BYTES)) and len(begun) < LONGEST_DOCUMENT:
+        *lines, begun = (begun + more).split(b"\n")
+        for line in lines:
+            yield _value_of(line.removeprefix(BYTE_ORDER_MARK).decode(errors="replace").strip())
+    yield _value_of(begun.removeprefix(BYTE_ORDER_MARK).decode(errors="replace").strip())
 
 
 # --- arrays, and values that go over several lines ------------------------------------------------

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 
 from p2p_llm_forge.data import duplicates, readers
 from p2p_llm_forge.data.blocks import BlockWriter
+from p2p_llm_forge.data.conversation_packing import OpenBlocks, parts_of
 from p2p_llm_forge.data.dataset import (
     DATASET_DICT,
     MANIFEST,
@@ -30,7 +31,7 @@ from p2p_llm_forge.data.preparation import name_of
 from p2p_llm_forge.data.sources import split_weight
 from p2p_llm_forge.data.splits import BYTES, ROW, TOKENS, TRAIN, VALIDATION, total
 from p2p_llm_forge.data.text_bytes import CutDocuments
-from p2p_llm_forge.data.tokenizer import save_tokenizer
+from p2p_llm_forge.data.tokenizer import padding_of, save_tokenizer
 from p2p_llm_forge.data.tokenizing import Job
 from p2p_llm_forge.data.unfinished import require_room
 from p2p_llm_forge.errors import ForgeError
@@ -120,9 +121,11 @@ class _Counts:
 class _Split:
     """One split while it is written. bytes_before, documents: the methods of Packer."""
 
-    def __init__(self, folder: Path, manifest: Manifest, packer: Packer) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, packer: Packer, has_marks: bool = False
+    ) -> None:
         self.name = folder.name
-        self.writer = BlockWriter(folder, manifest.sequence_length, manifest.dtype)
+        self.writer = BlockWriter(folder, manifest.sequence_length, manifest.dtype, has_marks)
         self.of_source: defaultdict[int, _Counts] = defaultdict(_Counts)
         self._length = manifest.sequence_length
         self._packer = packer
@@ -167,6 +170,48 @@ class _Split:
         return SplitFacts(blocks=self.writer.blocks, **totals)
 
 
+class _SplitOfConversations(_Split):
+    """One split of conversations while it is written, packed whole (see conversation_packing)."""
+
+    def __init__(self, folder: Path, manifest: Manifest, packer: Packer, padding: int) -> None:
+        super().__init__(folder, manifest, packer, has_marks=True)
+        self._open = OpenBlocks(manifest.sequence_length, padding)
+        self._trained = 0
+        self.cut = 0  # conversations
+
+    def add(self, piece: Done, tokens: np.ndarray, limit: int) -> None:
+        """Add the conversations of a piece whose tokens are nearest to `limit`, all whole."""
+        counts, known = (
+            self.of_source[piece.part.source],
+            self._packer.documents(piece, self.name),
+        )
+        ends = np.append(0, np.cumsum(known[:, TOKENS]))
+        kept = int(np.abs(ends - limit).argmin()) if limit < ends[-1] else len(known)
+        counts.documents += kept
+        counts.bytes += int(known[:kept, BYTES].sum())
+        counts.left_out_tokens += int(ends[-1] - ends[kept])
+        for start, end in zip(ends[:kept], ends[1 : kept + 1], strict=True):
+            conversation = tokens[start:end]
+            parts = list(parts_of(conversation, self._length))
+            self.cut += len(conversation) > self._length
+            size = sum(map(len, parts))
+            counts.tokens += size
+            counts.dropped_tokens += max(0, len(conversation) - size)
+            for part in parts:
+                self._write(self._open.add(part))
+
+    def _write(self, blocks: Iterable[list[np.ndarray]]) -> None:
+        for parts in blocks:
+            tokens, trained, begins = self._open.block_of(parts)
+            self._trained += int(trained.sum())
+            self.writer.append(tokens, trained=trained, begins=begins)
+
+    def finish(self) -> SplitFacts:
+        """Write the blocks that are not full; nothing is dropped."""
+        self._write(self._open.close_all())
+        return replace(super().finish(), trained_tokens=self._trained)
+
+
 class Packer:
     """Writes a dataset into the new folder `written`, from scratch, while its pieces get done.
 
@@ -180,12 +225,20 @@ class Packer:
         self._preparation = job.preparation
         self._manifest = manifest
         self._tokenizer = tokenizer
+        if template := job.preparation.template(tokenizer):
+            tokenizer.chat_template = template.text  # so it is saved, and what is trained uses it
         self._pieces = job.pieces
         self._cut_documents = CutDocuments(tokenizer, job.encode_text)
         folders = [self.written / name for name in job.preparation.splits]
-        self._splits = [_Split(folder, manifest, self) for folder in folders]
+        self._splits: list[_Split] = [self._split(folder) for folder in folders]
         self._done: list[Done] = []
         self._next = PieceId(0, 0)
+
+    def _split(self, folder: Path) -> _Split:
+        if self._manifest.conversations is None:
+            return _Split(folder, self._manifest, self)
+        padding = padding_of(self._tokenizer)
+        return _SplitOfConversations(folder, self._manifest, self, padding)
 
     @property
     def _waits_for_all(self) -> bool:

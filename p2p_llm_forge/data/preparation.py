@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from p2p_llm_forge.config import PrepareConfig
-from p2p_llm_forge.data import sources
+from p2p_llm_forge.data import chat_template, sources
+from p2p_llm_forge.data.chat_template import ChatTemplate
+from p2p_llm_forge.data.conversations import ASSISTANT
 from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
+from p2p_llm_forge.data.kinds_of_rows import are_conversations
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import digest_of
 from p2p_llm_forge.data.readers import read_pieces
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION
-from p2p_llm_forge.data.tokenizer import tokenizer_fingerprint
+from p2p_llm_forge.data.tokenizer import padding_of, tokenizer_fingerprint
 from p2p_llm_forge.errors import ForgeError, counted
 from p2p_llm_forge.files import fingerprint
 from p2p_llm_forge.shapes import is_number
@@ -43,6 +46,7 @@ class Preparation:
     unreadable: int
     left_out: Counter[str] = field(default_factory=Counter)
     left_out_folders: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on how rows are read
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Preparation:
@@ -66,7 +70,10 @@ class Preparation:
         parts, unreadable = found.parts + held_out.parts, found.unreadable + held_out.unreadable
         left_out = found.left_out + held_out.left_out
         not_read = sorted({*found.left_out_folders, *held_out.left_out_folders})
-        return cls(config, options, parts, found.weights, unreadable, left_out, not_read)
+        is_one, notes = are_conversations(parts, config, options)
+        if is_one:
+            options = replace(options, train_on=config.train_on or ASSISTANT)
+        return cls(config, options, parts, found.weights, unreadable, left_out, not_read, notes)
 
     @property
     def output_dir(self) -> Path:
@@ -95,6 +102,32 @@ class Preparation:
         return options | {"name": config.tokenizer} if config.tokenizer is not None else None
 
     @property
+    def long_conversations(self) -> str:
+        """What becomes of conversations that are longer than a block."""
+        return self.config.long_conversations or "cut"
+
+    def template(self, tokenizer: Any) -> ChatTemplate | None:
+        """What makes text of conversations; None where there are none. Raises ForgeError."""
+        if not self.read_options.train_on:
+            return None
+        return ChatTemplate.of(tokenizer, self.config.chat_template)
+
+    def conversations(self, tokenizer: Any) -> dict[str, Any] | None:
+        """What decides how conversations become blocks; None: there are none.
+
+        tokenizer: None where one is to be trained.
+        """
+        if not self.read_options.train_on:
+            return None
+        template, _ = chat_template.text_of(tokenizer, self.config.chat_template)
+        found = {
+            "train_on": self.read_options.train_on,
+            "chat_template": chat_template.sha256_of(template),
+            "long_conversations": self.long_conversations,
+        }
+        return found if tokenizer is None else found | {"padding": padding_of(tokenizer)}
+
+    @property
     def whole_files(self) -> list[str] | None:
         """The kinds of files that are one document each without being asked for; None: no file."""
         kinds = {part.kind for part in self.parts}
@@ -106,6 +139,11 @@ class Preparation:
         config, tokenizer = self.config, self.config.tokenizer
         if tokenizer and Path(tokenizer).exists():
             tokenizer = Path(tokenizer).resolve().name
+        of_conversations = {
+            "train_on": self.read_options.train_on,
+            "long_conversations": self.long_conversations,
+            "chat_template": name_of(config.chat_template) if config.chat_template else None,
+        }
         return {
             "dataset_path": [
                 name_of(sources.split_weight(path)[0]) for path in config.dataset_path
@@ -118,6 +156,7 @@ class Preparation:
             "validation_fraction": self.validation_fraction,
             "vocab_size": None if config.tokenizer else config.vocab_size,
             **{name: getattr(config, name) for name in DECIDING},
+            **(of_conversations if self.read_options.train_on else {}),
         }
 
     def text_fingerprint(self) -> str:
@@ -180,7 +219,7 @@ def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> l
         f"{name}: {there.arguments.get(name)!r} there, {asked!r} asked"
         for name, asked in preparation.arguments.items()
         # What the names of files and tokenizers mean is compared below.
-        if name not in ("dataset_path", "validation_path", "tokenizer")
+        if name not in ("dataset_path", "validation_path", "tokenizer", "chat_template")
         and there.arguments.get(name) != asked
         and not (name == "weights" and _are_same_shares(there.arguments.get(name), asked))
     ]
@@ -189,6 +228,11 @@ def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> l
         tokenizer is not None and tokenizer_fingerprint(tokenizer) != there.tokenizer_fingerprint
     ):
         differences.append("another tokenizer")
+    asked_of = preparation.conversations(tokenizer)
+    if not differences and (there.conversations is None) != (asked_of is None):
+        differences.append("text" if asked_of else "conversations")
+    elif not differences and asked_of and not asked_of.items() <= there.conversations.items():
+        differences.append("another chat template or padding")
     if not differences and there.content_fingerprint != preparation.text_fingerprint():
         differences.append("made from another text")
     return differences

@@ -11,6 +11,8 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import cutting, folders
 from p2p_llm_forge.data import tokenizer as tokenization
+from p2p_llm_forge.data.conversation_encoder import ConversationEncoder
+from p2p_llm_forge.data.conversations import ASSISTANT
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
@@ -46,6 +48,8 @@ def prepare(config: PrepareConfig, ranks: Ranks = Ranks()) -> Manifest:  # noqa:
         print(f"left out {folders.in_words(preparation.left_out_folders)}")
     if preparation.left_out and is_main:
         print(cutting.left_out(preparation.left_out))
+    for note in preparation.notes if is_main else []:
+        print(note)
     arguments = preparation.tokenizer_arguments
     report = print if is_main else lambda _: None
     tokenizer = tokenization.load_tokenizer(**arguments, report=report) if arguments else None
@@ -77,7 +81,7 @@ def is_prepared(config: PrepareConfig) -> bool:
 
 def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     """The main rank's work: the dataset, made in the unfinished folder and then published."""
-    folder, backend = preparation.folder, preparation.config.tokenizer_backend
+    folder, backend = preparation.folder, backend_of(preparation)
     for name, path in columns_not_seen(preparation.parts, preparation.read_options):
         print(f"warning: no row at the beginning of {in_one_line(path)} has the column '{name}'")
     with (
@@ -87,6 +91,8 @@ def make(preparation: Preparation, tokenizer: Any, ranks: Ranks) -> Manifest:
     ):
         if tokenizer is None:
             tokenizer = trained_tokenizer(preparation)
+        for line in in_words_of_conversations(preparation, tokenizer):
+            print(line)
         try:
             return build(preparation, tokenizer, backend, ranks, lock)
         except FastPathDiffers as difference:
@@ -103,9 +109,10 @@ def build(
     blank = blank_manifest(preparation, tokenizer)
     from_where, skips_bad = preparation.tokenizer_arguments, preparation.config.skip_bad_rows
     with contextlib.closing(Encoders(tokenizer, backend, from_where, skips_bad)) as encoders:
-        if not encoders.is_fast:
+        conversations = conversation_encoder(preparation, tokenizer, encoders)
+        if not (encoders.is_fast or conversations):
             print(f"encoding by the tokenizer itself, which is slower: {encoders.reason}")
-        job = Job(preparation, blank, encoders)
+        job = Job(preparation, blank, encoders, conversations)
         packer = Packer(job, blank, tokenizer)
         helpers = Helpers(preparation.folder, ranks)
 
@@ -184,13 +191,33 @@ def tokenize_for_main(
             return  # the main rank has finished, and cleared up, meanwhile
     blank = blank_manifest(preparation, tokenizer)
     from_where, skips_bad = preparation.tokenizer_arguments, preparation.config.skip_bad_rows
-    backends: tuple[Backend, Backend] = (preparation.config.tokenizer_backend, "reference")
+    backends: tuple[Backend, Backend] = (backend_of(preparation), "reference")
     for backend in backends:
         with (
             contextlib.suppress(FastPathDiffers),
             contextlib.closing(Encoders(tokenizer, backend, from_where, skips_bad)) as encoders,
         ):
-            return tokenize(Job(preparation, blank, encoders), ranks)
+            conversations = conversation_encoder(preparation, tokenizer, encoders)
+            return tokenize(Job(preparation, blank, encoders, conversations), ranks)
+
+
+def backend_of(preparation: Preparation) -> Backend:
+    """What encodes; conversations are always encoded by the tokenizer itself."""
+    is_text = not preparation.read_options.train_on
+    return preparation.config.tokenizer_backend if is_text else "reference"
+
+
+def conversation_encoder(
+    preparation: Preparation, tokenizer: Any, encoders: Encoders
+) -> ConversationEncoder | None:
+    """What encodes conversations; None where documents are texts. Raises ForgeError."""
+    template, train_on = preparation.template(tokenizer), preparation.read_options.train_on
+    if not (template and train_on):
+        return None
+    skips_bad = preparation.config.skip_bad_rows
+    return ConversationEncoder(
+        tokenizer, template, train_on, skips_bad, gives_up=lambda: encoders.is_closed
+    )
 
 
 def finished(preparation: Preparation) -> Manifest | None:
@@ -212,7 +239,22 @@ def blank_manifest(preparation: Preparation, tokenizer: Any) -> Manifest:
         dtype=tokenization.token_dtype(vocab_size),
         tokenizer_fingerprint=tokenization.tokenizer_fingerprint(tokenizer),
         arguments=preparation.arguments,
+        conversations=preparation.conversations(tokenizer),
     )
+
+
+def in_words_of_conversations(preparation: Preparation, tokenizer: Any) -> list[str]:
+    """What conversations are trained on and by which template they are written, for people."""
+    template, train_on = preparation.template(tokenizer), preparation.read_options.train_on
+    if not template:
+        return []
+    what = "what the assistant says" if train_on == ASSISTANT else "everything"
+    lines = [f"conversations, of which {what} is trained, written by {template.origin}"]
+    if template.depends_on_the_day:
+        lines.append(
+            "warning: this template writes the date of today: on another day it is another dataset"
+        )
+    return lines
 
 
 def require_blocks(preparation: Preparation, manifest: Manifest) -> None:

@@ -11,16 +11,19 @@ import pyarrow as pa
 from p2p_llm_forge.data.document_keys import Kind, document_keys
 from p2p_llm_forge.data.parts import values_and_offsets
 from p2p_llm_forge.data.token_runs import without
-from p2p_llm_forge.errors import counted
+from p2p_llm_forge.errors import ForgeError, counted, quoted
 
 TRAIN, VALIDATION = "train", "validation"
 TOKENS, BYTES, ROW = range(3)  # columns of `EncodedPiece.documents`; those of keys follow
 # Why documents are in no split.
 TOO_SHORT, TOO_LONG, REPEATED, HELD_OUT_TOO = "too_short", "too_long", "repeated", "held_out_too"
-NOT_ENCODED = "not_encoded"
+NOT_ENCODED, BAD_CONVERSATION = "not_encoded", "bad_conversation"
+LONGER_THAN_BLOCK = "longer_than_block"
 REASONS = {
     TOO_SHORT: "shorter than --min-document-tokens",
     NOT_ENCODED: "that the tokenizer cannot encode",
+    BAD_CONVERSATION: "that the chat template or the tokenizer cannot take (--skip-bad-rows)",
+    LONGER_THAN_BLOCK: "longer than a block (--long-conversations skip)",
     TOO_LONG: "longer than --max-document-tokens",
     REPEATED: "repeating or resembling an earlier one",
     HELD_OUT_TOO: "to train on, repeating or resembling one that is held out",
@@ -62,6 +65,16 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
+class ConversationOptions:
+    """How conversations become tokens. encode: tokens with marks, their number, bytes of trained
+    text (see `ConversationEncoder`); longest: tokens; long: what becomes of longer ones."""
+
+    encode: Callable[[pa.LargeBinaryArray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    longest: int
+    long: str
+
+
+@dataclass(frozen=True)
 class EncodeOptions:
     """How documents become splits of tokens: what a worker must know besides the text."""
 
@@ -73,6 +86,7 @@ class EncodeOptions:
     min_document_tokens: int | None = None
     max_document_tokens: int | None = None
     deduplicate: Kind = "none"
+    conversations: ConversationOptions | None = None  # None: documents are texts
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class EncodedPiece:
 
     left_out: what is in no split, by the reason. documents: tokens (EOS included), bytes and row in
     the piece's column of each, and its key where duplicates are looked for (documents x columns,
-    uint64).
+    uint64). Of conversations tokens have marks, no EOS is added, and bytes are of trained text.
     """
 
     tokens: np.ndarray
@@ -105,23 +119,29 @@ def encode_piece(
     if 0 < train < len(hidden):
         # The documents are divided, not their tokens: that moves whole texts, not token by token.
         column = column.take(rows)
-    tokens, lengths = options.encode(column)
-    sizes = np.diff(values_and_offsets(column)[1])
+    if of_conversations := options.conversations:
+        tokens, lengths, sizes = of_conversations.encode(column)
+        refuse_long(column, lengths, of_conversations)
+    else:
+        tokens, lengths = options.encode(column)
+        sizes = np.diff(values_and_offsets(column)[1])
+    ends = 0 if of_conversations else 1  # tokens after each
     out = of_wrong_length(lengths, options)
     if (lengths < 0).any():
-        out[NOT_ENCODED] = lengths < 0
-    left_out = {why: counts_of(sizes[is_out], lengths[is_out]) for why, is_out in out.items()}
+        out[BAD_CONVERSATION if of_conversations else NOT_ENCODED] = lengths < 0
+    left_out = {why: counts_of(sizes[is_out], lengths[is_out], ends) for why, is_out in out.items()}
     fits = ~np.logical_or.reduce([np.zeros(len(lengths), bool), *out.values()])
     if not fits.all():
         train = int(fits[:train].sum())
         column, (tokens, lengths) = column.filter(pa.array(fits)), without(~fits, (tokens, lengths))
         sizes, rows = sizes[fits], rows[fits]
     splits = {
-        TRAIN: counts_of(sizes[:train], lengths[:train]),
-        VALIDATION: counts_of(sizes[train:], lengths[train:]),
+        TRAIN: counts_of(sizes[:train], lengths[:train], ends),
+        VALIDATION: counts_of(sizes[train:], lengths[train:], ends),
     }
-    tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
-    documents = [of.astype("<u8") for of in (lengths + 1, sizes, rows)]
+    if ends:
+        tokens = with_document_ends(tokens, lengths, options.eos_token_id, options.dtype)
+    documents = [of.astype("<u8") for of in (lengths + ends, sizes, rows)]
     if options.deduplicate != "none":
         documents.append(document_keys(column, options.deduplicate))
     return EncodedPiece(tokens, splits, left_out, np.column_stack(documents))
@@ -135,12 +155,30 @@ def of_wrong_length(lengths: np.ndarray, options: EncodeOptions) -> dict[str, np
         out[TOO_SHORT] = (lengths < least) & (lengths >= 0)
     if most is not None:
         out[TOO_LONG] = lengths > most
+    if options.conversations and options.conversations.long == "skip":
+        out[LONGER_THAN_BLOCK] = lengths > options.conversations.longest
     return out
 
 
-def counts_of(sizes: np.ndarray, lengths: np.ndarray) -> SplitCounts:
-    """The counts of documents of so many bytes and tokens each."""
-    return SplitCounts(len(sizes), int(sizes.sum()), int(lengths.sum()) + len(lengths))
+def refuse_long(
+    column: pa.LargeBinaryArray, lengths: np.ndarray, options: ConversationOptions
+) -> None:
+    """Raise ForgeError for a conversation that is longer than a block, where these are errors."""
+    is_long = lengths > options.longest
+    if options.long != "error" or not is_long.any():
+        return
+    first = int(is_long.argmax())
+    raise ForgeError(
+        f"{counted(int(is_long.sum()), 'conversation')} longer than a block of {options.longest}:"
+        f" the first has {lengths[first]:,} tokens ({quoted(column[first].as_py().decode(), 80)})",
+        f"use --sequence-length {lengths.max()} or more, or --long-conversations cut or skip",
+    )
+
+
+def counts_of(sizes: np.ndarray, lengths: np.ndarray, ends: int = 1) -> SplitCounts:
+    """The counts of documents of so many bytes and tokens each. ends: tokens after each."""
+    tokens = int((lengths + ends).clip(0).sum())
+    return SplitCounts(len(sizes), int(sizes.sum()), tokens)
 
 
 def total(left_out: list[dict[str, SplitCounts]]) -> dict[str, SplitCounts]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from p2p_llm_forge.data import columns
+from p2p_llm_forge.data import columns, conversations
 from p2p_llm_forge.data.formats import compression_of
 from p2p_llm_forge.data.input_file import (
     LONGEST_DOCUMENT,
@@ -56,6 +56,9 @@ def _text_of(batch: Any, file: InputFile) -> Any:
 
 def _texts(batches: Iterable[Any], file: InputFile, row: int = 1) -> Iterator[pa.LargeBinaryArray]:
     """The text of batches, or tables, as UTF-8. row: the number of the first. Nulls are bad."""
+    if file.options.train_on:
+        yield from _conversations(batches, file, row)
+        return
     for batch in batches:
         column = _text_of(batch, file)
         for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
@@ -65,6 +68,27 @@ def _texts(batches: Iterable[Any], file: InputFile, row: int = 1) -> Iterator[pa
                 file.skip(f"{found}, expected a string", rows=chunk.null_count)
             yield utf8_of(chunk, file, row)
             row += len(chunk)
+
+
+def _conversations(
+    batches: Iterable[Any], file: InputFile, row: int
+) -> Iterator[pa.LargeBinaryArray]:
+    """The conversations of batches, or tables, as documents. row: the number of the first."""
+    names = set(conversations.column_names(file.options))
+    for batch in batches:
+        documents = []
+        rows = batch.select([name for name in batch.schema.names if name in names]).to_pylist()
+        for number, values in enumerate(rows, start=row):
+            documents += conversations.document_in(values, f"{file.path}, row {number}", file)
+        row += len(batch)
+        yield column_of(documents)
+
+
+def _asked(file: InputFile) -> list[str]:
+    """The names of all columns that are read."""
+    if file.options.train_on:
+        return conversations.column_names(file.options)
+    return columns.all_names(file.options.text_column)
 
 
 def utf8_of(
@@ -124,7 +148,8 @@ def parquet(file: InputFile) -> Columns:
     try:
         with file.seekable() as stream:
             table = pq.ParquetFile(stream, buffer_size=1 << 20)
-            _text_of(table.schema_arrow.empty_table(), file)  # raises for what is not there
+            if not file.options.train_on:
+                _text_of(table.schema_arrow.empty_table(), file)  # raises for what is not there
             groups = range(table.num_row_groups)
             if not compression_of(file.path):
                 groups = range(file.span.start, file.span.end)
@@ -142,7 +167,7 @@ def _rows_of_group(table: Any, group: int, file: InputFile, rows_at_a_time: int)
         batch_size=rows_at_a_time,
         row_groups=[group],
         # Of nested ones too these names are enough, and of two that one may mean both are read.
-        columns=columns.all_names(file.options.text_column),
+        columns=_asked(file),
         use_threads=False,
     )
     rows_left, bytes_left = facts.num_rows, file.span.bytes
@@ -168,7 +193,7 @@ def _rows_at_a_time(stream: Any, metadata: Any, group: int, file: InputFile) -> 
     """How many rows of a group are decoded at once, for a small file may hold a very long text; 0
     for none, where they are too long."""
     facts = metadata.row_group(group)
-    names = columns.all_names(file.options.text_column)
+    names = _asked(file)
     chunks = [facts.column(number) for number in range(facts.num_columns)]
     chunks = [chunk for chunk in chunks if _is_asked(chunk.path_in_schema, names)]
     rows = max(1, facts.num_rows)
@@ -178,7 +203,9 @@ def _rows_at_a_time(stream: Any, metadata: Any, group: int, file: InputFile) -> 
         found = f"{file.path}: row group {group + 1} has {size}"
         file.skip(found, "divide its text among several rows", facts.num_rows)
         return 0
-    repeated = [chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page]
+    # Not inside lists, as of messages: there a text is not asked for by its path.
+    flat = [chunk for chunk in chunks if not file.options.train_on]
+    repeated = [chunk.path_in_schema for chunk in flat if chunk.has_dictionary_page]
     row_bytes += sum(_longest_repeated(stream, group, path) for path in repeated)
     return max(1, min(MOST_ROWS, BYTES_DECODED_AT_ONCE // row_bytes))
 
@@ -202,6 +229,11 @@ def _longest_repeated(stream: Any, group: int, path: str) -> int:
 
 def saved(file: InputFile) -> Columns:
     """Rows of a folder that `save_to_disk` of datasets wrote."""
+    yield from _rows_of_dataset(open_saved(file), file)
+
+
+def open_saved(file: InputFile) -> Any:
+    """The split of a folder that `save_to_disk` of datasets wrote. Raises ForgeError."""
     import datasets
 
     try:
@@ -220,7 +252,7 @@ def saved(file: InputFile) -> Columns:
                 "choose one with --dataset-split",
             )
         rows = rows[split]
-    yield from _rows_of_dataset(rows, file)
+    return rows
 
 
 @contextlib.contextmanager
@@ -237,11 +269,16 @@ def _named_in_utf8(path: str) -> Iterator[str]:
 
 def streamed(file: InputFile) -> Columns:
     """Rows of a dataset of the Hub, streamed."""
+    yield from _rows_of_dataset(open_streamed(file), file)
+
+
+def open_streamed(file: InputFile) -> Any:
+    """A dataset of the Hub, to be streamed. Raises ForgeError."""
     import datasets
 
     name, split = file.options.dataset_config, file.options.dataset_split
     try:
-        rows = datasets.load_dataset(file.path, name, split=split, streaming=True)
+        return datasets.load_dataset(file.path, name, split=split, streaming=True)
     except Exception as error:  # the Hub, the network and the dataset fail in their own ways
         raise ForgeError(
             f"--dataset-path {file.path}: no such file, and no dataset of that name could be read "
@@ -249,7 +286,6 @@ def streamed(file: InputFile) -> Columns:
             "give a file, a folder or a glob that exists, or what the Hub has (--dataset-config, "
             "--dataset-split) and this machine can reach",
         ) from error
-    yield from _rows_of_dataset(rows, file)
 
 
 def _rows_of_dataset(rows: Any, file: InputFile) -> Columns:

@@ -140,6 +140,12 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills what is left of a block: its own for that, else EOS."""
+    own = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if own is None else own)
+
+
 def token_dtype(size: int) -> str:
     """The smallest type for a vocabulary of `size`. Raises ForgeError when four bytes are few."""
     if size > 2**32:

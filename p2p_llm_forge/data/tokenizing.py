@@ -12,12 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from p2p_llm_forge.data import readers, splits
+from p2p_llm_forge.data.conversation_encoder import PIECES_DTYPE, ConversationEncoder
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.encode import Encoders
 from p2p_llm_forge.data.parts import Piece
 from p2p_llm_forge.data.pieces import PieceId, Pieces, Record, digest, digest_of
 from p2p_llm_forge.data.preparation import Preparation
-from p2p_llm_forge.data.splits import EncodeOptions
+from p2p_llm_forge.data.splits import ConversationOptions, EncodeOptions
 from p2p_llm_forge.data.unfinished import PIECES, Ranks
 
 Item = TypeVar("Item")
@@ -25,10 +26,20 @@ Result = TypeVar("Result")
 
 
 class Job:
-    """Tokenizes any piece of a preparation; the same on every rank. manifest: not yet counted."""
+    """Tokenizes any piece of a preparation; the same on every rank. manifest: not yet counted.
 
-    def __init__(self, preparation: Preparation, manifest: Manifest, encoders: Encoders) -> None:
+    conversations: what encodes them; None: documents are texts.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        manifest: Manifest,
+        encoders: Encoders,
+        conversations: ConversationEncoder | None = None,
+    ) -> None:
         self.preparation = preparation
+        long, longest = preparation.long_conversations, manifest.sequence_length
         self.encode_text = encoders.encode_few
         self.give_up = encoders.close  # makes pieces that are being encoded fail soon
         self._options = EncodeOptions(
@@ -40,11 +51,16 @@ class Job:
             min_document_tokens=preparation.config.min_document_tokens,
             max_document_tokens=preparation.config.max_document_tokens,
             deduplicate=preparation.config.deduplicate,
+            conversations=ConversationOptions(conversations.encode, longest, long)
+            if conversations
+            else None,
         )
         decides = asdict(preparation.read_options) | vars(self._options)
         decides |= {"encode": encoders.is_fast, "tokenizer": manifest.tokenizer_fingerprint}
+        decides["conversations"] = manifest.conversations and [manifest.conversations, longest]
         folder, parts = preparation.folder / PIECES, preparation.parts
-        self.pieces = Pieces(folder, parts, decides, manifest.dtype)
+        dtype = PIECES_DTYPE if conversations else manifest.dtype
+        self.pieces = Pieces(folder, parts, decides, dtype)
 
     def encode(self, task: tuple[PieceId, Piece | None]) -> tuple[int, np.ndarray]:
         """Tokenize and keep a piece, read already or not: the bytes of its file, its tokens."""
@@ -63,7 +79,7 @@ class Job:
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
-        if part.kind == "hub":  # else its text would be downloaded again where a block cuts it
+        if part.kind == "hub" and not self._options.conversations:  # else its text would be downloaded again where a block cuts it
             self.pieces.keep_text(piece_id, piece.column)
         self.pieces.write(piece_id, encoded.tokens, encoded.documents, record)
         return piece.source_bytes, encoded.tokens

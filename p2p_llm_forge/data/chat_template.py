@@ -1,0 +1,176 @@
+"""A conversation as text by a chat template (Jinja, as transformers renders it), and which of its
+characters the assistant says."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2p_llm_forge.data.conversations import ASSISTANT
+from p2p_llm_forge.data.input_file import first_line
+from p2p_llm_forge.data.tokenizer import control_tokens
+from p2p_llm_forge.errors import ForgeError
+
+Span = tuple[int, int]  # characters from, up to
+
+# For a tokenizer that has none: plain text, no new tokens; EOS ends what the assistant says.
+PLAIN = (
+    "{%- for message in messages -%}"
+    "{{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] | trim -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
+    "{{- '\\n\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"
+)
+TRIED = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
+MARK_IT = (
+    "give --chat-template FILE, a copy of the template with {% generation %} before and"
+    " {% endgeneration %} after what the assistant says (TRL has such for many models), or"
+    " --train-on all"
+)
+
+
+class NotRenderedError(Exception):
+    """A conversation of which the template makes no text, or shows not what the assistant says."""
+
+    def __init__(self, found: str, fix: str = "correct it") -> None:
+        super().__init__(found)
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with the special tokens that it may write.
+
+    origin: where it came from, for messages; control: all control tokens, by which turns may end.
+    """
+
+    text: str
+    origin: str
+    tokens: dict[str, Any]
+    control: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, path: str | None) -> ChatTemplate:
+        """That of a file, else the tokenizer's own, else the plain one. Raises ForgeError."""
+        text, origin = text_of(tokenizer, path)
+        control = tuple(sorted(control_tokens(tokenizer), key=len, reverse=True))
+        template = cls(text, origin, dict(tokenizer.special_tokens_map), control)
+        template._try(is_file=bool(path))
+        return template
+
+    @property
+    def says_where(self) -> bool:
+        """Whether it marks by itself what the assistant says."""
+        return "generation" in self.text and "endgeneration" in self.text
+
+    @property
+    def depends_on_the_day(self) -> bool:
+        return "strftime_now" in self.text
+
+    def rendered(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, is_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text, and what it marks. is_prompt: the assistant's turn is next.
+
+        Raises NotRenderedError.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            found: Any = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=self.says_where,
+                add_generation_prompt=is_prompt,
+                **self.tokens,
+            )
+        except Exception as error:  # jinja2's own, and what a template's expressions raise
+            raise NotRenderedError(f"{type(error).__name__}: {first_line(error)}") from error
+        texts, marks = found
+        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    def said(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation, and what the assistant says in it.
+
+        Where the template does not mark that, it is what comes between the prompt for the turn and
+        the end of the turn, each rendered by itself. Raises NotRenderedError.
+        """
+        text, spans = self.rendered(messages, tools)
+        if self.says_where:
+            return text, spans
+        for place, message in enumerate(messages):
+            if message["role"] == ASSISTANT:
+                before, _ = self.rendered(messages[:place], tools, is_prompt=True)
+                until, _ = self.rendered(messages[: place + 1], tools)
+                end = len(until)
+                if not text.startswith(until):
+                    end = self._end_of_turn(text, len(before), message["content"])
+                if not text.startswith(before) or end < len(before):
+                    found = f"it writes turn {place + 1} otherwise when others follow"
+                    found = f"{found}, so what the assistant says is not known"
+                    raise NotRenderedError(found, MARK_IT)
+                spans.append((len(before), end))
+        return text, spans
+
+    def _end_of_turn(self, text: str, start: int, content: str) -> int:
+        """Where a turn ends that the template writes otherwise when it is the last; -1: unknown.
+
+        Its content stands there, then perhaps a token and a line's end (Qwen 3 leaves out the
+        thoughts of turns before the last).
+        """
+        content = content.rpartition("</think>")[2].strip()
+        if not content or not text.startswith(content, start):
+            return -1
+        end = start + len(content)
+        for name in self.control:
+            if text.startswith(name, end):
+                end += len(name)
+                return end + text.startswith("\n", end)
+        return -1
+
+    def _try(self, is_file: bool) -> None:
+        """Raise ForgeError for a template that fails on any conversation."""
+        try:
+            text, _ = self.rendered(TRIED, None)
+        except NotRenderedError as error:
+            other = "correct it" if is_file else "give another by --chat-template FILE"
+            raise ForgeError(f"{self.origin} fails: {error}", other) from error
+        if not text.strip():
+            raise ForgeError(
+                f"{self.origin} makes no text of a conversation",
+                "give a template that writes `messages`, by --chat-template FILE",
+            )
+
+
+def text_of(tokenizer: Any, path: str | None) -> tuple[str, str]:
+    """The template that is used, and where it came from. tokenizer: None where one is trained."""
+    if path:
+        return _read(path), f"--chat-template {path}"
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.get_chat_template(), "the tokenizer's chat template"
+    return PLAIN, "the plain chat template ('### User:', '### Assistant:')"
+
+
+def sha256_of(template: str) -> str:
+    """What tells templates apart."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def _read(path: str) -> str:
+    try:
+        text = Path(path).read_bytes().decode().removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ForgeError(
+            f"--chat-template {path} cannot be read: {reason}",
+            "give a file that holds a template (Jinja), or leave the flag out",
+        ) from error
+    if not text.strip():
+        raise ForgeError(f"--chat-template {path} is empty", "write the template into it")
+    return text
