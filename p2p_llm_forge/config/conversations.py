@@ -1,4 +1,4 @@
-"""What prepare_data.py can be asked about conversations: rows of messages, prompts, instructions."""
+"""What prepare_data.py can be asked about rows that hold conversations."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class ConversationOptions(Options):
     heading = "conversations"
     OTHER_NAMES = OF_TUNING
 
-    train_on: Literal["all", "assistant"] | None = flag(
-        None,
+    train_on: Literal["auto", "assistant", "all"] = flag(
+        "auto",
         "which tokens of conversations (rows with messages; prompt and completion; or instruction"
-        " and output) count in the loss: all, or what the assistant says; reads them also where a"
-        " row has a text, too (default: assistant)",
+        " and output) count in the loss: what the assistant says, or all; auto: what the assistant"
+        " says, where rows have no text",
     )
     chat_template: str | None = flag(
         None,
@@ -67,16 +67,21 @@ class ConversationOptions(Options):
         "--chat_template_path",
         metavar="FILE",
     )
-    long_conversations: Literal["cut", "skip", "error"] | None = flag(
-        None,
+    long_conversations: Literal["cut", "skip", "error"] = flag(
+        "cut",
         "a conversation that is longer than a block: cut it, each part in a block of its own; leave"
-        " it out; or refuse it (default: cut)",
+        " it out; or refuse it",
     )
 
     @property
     def asks_for_conversations(self) -> bool:
-        """Whether an option was given that only conversations have."""
-        return bool(self.train_on or self.chat_template or self.long_conversations)
+        """Whether rows are to be read as conversations, also where they have a text."""
+        return self.train_on != "auto" or self.chat_template is not None
+
+    @property
+    def trained(self) -> str:
+        """Which tokens of conversations are trained: `assistant` or `all`."""
+        return "all" if self.train_on == "all" else "assistant"
 
     def check(self, problems: Problems) -> None:
         problems.require(

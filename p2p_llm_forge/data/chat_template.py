@@ -4,7 +4,8 @@ characters the assistant says."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class ChatTemplate:
     origin: str
     tokens: dict[str, Any]
     control: tuple[str, ...] = ()
+    # transformers 5.23 keeps one compiled template, whose marks two threads must not make at once.
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Any, path: str | None) -> ChatTemplate:
@@ -80,14 +83,15 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            found: Any = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.says_where,
-                add_generation_prompt=is_prompt,
-                **self.tokens,
-            )
+            with self.lock:
+                found: Any = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=self.says_where,
+                    add_generation_prompt=is_prompt,
+                    **self.tokens,
+                )
         except Exception as error:  # jinja2's own, and what a template's expressions raise
             raise NotRenderedError(f"{type(error).__name__}: {first_line(error)}") from error
         texts, marks = found

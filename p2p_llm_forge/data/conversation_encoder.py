@@ -71,9 +71,7 @@ class ConversationEncoder:
         bare.post_processor = None  # it would move places: white space at ends is trimmed
         return bare, whole
 
-    def encode(
-        self, documents: pa.LargeBinaryArray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def encode(self, documents: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens (uint32, IS_TRAINED beside those), their number and the bytes of trained text of
         each conversation (int64); a number of -1 is that of a bad one, which has no tokens.
 
@@ -102,7 +100,8 @@ class ConversationEncoder:
         try:
             return self._rendered(content)
         except NotRenderedError as error:
-            return self._refuse(f"{self._template.origin}: {error}", error.fix, content)
+            self._refuse(f"{self._template.origin}: {error}", error.fix, content)
+            return None
 
     def _rendered(self, content: dict[str, Any]) -> Rendered:
         eos, tools = self._tokenizer.eos_token, content.get("tools")
@@ -164,7 +163,8 @@ class ConversationEncoder:
         trained[:1] = False
         if not trained.any():
             found = f"{self._template.origin} marks nothing in it to learn from"
-            return self._refuse(found, MARK_IT, rendered.text)
+            self._refuse(found, MARK_IT, rendered.text)
+            return None
         is_text = ~np.isin(tokens, self._numbers)
         size = bytes_of(rendered.text, places, trained, is_text)
         return np.where(trained, tokens | IS_TRAINED, tokens), size

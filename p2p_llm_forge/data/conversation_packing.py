@@ -2,8 +2,8 @@
 
 A conversation goes into the open block in which it leaves least room (best fit); where it fits in
 none, a new one is opened. Few blocks are open at a time, so that a dataset of any size is packed in
-one pass: one that is full is closed, and where there are too many, the one with least room. The same conversations in the same order give the
-same blocks.
+one pass: one that is full is closed, and where there are too many, the one with least room. The
+same conversations in the same order give the same blocks.
 """
 
 from __future__ import annotations

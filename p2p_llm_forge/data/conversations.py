@@ -77,6 +77,11 @@ def document_of(row: Any, messages_column: str, train_on: str) -> bytes:
     return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
+def in_words_of(train_on: str) -> str:
+    """What is trained, for people."""
+    return "what the assistant says" if train_on == ASSISTANT else "everything"
+
+
 def texts_of(document: bytes) -> str:
     """What is said in a document, for a tokenizer to be trained on."""
     content = json.loads(document)
@@ -177,8 +182,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 def _content(content: Any, where: str) -> str:
     """A text, or the texts of the parts of which it is made."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    found = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(parts):
         kind = "a list of parts that are not all text" if parts is content else type(content)
         kind = kind if isinstance(kind, str) else kind.__name__
         raise NoTextError(f": the content of {where} is {kind}, expected a text")

@@ -87,6 +87,11 @@ class SplitFacts:
     left_out_tokens: int = 0
     trained_tokens: int | None = None
 
+    @property
+    def trained(self) -> int:
+        """Tokens that count in the loss."""
+        return self.tokens if self.trained_tokens is None else self.trained_tokens
+
 
 @dataclass(frozen=True)
 class SourceFacts:

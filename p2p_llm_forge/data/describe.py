@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from p2p_llm_forge.data.blocks import Blocks
+from p2p_llm_forge.data.conversations import in_words_of
 from p2p_llm_forge.data.dataset import PREPARE_AGAIN, Manifest, PreparedDataset, open_prepared
-from p2p_llm_forge.data.shares import share_lines
+from p2p_llm_forge.data.shares import share_lines, trained_lines
 from p2p_llm_forge.data.splits import TRAIN, in_words
 from p2p_llm_forge.errors import ForgeError, counted, plain, quoted
 from p2p_llm_forge.files import sha256_of
 
 END_MARK = "⏹"  # what stands for the end of a document in a decoded block
+BEGIN_MARK, TRAINED_MARKS = "▶", "⟦⟧"  # of conversations
 BAR = 40  # characters of the longest bar of a histogram
 SHOWN_TOKENS = 40  # of a repeated document
 
@@ -41,20 +44,19 @@ def describe(folder: Path, trust_remote_code: bool = False) -> str:
         f"{folder}: blocks of {manifest.sequence_length} tokens ({manifest.dtype}), "
         f"vocabulary {manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
     ]
+    if of := manifest.conversations:
+        lines.append(f"conversations, of which {in_words_of(of['train_on'])} is trained")
     lines += [_split_line(data, name) for name in manifest.splits]
     if manifest.skipped_rows:
         lines.append(f"bad rows left out: {manifest.skipped_rows:,}")
     if left_out := in_words(manifest.left_out):
         lines.append(f"left out: {left_out}")
-    lines += share_lines(manifest)
+    lines += [*trained_lines(manifest), *share_lines(manifest)]
     found = {name: documents_of(data, name) for name in manifest.splits}
     for name, documents in found.items():
         lines += [f"lengths of documents in {name}, in tokens:", *histogram(documents.lengths)]
     lines.append(_longest_repeated(data, found, tokenizer))
-    first_end = int(found[TRAIN].lengths[0]) if len(found[TRAIN].lengths) else 0
-    block = first_end // manifest.sequence_length
-    which = f"block {block} of {TRAIN}, the first with an end" if block else f"block 0 of {TRAIN}"
-    lines += [f"{which} ({END_MARK} ends a document):", _block_text(data, tokenizer, block)]
+    lines += _block_lines(data, found[TRAIN], tokenizer)
     return plain("\n".join(lines), longest=10**6)
 
 
@@ -64,6 +66,8 @@ def documents_of(data: PreparedDataset, split: str) -> Documents:
     One that a mixture has cut has no end, and counts with the next.
     """
     blocks = data.blocks(split)
+    if blocks and blocks.is_of_conversations:
+        return _conversations_of(blocks)
     found = [array("Q"), array("Q"), array("Q")]
     state, begin, before = xxhash.xxh3_64(), 0, 0
     for chunk in blocks.chunks if blocks else ():
@@ -78,6 +82,23 @@ def documents_of(data: PreparedDataset, split: str) -> Documents:
             start, begin = end + 1, before + end + 1
         state.update(tokens[start:].data)
         before += len(tokens)
+    return Documents(*(np.array(column, np.uint64) for column in found))
+
+
+def _conversations_of(blocks: Blocks) -> Documents:
+    """The conversations of a split, each part of one that was cut by itself, without padding."""
+    found = [array("Q"), array("Q"), array("Q")]
+    for number in range(len(blocks)):
+        (tokens,), (trained,) = blocks.tokens([number]), blocks.trained([number])
+        begins = blocks.begins([number])
+        assert begins is not None
+        ends = np.append(np.flatnonzero(begins[0]), len(tokens))
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            if trained[start:end].any():  # else it is padding
+                of = xxhash.xxh3_64(np.ascontiguousarray(tokens[start:end]).data).intdigest()
+                facts = number * len(tokens) + start, end - start, of
+                for column, value in zip(found, facts, strict=True):
+                    column.append(int(value))
     return Documents(*(np.array(column, np.uint64) for column in found))
 
 
@@ -122,7 +143,7 @@ def _tokens_at(data: PreparedDataset, split: str, begin: int, count: int) -> np.
     blocks, length = data.blocks(split), data.manifest.sequence_length
     assert blocks is not None
     first, last = begin // length, (begin + max(1, count) - 1) // length
-    tokens = blocks.inputs_and_targets(range(first, last + 1))[1].reshape(-1)
+    tokens = blocks.tokens(range(first, last + 1)).reshape(-1)
     return tokens[begin - first * length :][:count]
 
 
@@ -154,12 +175,40 @@ def vocabulary_use(data: PreparedDataset, split: str) -> int:
     return int(np.count_nonzero(counts))
 
 
+def _block_lines(data: PreparedDataset, documents: Documents, tokenizer: Any) -> list[str]:
+    """A block, for people: the first in which a document ends, or one of conversations."""
+    blocks = data.train_blocks()
+    if blocks.is_of_conversations:
+        what = f"{BEGIN_MARK} begins a conversation, what stands in {TRAINED_MARKS} is trained"
+        return [f"block 0 of {TRAIN} ({what}):", _trained_text(blocks, tokenizer)]
+    first_end = int(documents.lengths[0]) if len(documents.lengths) else 0
+    block = first_end // data.manifest.sequence_length
+    which = f"block {block} of {TRAIN}, the first with an end" if block else f"block 0 of {TRAIN}"
+    return [f"{which} ({END_MARK} ends a document):", _block_text(data, tokenizer, block)]
+
+
 def _block_text(data: PreparedDataset, tokenizer: Any, block: int) -> str:
     end = data.manifest.eos_token_id
-    tokens = data.train_blocks().inputs_and_targets([block])[1][0]
+    tokens = data.train_blocks().tokens([block])[0]
     documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
     texts = (tokenizer.decode(document[document != end]) for document in documents)
     return f"{END_MARK}\n".join(texts)
+
+
+def _trained_text(blocks: Blocks, tokenizer: Any) -> str:
+    """The first block with signs where a conversation begins and around what is trained."""
+    (tokens,), (trained,), begins = blocks.tokens([0]), blocks.trained([0]), blocks.begins([0])
+    assert begins is not None
+    changes = np.flatnonzero((np.diff(trained, prepend=False)) | begins[0])
+    text = ""
+    for start, end in zip(changes, np.append(changes, len(tokens))[1:], strict=True):
+        part = tokenizer.decode(tokens[start:end])
+        is_padding = begins[0, start] and not trained[start:].any()
+        if is_padding:
+            return f"{text}\n({counted(len(tokens) - start, 'token')} of padding)"
+        text += f"\n{BEGIN_MARK}" if begins[0, start] else ""
+        text += f"{TRAINED_MARKS[0]}{part}{TRAINED_MARKS[1]}" if trained[start] else part
+    return text.removeprefix("\n")
 
 
 def verify(folder: Path) -> int:

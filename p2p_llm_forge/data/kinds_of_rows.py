@@ -51,22 +51,21 @@ def are_conversations(
             " into one dataset",
             "prepare them apart, each into a folder of its own",
         )
-    return found.get(True, False), notes
+    return True in found, notes
 
 
 def holds_conversations(names: Columns, path: str, config: PrepareConfig) -> bool:
     """Whether rows of these columns are conversations: asked for, or without the text to read."""
     column, form = config.text_column, form_of(names)
     is_usual = column == ReadOptions.text_column
-    if names.get(column):
+    if names.get(column) is True:
         return True
     if not config.asks_for_conversations:
         return is_usual and column not in names and form is not None
     if form is None or not is_usual:
         has = f"found {found_names(names)}" if names else "it is text"
-        flags = {"train_on", "chat_template", "long_conversations"}
-        given = next(name for name in sorted(flags) if getattr(config, name))
-        fix = f"give rows with {IN_WORDS}, or leave --{given.replace('_', '-')} out"
+        given = "--chat-template" if config.chat_template else f"--train-on {config.train_on}"
+        fix = f"give rows with {IN_WORDS}, or leave {given} out"
         if form:
             fix = "leave --text-column out"
         raise ForgeError(f"{path} holds no conversations: {has}", fix)

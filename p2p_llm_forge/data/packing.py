@@ -340,6 +340,7 @@ class Packer:
             content_fingerprint=fingerprint([piece.record.digest for piece in done]),
             skipped_rows=sum(piece.record.skipped for piece in done),
             left_out=total([piece.record.left_out for piece in done]),
+            conversations=self._conversations(),
         )
         known: dict[str, str] = {}
         for split in self._splits:
@@ -350,6 +351,12 @@ class Packer:
         write_json(self.written / DATASET_DICT, {"splits": list(manifest.splits)}, durable=False)
         save_tokenizer(self._tokenizer, self.written / TOKENIZER)
         return manifest.save(self.written, known)
+
+    def _conversations(self) -> dict[str, Any] | None:
+        """What is known of conversations, with the number of those that were cut; None: text."""
+        known = self._manifest.conversations
+        splits = [one for one in self._splits if isinstance(one, _SplitOfConversations)]
+        return known and known | {"cut": sum(split.cut for split in splits)}
 
     def _sources(self, done: list[Done]) -> list[SourceFacts]:
         """What each source has given to train on, when that split is finished."""

@@ -27,8 +27,8 @@ class ReadOptions:
     """How files are read; named as in PrepareConfig.
 
     separator: what ends a document in a text file; whole_sources: files of source code and Markdown
-    are one document each; train_on: of conversations, None where rows hold a text; piece_bytes: of
-    text, in a piece.
+    are one document each; piece_bytes: of text, in a piece; train_on: of conversations, None where
+    rows hold a text.
     """
 
     separator: str = BLANK_LINES
@@ -40,15 +40,15 @@ class ReadOptions:
     skip_bad_rows: bool = False
     dataset_config: str | None = None
     dataset_split: str = "train"
-    train_on: str | None = None
     piece_bytes: int = PIECE_BYTES
+    train_on: str | None = None
 
     @classmethod
     def of(cls, config: PrepareConfig) -> ReadOptions:
         """As a preparation asks for."""
         own: dict[str, Any] = {"separator": config.separator(), "piece_bytes": PIECE_BYTES}
         own["csv_delimiter"] = config.delimiter()
-        own["train_on"] = None  # until the rows are looked at
+        own["train_on"] = config.trained if config.asks_for_conversations else None
         own["whole_sources"] = config.document_separator is None
         names = {field.name for field in dataclasses.fields(cls)} - set(own)
         return cls(**own, **{name: getattr(config, name) for name in names})

@@ -15,7 +15,6 @@ import numpy as np
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import chat_template, sources
 from p2p_llm_forge.data.chat_template import ChatTemplate
-from p2p_llm_forge.data.conversations import ASSISTANT
 from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
 from p2p_llm_forge.data.kinds_of_rows import are_conversations
 from p2p_llm_forge.data.parts import Part, ReadOptions
@@ -72,7 +71,7 @@ class Preparation:
         not_read = sorted({*found.left_out_folders, *held_out.left_out_folders})
         is_one, notes = are_conversations(parts, config, options)
         if is_one:
-            options = replace(options, train_on=config.train_on or ASSISTANT)
+            options = replace(options, train_on=config.trained)
         return cls(config, options, parts, found.weights, unreadable, left_out, not_read, notes)
 
     @property
@@ -101,11 +100,6 @@ class Preparation:
         options = {"trust_remote_code": config.trust_remote_code, "eos_token": config.eos_token}
         return options | {"name": config.tokenizer} if config.tokenizer is not None else None
 
-    @property
-    def long_conversations(self) -> str:
-        """What becomes of conversations that are longer than a block."""
-        return self.config.long_conversations or "cut"
-
     def template(self, tokenizer: Any) -> ChatTemplate | None:
         """What makes text of conversations; None where there are none. Raises ForgeError."""
         if not self.read_options.train_on:
@@ -123,7 +117,7 @@ class Preparation:
         found = {
             "train_on": self.read_options.train_on,
             "chat_template": chat_template.sha256_of(template),
-            "long_conversations": self.long_conversations,
+            "long_conversations": self.config.long_conversations,
         }
         return found if tokenizer is None else found | {"padding": padding_of(tokenizer)}
 
@@ -141,7 +135,7 @@ class Preparation:
             tokenizer = Path(tokenizer).resolve().name
         of_conversations = {
             "train_on": self.read_options.train_on,
-            "long_conversations": self.long_conversations,
+            "long_conversations": self.config.long_conversations,
             "chat_template": name_of(config.chat_template) if config.chat_template else None,
         }
         return {
@@ -228,11 +222,9 @@ def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> l
         tokenizer is not None and tokenizer_fingerprint(tokenizer) != there.tokenizer_fingerprint
     ):
         differences.append("another tokenizer")
-    asked_of = preparation.conversations(tokenizer)
-    if not differences and (there.conversations is None) != (asked_of is None):
-        differences.append("text" if asked_of else "conversations")
-    elif not differences and asked_of and not asked_of.items() <= there.conversations.items():
-        differences.append("another chat template or padding")
+    asked_of, known = preparation.conversations(tokenizer) or {}, there.conversations or {}
+    if not differences and any(known.get(name) != asked for name, asked in asked_of.items()):
+        differences.append("another chat template")
     if not differences and there.content_fingerprint != preparation.text_fingerprint():
         differences.append("made from another text")
     return differences

@@ -12,7 +12,7 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import cutting, folders
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.conversation_encoder import ConversationEncoder
-from p2p_llm_forge.data.conversations import ASSISTANT
+from p2p_llm_forge.data.conversations import in_words_of
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
@@ -20,7 +20,13 @@ from p2p_llm_forge.data.formats import ONE_DOCUMENT
 from p2p_llm_forge.data.packing import Packer
 from p2p_llm_forge.data.preparation import Preparation, already_prepared
 from p2p_llm_forge.data.readers import columns_not_seen
-from p2p_llm_forge.data.shares import SHORTEST_BLOCK, require_shares, share_lines, share_warnings
+from p2p_llm_forge.data.shares import (
+    SHORTEST_BLOCK,
+    require_shares,
+    share_lines,
+    share_warnings,
+    trained_lines,
+)
 from p2p_llm_forge.data.splits import TRAIN, VALIDATION, in_words
 from p2p_llm_forge.data.tokenizer_training import tokenizer_folder, trained_tokenizer
 from p2p_llm_forge.data.tokenizing import Job, tokenize
@@ -246,9 +252,9 @@ def blank_manifest(preparation: Preparation, tokenizer: Any) -> Manifest:
 def in_words_of_conversations(preparation: Preparation, tokenizer: Any) -> list[str]:
     """What conversations are trained on and by which template they are written, for people."""
     template, train_on = preparation.template(tokenizer), preparation.read_options.train_on
-    if not template:
+    if not (template and train_on):
         return []
-    what = "what the assistant says" if train_on == ASSISTANT else "everything"
+    what = in_words_of(train_on)
     lines = [f"conversations, of which {what} is trained, written by {template.origin}"]
     if template.depends_on_the_day:
         lines.append(
@@ -313,12 +319,13 @@ def summary(manifest: Manifest) -> str:
         f"{name} {counted(facts.documents, 'document')} in {counted(facts.blocks, 'block')}"
         for name, facts in manifest.splits.items()
     ]
-    tokens = sum(facts.tokens for facts in manifest.splits.values())
+    tokens = sum(facts.trained for facts in manifest.splits.values())
+    kind = "token" if manifest.conversations is None else "trained token"
     text_bytes = sum(facts.bytes for facts in manifest.splits.values())
     left_out = in_words(manifest.left_out)
     facts = (
         f"{'; '.join(parts)} of {manifest.sequence_length} tokens "
-        f"({text_bytes / tokens:.2f} bytes of text per token, vocabulary {manifest.vocab_size:,})"
+        f"({text_bytes / tokens:.2f} bytes of text per {kind}, vocabulary {manifest.vocab_size:,})"
         + (
             f"; {counted(manifest.skipped_rows, 'bad row')} left out"
             if manifest.skipped_rows
@@ -327,4 +334,4 @@ def summary(manifest: Manifest) -> str:
         + (f"; left out: {left_out}" if left_out else "")
     )
     warnings = [f"warning: {warning}" for warning in share_warnings(manifest)]
-    return "\n".join([facts, *share_lines(manifest), *warnings])
+    return "\n".join([facts, *trained_lines(manifest), *share_lines(manifest), *warnings])

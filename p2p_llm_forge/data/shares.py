@@ -20,6 +20,20 @@ def share_lines(manifest: Manifest) -> list[str]:
     return [f"{TRAIN} by source:", *(_line(source, total) for source in manifest.sources)]
 
 
+def trained_lines(manifest: Manifest) -> list[str]:
+    """Of conversations how much is trained and how full blocks are, for people; of text nothing."""
+    if manifest.conversations is None:
+        return []
+    length = manifest.sequence_length
+    lines = [
+        f"{name}: {counted(facts.trained, 'trained token')} of {facts.tokens:,}; blocks are "
+        f"{facts.tokens / max(1, facts.blocks * length):.1%} full"
+        for name, facts in manifest.splits.items()
+    ]
+    cut = manifest.conversations.get("cut", 0)
+    return lines + [f"longer than a block, and cut: {counted(cut, 'conversation')}"] * bool(cut)
+
+
 def _line(source: SourceFacts, total: int) -> str:
     asked = "" if source.weight is None else f"{_percent(source.weight)} asked, "
     left_out = (

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from p2p_llm_forge.data import readers
+from p2p_llm_forge.data.conversations import texts_of
 from p2p_llm_forge.data.memory import return_memory
 from p2p_llm_forge.data.pieces import PieceId
 from p2p_llm_forge.data.preparation import Preparation
@@ -60,6 +61,7 @@ def training_text(preparation: Preparation) -> Iterator[str]:
     parts, seed = preparation.parts, preparation.config.seed
     total = sum(part.bytes for part in parts if not part.is_validation)
     fraction = min(1.0, TRAINING_BYTES / max(1, total))
+    text_of = texts_of if preparation.read_options.train_on else bytes.decode
     bytes_left = 2 * TRAINING_BYTES  # the size of compressed text is a guess
 
     def is_chosen(piece: PieceId) -> bool:
@@ -77,7 +79,7 @@ def training_text(preparation: Preparation) -> Iterator[str]:
             fraction_hidden = preparation.validation_fraction
             hidden = held_out(piece_id.number, len(documents), fraction_hidden, seed)
             for document in documents.filter(pa.array(~hidden)):
-                text = document.as_py().decode()
+                text = text_of(document.as_py())
                 bytes_left -= len(text)
                 yield text
 

@@ -39,7 +39,7 @@ class Job:
         conversations: ConversationEncoder | None = None,
     ) -> None:
         self.preparation = preparation
-        long, longest = preparation.long_conversations, manifest.sequence_length
+        long, longest = preparation.config.long_conversations, manifest.sequence_length
         self.encode_text = encoders.encode_few
         self.give_up = encoders.close  # makes pieces that are being encoded fail soon
         self._options = EncodeOptions(
@@ -79,7 +79,9 @@ class Job:
             skipped=piece.skipped,
             is_last=piece.is_last,
         )
-        if part.kind == "hub" and not self._options.conversations:  # else its text would be downloaded again where a block cuts it
+        if (
+            part.kind == "hub" and not self._options.conversations
+        ):  # else its text would be downloaded again where a block cuts it
             self.pieces.keep_text(piece_id, piece.column)
         self.pieces.write(piece_id, encoded.tokens, encoded.documents, record)
         return piece.source_bytes, encoded.tokens
