@@ -76,7 +76,7 @@ def loop(run: Run, interruptions: Interruptions) -> None:
     run.start()
     while step < run.total_steps:  # which --minutes decides again and again
         update = take_update(run, step)
-        run.window.add(update.nats)
+        run.window.add(update.nats, update.tokens_of_all)
         run.grad_norm = update.grad_norm
         run.synced(run.sync.after_update(step, update.tokens))
         run.tracking.step(update.nats, update.tokens)
@@ -106,7 +106,8 @@ class Update:
     """What one update came to on this rank. Scalars stay on the device, which need not wait."""
 
     nats: torch.Tensor  # summed loss
-    tokens: int
+    tokens: int  # that count in it
+    tokens_of_all: int  # of all ranks
     grad_norm: torch.Tensor  # before clipping
 
 
@@ -120,8 +121,8 @@ def take_update(run: Run, step: int) -> Update:
         run.position_of(step), plan.batch_size, len(run.blocks), config.seed
     )
     own = data_order.share_of_rank(blocks, run.balance.shares, cluster.rank)
-    tokens = len(own) * run.job.data.manifest.sequence_length
-    scale = run.sync.loss_scale(tokens, plan.tokens_per_update)
+    tokens, tokens_of_all = run.blocks.trained_tokens(own), run.blocks.trained_tokens(blocks)
+    scale = run.sync.loss_scale(tokens, tokens_of_all)
     while True:
         try:
             nats = add_gradients(run, step, own, scale)
@@ -133,7 +134,7 @@ def take_update(run: Run, step: int) -> Update:
     )
     optimizer.step()
     optimizer.zero_grad()
-    return Update(nats, tokens, grad_norm)
+    return Update(nats, tokens, tokens_of_all, grad_norm)
 
 
 def add_gradients(run: Run, step: int, own: list[int], scale: float) -> torch.Tensor:
@@ -147,14 +148,14 @@ def add_gradients(run: Run, step: int, own: list[int], scale: float) -> torch.Te
     micro_batches = data_order.micro_batches(own, run.micro_batch_size)
     nats = torch.zeros((), device=cluster.device)
     batches = fed(run.blocks, micro_batches, cluster.device)
-    for number, (inputs, targets) in enumerate(batches, start=1):
+    for number, batch in enumerate(batches, start=1):
         # A resumed run repeats its dropout without any saved generator.
         torch.manual_seed(data_order.dropout_seed(run.job.config.seed, step, offset))
-        offset += len(inputs)
+        offset += len(batch.inputs)
         is_last = number == len(micro_batches)
         with run.sync.context(is_last_micro_batch=is_last):
             began = run.balance.clock()
-            micro_nats, _ = model(inputs, targets)
+            micro_nats, _ = model(*batch)
             run.forward_s += run.balance.clock() - began
             run.is_exchanging = is_last and cluster.world_size > 1
             cluster.accelerator.backward(micro_nats * scale)

@@ -174,10 +174,9 @@ def bare_update(run: Any) -> None:
     job, learner = run.job, run.learner
     if not hasattr(run, "bare_batch"):
         run.bare_batch = first_micro_batch(job, run.blocks)
-    inputs, targets = run.bare_batch
     scale = run.sync.loss_scale(job.plan.tokens_per_update, job.plan.tokens_per_update)
     for _ in range(job.plan.shares[0] // job.plan.micro_batch_size):
-        nats, _ = learner.model(inputs, targets)
+        nats, _ = learner.model(*run.bare_batch)
         job.cluster.accelerator.backward(nats * scale)
     job.cluster.accelerator.clip_grad_norm_(learner.model.parameters(), job.config.max_grad_norm)
     learner.optimizer.step()

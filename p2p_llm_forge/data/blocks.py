@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,16 @@ class Blocks:
         if not self._marks:
             return len(indices) * self._arguments[1]
         return int(np.count_nonzero(self.trained(indices)))
+
+    def that_count(self) -> Iterator[np.ndarray]:
+        """The tokens of all blocks that count in the loss, many at a time."""
+        for number, chunk in enumerate(self.chunks):
+            if not self._marks:
+                yield chunk.reshape(-1)
+            elif len(chunk):
+                packed, length = self._marks[TRAINED][number], chunk.shape[1]
+                is_trained = np.unpackbits(packed, axis=1, count=length, bitorder="little")
+                yield chunk[is_trained.astype(bool)]
 
     def _bits(self, name: str, indices: Sequence[int]) -> np.ndarray | None:
         if not self._marks:

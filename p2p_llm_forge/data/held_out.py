@@ -46,9 +46,11 @@ class HeldOut:
     def sizes_of(self, targets: np.ndarray) -> np.ndarray:
         """Bytes of text of each block, before `scale` (blocks,); 0 where all are evaluated.
 
-        targets: of blocks, (blocks, tokens).
+        targets: of blocks, (blocks, tokens); those below 0 do not count.
         """
-        return np.zeros(len(targets)) if self.sizes is None else self.sizes[targets].sum(axis=1)
+        if self.sizes is None:
+            return np.zeros(len(targets))
+        return (self.sizes[targets] * (targets >= 0)).sum(axis=1)
 
     @cached_property
     def scale(self) -> float:
@@ -58,9 +60,9 @@ class HeldOut:
         """
         assert self.sizes is not None
         counts = np.zeros(len(self.sizes), np.int64)
-        for chunk in self.blocks.chunks:
+        for tokens in self.blocks.that_count():
             # A token outside of the vocabulary is found where its block is read.
-            counts += np.bincount(chunk.reshape(-1), minlength=len(counts))[: len(counts)]
+            counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
         found = float(counts @ self.sizes)
         return self.split_bytes / found if found else 0.0
 
@@ -81,6 +83,9 @@ def held_out(
     tokenizer = data.load_tokenizer(trust_remote_code)
     sizes = sizes_by_token(tokenizer, data.manifest.vocab_size)
     sizes[data.manifest.eos_token_id] = 0  # stands for no text
+    if blocks.is_of_conversations:  # so do the marks around its turns
+        controls = [one for one in tokenizer.all_special_ids if one < len(sizes)]
+        sizes[controls] = 0
     return HeldOut(blocks, size, sample(count, total), sizes)
 
 

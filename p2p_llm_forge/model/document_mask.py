@@ -11,38 +11,59 @@ import torch
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.fit import in_trial
 
-DocumentMask = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+DocumentMask = Callable[..., dict[str, torch.Tensor]]
 
 
-def positions_in_documents(inputs: torch.Tensor, document_end: int) -> torch.Tensor:
-    """Each token's position in its document, int64. inputs: (blocks, tokens) int64.
+def starts_of_documents(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which inputs are the first of a document, bool. inputs: (blocks, tokens) int64.
 
-    The end of a document, as an input, is where the next one is predicted from: it is position 0 of
-    that. A document that began in an earlier block begins again here.
+    The end of a document, as an input, is where the next one is predicted from: it begins that.
+    begins: of conversations, in which that token may end every turn: whether the target at each
+    place is the first of one. An input is the target before, so it begins one place later; what
+    stands before a block of them is alone.
+    """
+    if begins is None:
+        return inputs == document_end
+    return torch.cat([torch.ones_like(begins[:, :1]), begins[:, :-1]], 1)
+
+
+def positions_in_documents(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each token's position in its document, int64; all as for `starts_of_documents`.
+
+    A document that began in an earlier block begins again here.
     """
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    starts = torch.where(inputs == document_end, positions, 0).cummax(1).values
-    return positions - starts
+    is_start = starts_of_documents(inputs, document_end, begins)
+    return positions - torch.where(is_start, positions, 0).cummax(1).values
 
 
-def by_positions(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
+def by_positions(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """For families that read from the positions which tokens belong together (transformers 5)."""
-    return {"position_ids": positions_in_documents(inputs, document_end)}
+    return {"position_ids": positions_in_documents(inputs, document_end, begins)}
 
 
-def by_scores(inputs: torch.Tensor, document_end: int) -> dict[str, torch.Tensor]:
+def by_scores(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """For others that take a mask: added to the attention scores, (blocks, 1, tokens, tokens)."""
-    document = (inputs == document_end).cumsum(1)
+    document = starts_of_documents(inputs, document_end, begins).cumsum(1)
     allowed = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
     mask = torch.zeros(allowed.shape, device=inputs.device)
     mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
-    return {"attention_mask": mask, **by_positions(inputs, document_end)}
+    return {"attention_mask": mask, **by_positions(inputs, document_end, begins)}
 
 
 def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
     """What this model's forward needs besides its inputs to keep attention inside documents.
 
-    A function of the inputs that returns more arguments of the forward. Found by trial, on two
+    A function of the inputs, and of what begins in blocks of conversations, that returns more
+    arguments of the forward. Found by trial, on two
     short documents: the logits of the second must be those that it has alone. Raises ForgeError
     for a model that cannot.
     """

@@ -38,7 +38,8 @@ class _ChunkedNats(torch.autograd.Function):
         how: tuple[torch.dtype, float | None],
     ) -> torch.Tensor:
         dtype, cap = how
-        learns, vocab_size = any(ctx.needs_input_grad), len(weight)
+        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        vocab_size = len(weight)
         size = chunk_tokens(vocab_size, hidden.device)
         extra = -vocab_size % rows_multiple(hidden.device, dtype)
         matrix = (
@@ -47,8 +48,9 @@ class _ChunkedNats(torch.autograd.Function):
         exact = torch.promote_types(weight.dtype, torch.float32)
         nats = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(matrix if learns else nats, dtype=exact)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        # Of a frozen head none is made: a third of the work, and float32 in the size of the head.
+        grad_weight = torch.zeros_like(matrix, dtype=exact) if for_weight else None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=exact) if for_bias else None
         wholes = (hidden, targets.unsqueeze(1), grad_hidden)
         for chunk, wanted, grad_chunk in zip(*(whole.split(size) for whole in wholes), strict=True):
             part = chunk.to(dtype)
@@ -57,7 +59,7 @@ class _ChunkedNats(torch.autograd.Function):
             logs = logits.log_softmax(1, dtype=exact)  # on a GPU one kernel, also of half precision
             del logits
             nats -= logs.gather(1, wanted).sum()
-            if not learns:
+            if not (for_hidden or for_weight or for_bias):
                 continue
             # d nats / d logits = softmax - one_hot, written over the logarithms.
             grad = logs.exp_()
@@ -67,10 +69,12 @@ class _ChunkedNats(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad[:, :vocab_size].sum(0)
             grad = grad.to(dtype)
-            grad_chunk.copy_(grad @ matrix)
-            grad_weight += grad.T @ part
-        grad_weight = grad_weight[:vocab_size] if learns else grad_weight
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            if for_hidden:
+                grad_chunk.copy_(grad @ matrix)
+            if grad_weight is not None:
+                grad_weight += grad.T @ part
+        of_weight = None if grad_weight is None else grad_weight[:vocab_size]
+        ctx.save_for_backward(grad_hidden if for_hidden else None, of_weight, grad_bias)
         ctx.weight_dtype, ctx.slope = weight.dtype, cap or 1.0
         return nats
 
@@ -78,9 +82,10 @@ class _ChunkedNats(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scale = scale * ctx.slope
-        of_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        of_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        of_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         of_bias = None if grad_bias is None else grad_bias * scale
-        return of_hidden, (grad_weight * scale).to(ctx.weight_dtype), of_bias, None, None
+        return of_hidden, of_weight, of_bias, None, None
 
 
 def logits_of(
@@ -153,26 +158,37 @@ class NextTokenLoss(nn.Module):
         self.document_mask = None if document_end is None else document_mask_for(lm, document_end)
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, by_block: bool = False
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        begins: torch.Tensor | None = None,
+        by_block: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(nats, correct): the summed loss, at least float32, and 0, to learn from. by_block: of
         each block (blocks,) its loss, and the number of tokens whose most probable prediction is
-        right, int64; without a gradient. inputs, targets: (blocks, tokens) int64."""
-        mask = self.document_mask(inputs) if self.document_mask else {}
+        right, int64; without a gradient. inputs, targets: (blocks, tokens) int64. begins: of
+        conversations, bool, whether each target is the first of one; there targets below 0 do not
+        count, and nothing is computed for them from the head on. None: text, which counts whole."""
+        mask = self.document_mask(inputs, begins=begins) if self.document_mask else {}
         flat = targets.flatten()
+        # Found before the model runs, so that a GPU is waited for when it has little to do.
+        counted = None if begins is None else (flat >= 0).nonzero().squeeze(1)
+        wanted = flat if counted is None else flat[counted]
         if self.head is None:
             logits = self.lm(input_ids=inputs, use_cache=False, **mask).logits.flatten(0, 1)
+            logits = logits if counted is None else logits[counted]
             if by_block:
-                return _of_blocks([logits], flat, len(targets))
+                return _of_blocks([logits], wanted, counted, targets.shape)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nats = nn.functional.cross_entropy(logits, flat, reduction="sum")
+            nats = nn.functional.cross_entropy(logits, wanted, reduction="sum")
             return nats, torch.zeros_like(nats, dtype=torch.int64)
         hidden = self.lm.base_model(input_ids=inputs, use_cache=False, **mask)[0].flatten(0, 1)
+        hidden = hidden if counted is None else hidden[counted]
         linear = self.lm.get_output_embeddings()
         if by_block:
             parts = hidden.split(chunk_tokens(len(linear.weight), hidden.device))
-            return _of_blocks(map(self._logits, parts), flat, len(targets))
-        nats = chunked_nats(hidden, linear.weight, linear.bias, flat, self.head)
+            return _of_blocks(map(self._logits, parts), wanted, counted, targets.shape)
+        nats = chunked_nats(hidden, linear.weight, linear.bias, wanted, self.head)
         return nats, torch.zeros_like(nats, dtype=torch.int64)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -184,11 +200,15 @@ class NextTokenLoss(nn.Module):
 
 @torch.no_grad()
 def _of_blocks(
-    chunks: Iterable[torch.Tensor], targets: torch.Tensor, blocks: int
+    chunks: Iterable[torch.Tensor],
+    targets: torch.Tensor,
+    counted: torch.Tensor | None,
+    shape: torch.Size,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats, correct) of each block (blocks,), float64 and int64, from logits of all their tokens.
+    """(nats, correct) of each block (blocks,), float64 and int64, from logits of their tokens.
 
-    chunks: (tokens, vocabulary) each, in the order of targets.
+    chunks: (tokens, vocabulary) each, in the order of targets, which count: those at the places
+    `counted` of all that blocks of `shape` (blocks, tokens) hold; None: all.
     """
     nats, correct, place = [], [], 0
     for logits in chunks:
@@ -197,6 +217,9 @@ def _of_blocks(
         nats.append(nn.functional.cross_entropy(logits, wanted, reduction="none"))
         correct.append(logits.argmax(-1) == wanted)
         place += len(logits)
-    by_token = torch.cat(nats).double(), torch.cat(correct).long()
-    of_nats, of_correct = (one.view(blocks, -1).sum(1) for one in by_token)
+    by_token = [torch.cat(nats).double(), torch.cat(correct).long()]
+    if counted is not None:
+        places = shape.numel()
+        by_token = [one.new_zeros(places).index_copy(0, counted, one) for one in by_token]
+    of_nats, of_correct = (one.view(shape).sum(1) for one in by_token)
     return of_nats, of_correct

@@ -15,6 +15,7 @@ from p2p_llm_forge.model.fit import in_evaluation
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.plausible import require_numbers
+from p2p_llm_forge.training.feeding import read
 from p2p_llm_forge.training.progress import Progress
 
 # Of the blocks that are trained on between two evaluations, so many are evaluated on: a token takes
@@ -65,21 +66,25 @@ def evaluate_blocks(
 
 
 # Over blocks: of what they come to, and of its squares and products.
-SUMS = ("nats", "tokens", "correct", "bytes", "nats_nats", "nats_bytes", "bytes_bytes")
+SUMS = (
+    *("nats", "tokens", "correct", "bytes"),
+    *("nats_nats", "nats_tokens", "nats_bytes", "tokens_tokens", "bytes_bytes"),
+)
 
 
 def sums_of(
     model: NextTokenLoss, held_out: HeldOut, numbers: Sequence[int], device: torch.device
 ) -> torch.Tensor:
     """SUMS of blocks of the split, float64. Bytes before `HeldOut.scale`."""
-    inputs, targets = held_out.blocks.inputs_and_targets(numbers)
-    nats, correct = model(
-        torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), by_block=True
-    )
-    nats, size = nats.double().cpu(), torch.from_numpy(held_out.sizes_of(targets))
-    tokens, right = torch.tensor(targets.size), correct.sum().cpu()
-    squares = (nats @ nats, nats @ size, size @ size)
-    return torch.stack([x.double() for x in (nats.sum(), tokens, right, size.sum(), *squares)])
+    batch = read(held_out.blocks, numbers)
+    nats, correct = model(*batch.each(lambda one: one.to(device)), by_block=True)
+    nats, right = nats.double().cpu(), correct.sum().cpu()
+    tokens = (batch.targets >= 0).sum(1).double()
+    size = torch.from_numpy(held_out.sizes_of(batch.targets.numpy()))
+    of_nats = (nats @ nats, nats @ tokens, nats @ size)
+    squares = (*of_nats, tokens @ tokens, size @ size)
+    sums = (nats.sum(), tokens.sum(), right, size.sum(), *squares)
+    return torch.stack([one.double() for one in sums])
 
 
 def figures_of(sums: dict[str, float], held_out: HeldOut) -> dict[str, Any]:
@@ -112,18 +117,19 @@ def standard_errors(sums: dict[str, float], count: int, total: int) -> tuple[flo
 
     They say how far the figures may be from those of all `total` blocks, of which `count` were
     drawn by chance without replacement: so it does not matter that neighbours are alike. Cochran,
-    Sampling Techniques (1977), (2.20) for the mean, (6.13) for a ratio of two sums.
+    Sampling Techniques (1977), (6.13) for a ratio of two sums; where all blocks have as many tokens
+    that is (2.20), for the mean.
     """
     if count < 2 or not math.isfinite(sums["nats_nats"]):
         return math.nan, math.nan
-    of_mean = (1 - count / total) / count / (count - 1)
-    mean, size = sums["nats"] / count, sums["bytes"] / count
-    squares = sums["nats_nats"] - count * mean * mean
-    of_tokens = math.sqrt(max(0.0, of_mean * squares)) / (sums["tokens"] / count)
-    if not size:
-        return of_tokens, math.nan
-    ratio = mean / size
-    residuals = (
-        sums["nats_nats"] - 2 * ratio * sums["nats_bytes"] + ratio * ratio * sums["bytes_bytes"]
-    )
-    return of_tokens, math.sqrt(max(0.0, of_mean * residuals)) / size
+
+    def of(unit: str) -> float:
+        if not sums[unit]:
+            return math.nan
+        ratio = sums["nats"] / sums[unit]
+        of_products = -2 * ratio * sums[f"nats_{unit}"] + ratio * ratio * sums[f"{unit}_{unit}"]
+        of_mean = (1 - count / total) / count / (count - 1)
+        residuals = max(0.0, of_mean * (sums["nats_nats"] + of_products))
+        return math.sqrt(residuals) / (sums[unit] / count)
+
+    return of("tokens"), of("bytes")

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from p2p_llm_forge.data.blocks import Blocks
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
+class Batch(NamedTuple):
+    """Blocks as `NextTokenLoss` takes them, each (blocks, tokens)."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    begins: torch.Tensor | None  # of conversations
+
+    def each(self, act: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """What `act` makes of its tensors."""
+        begins = None if self.begins is None else act(self.begins)
+        return Batch(act(self.inputs), act(self.targets), begins)
+
+
 def fed(blocks: Blocks, batches: list[list[int]], device: torch.device) -> Iterator[Batch]:
-    """Inputs and targets of each micro-batch on the device; batches: the numbers of its blocks.
+    """Each micro-batch on the device; batches: the numbers of its blocks.
 
     To a GPU they are copied from pinned memory, so that the program need not wait for what the GPU
     was given before, and the next ones are read meanwhile. A CPU computes all the while, and a
@@ -24,23 +36,20 @@ def fed(blocks: Blocks, batches: list[list[int]], device: torch.device) -> Itera
     """
     if device.type != "cuda":
         for numbers in batches:
-            inputs, targets = read(blocks, numbers)
-            yield inputs.to(device), targets.to(device)
+            yield read(blocks, numbers).each(lambda one: one.to(device))
         return
-    for inputs, targets in ahead(batches, lambda numbers: pinned(read(blocks, numbers))):
-        yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    for batch in ahead(
+        batches, lambda numbers: read(blocks, numbers).each(torch.Tensor.pin_memory)
+    ):
+        yield batch.each(lambda one: one.to(device, non_blocking=True))
 
 
-def read(blocks: Blocks, numbers: list[int]) -> Batch:
-    """Inputs and targets of the blocks, in memory."""
+def read(blocks: Blocks, numbers: Sequence[int]) -> Batch:
+    """The blocks in memory."""
     inputs, targets = blocks.inputs_and_targets(numbers)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-
-def pinned(batch: Batch) -> Batch:
-    """The same in memory that a GPU reads by itself."""
-    inputs, targets = batch
-    return inputs.pin_memory(), targets.pin_memory()
+    batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets), None)
+    begins = blocks.begins(numbers)
+    return batch if begins is None else batch._replace(begins=torch.from_numpy(begins))
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Made]) -> Iterator[Made]:

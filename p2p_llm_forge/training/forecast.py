@@ -47,12 +47,12 @@ def computing_s(job: Job, lm: Any) -> float:
         recompute_activations(lm)
     model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
     optimizer = build_optimizer(job.config, lm)
-    inputs, targets = first_micro_batch(job, job.data.train_blocks())
+    batch = first_micro_batch(job, job.data.train_blocks())
 
     def micro_batch() -> None:
         with cluster.accelerator.autocast():
-            nats, _ = model(inputs, targets)
-        (nats / targets.numel()).backward()
+            nats, _ = model(*batch)
+        (nats / batch.targets.numel()).backward()
 
     def update() -> None:
         optimizer.step()

@@ -27,6 +27,7 @@ from p2p_llm_forge.sync.base import Sync
 from p2p_llm_forge.sync.ddp import settle_ddp, share_first_weights
 from p2p_llm_forge.sync.strategy import refuse_different_models
 from p2p_llm_forge.training.compilation import settle_compile
+from p2p_llm_forge.training.feeding import Batch, read
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.micro_batch import settle_micro_batch
 from p2p_llm_forge.training.orthogonalising import settle_orthogonalising
@@ -157,12 +158,10 @@ def merged(saved: Path, text: TextSpec, trust_remote_code: bool) -> Iterator[Pat
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def first_micro_batch(job: Job, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of the first blocks of the split, on the device: for trying the model."""
+def first_micro_batch(job: Job, blocks: Blocks) -> Batch:
+    """The first blocks of the split, on the device: for trying the model."""
     numbers = range(min(job.plan.micro_batch_size, len(blocks)))
-    inputs, targets = blocks.inputs_and_targets(numbers)
-    device = job.cluster.device
-    return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+    return read(blocks, numbers).each(lambda one: one.to(job.cluster.device))
 
 
 def prime(job: Job, learner: Learner, sync: Sync, blocks: Blocks) -> None:
@@ -170,9 +169,9 @@ def prime(job: Job, learner: Learner, sync: Sync, blocks: Blocks) -> None:
 
     DDP orders its buckets by it, and no rank compiles while others wait in an exchange.
     """
-    inputs, targets = first_micro_batch(job, blocks)
+    batch = first_micro_batch(job, blocks)
     with sync.priming():
-        nats, _ = learner.model(inputs, targets)
+        nats, _ = learner.model(*batch)
         nats.backward()
     learner.model.zero_grad()
     job.cluster.barrier()

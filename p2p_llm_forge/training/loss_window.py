@@ -12,7 +12,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.base import STAY_FINITE
 
-NO_LOSSES: dict[str, Any] = {"nats": [], "updates": 0, "is_spoiled": False}
+NO_LOSSES: dict[str, Any] = {"nats": [], "updates": 0, "tokens": 0, "is_spoiled": False}
 
 
 class LossWindow:
@@ -28,20 +28,22 @@ class LossWindow:
     def __init__(
         self,
         cluster: Cluster,
-        tokens_per_update: int,
         step: int,
         since_log: dict[str, Any],
         rolls_back_after: float = math.inf,
     ) -> None:
-        self._cluster, self._tokens_per_update = cluster, tokens_per_update
+        self._cluster = cluster
         self._step, self._rolls_back_after = step, rolls_back_after
         self._since_log = copy.deepcopy(since_log)  # of all ranks
         self._pending: list[torch.Tensor] = []  # of this rank
+        self._tokens: list[int] = []  # of all ranks, in each of the pending
         self._lines: list[tuple[int, dict[str, Any]]] = []  # and how many of the pending they end
 
-    def add(self, nats: torch.Tensor) -> None:
-        """This rank's summed loss of one more update: a scalar on the device."""
+    def add(self, nats: torch.Tensor, tokens: int) -> None:
+        """One more update: this rank's summed loss, a scalar on the device, and the tokens that
+        count in all ranks' losses."""
         self._pending.append(nats)
+        self._tokens.append(tokens)
 
     def end_line(self, line: dict[str, Any]) -> None:
         """The updates so far make up this line; `settle` puts in the loss."""
@@ -60,23 +62,25 @@ class LossWindow:
         by_rank: list[list[float]] = [[]]
         if self._pending:
             by_rank = self._cluster.gather_numbers(torch.stack(self._pending).tolist())
-        updates = list(zip(*by_rank, strict=True))
+        updates = list(zip(self._tokens, zip(*by_rank, strict=True), strict=True))
         ended, start = [], 0
         for end, line in self._lines:
             self._take(updates[start:end])
             taken, start = self._since_log, end
-            loss = math.fsum(taken["nats"]) / (taken["updates"] * self._tokens_per_update)
+            loss = math.fsum(taken["nats"]) / taken["tokens"]
             ended.append({**line, "loss": None if taken["is_spoiled"] else loss})
             self._since_log = copy.deepcopy(NO_LOSSES)
         self._take(updates[start:])
         self._pending.clear()
+        self._tokens.clear()
         self._lines.clear()
         return ended
 
-    def _take(self, updates: list[tuple[float, ...]]) -> None:
-        for losses in updates:
+    def _take(self, updates: list[tuple[int, tuple[float, ...]]]) -> None:
+        for tokens, losses in updates:
             self._step += 1
             self._since_log["updates"] += 1
+            self._since_log["tokens"] += tokens
             bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
             if not bad:
                 self._since_log["nats"] += losses

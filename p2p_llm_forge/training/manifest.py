@@ -49,7 +49,15 @@ def is_dtype(value: Any) -> bool:
 STATE_SHAPE = {
     **{"step": is_count, "blocks_read": is_count, "config": dict, "figures": dict},
     **{"tokens": (None, is_count), "train_loss": (None, is_number)},
-    "since_log": (None, {"nats": [is_number], "updates": is_count, "is_spoiled": is_flag}),
+    "since_log": (
+        None,
+        {
+            "nats": [is_number],
+            "updates": is_count,
+            "tokens": (None, is_count),
+            "is_spoiled": is_flag,
+        },
+    ),
     "optimizer": (None, {"orthogonalised_in": is_dtype}),
     **{"scaler": (None, [dict]), "discarded_updates": (None, is_count)},
 }

@@ -34,7 +34,7 @@ class Trial:
         self._accelerator = job.cluster.accelerator
         self._model = NextTokenLoss(lm.to(job.cluster.device), job.document_end).train()
         self._optimizer = build_optimizer(job.config, lm)
-        self._inputs, self._targets = first_micro_batch(job, blocks)
+        self._batch = first_micro_batch(job, blocks)
         self.parameters = sum(p.numel() for p in lm.parameters())
         self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.forwards_s: list[float] = []
@@ -48,13 +48,13 @@ class Trial:
 
     def figures(self) -> list[float]:
         """Seconds of a token and of an update; the first of each makes buffers and moments."""
-        token_s = median(self.forwards_s[1:]) / self._targets.numel()
+        token_s = median(self.forwards_s[1:]) / self._batch.targets.numel()
         return [token_s, min(self._updates_s[1:])]
 
     def _micro_batch(self) -> None:
         with self._accelerator.autocast():
-            nats, _ = self._model(self._inputs, self._targets)
-        (nats / self._targets.numel()).backward()
+            nats, _ = self._model(*self._batch)
+        (nats / self._batch.targets.numel()).backward()
 
     def _update(self) -> None:
         self._optimizer.step()

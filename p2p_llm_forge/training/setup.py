@@ -149,8 +149,10 @@ def schedule_of(job: Job, pace: Pace | None) -> Callable[[int], float]:
 def window_of(job: Job, state: dict[str, Any], sync: Sync) -> LossWindow:
     """The losses since the last line, as the trainer's state has them."""
     since_log = state.get("since_log") or NO_LOSSES
-    tokens = job.plan.tokens_per_update
-    return LossWindow(job.cluster, tokens, state["step"], since_log, sync.rounds_begin_after)
+    # What does not say is of a version before conversations.
+    tokens = since_log["updates"] * job.plan.tokens_per_update
+    since_log = {"tokens": tokens, **since_log}
+    return LossWindow(job.cluster, state["step"], since_log, sync.rounds_begin_after)
 
 
 def settle_pace(job: Job, state: dict[str, Any]) -> tuple[Job, Pace | None]:

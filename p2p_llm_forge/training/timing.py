@@ -113,7 +113,8 @@ class Planning:
             per_block = max(1, split.bytes // max(1, split.blocks))
             numbers = range(min(len(self.blocks), -(-SAMPLE_BYTES // per_block)))
             _, targets = self.blocks.inputs_and_targets(numbers)
-            return compressed_bits(str(tokenizer.decode(targets.flatten().tolist())).encode())
+            learned = targets[targets >= 0]
+            return compressed_bits(str(tokenizer.decode(learned.tolist())).encode())
 
         return Text(
             tokens,

@@ -122,6 +122,7 @@ def test_nineteen_of_twenty_samples_are_within_two_standard_errors_of_the_split(
         x, b = nats[drawn], size[drawn]
         sums = {"nats": x.sum(), "tokens": 256 * count, "bytes": b.sum()}
         sums |= {"nats_nats": x @ x, "nats_bytes": x @ b, "bytes_bytes": b @ b}
+        sums |= {"nats_tokens": 256 * x.sum(), "tokens_tokens": 256**2 * count}
         found.append((x.mean() / 256, x.sum() / b.sum()))
         errors.append(standard_errors(sums, count, total))
     found, errors = np.array(found), np.array(errors)
@@ -135,6 +136,7 @@ def test_nineteen_of_twenty_samples_are_within_two_standard_errors_of_the_split(
 def test_a_sample_of_one_block_has_no_error_and_one_of_all_none_left():
     sums = {"nats": 800.0, "tokens": 256, "bytes": 900.0}
     sums |= {"nats_nats": 640_000.0, "nats_bytes": 720_000.0, "bytes_bytes": 810_000.0}
+    sums |= {"nats_tokens": 800.0 * 256, "tokens_tokens": 256.0**2}
     assert all(math.isnan(one) for one in standard_errors(sums, 1, 10))
     twice = {name: 2 * value for name, value in sums.items()}
     assert standard_errors(twice, 2, 10) == (0.0, 0.0), "of two blocks alike"

@@ -35,7 +35,8 @@ def test_a_run_begins_with_a_model_that_fits_its_data(open_small_job, prepared):
 
 def test_the_first_micro_batch_is_that_of_the_split(open_small_job):
     job = open_small_job(micro_batch_size=2)
-    inputs, targets = first_micro_batch(job, job.data.train_blocks())
+    inputs, targets, begins = first_micro_batch(job, job.data.train_blocks())
+    assert begins is None
     assert inputs.shape == targets.shape == (2, 32)
     assert torch.equal(inputs[0, 1:], targets[0, :-1])
     assert inputs[0, 0] == job.data.manifest.eos_token_id
@@ -49,7 +50,7 @@ def test_priming_takes_a_backward_and_leaves_no_gradient(open_small_job):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
 
-        def forward(self, inputs, targets):
+        def forward(self, inputs, targets, begins):
             self.weight.register_hook(seen.append)
             return self.weight.sum() * inputs.numel(), None
 

@@ -16,12 +16,12 @@ ALONE = SimpleNamespace(gather_numbers=lambda values: [values])
 
 
 def window_of(cluster=ALONE, first_step=0, since_log=NO_LOSSES, **settings):
-    return LossWindow(cluster, TOKENS, first_step, since_log, **settings)
+    return LossWindow(cluster, first_step, since_log, **settings)
 
 
 def take(window, losses):
     for loss in losses:
-        window.add(torch.tensor(loss, dtype=torch.float64))
+        window.add(torch.tensor(loss, dtype=torch.float64), TOKENS)
 
 
 def test_a_line_holds_the_mean_over_the_tokens_of_all_ranks():
@@ -32,7 +32,8 @@ def test_a_line_holds_the_mean_over_the_tokens_of_all_ranks():
     assert window.has_line()
     take(window, [7.0])
     assert window.settle() == [{"step": 2, "loss": (1 + 2 + 3 + 4) / (2 * TOKENS)}]
-    assert window.since_log() == {"nats": [7.0, 5.0], "updates": 1, "is_spoiled": False}
+    kept = {"nats": [7.0, 5.0], "updates": 1, "tokens": TOKENS, "is_spoiled": False}
+    assert window.since_log() == kept
     assert not window.has_line()
 
 
@@ -52,6 +53,16 @@ def test_a_line_is_the_same_whether_or_not_the_run_was_resumed_in_between():
     assert straight.settle() == [{"step": 12, "loss": math.fsum(losses) / (12 * TOKENS)}]
 
 
+def test_a_line_counts_each_update_by_the_tokens_that_are_trained_in_it():
+    """Of conversations: a mean of means would be another number."""
+    window = window_of()
+    for nats, tokens in ((6.0, 2), (1.0, 10), (8.0, 3)):
+        window.add(torch.tensor(nats, dtype=torch.float64), tokens)
+    window.end_line({"step": 3})
+    assert window.settle() == [{"step": 3, "loss": 15.0 / 15}]
+    assert window.since_log()["tokens"] == 0
+
+
 def test_what_a_save_keeps_of_the_losses_is_a_copy():
     """The background writer reads it while the run continues."""
     window = window_of()
@@ -60,7 +71,7 @@ def test_what_a_save_keeps_of_the_losses_is_a_copy():
     kept = window.since_log()
     take(window, [2.0])
     window.settle()
-    assert kept == {"nats": [1.0], "updates": 1, "is_spoiled": False}
+    assert kept == {"nats": [1.0], "updates": 1, "tokens": TOKENS, "is_spoiled": False}
     assert NO_LOSSES["nats"] == []
 
 
