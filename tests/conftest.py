@@ -55,6 +55,30 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def conversations() -> dict[str, Any]:
+    """Blocks of conversations in the vocabulary of `prepared`, by split."""
+    from tests.conversations import some_blocks
+    from tests.runs import SEQUENCE_LENGTH
+
+    made = {"train": (90, 0), "validation": (30, 1)}
+    return {
+        name: some_blocks(count, SEQUENCE_LENGTH, 300, end=0, seed=seed)
+        for name, (count, seed) in made.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def prepared_conversations(
+    prepared: Path, conversations: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """They as a prepared dataset."""
+    from tests.conversations import write_conversations
+
+    folder = tmp_path_factory.mktemp("prepared") / "conversations"
+    return write_conversations(folder, prepared, conversations)
+
+
 @pytest.fixture
 def config(prepared: Path, tmp_path: Path) -> Any:
     """A short run with a small model on the prepared dataset."""

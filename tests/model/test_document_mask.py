@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.document_mask import positions_in_documents
 from p2p_llm_forge.model.loss import NextTokenLoss
+from tests.conversations import begins_of, nats_by_hand, some_blocks, tokens_of, trained_of
 from tests.model.families import FAMILIES, model_of
 
 END = 3
@@ -62,6 +65,60 @@ def test_a_masked_loss_is_the_sum_over_the_documents_alone(module, small_chunks,
         for part in (FIRST, SECOND)
     )
     assert nats.item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_inputs_of_conversations_begin_one_place_after_the_targets_that_do():
+    """Whatever ends their turns; what stands before the block is alone."""
+    inputs = torch.tensor([[END, 7, END, 8, 9, 9, END]])
+    begins = torch.tensor([[True, False, False, True, True, False, False]])
+    assert positions_in_documents(inputs, END, begins).tolist() == [[0, 0, 1, 2, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_masked_conversations_have_the_loss_and_gradient_of_each_alone(
+    module, small_chunks, in_training
+):
+    """Against a loop over them in float64; their turns end as documents do."""
+    module.train(in_training)
+    length, end = 24, END
+    blocks = some_blocks(4, length, 64, end, seed=5)
+    assert max(map(len, blocks)) > 2
+    assert any(token == end for block in blocks for turn in block for token, _ in turn[1:-1])
+    tokens = torch.tensor([tokens_of(block) for block in blocks])
+    targets = tokens.masked_fill(~torch.tensor([trained_of(block) for block in blocks]), -100)
+    inputs = torch.cat([torch.full((4, 1), end), tokens[:, :-1]], 1)
+    begins = torch.tensor([begins_of(block) for block in blocks])
+    module.zero_grad()
+    nats, _ = module(inputs, targets, begins)
+    nats.backward()
+    exact = copy.deepcopy(module.lm).double()
+    exact.zero_grad()
+    alone = [nats_by_hand(exact, block, end, alone=True)[0] for block in blocks]
+    sum(alone).backward()
+    assert nats.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    got = dict(module.lm.named_parameters())
+    assert got
+    for name, parameter in exact.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                got[name].grad.double(), parameter.grad, rtol=1e-3, atol=1e-4, msg=name
+            )
+    of_blocks, _ = module(inputs, targets, begins, by_block=True)
+    assert of_blocks.tolist() == pytest.approx([one.item() for one in alone], rel=1e-5)
+
+
+def test_masked_conversations_have_the_loss_that_transformers_gives_packed_ones(small_chunks):
+    """Whose trainers pack them with positions that begin anew."""
+    module = NextTokenLoss(model_of("llama", **FAMILIES["llama"][0]), document_end=END)
+    (block,) = some_blocks(1, 32, 64, END, seed=2)
+    assert len(block) > 2
+    tokens, trained = torch.tensor([tokens_of(block)]), torch.tensor([trained_of(block)])
+    labels = tokens.masked_fill(~trained, -100)
+    positions = torch.tensor([[place for one in block for place in range(len(one))]])
+    expected = module.lm(input_ids=tokens, position_ids=positions, labels=labels, use_cache=False)
+    inputs = torch.cat([torch.tensor([[END]]), tokens[:, :-1]], 1)
+    nats, _ = module(inputs, labels, torch.tensor([begins_of(block)]))
+    assert nats.item() / trained.sum().item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
 def test_a_family_whose_state_runs_through_documents_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from p2p_llm_forge.model import loss as losses
 from p2p_llm_forge.model.head import Head
@@ -111,6 +112,95 @@ def require_blocks(module, inputs, targets, rel):
     expected = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).sum(1)
     assert nats.tolist() == pytest.approx(expected.tolist(), rel=rel)
     assert correct.tolist() == (logits.argmax(-1) == targets).sum(1).tolist()
+
+
+def labelled(count=3, length=16):
+    """(inputs, targets, begins) of blocks of which less than half counts, and labels of Hugging
+    Face's for the same: the token before the block, and its own."""
+    torch.manual_seed(0)
+    tokens = torch.randint(64, (count, length + 1))
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.7, -100)
+    labels[:, 0], labels[:, -1] = -100, tokens[:, -1]
+    begins = torch.zeros(count, length, dtype=torch.bool)
+    return (tokens[:, :-1], labels[:, 1:], begins), {"input_ids": tokens, "labels": labels}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_counts_has_the_loss_and_gradient_that_transformers_makes_of_labels(
+    small_chunks, family
+):
+    lm = model_of(family, **FAMILIES[family][0])
+    batch, theirs = labelled()
+    count = int((batch[1] >= 0).sum())
+    assert 8 < count < batch[1].numel() / 2
+    module = losses.NextTokenLoss(lm)
+    nats, _ = module(*batch)
+    (nats / count).backward()
+    got = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    lm.zero_grad()
+    expected = lm(**theirs, use_cache=False).loss
+    expected.backward()
+    assert nats.item() / count == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    of_blocks, correct = module(*batch, by_block=True)
+    for number in range(3):
+        row = {name: one[number : number + 1] for name, one in theirs.items()}
+        with torch.no_grad():
+            found = lm(**row, use_cache=False)
+        labels = row["labels"][0, 1:]
+        counts = labels >= 0
+        assert of_blocks[number].item() == pytest.approx(
+            found.loss.item() * int(counts.sum()), rel=1e-5
+        )
+        right = found.logits[0, :-1].argmax(-1)[counts] == labels[counts]
+        assert correct[number] == right.sum()
+
+
+def flops_of(call):
+    """What a forward and backward multiply."""
+    with FlopCounterMode(display=False) as counter:
+        call().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_frozen_head_passes_the_gradient_on_and_costs_a_third_less(small_chunks, with_bias, cap):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(50, 16), torch.randn(40, 16), torch.randint(40, (50,))
+    bias, found, work, kept = torch.randn(40) if with_bias else None, [], [], []
+    for learns in (True, False):
+        own = hidden.clone().requires_grad_()
+        head = [None if one is None else one.clone() for one in (weight, bias)]
+        head = [None if one is None else one.requires_grad_(learns) for one in head]
+
+        def nats(own=own, head=head):
+            return losses.chunked_nats(own, *head, targets, Head(cap=cap))
+
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda one, sizes=sizes: sizes.append(one.numel()) or one, lambda one: one
+        ):
+            work.append(flops_of(nats))
+        kept.append(sum(sizes))
+        found.append(own.grad)
+        assert all((one.grad is not None) == learns for one in head if one is not None)
+    assert torch.equal(*found)
+    assert work[1] == work[0] * 2 / 3
+    assert kept[1] == hidden.numel() < kept[0], "nothing in the size of the head"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_does_not_count_costs_nothing_from_the_head_on(small_chunks, family):
+    lm = model_of(family, **FAMILIES[family][0])
+    module, (inputs, _, begins) = losses.NextTokenLoss(lm), labelled()[0]
+    work = {}
+    for share in (1.0, 0.5, 0.25):
+        few = inputs.masked_fill(torch.arange(inputs.shape[1]) >= share * inputs.shape[1], -100)
+        work[share] = flops_of(lambda few=few: module(inputs, few, begins)[0])
+    head = lm.lm_head.weight.numel() * inputs.numel() * 3 * 2
+    assert work[1.0] - work[0.5] == head / 2 and work[1.0] - work[0.25] == head * 3 / 4
 
 
 def own_nats(lm, inputs, targets):

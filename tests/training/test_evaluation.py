@@ -23,6 +23,7 @@ from p2p_llm_forge.training.evaluation import (
     standard_errors,
 )
 from p2p_llm_forge.training.learner import text_spec_of
+from tests.conversations import bytes_of, nats_by_hand
 from tests.runs import TINY
 
 
@@ -91,6 +92,35 @@ def test_a_sample_has_the_figures_of_its_blocks_and_their_errors(
     residuals = nats / math.log(2) - bits * size
     error = math.sqrt(left_out * residuals.var(ddof=1) / 21) / size.mean()
     assert figures["bits_per_byte_stderr"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sample_of_conversations_has_the_figures_of_what_is_trained_in_them(
+    prepared_conversations, conversations, masked
+):
+    data, there = open_prepared(prepared_conversations), conversations["validation"]
+    end, tokenizer = data.manifest.eos_token_id, data.load_tokenizer()
+    with join(TrainConfig(output_dir=str(prepared_conversations))) as cluster:
+        lm = build_model(TrainConfig(**TINY), text_spec_of(data)).eval()
+        blocks = held_out(data, 13)
+        assert blocks.scale == pytest.approx(1)
+        model = NextTokenLoss(lm, end if masked else None)
+        figures = evaluate_blocks(model, blocks, 3, cluster)
+    drawn = [there[number] for number in blocks.numbers]
+    with torch.no_grad():
+        by_hand = [nats_by_hand(lm.double(), block, end, masked) for block in drawn]
+    nats = np.array([one.item() for one, _ in by_hand])
+    tokens = np.array([count for _, count in by_hand])
+    size = np.array([bytes_of(tokenizer, block, end) for block in drawn])
+    assert tokens.max() > 3 * tokens.min()
+    assert figures["eval_loss"] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-6)
+    bits = nats.sum() / math.log(2) / size.sum()
+    assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    left_out = 1 - 13 / len(there)
+    for unit, name in ((tokens, "eval_loss"), (size * math.log(2), "bits_per_byte")):
+        residuals = nats - nats.sum() / unit.sum() * unit
+        error = math.sqrt(left_out * residuals.var(ddof=1) / 13) / unit.mean()
+        assert figures[f"{name}_stderr"] == pytest.approx(error, rel=1e-4)
 
 
 def a_split(seed, documents=160):
