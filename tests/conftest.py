@@ -61,7 +61,7 @@ def conversations() -> dict[str, Any]:
     from tests.conversations import some_blocks
     from tests.runs import SEQUENCE_LENGTH
 
-    made = {"train": (90, 0), "validation": (30, 1)}
+    made = {"train": (90, 1), "validation": (30, 2)}
     return {
         name: some_blocks(count, SEQUENCE_LENGTH, 300, end=0, seed=seed)
         for name, (count, seed) in made.items()

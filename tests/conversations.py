@@ -27,7 +27,7 @@ def some_blocks(count: int, length: int, vocab_size: int, end: int, seed: int = 
     draw = random.Random(seed)
     blocks = []
     for _ in range(count):
-        share, left, block = draw.choice((0.05, 0.5, 0.95)), length, []
+        share, left, block = draw.choice((0.0, 0.3, 1.0)), length, []
         while left >= 4:
             size = min(left, draw.randint(4, length // 2))
             tokens = [draw.choice([t for t in range(vocab_size) if t != end]) for _ in range(size)]
