@@ -4,9 +4,12 @@ characters the assistant says."""
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from p2p_llm_forge.data.conversations import ASSISTANT
@@ -15,6 +18,8 @@ from p2p_llm_forge.data.tokenizer import control_tokens
 from p2p_llm_forge.errors import ForgeError
 
 Span = tuple[int, int]  # characters from, up to
+Messages = list[dict[str, Any]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # For a tokenizer that has none: plain text, no new tokens; EOS ends what the assistant says.
 PLAIN = (
@@ -67,18 +72,18 @@ class ChatTemplate:
     @property
     def says_where(self) -> bool:
         """Whether it marks by itself what the assistant says."""
-        return "generation" in self.text and "endgeneration" in self.text
+        return re.search(r"{%-?\s*generation\s*-?%}", self.text) is not None
 
     @property
     def depends_on_the_day(self) -> bool:
         return "strftime_now" in self.text
 
     def rendered(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, is_prompt: bool = False
+        self, messages: Messages, others: Mapping[str, Any] = NOTHING, is_prompt: bool = False
     ) -> tuple[str, list[Span]]:
         """The text, and what it marks. is_prompt: the assistant's turn is next.
 
-        Raises NotRenderedError.
+        others: `tools` and what else a row gives the template. Raises NotRenderedError.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -86,11 +91,10 @@ class ChatTemplate:
             with self.lock:
                 found: Any = render_jinja_template(
                     [messages],
-                    tools=tools,
                     chat_template=self.text,
                     return_assistant_tokens_mask=self.says_where,
                     add_generation_prompt=is_prompt,
-                    **self.tokens,
+                    **{**self.tokens, **others},
                 )
         except Exception as error:  # jinja2's own, and what a template's expressions raise
             raise NotRenderedError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -98,20 +102,20 @@ class ChatTemplate:
         return texts[0], [tuple(span) for span in marks[0]] if marks else []
 
     def said(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None
+        self, messages: Messages, others: Mapping[str, Any] = NOTHING
     ) -> tuple[str, list[Span]]:
         """The text of a conversation, and what the assistant says in it.
 
         Where the template does not mark that, it is what comes between the prompt for the turn and
         the end of the turn, each rendered by itself. Raises NotRenderedError.
         """
-        text, spans = self.rendered(messages, tools)
+        text, spans = self.rendered(messages, others)
         if self.says_where:
             return text, spans
         for place, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before, _ = self.rendered(messages[:place], tools, is_prompt=True)
-                until, _ = self.rendered(messages[: place + 1], tools)
+                before, _ = self.rendered(messages[:place], others, is_prompt=True)
+                until, _ = self.rendered(messages[: place + 1], others)
                 end = len(until)
                 if not text.startswith(until):
                     end = self._end_of_turn(text, len(before), message["content"])
@@ -141,7 +145,7 @@ class ChatTemplate:
     def _try(self, is_file: bool) -> None:
         """Raise ForgeError for a template that fails on any conversation."""
         try:
-            text, _ = self.rendered(TRIED, None)
+            text, _ = self.rendered(TRIED)
         except NotRenderedError as error:
             other = "correct it" if is_file else "give another by --chat-template FILE"
             raise ForgeError(f"{self.origin} fails: {error}", other) from error
@@ -157,7 +161,13 @@ def text_of(tokenizer: Any, path: str | None) -> tuple[str, str]:
     if path:
         return _read(path), f"--chat-template {path}"
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.get_chat_template(), "the tokenizer's chat template"
+        try:
+            return tokenizer.get_chat_template(), "the tokenizer's chat template"
+        except ValueError as error:  # it has several, and none is called `default`
+            raise ForgeError(
+                f"the tokenizer has several chat templates: {first_line(error)}",
+                "write the one to use into a file, and give it by --chat-template FILE",
+            ) from error
     return PLAIN, "the plain chat template ('### User:', '### Assistant:')"
 
 

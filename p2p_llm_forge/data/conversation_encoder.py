@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from p2p_llm_forge.data.chat_template import MARK_IT, ChatTemplate, NotRenderedError, Span
-from p2p_llm_forge.data.conversations import ASSISTANT
+from p2p_llm_forge.data.conversations import ASSISTANT, KEYWORDS, TOOLS
 from p2p_llm_forge.data.tokenizer import control_tokens, is_slow, panics_as_errors, rules_of
 from p2p_llm_forge.errors import ForgeError, quoted
 
@@ -104,20 +104,21 @@ class ConversationEncoder:
             return None
 
     def _rendered(self, content: dict[str, Any]) -> Rendered:
-        eos, tools = self._tokenizer.eos_token, content.get("tools")
+        eos = self._tokenizer.eos_token
+        others = {**content.get(KEYWORDS, {}), TOOLS: content.get(TOOLS)}
         if isinstance(content.get("prompt"), str):
             prompt, completion = content["prompt"], content["completion"].removesuffix(eos)
             self._require_no_control([prompt, completion])
             return Rendered(prompt + completion + eos, None, prompt, has_ends=True)
         self._require_no_control(content)
         if "prompt" in content:
-            text, _ = self._template.rendered(content["prompt"] + content["completion"], tools)
-            prompt, _ = self._template.rendered(content["prompt"], tools, is_prompt=True)
+            text, _ = self._template.rendered(content["prompt"] + content["completion"], others)
+            prompt, _ = self._template.rendered(content["prompt"], others, is_prompt=True)
             return Rendered(text, None, prompt)
         if self._all:
-            text, _ = self._template.rendered(content["messages"], tools)
+            text, _ = self._template.rendered(content["messages"], others)
             return Rendered(text, [(0, len(text))])
-        return Rendered(*self._template.said(content["messages"], tools))
+        return Rendered(*self._template.said(content["messages"], others))
 
     def _require_no_control(self, value: Any) -> None:
         """Raise NotRenderedError for what would end a turn, or begin one, where somebody says it.

@@ -23,7 +23,10 @@ OTHER_ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASS
 MESSAGES, PAIR, ALPACA = ("messages",), ("prompt", "completion"), ("instruction", "output")
 FORMS = (MESSAGES, PAIR, ALPACA)
 TOOLS = "tools"  # that an assistant may call: a list of JSON schemas, or its JSON
-COLUMNS = (*MESSAGES, *PAIR, "instruction", "input", "output", TOOLS)
+KEYWORDS = "chat_template_kwargs"  # what a template is to know besides, by name: TRL's column
+RESERVED = {"conversations", "messages", TOOLS, "documents", "chat_template"}
+RESERVED |= {"return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"}
+COLUMNS = (*MESSAGES, *PAIR, "instruction", "input", "output", TOOLS, KEYWORDS)
 IN_WORDS = "'messages', 'prompt' and 'completion', or 'instruction' and 'output'"
 HAS_WORDS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # beside a content
 
@@ -64,7 +67,8 @@ def document_of(row: Any, messages_column: str, train_on: str) -> bytes:
         raise NoTextError(f" holds a {type(row).__name__} where an object is expected")
     row = _without_nulls(row)
     if messages_column in row and messages_column not in COLUMNS:
-        row = {"messages": row[messages_column]} | {TOOLS: row.get(TOOLS)}
+        others = {name: row[name] for name in (TOOLS, KEYWORDS) if name in row}
+        row = {"messages": row[messages_column], **others}
     form = form_of(row)
     if form is None:
         found = found_names(map(str, row))
@@ -73,6 +77,10 @@ def document_of(row: Any, messages_column: str, train_on: str) -> bytes:
     content = of_form(row, train_on)
     if tools := row.get(TOOLS):
         content[TOOLS] = _tools(tools)
+    if known := row.get(KEYWORDS):
+        if not isinstance(known, dict) or RESERVED & known.keys():
+            raise NoTextError(f": '{KEYWORDS}' is no object of a template's own names")
+        content[KEYWORDS] = known
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 

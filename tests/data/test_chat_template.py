@@ -34,8 +34,8 @@ def test_what_the_assistant_says_is_found_without_marks_as_with_them(tmp_path):
     marked, unmarked = template_of(MARKED, tmp_path), template_of(UNMARKED, tmp_path)
     assert marked.says_where and not unmarked.says_where
     for row in rows(50, seed=6):
-        found = marked.said(row["messages"], None)
-        assert found == unmarked.said(row["messages"], None)
+        found = marked.said(row["messages"])
+        assert found == unmarked.said(row["messages"])
         answers = [one["content"] for one in row["messages"] if one["role"] == "assistant"]
         assert spoken(*found) == [f"{answer}<|im_end|>\n" for answer in answers]
 
@@ -55,7 +55,7 @@ def test_the_templates_of_common_models_give_what_trl_marks_in_them(name, tmp_pa
         {"additional_special_tokens": ends, "bos_token": "<s>"}, replace_extra_special_tokens=False
     )
     ours = ChatTemplate.of(tokenizer, str(stock))
-    text, spans = ours.said(TALK, None)
+    text, spans = ours.said(TALK)
     reference = tokenizer.apply_chat_template(
         TALK[-2:], chat_template=training.read_text(), return_dict=True,
         return_assistant_tokens_mask=True,
@@ -65,18 +65,18 @@ def test_the_templates_of_common_models_give_what_trl_marks_in_them(name, tmp_pa
     assert len(spans) == 2 and "two üñî" in spoken(text, spans)[0]
     # TRL's copies differ by white space, and by thoughts that stock templates leave out.
     assert spoken(text, spans)[1].split()[-1] == last.split()[-1]
-    assert text[: spans[0][0]].endswith(ours.rendered(TALK[:1], None, is_prompt=True)[0][-5:])
+    assert text[: spans[0][0]].endswith(ours.rendered(TALK[:1], is_prompt=True)[0][-5:])
 
 
 def test_a_turn_that_reads_otherwise_later_is_found_or_refused(tmp_path):
     thinks = "{% if loop.last %}{{ '<think></think>' }}{% endif %}"
     turn = "{% if m['role'] == 'assistant' %}"
     template = template_of(UNMARKED.replace(turn, turn + thinks), tmp_path)
-    text, spans = template.said(TALK, None)
+    text, spans = template.said(TALK)
     assert spoken(text, spans) == ["two üñî<|im_end|>\n", "<think></think>four<|im_end|>\n"]
     counted = "{% if m['role'] == 'assistant' %}{{ messages | length }}"
     with pytest.raises(NotRenderedError, match="writes turn 2 otherwise when others follow") as no:
-        template_of(UNMARKED.replace(turn, counted), tmp_path).said(TALK, None)
+        template_of(UNMARKED.replace(turn, counted), tmp_path).said(TALK)
     assert "{% generation %}" in no.value.fix and "--train-on all" in no.value.fix
 
 
@@ -84,14 +84,14 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one():
     tokenizer = talking_tokenizer(None)
     template = ChatTemplate.of(tokenizer, None)
     assert template.text == PLAIN and "plain" in template.origin
-    text, spans = template.said([{"role": "system", "content": " be brief "}, *TALK], None)
+    text, spans = template.said([{"role": "system", "content": " be brief "}, *TALK])
     end = tokenizer.eos_token
     assert text == (
         f"### System:\nbe brief\n\n### User:\none?\n\n### Assistant:\ntwo üñî{end}\n\n"
         f"### User:\nthree?\n\n### Assistant:\nfour{end}\n\n"
     )
     assert spoken(text, spans) == [f"two üñî{end}\n\n", f"four{end}\n\n"]
-    assert template.rendered(TALK[:1], None, is_prompt=True)[0].endswith("\n\n### Assistant:\n")
+    assert template.rendered(TALK[:1], is_prompt=True)[0].endswith("\n\n### Assistant:\n")
 
 
 def test_a_file_goes_before_the_tokenizers_own_template(tmp_path):
@@ -148,4 +148,21 @@ def test_random_talks_are_rendered_as_transformers_renders_them(tmp_path):
             expected = tokenizer.apply_chat_template(
                 row["messages"], chat_template=text, tokenize=False
             )
-            assert template.said(row["messages"], None)[0] == expected
+            assert template.said(row["messages"])[0] == expected
+
+
+def test_a_row_may_tell_the_template_more():
+    tokenizer = talking_tokenizer("{{ tools | tojson }}{{ style }}" + MARKED)
+    template, tools = ChatTemplate.of(tokenizer, None), [{"name": "f", "a": 1}]
+    expected = tokenizer.apply_chat_template(TALK, tools=tools, style="short", tokenize=False)
+    assert template.said(TALK, {"tools": tools, "style": "short"})[0] == expected
+
+
+def test_of_several_templates_one_must_be_chosen(tmp_path):
+    tokenizer = talking_tokenizer({"one": MARKED, "two": UNMARKED})
+    with pytest.raises(ForgeError, match="several chat templates") as error:
+        ChatTemplate.of(tokenizer, None)
+    assert "--chat-template FILE" in error.value.problems[0].fix
+    assert template_of(UNMARKED, tmp_path, tokenizer).text == UNMARKED
+    tokenizer.chat_template = {"default": MARKED, "two": UNMARKED}
+    assert ChatTemplate.of(tokenizer, None).text == MARKED

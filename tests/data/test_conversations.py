@@ -51,6 +51,14 @@ def test_what_messages_hold_beside_their_content_is_kept_and_nulls_are_not():
     assert row_as_json({"messages": [ASK, ANSWER | {"content": parts}]})["messages"][1] == ANSWER
 
 
+def test_what_a_template_is_to_know_besides_is_kept():
+    row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": False}}
+    assert row_as_json(row) == row
+    for bad in ({"chat_template": "x"}, [1]):
+        with pytest.raises(NoTextError, match="is no object of a template's own names"):
+            row_as_json(row | {"chat_template_kwargs": bad})
+
+
 def test_lone_surrogates_become_the_replacement_character():
     row = {"prompt": "a", "completion": "b\ud800"}
     assert json.loads(document_of(row, "messages", "assistant"))["completion"] == "b\ufffd"
