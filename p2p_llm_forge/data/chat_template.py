@@ -115,7 +115,8 @@ class ChatTemplate:
         for place, message in enumerate(messages):
             if message["role"] == ASSISTANT:
                 before, _ = self.rendered(messages[:place], others, is_prompt=True)
-                until, _ = self.rendered(messages[: place + 1], others)
+                is_last = place == len(messages) - 1
+                until = text if is_last else self.rendered(messages[: place + 1], others)[0]
                 end = len(until)
                 if not text.startswith(until):
                     end = self._end_of_turn(text, len(before), message["content"])

@@ -7,17 +7,21 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from transformers import AutoTokenizer
 
 from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data import splits
 from p2p_llm_forge.data.dataset import Manifest
 from p2p_llm_forge.data.describe import describe, verify
 from p2p_llm_forge.data.prepare import is_prepared, prepare
+from p2p_llm_forge.data.unfinished import Ranks
 from p2p_llm_forge.errors import ForgeError
-from tests.data.preparations import ROOT, with_tokenizer
+from tests.data.preparations import BEFORE_PACKING, ROOT, with_tokenizer
 from tests.data.talks import (
     MARKED,
     UNMARKED,
@@ -164,6 +168,41 @@ def test_the_bytes_do_not_depend_on_workers_and_pieces_are_in_order(words, tmp_p
         prepare(asked(tmp_path / "*.jsonl", folder, words, num_workers=workers))
     assert len(contents(tmp_path / "out1")) > 8
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+
+
+def test_ranks_write_the_same_bytes_as_one(words, tmp_path, small_pieces):
+    path = write(tmp_path / "a.jsonl", rows(200))
+    alone, together = (asked(path, tmp_path / n, words, num_workers=1) for n in ("1", "3"))
+    expected = prepare(alone)
+    with ThreadPoolExecutor(3) as pool:
+        of_ranks = [pool.submit(prepare, together, Ranks(rank, 3)) for rank in range(3)]
+        assert [of_rank.result() for of_rank in of_ranks] == [expected] * 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_what_was_encoded_is_taken_again_by_the_next_run(words, tmp_path, small_pieces):
+    path = write(tmp_path / "a.jsonl", rows(200))
+    again = asked(path, tmp_path / "again", words)
+    with BEFORE_PACKING, pytest.raises(KeyboardInterrupt):
+        prepare(again)
+    records = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "again" / "unfinished" / "pieces").glob("*.tokens")
+    }
+    assert len(records) > 10
+    encoded = []
+    with mock.patch.object(splits, "encode_piece", lambda *a: encoded.append(a)):
+        prepare(again)
+    assert not encoded
+    prepare(asked(path, tmp_path / "once", words))
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
+    # What decides the tokens decides which pieces are taken.
+    with BEFORE_PACKING, pytest.raises(KeyboardInterrupt):
+        prepare(replace(again, output_dir=str(tmp_path / "third")))
+    everything = replace(again, output_dir=str(tmp_path / "third"), train_on="all")
+    assert prepare(everything).splits["train"].trained_tokens > 2 * (
+        Manifest.load(tmp_path / "once").splits["train"].trained_tokens
+    )
 
 
 def test_a_dataset_carries_the_template_and_is_found_again(words, tmp_path, capsys):
