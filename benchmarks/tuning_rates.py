@@ -28,14 +28,13 @@ from benchmarks.optimizers import bits_per_byte
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
 from p2p_llm_forge.data.order import blocks_at
-from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.optimizer import build_optimizer, learning_rate_factor
-from p2p_llm_forge.model.shape import learning_rate_of, shape_of
-from p2p_llm_forge.training.learner import text_spec_of
+from p2p_llm_forge.model.shape import shape_of
 from p2p_llm_forge.training.plan import steps_of_epochs
 from prepare_data import prepare
 from tests import ROOT
+from train import train
 
 LENGTH, VOCABULARY = 128, 1024  # of a block in tokens, of the tokenizer
 BASE_UPDATES, BASE_BLOCKS, TUNING_BLOCKS = 120, 32, 8
@@ -89,15 +88,22 @@ def learn(lm: Any, data: PreparedDataset, config: TrainConfig, updates: int, blo
 
 
 def base_of(depth: int, data: PreparedDataset, folder: Path) -> Path:
-    """A model of that depth, trained on the data; made once."""
+    """A model of that depth, trained on the data by train.py; made once, and resumed if killed."""
     path = folder / f"base-{depth}"
-    if not path.exists():
-        rate = learning_rate_of("muon", depth)
-        config = TrainConfig(model_type="qwen3", depth=depth, optimizer="muon", learning_rate=rate)
-        lm = build_model(config, text_spec_of(data))
-        learn(lm, data, config, BASE_UPDATES, BASE_BLOCKS)
-        lm.save_pretrained(path)
-        print(f"base of depth {depth}: {bits_per_byte(NextTokenLoss(lm, None), data):.4f}")
+    result = train(
+        TrainConfig(
+            dataset_path=str(data.path),
+            output_dir=str(path),
+            depth=depth,
+            max_steps=BASE_UPDATES,
+            batch_size=BASE_BLOCKS,
+            resume="auto",
+            report_to="none",
+            cpu=True,
+            cpu_threads=1,
+        )
+    )
+    print(f"base of depth {depth}: {result.bits_per_byte:.4f}", file=sys.stderr, flush=True)
     return path
 
 
@@ -184,11 +190,13 @@ def main() -> None:
     documents = options.tuning_text.read_bytes()[: options.tuning_bytes].rpartition(b"\n\n")[0]
     text.write_bytes(documents)
     other = prepared(text, folder / text.stem, str(data.tokenizer_dir))
-    found = {}
+    found: dict[Arm, dict[str, float]] = {}
+    bases: dict[int, Path] = {}
     for arm in arms_of(options):
         key = f"{arm} {options.tuning_bytes}"
         if key not in done:
-            done[key] = tuned(arm, base_of(arm.depth, data, folder), other)
+            bases[arm.depth] = bases.get(arm.depth) or base_of(arm.depth, data, folder)
+            done[key] = tuned(arm, bases[arm.depth], other)
             results.write_text(json.dumps(done, indent=1) + "\n")
             print(f"{arm}: {done[key]}", file=sys.stderr, flush=True)
         found[arm] = done[key]

@@ -39,7 +39,7 @@ FULL, LORA = Defaults(3e-4, 2.0), Defaults(3e-3, 3.0)
 
 def defaults_of(config: TrainConfig) -> Defaults:
     """Those of LoRA, or of tuning every weight."""
-    return LORA if getattr(config, "lora_rank", None) else FULL
+    return LORA if config.lora_rank else FULL
 
 
 def as_tuned(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
@@ -83,7 +83,7 @@ def width_of(model_name: str) -> int | None:
 
 def in_words(config: TrainConfig) -> str:
     """How the loaded model is tuned, for a person."""
-    rank = getattr(config, "lora_rank", None)
+    rank = config.lora_rank
     how = f"by LoRA of rank {rank}" if rank else "in full"
     passes = "" if config.epochs is None else f", {config.epochs:g} passes over the blocks"
     passes = passes.replace("1 passes", "1 pass") if config.epochs == 1 else passes
