@@ -3,8 +3,8 @@
     python benchmarks/tuning_rates.py --text tinyshakespeare.txt
 
 trains a Qwen3 of each depth on one text, then tunes it on another (the sample text) in full and by
-LoRA of rank 16 (peft, alpha 32, every linear layer of the layers), and prints bits per byte of that
-text's held-out documents. Every run is kept in a file of results and never repeated.
+LoRA of rank 16 (peft, alpha 32), and prints bits per byte of that text's held-out documents.
+Every run is kept in a file of results and never repeated.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Arm:
     warmup: float = 0.05  # of the updates
     schedule: str = "linear"
     seed: int = 0
+    targets: str = "all-linear"  # of LoRA; auto: those that peft chooses for the family
 
 
 def prepared(text: Path, folder: Path, tokenizer: str | None = None) -> PreparedDataset:
@@ -116,7 +117,9 @@ def tuned(arm: Arm, base: Path, data: PreparedDataset) -> dict[str, float]:
     lm = AutoModelForCausalLM.from_pretrained(base)
     before = bits_per_byte(NextTokenLoss(lm, None).eval(), data)
     if arm.method == "lora":
-        lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        targets = None if arm.targets == "auto" else arm.targets
+        settings: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
         peft.get_peft_model(lm, lora)  # puts the adapters into lm itself
     updates = steps_of_epochs(arm.epochs, len(data.train_blocks()), TUNING_BLOCKS)
     config = TrainConfig(
@@ -135,7 +138,7 @@ def tuned(arm: Arm, base: Path, data: PreparedDataset) -> dict[str, float]:
 def arms_of(options: argparse.Namespace) -> list[Arm]:
     """Every combination that was asked for."""
     return [
-        Arm(depth, method, rate, epochs, warmup, schedule, seed)
+        Arm(depth, method, rate, epochs, warmup, schedule, seed, options.targets)
         for seed, depth, method, epochs in product(
             options.seeds, options.depths, options.methods, options.epochs
         )
@@ -152,11 +155,10 @@ def table(found: dict[Arm, dict[str, float]]) -> str:
     ]
     for arm, one in found.items():
         width = shape_of(arm.depth)["hidden_size"]
-        lines.append(
-            f"| {width} | {arm.method} | {arm.epochs:g} | {arm.warmup:g} | {arm.schedule} |"
-            f" {arm.seed} | {arm.rate:g} | {one['updates']:g} | {one['before']:.4f} |"
-            f" {one['after']:.4f} |"
-        )
+        method = f"lora {arm.targets}" if arm.method == "lora" else arm.method
+        cells: list[object] = [width, method, arm.epochs, arm.warmup, arm.schedule, arm.seed]
+        cells += [arm.rate, one["updates"], f"{one['before']:.4f}", f"{one['after']:.4f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -169,6 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "artifacts" / "tuning_rates")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--targets", default="all-linear", choices=("all-linear", "auto"))
     parser.add_argument("--rates", type=float, nargs="+")
     parser.add_argument("--epochs", type=float, nargs="+", default=[1.0, 3.0])
     parser.add_argument("--warmup", type=float, nargs="+", default=[0.05])
