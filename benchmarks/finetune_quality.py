@@ -55,11 +55,15 @@ def main() -> None:
             tune(processes, base, other, settings, output)
         if not adapters[2].exists():
             run("benchmarks/hf_tune.py", "tune", base, file, adapters[2])
-        losses = json.loads(run("benchmarks/hf_tune.py", "judge", base, file, *adapters))
+        before, *losses = json.loads(run("benchmarks/hf_tune.py", "judge", base, file, *adapters))
         for arm, loss in zip(ARMS, losses, strict=True):
             found[arm].append(loss)
-        print(f"seed {seed}: {dict(zip(ARMS, losses, strict=True))}", file=sys.stderr, flush=True)
-    print(table(found))
+        print(
+            f"seed {seed}, base {before:.4f}: {dict(zip(ARMS, losses, strict=True))}",
+            file=sys.stderr,
+            flush=True,
+        )
+    print(f"{table(found)}; the base's loss: {before:.5f}")
 
 
 def parse() -> argparse.Namespace:

@@ -4,7 +4,8 @@
     python benchmarks/hf_tune.py judge BASE SETTINGS.json ADAPTERS...
 
 `tune` trains on the rows in SETTINGS in just their order and saves the adapters. `judge` prints, as
-JSON, the mean loss of each folder of adapters over the held-out rows, in nats per token. A row is
+JSON, the mean loss of the base and with each folder of adapters, over the held-out rows, in nats
+per token. A row is
 the token before a block and the block's own tokens, so that the model's shifted labels predict all
 tokens of the block.
 """
@@ -69,8 +70,9 @@ def tune(base: str, settings: dict[str, Any], adapters: str) -> None:
 @torch.no_grad()
 def judge(base: str, settings: dict[str, Any], adapters: str) -> float:
     """Nats per token of the held-out rows."""
-    lm = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    model = PeftModel.from_pretrained(lm, adapters).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+    if adapters:
+        model = PeftModel.from_pretrained(model, adapters).eval()
     rows, nats, tokens = torch.tensor(settings["held_out"]), 0.0, 0
     for batch in rows.split(32):
         logits = model(batch[:, :-1]).logits.double()
@@ -89,7 +91,7 @@ def main() -> None:
     if what == "tune":
         tune(base, settings, folders[0])
     else:
-        print(json.dumps([judge(base, settings, folder) for folder in folders]))
+        print(json.dumps([judge(base, settings, folder) for folder in ("", *folders)]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How a loaded model is tuned where nothing else is given: rate, epochs, warm-up and schedule.
 
-Measured by benchmarks/tuning_rates.py on bases 128 and 256 wide. That the best rate falls with the
-width, and that LoRA's is about ten times that of full tuning whatever its rank, is also what
-others found with models up to 4096 wide (https://thinkingmachines.ai/blog/lora).
+Measured by benchmarks/tuning_rates.py on bases 128 and 256 wide. From there rates fall with the
+width to what is usual for bases 4096 wide: 2e-5 in full, 2e-4 by LoRA. (That LoRA wants several
+times the rate, whatever its rank: https://thinkingmachines.ai/blog/lora.)
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ class Defaults:
     """What one kind of tuning takes. rate: the peak by AdamW of a base that is 256 wide."""
 
     rate: float
+    power: float  # of the width, by which the rate falls
     epochs: float
 
     def rate_at(self, width: int | None) -> float:
-        return float(f"{self.rate * WIDTH / (width or LARGE):.2g}")
+        return float(f"{self.rate * (WIDTH / (width or LARGE)) ** self.power:.2g}")
 
 
-FULL, LORA = Defaults(3e-4, 2.0), Defaults(3e-3, 3.0)
+FULL, LORA = Defaults(1e-3, 1.4, 2.0), Defaults(5e-3, 1.1, 3.0)
 
 
 def defaults_of(config: TrainConfig) -> Defaults:
