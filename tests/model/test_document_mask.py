@@ -121,10 +121,18 @@ def test_masked_conversations_have_the_loss_that_transformers_gives_packed_ones(
     assert nats.item() / trained.sum().item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
+def test_a_base_in_half_the_digits_keeps_them_apart_by_the_same_mask(module):
+    lm = copy.deepcopy(module.lm).bfloat16()
+    by = NextTokenLoss(lm, document_end=END).document_mask
+    assert by.func is module.document_mask.func and by.keywords == module.document_mask.keywords
+
+
 def test_a_family_whose_state_runs_through_documents_is_refused():
     lm = model_of("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     with pytest.raises(ForgeError) as error:
         NextTokenLoss(lm, document_end=END)
     (problem,) = error.value.problems
     assert "--document-mask: a mamba cannot keep attention inside" in problem.found
+    with pytest.raises(ForgeError, match="its logits change with the document before"):
+        NextTokenLoss(lm.bfloat16(), document_end=END)
     assert problem.fix.startswith("leave the flag out")
