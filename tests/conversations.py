@@ -119,6 +119,17 @@ def nats_by_hand(lm: Any, block: Block, end: int, alone: bool) -> tuple[torch.Te
     return nats, count
 
 
+def right_by_hand(lm: Any, block: Block, end: int, alone: bool) -> int:
+    """How many of the trained tokens of a block are the most probable ones."""
+    texts = block if alone else [[(end, False), *(pair for c in block for pair in c)]]
+    right = 0
+    for text in (text for text in texts if len(text) > 1):
+        logits = lm(input_ids=torch.tensor([[token for token, _ in text[:-1]]])).logits[0]
+        guesses = logits.argmax(-1).tolist()
+        right += sum(is_trained and t == g for (t, is_trained), g in zip(text[1:], guesses))  # noqa: B905
+    return right
+
+
 def step_by_hand(lm: Any, blocks: list[Block], end: int, rate: float, alone: bool = False) -> int:
     """One step of plain SGD on the mean over what is trained in the blocks; returns how many."""
     found = [nats_by_hand(lm, block, end, alone) for block in blocks]

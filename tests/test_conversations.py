@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import order
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.training.learner import text_spec_of
+from prepare_data import prepare
 from tests.conversations import bytes_of, nats_by_hand, step_by_hand, trained_of
+from tests.data import talks
 from tests.runs import CLOCKED
 from train import train
 
@@ -68,6 +71,37 @@ def test_an_update_is_a_step_on_the_mean_over_what_is_trained_in_all_of_it(
     assert max(moved) > 1e-2
     shown = [line["loss"] for line in lines_of(asked) if "loss" in line]
     assert shown == pytest.approx(losses, rel=1e-6)
+
+
+def test_an_update_learns_from_rows_what_transformers_marks_in_each_of_them(config, tmp_path):
+    """From a file of rows to the weights, against the rows one by one, in float64."""
+    tokenizer = talks.talking_tokenizer()
+    rows = talks.rows(30, most=8)
+    prepare(
+        PrepareConfig(
+            [str(talks.write(tmp_path / "talks.jsonl", rows))],
+            str(tmp_path / "data"),
+            tokenizer=str(talks.saved(tokenizer, tmp_path / "tokenizer")),
+            sequence_length=512,
+            validation_fraction=0.0,
+        )
+    )
+    data = open_prepared(tmp_path / "data")
+    settings = {"dataset_path": str(tmp_path / "data"), "batch_size": len(data.train_blocks())}
+    asked = replace(config, **settings, **PLAIN_SGD, max_steps=1, micro_batch_size=1)
+    assert 3 < asked.batch_size < len(rows) / 2, "several in a block"
+    lm = build_model(asked, text_spec_of(data)).double()
+    marked = [talks.by_transformers(tokenizer, row["messages"]) for row in rows]
+    found = [list(zip(tokens, map(bool, marks), strict=True)) for tokens, marks in marked]
+    assert max(map(len, found)) <= 512
+    end = data.manifest.eos_token_id
+    count = step_by_hand(lm, [[conversation] for conversation in found], end, 0.5, alone=True)
+    train(replace(asked, document_mask=True))
+    got = load_file(Path(asked.output_dir) / "model.safetensors")
+    for name, tensor in got.items():
+        expected = lm.get_parameter(name)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=2e-6, msg=name)
+    assert data.manifest.splits["train"].trained == count
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -141,6 +175,29 @@ def write_again(saved, name, content):
     digest = hashlib.sha256(content).hexdigest()
     manifest["files"][name] = {"size": len(content), "sha256": digest}
     (saved / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_time_is_planned_by_what_there_is_to_learn(chats, conversations, capsys):
+    """Bytes of the text of what is trained, and how well that alone can be compressed."""
+    from p2p_llm_forge.training import timing
+
+    seen = []
+    asked = replace(chats, max_steps=None, batch_size=None, minutes=1.0, dry_run=True)
+    with pytest.MonkeyPatch.context() as patched:
+        measured = timing.compressed_bits
+        patched.setattr(timing, "compressed_bits", lambda text: seen.append(text) or measured(text))
+        patched.setattr(timing.planner, "require_text", seen.append)
+        train(asked)
+    data = open_prepared(chats.dataset_path)
+    learnt = [t for b in conversations["train"] for c in b for t, is_trained in c if is_trained]
+    text, planned = seen
+    assert text == data.load_tokenizer().decode(learnt).encode()
+    size = sum(bytes_of(data.load_tokenizer(), b, 0) for b in conversations["train"])
+    assert planned.tokens * planned.bytes_per_token == pytest.approx(size)
+    share = len(learnt) / (90 * 32)
+    assert f"; conversations, {len(learnt):,} tokens to learn ({share:.0%})" in (
+        capsys.readouterr().out
+    )
 
 
 def test_text_and_conversations_are_two_runs(chats, config):

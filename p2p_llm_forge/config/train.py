@@ -110,7 +110,7 @@ class ModelOptions(Options):
         False, "run the Python code that the model's author ships with it"
     )
     document_mask: bool = flag(
-        False, "keep attention inside documents, in training and in evaluation"
+        False, "keep attention inside documents or conversations, also in evaluation"
     )
     gradient_checkpointing: bool = flag(
         False, "recompute activations in backward: less memory, slower"

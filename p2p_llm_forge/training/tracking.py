@@ -246,13 +246,17 @@ def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -
     )
     note = f", of which no text reaches {frozen / 1e6:.2f} M" if frozen else ""
     manifest, precision = data.manifest, cluster.accelerator.mixed_precision
-    blocks, length = manifest.splits["train"].blocks, manifest.sequence_length
+    split, length = manifest.splits["train"], manifest.sequence_length
+    blocks, learnt = split.blocks, ""
+    if manifest.conversations is not None:
+        share = split.trained / max(1, blocks * length)
+        learnt = f"; conversations, {split.trained:,} tokens to learn ({share:.0%})"
     shares = f"{' + '.join(map(str, plan.shares))} on {cluster.world_size} processes"
     if len(set(plan.shares)) == 1:
         shares = f"{plan.shares[0]} on each of {cluster.world_size} process(es)"
     return f"""\
 model     {lm.config.model_type}, {parameters / 1e6:.2f} M parameters{note}
-data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}
+data      {blocks:,} blocks of {length} tokens, vocabulary {manifest.vocab_size:,}{learnt}
 peers     {cluster.world_size} process(es) on {cluster.device.type}, precision {precision}
 updates   {plan.total_steps:,} of {plan.batch_size} blocks, {shares}, \
 micro-batches of {plan.micro_batch_size}"""

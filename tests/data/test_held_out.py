@@ -13,6 +13,7 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.data.held_out import held_out, sample
 from p2p_llm_forge.data.prepare import prepare
+from tests.data import talks
 from tests.data.tokenizers import byte_tokenizer
 from tests.texts import some_text
 
@@ -69,6 +70,25 @@ def test_all_blocks_together_have_the_bytes_that_were_counted(prepare_text):
     all_bytes = data.manifest.splits["validation"].bytes
     assert found.sizes_of(targets).sum() * found.scale == pytest.approx(all_bytes)
     assert not everything.is_sample and everything.split_bytes == all_bytes
+
+
+def test_the_bytes_of_a_sample_of_conversations_are_those_of_what_is_learnt(tmp_path):
+    """Where tokens stand for bytes, just what was counted: no mark of a turn, no padding."""
+    tokenizer = talks.saved(talks.talking_tokenizer(), tmp_path / "tokenizer")
+    text = talks.write(tmp_path / "talks.jsonl", talks.rows(60, most=8))
+    asked = {"sequence_length": 256, "validation_fraction": 0.5, "tokenizer": str(tokenizer)}
+    prepare(PrepareConfig([str(text)], str(tmp_path / "data"), **asked))
+    data = open_prepared(tmp_path / "data")
+    found = held_out(data, 3)
+    assert found.is_sample and found.scale == 1
+    learnt = data.manifest.splits["validation"]
+    assert learnt.bytes > 0 and learnt.trained < learnt.tokens / 2
+    for number in range(len(found.blocks)):
+        _, targets = found.blocks.inputs_and_targets([number])
+        own = [token for token in targets[0].tolist() if token >= 0]
+        text = data.load_tokenizer().decode(own, skip_special_tokens=True)
+        if "\ufffd" not in text:
+            assert found.sizes_of(targets).tolist() == [len(text.encode())]
 
 
 def test_more_blocks_than_there_are_is_all_of_them(prepare_text):

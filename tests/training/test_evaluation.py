@@ -23,7 +23,7 @@ from p2p_llm_forge.training.evaluation import (
     standard_errors,
 )
 from p2p_llm_forge.training.learner import text_spec_of
-from tests.conversations import bytes_of, nats_by_hand
+from tests.conversations import bytes_of, nats_by_hand, right_by_hand
 from tests.runs import TINY
 
 
@@ -109,10 +109,12 @@ def test_a_sample_of_conversations_has_the_figures_of_what_is_trained_in_them(
     drawn = [there[number] for number in blocks.numbers]
     with torch.no_grad():
         by_hand = [nats_by_hand(lm.double(), block, end, masked) for block in drawn]
+        right = sum(right_by_hand(lm, block, end, masked) for block in drawn)
     nats = np.array([one.item() for one, _ in by_hand])
     tokens = np.array([count for _, count in by_hand])
     size = np.array([bytes_of(tokenizer, block, end) for block in drawn])
     assert tokens.max() > 3 * tokens.min()
+    assert figures["token_accuracy"] == pytest.approx(right / tokens.sum())
     assert figures["eval_loss"] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-6)
     bits = nats.sum() / math.log(2) / size.sum()
     assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-6)

@@ -214,7 +214,9 @@ def test_the_introduction_says_who_takes_how_much(shares, words):
         world_size=2, device=torch.device("cpu"), accelerator=SimpleNamespace(mixed_precision="no")
     )
     splits = {"train": SimpleNamespace(blocks=1000)}
-    manifest = SimpleNamespace(splits=splits, sequence_length=32, vocab_size=300)
+    manifest = SimpleNamespace(
+        splits=splits, sequence_length=32, vocab_size=300, conversations=None
+    )
     plan = SimpleNamespace(total_steps=6, batch_size=8, shares=shares, micro_batch_size=4)
     lm = torch.nn.Linear(1000, 1000, bias=False)
     lm.config = SimpleNamespace(model_type="gpt2")
