@@ -44,13 +44,14 @@ def summary(parts: list[Part], options: ReadOptions, documents: Callable[[int], 
     """Files and documents by the way in which they were divided. documents: of a part's number."""
     files: dict[tuple[str, str], set[str]] = {}
     found: Counter[tuple[str, str]] = Counter()
+    kind = "conversation" if options.train_on else "document"
     for number, part in enumerate(parts):
         what = "dataset" if part.kind in ("saved", "hub") else "file"
         key = (what, _way(part.kind, options))
         files.setdefault(key, set()).update(span.path for span in part.spans)
         found[key] += documents(number)
     return "; ".join(
-        f"{counted(len(paths), what)}, {counted(found[what, way], 'document')}{way}"
+        f"{counted(len(paths), what)}, {counted(found[what, way], kind)}{way}"
         for (what, way), paths in files.items()
     )
 

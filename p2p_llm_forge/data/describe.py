@@ -151,11 +151,13 @@ def _split_line(data: PreparedDataset, name: str) -> str:
     facts = data.manifest.splits[name]
     used = vocabulary_use(data, name)
     size = sum(path.stat().st_size for path in (data.path / name).glob("*.arrow"))
+    text_size, disk_size = facts.bytes / max(1, facts.trained), size / max(1, facts.tokens)
+    sizes = f"{text_size:.2f} bytes of text and {disk_size:.3f} bytes of disk per token"
+    if facts.trained_tokens is not None:
+        sizes = f"{text_size:.2f} bytes of text per trained one, {disk_size:.3f} of disk per token"
     return (
         f"{name}: {counted(facts.documents, 'document')}, {counted(facts.blocks, 'block')}, "
-        f"{counted(facts.tokens, 'token')} "
-        f"({facts.bytes / max(1, facts.tokens):.2f} bytes of text and "
-        f"{size / max(1, facts.tokens):.3f} bytes of disk per token), "
+        f"{counted(facts.tokens, 'token')} ({sizes}), "
         f"{used:,} entries of the vocabulary used ({100 * used / data.manifest.vocab_size:.1f} %)"
     )
 

@@ -51,7 +51,7 @@ def are_conversations(
             " into one dataset",
             "prepare them apart, each into a folder of its own",
         )
-    return True in found, notes
+    return True in found or (not found and config.asks_for_conversations), notes
 
 
 def holds_conversations(names: Columns, path: str, config: PrepareConfig) -> bool:
@@ -87,10 +87,8 @@ def columns_of(part: Part, options: ReadOptions) -> Columns | None:
         return None  # what is wrong is said where it is read
     if part.kind in ("saved", "hub"):
         rows = (table_files.open_saved if part.kind == "saved" else table_files.open_streamed)(file)
-        if rows.features is not None:
-            return _of_schema(rows.features.arrow_schema)
-        row = next(iter(rows), None)
-        return {key: isinstance(row[key], list) for key in row} if row else None
+        # What is streamed is not begun twice: some datasets of the Hub show no columns before.
+        return None if rows.features is None else _of_schema(rows.features.arrow_schema)
     return {}
 
 

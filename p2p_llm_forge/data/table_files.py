@@ -39,10 +39,10 @@ def _text_of(batch: Any, file: InputFile) -> Any:
         path = columns.path_in(batch.schema, name)
         if path is None:
             found = columns.found_names(columns.leaves(batch.schema))
-            raise ForgeError(
-                f"{file.path} has no text column '{name}': found {found}",
-                "choose one with --text-column",
-            )
+            fix = "choose one with --text-column"
+            if conversations.form_of(batch.schema.names):
+                fix += ", or read the conversations with --train-on assistant"
+            raise ForgeError(f"{file.path} has no text column '{name}': found {found}", fix)
         column = columns.inside(batch, path)
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):

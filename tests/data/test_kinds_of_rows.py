@@ -7,13 +7,16 @@ import json
 
 import datasets
 import pytest
+from transformers import AutoTokenizer
 
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import sources
 from p2p_llm_forge.data.kinds_of_rows import are_conversations
 from p2p_llm_forge.data.parts import ReadOptions
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
-from tests.data.talks import write
+from tests.data.preparations import with_tokenizer
+from tests.data.talks import saved, talking_tokenizer, talks_in, write
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PAIR, ALPACA = {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "", "output": "b"}
@@ -76,11 +79,23 @@ def test_every_format_shows_its_columns(tmp_path):
     assert kinds(tmp_path / "f.parquet", text_column="chat")[0]
 
 
-def test_rows_of_the_hub_are_looked_at(monkeypatch):
+def test_columns_of_the_hub_are_looked_at(monkeypatch):
     rows = datasets.Dataset.from_list([PAIR])
-    for found in (rows, rows.to_iterable_dataset(), rows.to_iterable_dataset().map(lambda x: x)):
+    for found in (rows, rows.to_iterable_dataset()):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, found=found, **__: found)
         assert kinds("hf://datasets/owner/talks")[0]
+
+
+def test_where_the_hub_shows_no_columns_conversations_are_asked_for(monkeypatch, tmp_path):
+    """Their first row is not read before all are."""
+    found = datasets.IterableDataset.from_generator(lambda: iter([PAIR]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    name, words = "hf://datasets/owner/talks", saved(talking_tokenizer(), tmp_path / "words")
+    with pytest.raises(ForgeError, match="has no text column 'text'") as error:
+        prepare(with_tokenizer(name, tmp_path / "out", words))
+    assert "with --train-on assistant" in error.value.problems[0].fix
+    prepare(with_tokenizer(name, tmp_path / "out", words, train_on="assistant"))
+    assert len(talks_in(tmp_path / "out", AutoTokenizer.from_pretrained(words).pad_token_id)) == 1
 
 
 def test_empty_files_and_lines_that_are_no_rows_decide_nothing(tmp_path):

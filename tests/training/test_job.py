@@ -18,6 +18,7 @@ from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.planner import LEAST_BYTES
 from prepare_data import prepare
 from tests import ROOT
+from tests.data.talks import rows, saved, talking_tokenizer, write
 
 
 def test_by_the_clock_a_vocabulary_that_is_given_is_kept_and_a_packed_text_is_not_short(
@@ -41,6 +42,30 @@ def test_a_text_that_is_prepared_already_keeps_what_was_chosen_for_it(open_small
     assert (again.sequence_length, again.arguments["vocab_size"]) == (48, 290)
     with pytest.raises(ForgeError, match="sequence_length: 48 there, 24 asked"):
         open_small_job(**{**text, "sequence_length": 24})
+
+
+def test_a_file_of_conversations_is_prepared_by_the_template_of_its_tokenizer(
+    open_small_job, tmp_path, capsys
+):
+    words = saved(talking_tokenizer(), tmp_path / "words")
+    talks = write(tmp_path / "talks.jsonl", [*rows(60), {"messages": []}])
+    asked = {"dataset_path": str(talks), "tokenizer": str(words), "sequence_length": 64}
+    with pytest.raises(ForgeError, match="line 61: 'messages' is an empty list") as error:
+        open_small_job(**asked)
+    # What the fix says: by itself, with that flag.
+    assert "--skip-bad-rows" in (fix := error.value.problems[0].fix)
+    command = shlex.split(fix.partition("python prepare_data.py ")[2].partition(", and then")[0])
+    prepared = tmp_path / "by itself"
+    command[command.index("PREPARED")] = str(prepared)
+    assert prepare_data.main([*command, "--skip-bad-rows"]) == 0
+    write(talks, rows(60))
+    job = open_small_job(**asked)
+    assert "written by the tokenizer's chat template" in capsys.readouterr().out
+    assert job.data.train_blocks().is_of_conversations
+    by_itself = open_small_job(dataset_path=str(prepared), sequence_length=64)
+    assert replace(by_itself.data.manifest, skipped_rows=0).fingerprint == (
+        job.data.manifest.fingerprint
+    )
 
 
 def test_a_job_holds_the_data_and_the_plan(open_small_job, prepared):
