@@ -59,6 +59,13 @@ KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_documents_lets_the_peers_in_a
 RESUMED = (
     "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
 )
+LORA = "tests/model/test_lora.py"
+OF_LORA = "tests/config/test_lora.py"
+LORA_FLAGS = f"{OF_LORA}::test_the_fixes_of_values_make_flags_that_are_taken"
+PEFT = f"{OF_LORA}::test_without_peft_the_line_that_installs_it_is_given"
+TARGETS = f"{LORA}::test_targets_that_name_nothing_are_refused_with_the_names_there_are"
+OTHER_ADAPTERS = f"{LORA}::test_adapters_are_loaded_only_beside_the_base_and_with_the_rank_they_had"
+DAMAGED = f"{LORA}::test_damaged_adapters_and_a_base_that_is_gone_are_named"
 COMPILING = "tests/multiprocess/test_compile.py"
 UNCOMPILED = f"{COMPILING}::test_without_a_compiler_on_is_refused_and_auto_trains"
 TRITON = (
@@ -89,6 +96,8 @@ FOLLOWED = {
     "config.parser:_parser": (NEEDED,),
     "config.parser:_recipe_as_flags": (RECIPE, RECIPE, RECIPE),
     "config.evaluation:require_evaluations": (OPTION, OPTION),
+    "config.lora:check": (LORA_FLAGS, LORA_FLAGS, LORA_FLAGS, PEFT, LORA_FLAGS),
+    "config.lora:_refuse_without_rank": (f"{OF_LORA}::test_options_of_lora_need_its_rank",),
     "config.sync:check": (OPTION, OPTION, OPTION),
     "config.sync:_refuse_options_of_rounds": (OPTION,),
     "config.sync:_check_rounds": (OPTION, OPTION, OPTION),
@@ -98,6 +107,7 @@ FOLLOWED = {
     "config.yaml_file:_require_simple": (RECIPE,),
     "model.build:model_from_scratch": (SIZES,),
     "model.build:load_model": (WHOLE, WHOLE),
+    "model.build:load_base": (f"{LORA}::test_adapters_are_no_base_for_others",),
     "model.build:new_model_config": (SIZES, SIZES),
     "model.document_mask:document_mask_for": (
         f"{MODEL}::test_the_fix_of_a_family_that_cannot_mask_documents_is_another_one",
@@ -110,6 +120,16 @@ FOLLOWED = {
     "model.fit:require_same_words": (WORDS, WORDS),
     "model.fit:require_causal": (SIZES, SIZES, FAMILY),
     "model.fit:require_memory": (f"{MODEL}::test_the_fix_of_too_little_memory_is_a_smaller_model",),
+    "model.lora:require_peft": (PEFT,),
+    "model.lora:inject": (
+        f"{LORA}::test_layers_of_a_familys_own_that_are_not_there_are_refused_with_those_that_are",
+    ),
+    "model.lora:require_targets": (TARGETS,),
+    "model.lora:base_of": (DAMAGED,),
+    "model.lora:load_adapters": (OTHER_ADAPTERS, OTHER_ADAPTERS, OTHER_ADAPTERS),
+    "model.lora:refuse_another_base": (DAMAGED, OTHER_ADAPTERS),
+    "model.lora:saved_settings": (DAMAGED,),
+    "model.lora:weights_in": (DAMAGED,),
     "model.optimizer:build_optimizer": (
         f"{MODEL}::test_the_fix_of_muon_without_matrices_is_adamw",
     ),

@@ -17,7 +17,8 @@ PACKAGE = "p2p_llm_forge."
 # batches. What is wrong with prepared data, or with a checkpoint to resume from, is tested there.
 LOOKED_AT = re.compile(
     r"check_cluster|p2p_llm_forge\.(peers\..*|model\..*|training\.(job|plan)"
-    r"|config\.(check|evaluation|launch|fields|names_of_train|other_names|parser|sync|train|yaml_file))"
+    r"|config\.(check|evaluation|launch|lora|fields|names_of_train|other_names|parser|sync|train"
+    r"|yaml_file))"
 )
 BUILDERS = {
     *("warning", "failure", "refusal", "ForgeError", "RankFailure", "LostPeer"),

@@ -71,14 +71,13 @@ def inject(lm: Any, settings: Any, seed: int = 0) -> None:
     """Put adapters of these settings (peft's) into the model. Raises ForgeError."""
     from peft import inject_adapter_in_model
 
-    fingerprint = base_fingerprint(lm)
+    fingerprint, asked = base_fingerprint(lm), settings.target_modules  # peft replaces the words
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of GPT-2's layers, whose weights lie the other way round
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(settings, lm, ADAPTER)
         except Exception as error:  # whatever peft raises for layers that it does not know
-            asked = settings.target_modules
             names = asked if isinstance(asked, str) else " ".join(sorted(asked or ["auto"]))
             found = f"--lora-targets {names}: peft cannot adapt these layers: {one_line(error)}"
             raise ForgeError(found, f"name others: {in_words(names_of_layers(lm))}") from error

@@ -67,13 +67,22 @@ def test_options_of_lora_need_its_rank(typed, found):
     parse(TrainConfig, [*LORA, *typed.split()], "train.py")
 
 
-def test_values_that_cannot_be_are_refused():
-    assert "--lora-rank is 0" in problem_of(*LORA, "--lora-rank", "0").found
-    assert "--lora-dropout 1.0" in problem_of(*LORA, "--lora-dropout", "1").found
-    assert "beside auto" in problem_of(*LORA, "--lora-targets", "auto", "q_proj").found
-    assert "names no layer" in problem_of(*LORA, "--lora-targets", ",").found
-    alone = problem_of(*NEEDED, "--lora-rank", "16")
-    assert "adapts a model that was trained before" in alone.found
+@pytest.mark.parametrize(
+    ("typed", "found", "fix", "then"),
+    [
+        ("--lora-rank 0", "--lora-rank is 0", "use 1 or more", "--lora-rank 1"),
+        ("--lora-alpha 0", "--lora-alpha is 0", "use 1 or more", "--lora-alpha 1"),
+        ("--lora-dropout 1", "is not a share", "such as 0.05", "--lora-dropout 0.05"),
+        ("--lora-targets auto q_proj", "beside auto", "leave out auto", "--lora-targets q_proj"),
+        ("--lora-targets auto q_proj", "beside auto", "or the others", "--lora-targets auto"),
+        ("--lora-targets ,", "names no layer", "q_proj v_proj", "--lora-targets q_proj v_proj"),
+        ("--model-name=", "none is given", "add --model-name MODEL", "--model-name MODEL"),
+    ],
+)
+def test_the_fixes_of_values_make_flags_that_are_taken(typed, found, fix, then):
+    problem = problem_of(*LORA, *typed.split())
+    assert found in problem.found and fix in problem.fix
+    parse(TrainConfig, [*LORA, *then.split()], "train.py")
 
 
 def test_without_peft_the_line_that_installs_it_is_given(monkeypatch):

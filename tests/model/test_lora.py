@@ -15,6 +15,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, load_model
 from p2p_llm_forge.model.lora import (
     adapter_parameters,
+    add_adapters,
     base_fingerprint,
     load_adapters,
     lora_in_words,
@@ -126,15 +127,20 @@ def test_damaged_adapters_and_a_base_that_is_gone_are_named(llama, tmp_path, tex
         load_model(str(folder), text)
     (folder / WEIGHTS).write_bytes(whole)
     (folder / BASE).write_text("[]")
-    with pytest.raises(ForgeError, match=f"{BASE} cannot be read"):
+    with pytest.raises(ForgeError, match=f"{BASE} cannot be read") as error:
         load_model(str(folder), text)
+    assert error.value.problems[0].fix == "copy the whole folder again"  # and so it is below
     (folder / BASE).unlink()  # as other programs leave it
     assert load_model(str(folder), text)
     settings = json.loads((folder / CONFIG).read_text())
     assert settings["base_model_name_or_path"] == llama
     (folder / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": "/no/where"}))
-    with pytest.raises(ForgeError, match="adapters of /no/where, and there is no such folder"):
+    with pytest.raises(ForgeError, match="of /no/where, and there is no such folder") as error:
         load_model(str(folder), text)
+    fix = error.value.problems[0].fix
+    assert fix.endswith(f"or its path into base_model_name_or_path of {folder / CONFIG}")
+    (folder / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": llama}))
+    assert load_model(str(folder), text)
     (folder / CONFIG).write_text("{")
     with pytest.raises(ForgeError, match=f"{CONFIG} cannot be read"):
         load_model(str(folder), text)
@@ -142,8 +148,27 @@ def test_damaged_adapters_and_a_base_that_is_gone_are_named(llama, tmp_path, tex
 
 def test_adapters_are_no_base_for_others(llama, tmp_path, text):
     folder = saved(tmp_path / "adapters", build_model(asked(llama), text))
-    with pytest.raises(ForgeError, match="holds adapters, and new ones need the weights"):
+    with pytest.raises(ForgeError, match="holds adapters, and new ones need the weights") as error:
         build_model(asked(str(folder)), text)
+    fix = "give the model that they belong to, or the same run's with --merge-lora"
+    assert error.value.problems[0].fix == fix
+    assert build_model(asked(llama), text)
+    load_model(str(folder), text).save_pretrained(tmp_path / "merged")
+    assert build_model(asked(str(tmp_path / "merged")), text)
+
+
+def test_layers_of_a_familys_own_that_are_not_there_are_refused_with_those_that_are(
+    llama, text, monkeypatch
+):
+    lm = load_model(llama, text)
+    monkeypatch.setattr(type(lm.config), "model_type", "bloom")  # whose layers have other names
+    with pytest.raises(ForgeError, match="--lora-targets auto: peft cannot adapt") as error:
+        add_adapters(lm, asked(llama))
+    names = error.value.problems[0].fix.removeprefix("name others: ").split()
+    monkeypatch.undo()
+    lm = load_model(llama, text)
+    add_adapters(lm, asked(llama, lora_targets=names))
+    assert len(adapter_parameters(lm)) == 2 * (2 * 7 + 1)
 
 
 def test_a_tied_head_gets_no_adapters(tmp_path, tokenizer_dir, text):
