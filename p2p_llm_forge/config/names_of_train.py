@@ -10,6 +10,7 @@ import contextlib
 import math
 import shlex
 
+from p2p_llm_forge.config.conversations import WHOLE
 from p2p_llm_forge.config.other_names import (
     NO,
     YES,
@@ -343,6 +344,19 @@ OF_PREPARING = {
         *("one_document_per_file", "csv_delimiter", "dataset_config", "dataset_split"),
         *("skip_bad_rows", "deduplicate", "min_document_tokens", "max_document_tokens"),
         *("eos_token", "tokenizer_backend", "num_workers"),
+        *("train_on", "chat_template", "long_conversations"),
     )
 }
-OF_TRAINING = OF_PREPARING | OF_DATA | OF_MODEL | OF_UPDATES | OF_SAVING | OF_LAUNCH
+# What TRL and LitGPT call it where conversations are trained.
+ON_ANSWERS = f" --train-on assistant{THEN}"
+OF_CONVERSATIONS = {
+    **all_of(
+        "assistant_only_loss completion_only_loss mask_prompt",
+        answer(PREPARE.format(text="TEXT", more=ON_ANSWERS), is_switch=True),
+    ),
+    **all_of("packing sample_packing", unless_on(WHOLE)),
+    **all_of("max_length max_seq_length", renamed("--sequence-length")),
+}
+OF_TRAINING = (
+    OF_PREPARING | OF_CONVERSATIONS | OF_DATA | OF_MODEL | OF_UPDATES | OF_SAVING | OF_LAUNCH
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2p_llm_forge.config import PrepareConfig, parse
+from p2p_llm_forge.config import PrepareConfig, TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
 
 NEEDED = ["--dataset-path", "talks.jsonl", "--output-dir", "out"]
@@ -57,6 +57,18 @@ def test_what_is_not_done_is_answered(typed, says):
     with pytest.raises(ForgeError) as error:
         asked(typed)
     assert says in error.value.problems[0].fix
+
+
+def test_train_answers_what_is_decided_when_conversations_are_prepared():
+    needed = ["--dataset-path", "data", "--output-dir", "run"]
+    with pytest.raises(ForgeError) as error:
+        parse(TrainConfig, [*needed, "--assistant_only_loss", "true"], "train.py")
+    (problem,) = error.value.problems
+    assert problem.found == "train.py has no --assistant_only_loss"
+    assert problem.fix.startswith("prepare it first: python prepare_data.py --dataset-path TEXT")
+    assert "--train-on assistant" in problem.fix
+    same = parse(TrainConfig, [*needed, "--packing", "--max_length", "64"], "train.py")
+    assert same == parse(TrainConfig, [*needed, "--sequence-length", "64"], "train.py")
 
 
 def test_an_empty_template_is_refused():
