@@ -21,6 +21,7 @@ from tests.runs import (
     finish,
     flags,
     lines,
+    loaded,
     newest_step,
     read,
     start_ranks,
@@ -146,3 +147,43 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(
     for key, tensor in expected.items():
         assert torch.equal(tensor, got[key]), key
     assert lines(stormy) == lines(calm)
+
+
+def test_adapters_learn_from_conversations_alike_on_one_and_on_two_processes(
+    zygote, prepared_conversations, conversations, tmp_path
+):
+    """Against plain SGD in float64 on what adapts a frozen model, whose head has no gradient."""
+    there, data = conversations["train"], open_prepared(prepared_conversations)
+    base = build_model(TrainConfig("", "", **TINY), text_spec_of(data))
+    base.save_pretrained(tmp_path / "base")
+    adapted = {
+        **{"model_name": str(tmp_path / "base"), "lora_rank": 4, "base_dtype": "float32"},
+        **{"model_type": None, "config_overrides": None, "document_mask": True},
+    }
+    asked = TrainConfig("", "", **adapted, optimizer="sgd")
+    lm = build_model(asked, text_spec_of(data)).double()
+    begun = {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
+    assert not lm.get_output_embeddings().weight.requires_grad
+    for step in range(3):
+        step_by_hand(lm, own_blocks(there, step, 0, 1), end=0, rate=0.5, alone=True)
+    assert all(
+        parameter.requires_grad == (name in begun) for name, parameter in lm.named_parameters()
+    )
+    for processes in (1, 2):
+        settings = {
+            **PLAIN_SGD,
+            **adapted,
+            "micro_batch_size": 2,
+            "max_steps": 3,
+            "warmup_steps": 0,
+        }
+        folder = tmp_path / str(processes)
+        finish(zygote, prepared_conversations, folder, processes, **settings)
+        saved = loaded(folder / "adapter_model.safetensors")
+        assert len(saved) == len(begun)
+        for name, tensor in saved.items():
+            own = name.removeprefix("base_model.model.").removesuffix(".weight") + ".default.weight"
+            expected = lm.get_parameter(own)
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=2e-6)
+    moved = [(lm.get_parameter(name) - p).abs().max() for name, p in begun.items()]
+    assert max(moved) > 1e-3
