@@ -12,6 +12,7 @@ from p2p_llm_forge.data.held_out import held_out
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.fit import TextSpec
+from p2p_llm_forge.model.lora import lora_in_words
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.sync.forecast import table
@@ -132,6 +133,7 @@ def dry_run(job: Job) -> TrainResult:
     lm = cluster.together(lambda: new_model(job))
     planned = job.budget.words if job.budget else []
     lines = [introduction(cluster, job.data, job.plan, lm), *settled_lines(config), *planned]
+    lines += [f"LoRA      of {lora_in_words(lm)}"] if config.lora_rank else []
     lines += [f"held out  {evaluated.in_words()}"] if evaluated else []
     lines += in_folder
     text = "\n".join(lines)
