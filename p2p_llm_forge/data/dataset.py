@@ -142,6 +142,13 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     conversations: dict[str, Any] | None = None
 
+    def share_trained(self, split: str) -> float:
+        """Of the tokens in the blocks of a split, those that count in the loss; of text all."""
+        facts = self.splits[split]
+        if self.conversations is None:
+            return 1.0
+        return facts.trained / max(1, facts.blocks * self.sequence_length)
+
     def content(self) -> dict[str, Any]:
         """All that it says, as JSON values; of text nothing of conversations."""
         content = asdict(self)

@@ -63,9 +63,8 @@ def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
     """What this model's forward needs besides its inputs to keep attention inside documents.
 
     A function of the inputs, and of what begins in blocks of conversations, that returns more
-    arguments of the forward. Found by trial, on two
-    short documents: the logits of the second must be those that it has alone. Raises ForgeError
-    for a model that cannot.
+    arguments of the forward. Found by trial, on two short documents: the logits of the second must
+    be those that it has alone. Raises ForgeError for a model that cannot.
     """
     vocabulary = range(min(lm.get_input_embeddings().num_embeddings, 32))
     tokens = [token for token in vocabulary if token != document_end]

@@ -83,10 +83,11 @@ class Gauge:
         return f"compute   {work} a token, peak {self.peak_flops / 1e9:,.4g} GFLOP/s {self.source}"
 
 
-def new_gauge(lm: Any, length: int, cluster: Cluster, began: float) -> Gauge:
+def new_gauge(lm: Any, length: int, cluster: Cluster, began: float, counted: float = 1.0) -> Gauge:
     """The gauge of a session. All ranks must call, and compute for a moment at the same time.
 
-    length: tokens in a block. began: when the session did, by `time.monotonic`.
+    length: tokens in a block. began: when the session did, by `time.monotonic`. counted: the share
+    of tokens that count in the loss.
     """
     precision, device = cluster.accelerator.mixed_precision, cluster.device
     cluster.barrier()
@@ -99,7 +100,7 @@ def new_gauge(lm: Any, length: int, cluster: Cluster, began: float) -> Gauge:
     if not all(peaks):
         source = f"no peak is known of {'one of them' if peaks[0] else name}"
     known = sum(peaks) if all(peaks) else None
-    return Gauge(began, flops_per_token(lm, length), known, device, source)
+    return Gauge(began, flops_per_token(lm, length, counted), known, device, source)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -49,12 +49,13 @@ def data_sheet_flops(name: str, precision: str, may_use_tf32: bool = False) -> f
     return None
 
 
-def flops_per_token(lm: Any, length: int) -> float | None:
+def flops_per_token(lm: Any, length: int, counted: float = 1.0) -> float | None:
     """FLOPs of forward and backward for each token of texts of `length` tokens; None: unknown.
 
     6 N + 12 L H Q T, as PaLM counts (arXiv 2204.02311, appendix B): N parameters that a token is
     multiplied with, then attention to the whole length, so what a causal mask leaves out is
     counted. Neither recomputed activations nor lookups, and of experts those that a token uses.
+    counted: the share of tokens that count in the loss; the others never reach the head.
     """
     adapted = getattr(lm, "peft_config", None)  # by LoRA: weights that stay have no gradient
     parameters = active_parameters(lm)
@@ -62,7 +63,11 @@ def flops_per_token(lm: Any, length: int) -> float | None:
     if parameters is None or attention is None:
         return None
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad) if adapted else parameters
-    return 4.0 * parameters + 2.0 * trained + 6.0 * attention
+    whole = 4.0 * parameters + 2.0 * trained + 6.0 * attention
+    if counted == 1:
+        return whole
+    head = lm.get_output_embeddings().weight
+    return whole - (1 - counted) * (6 if head.requires_grad else 4) * head.numel()
 
 
 def active_parameters(lm: Any) -> float | None:

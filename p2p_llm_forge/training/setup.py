@@ -28,7 +28,7 @@ from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import was_compiled
 from p2p_llm_forge.training.evaluation import blocks_beside
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
-from p2p_llm_forge.training.gauge import new_gauge
+from p2p_llm_forge.training.gauge import Gauge, new_gauge
 from p2p_llm_forge.training.identity import settings_changed
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner, build_learner, new_model, prime
@@ -86,7 +86,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         tracking=tracking,
         window=window_of(job, state, sync),
         balance=Balance(plan.shares, job.config.balance == "auto"),
-        gauge=new_gauge(learner.lm, job.data.manifest.sequence_length, cluster, job.began),
+        gauge=gauge_of(job, learner),
         card_facts=facts_of(job, learner.lm, machines_of(cluster), bool(folder.checkpoint)),
         uploads=Uploads(job.config, tracking.say) if uploads_checkpoints(job) else None,
         first_step=state["step"],
@@ -108,6 +108,13 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         yield run
     finally:
         run.close()
+
+
+def gauge_of(job: Job, learner: Learner) -> Gauge:
+    """What the session's time, memory and speed are measured by. All ranks must call."""
+    manifest = job.data.manifest
+    length, counted = manifest.sequence_length, manifest.share_trained("train")
+    return new_gauge(learner.lm, length, job.cluster, job.began, counted)
 
 
 def rehearse_end(run: Run, budget: Budget) -> None:

@@ -249,7 +249,7 @@ def introduction(cluster: Cluster, data: PreparedDataset, plan: Plan, lm: Any) -
     split, length = manifest.splits["train"], manifest.sequence_length
     blocks, learnt = split.blocks, ""
     if manifest.conversations is not None:
-        share = split.trained / max(1, blocks * length)
+        share = manifest.share_trained("train")
         learnt = f"; conversations, {split.trained:,} tokens to learn ({share:.0%})"
     shares = f"{' + '.join(map(str, plan.shares))} on {cluster.world_size} processes"
     if len(set(plan.shares)) == 1:

@@ -24,6 +24,7 @@ from tests.runs import (
     loaded,
     newest_step,
     read,
+    results,
     start_ranks,
     tensors,
     wait_for_checkpoint,
@@ -79,6 +80,8 @@ def test_ranks_that_train_different_numbers_of_tokens_take_the_updates_of_one_pr
     one = finish(zygote, prepared_conversations, tmp_path / "one", 1, **settings, max_steps=4)
     losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in (folder, one)]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for figure in ("eval_loss", "bits_per_byte", "token_accuracy"):
+        assert results(folder)[figure] == pytest.approx(results(one)[figure], rel=1e-4)
 
 
 def test_rounds_weigh_ranks_by_the_tokens_that_they_have_trained(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.training.numbers import data_sheet_flops, duration, flops_per_token, mfu
 from tests.model.families import model_of
 
@@ -29,6 +30,24 @@ def test_a_tied_head_counts_and_a_table_of_positions_does_not():
     layer = 64 * 192 + 64 * 64 + 2 * 64 * 256 + norms + biases
     head, norm = 96 * 64, 2 * 64
     assert flops_per_token(lm, LENGTH) == 6 * (2 * layer + norm + head) + ATTENTION
+
+
+def test_tokens_that_do_not_count_cost_no_head():
+    """Whole with its gradient, or frozen, against what torch counts in a loss of a quarter."""
+    lm = model_of("llama", **LLAMA)
+    module, tokens = NextTokenLoss(lm), torch.randint(96, (2, LENGTH))
+    targets = tokens.masked_fill(torch.arange(LENGTH) % 4 > 0, -100)
+    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    for _ in ("learns", "frozen"):
+        torch_counts = []
+        for one in (tokens, targets):
+            with FlopCounterMode(display=False) as counter:
+                module(tokens, one, begins)[0].backward()
+            torch_counts.append(counter.get_total_flops() / tokens.numel())
+        saved = flops_per_token(lm, LENGTH) - flops_per_token(lm, LENGTH, 0.25)
+        assert saved == torch_counts[0] - torch_counts[1] > 0
+        lm.lm_head.weight.requires_grad_(False)
+        lm.peft_config = {"default": None}
 
 
 def test_of_experts_those_count_that_a_token_uses():
