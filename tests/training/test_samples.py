@@ -7,12 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.model.build import build_model
 from p2p_llm_forge.training.learner import text_spec_of
+from p2p_llm_forge.training.newest import was_trained_to_chat
 from p2p_llm_forge.training.samples import sample_text
+from prepare_data import prepare
+from tests.data import talks
 from tests.runs import TINY
 from train import train
 
@@ -95,3 +100,43 @@ def test_samples_of_others_stay_as_they_are(sampled, tmp_path):
 @pytest.mark.parametrize("prompts", [[], ["one"], ["two", "prompts"]])
 def test_without_a_prompt_a_document_begins(prompts):
     assert TrainConfig(sample_prompt=prompts).prompts() == (prompts or [""])
+
+
+def test_a_run_on_conversations_answers_what_a_user_says(config, tmp_path):
+    """As transformers does by the published model and the template of its tokenizer."""
+    rows = talks.write(tmp_path / "talks.jsonl", talks.rows(60, most=6))
+    tokenizer = str(talks.saved(talks.talking_tokenizer(), tmp_path / "tokenizer"))
+    asked = PrepareConfig(
+        [str(rows)], str(tmp_path / "data"), tokenizer=tokenizer, sequence_length=64
+    )
+    prepare(asked)
+    run = replace(config, dataset_path=str(tmp_path / "data"), sample_prompt=["Who bakes?"])
+    train(replace(run, max_steps=2))
+    (sample,) = samples(config)
+
+    folder, cached = tmp_path / "run", {"use_cache": True}
+    published, lm = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
+    said = published.apply_chat_template(
+        [{"role": "user", "content": "Who bakes?"}],
+        **{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"},
+    )
+    torch.manual_seed(0)
+    ends = [published.eos_token_id, published.convert_tokens_to_ids("<|im_end|>")]
+    room = min(60, 64 - said["input_ids"].shape[1])
+    drawn = lm.generate(
+        **said, max_new_tokens=room, do_sample=True, top_k=40, temperature=0.8,
+        eos_token_id=ends, pad_token_id=ends[0], **cached,
+    )  # fmt: skip
+    answer = published.decode(drawn[0, said["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert room > 5 and sample["prompt"] == "Who bakes?" and sample["text"] == answer
+    assert was_trained_to_chat(folder) and was_trained_to_chat(folder / "checkpoint-2")
+
+
+def test_what_was_trained_on_text_is_not_talked_with(config, tmp_path):
+    train(replace(config, max_steps=1))
+    assert was_trained_to_chat(tmp_path / "run") is False
+    assert was_trained_to_chat(tmp_path / "run" / "checkpoint-1") is False
+    assert was_trained_to_chat(tmp_path) is None
