@@ -59,8 +59,12 @@ def test_the_notebook_trains_with_two_processes_continues_and_generates(tmp_path
     assert "checkpoint-60" in text, "what it is continued from"
     assert pictures(notebook) == 2
     assert "> Mara" in text
-    written = [one.text for one in notebook.cells[-1].outputs if one.get("name") == "stdout"]
+    *_, generated, _, tuned = notebook.cells
+    written = [one.text for one in generated.outputs if one.get("name") == "stdout"]
     assert "".join(written).startswith("The ferry")
+    assert "tuning    by LoRA of rank 8" in "".join(one.get("text", "") for one in tuned.outputs)
+    adapters = {path.name for path in (tmp_path / "output" / "chat").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= adapters
 
 
 def test_the_notebook_is_stored_with_its_outputs_and_nothing_of_the_machine():
