@@ -122,6 +122,35 @@ def test_a_row_says_what_is_wrong_with_it(what):
     assert found in error.value.found
 
 
+CORRECTED = {
+    "has an unknown role": {"messages": [ASK, {"role": "user", "content": "a"}, ANSWER]},
+    "has no assistant": {"messages": [ASK, ANSWER]},
+    "has two system messages": {"messages": [{"role": "system", "content": "aa"}, ASK, ANSWER]},
+    "has an empty answer": {"messages": [ASK, ANSWER]},
+    "completes nothing": {"prompt": "a", "completion": "filled"},
+    "mixes forms": {"prompt": "a", "completion": "b"},
+    "completes without an answer": {"prompt": [ASK], "completion": [ASK, ANSWER]},
+    "puts nothing out": {"instruction": "a", "output": "filled"},
+}
+
+
+@pytest.mark.parametrize("what", CORRECTED)
+def test_a_row_that_is_corrected_as_it_says_is_taken(what, tmp_path):
+    fixes = {
+        "has an unknown role": "call it one of these",
+        "has two system messages": "join them to one, at first",
+        "has no assistant": "add one", "completes without an answer": "add one",
+        "mixes forms": "give texts for both",
+    }  # fmt: skip
+    path = write(tmp_path / "a.jsonl", [BAD[what][0]])
+    with pytest.raises(ForgeError) as error:
+        documents(path, train_on="assistant")
+    assert error.value.problems[0].fix.startswith(fixes.get(what, "fill it"))
+    assert documents(path, train_on="assistant", skip_bad_rows=True) == []
+    write(path, [CORRECTED[what]])
+    assert len(documents(path, train_on="assistant")) == 1
+
+
 def test_roles_of_other_programs_get_their_names_here():
     for other, ours in {"human": "user", "gpt": "assistant"}.items():
         with pytest.raises(NoTextError) as error:

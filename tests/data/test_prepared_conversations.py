@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -54,10 +56,18 @@ def asked(path, folder, words, **changes) -> PrepareConfig:
     return with_tokenizer(path, folder, words, **{"sequence_length": 256} | changes)
 
 
-@pytest.fixture(scope="module")
-def by_trl(words, tmp_path_factory):
-    """Rows of each form with what they are trained on, and TRL's tokens and labels for them."""
-    draw, folder = random.Random(1), tmp_path_factory.mktemp("trl")
+def by_trl(tasks: list[dict], folder: Path) -> list[list[tuple[list[int], list[int]]]]:
+    """TRL's tokens and labels of each row of each task, in a process of its own."""
+    (folder / "tasks").write_text(json.dumps(tasks), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.data.trl_tokens", folder / "tasks", folder / "out"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
+    assert not done.returncode, done.stderr
+    return json.loads((folder / "out").read_text())
+
+
+def test_blocks_hold_what_trl_trains_on_token_for_token(words, tmp_path):
+    draw = random.Random(1)
     pairs = [{"prompt": said(draw) + " ", "completion": said(draw)} for _ in range(60)]
     pairs += [{"prompt": said(draw), "completion": said(draw)} for _ in range(60)]
     split = [{"prompt": t[:-1], "completion": t[-1:]} for t in (talk(draw, 2) for _ in range(60))]
@@ -70,25 +80,18 @@ def by_trl(words, tmp_path_factory):
         (split, "all", {"completion_only_loss": False}),
     ]
     tasks = [{"rows": of, "tokenizer": str(words), **options} for of, _, options in forms]
-    (folder / "tasks").write_text(json.dumps(tasks), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.data.trl_tokens", folder / "tasks", folder / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    answers = json.loads((folder / "out").read_text())
-    return [(of, on, found) for (of, on, _), found in zip(forms, answers, strict=True)]
-
-
-@pytest.mark.parametrize("form", range(6))
-def test_blocks_hold_what_trl_trains_on_token_for_token(form, by_trl, words, tmp_path):
-    found, train_on, expected = by_trl[form]
-    path = write(tmp_path / "a.jsonl", found)
-    prepare(asked(path, tmp_path / "out", words, sequence_length=LONG, train_on=train_on))
-    # The first token of a conversation is predicted from none: TRL's loss leaves it out as well.
-    wanted = [(ids, [0] + [int(label != -100) for label in labels[1:]]) for ids, labels in expected]
-    assert all(
-        label in (-100, token) for ids, of in expected for token, label in zip(ids, of, strict=True)
-    )
-    assert sorted(talks_in(tmp_path / "out", padding(words))) == sorted(wanted)
+    answers = by_trl(tasks, tmp_path)
+    for number, ((found, train_on, _), expected) in enumerate(zip(forms, answers, strict=True)):
+        path, folder = write(tmp_path / "a.jsonl", found), tmp_path / f"out{number}"
+        prepare(asked(path, folder, words, sequence_length=LONG, train_on=train_on))
+        # The first token of a conversation is predicted from none: TRL's loss leaves it out, too.
+        wanted = [
+            (ids, [0] + [int(label != -100) for label in labels[1:]]) for ids, labels in expected
+        ]
+        for ids, labels in expected:
+            assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+        assert len(wanted) == len(found)
+        assert sorted(talks_in(folder, padding(words))) == sorted(wanted), (number, train_on)
 
 
 def test_instructions_are_turns_of_user_and_assistant(words, tmp_path):
