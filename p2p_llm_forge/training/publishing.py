@@ -228,7 +228,7 @@ def _commit(config: TrainConfig, content: Content, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, name, folder = HfApi(), _full_name(config), Path(config.output_dir)
-    content = _without_paths(content)
+    content = without_paths(content)
     _require_ours(config, name)
     url = str(api.create_repo(name, private=config.private or None, exist_ok=True))
     names = uploaded_to(folder)
@@ -243,7 +243,7 @@ def _commit(config: TrainConfig, content: Content, message: str) -> str:
     return url
 
 
-def _without_paths(content: Content) -> Content:
+def without_paths(content: Content) -> Content:
     """The content; adapters call their base by a name, not by its path on this machine."""
     named = {}
     for file, key in ((CONFIG, "base_model_name_or_path"), (BASE, "name")):

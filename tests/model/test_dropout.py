@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.dropout import add_dropout
@@ -61,3 +62,12 @@ def test_a_family_with_places_of_its_own_is_refused_with_what_it_has_itself():
     given = dict(pair.split("=") for pair in overrides[1].split(","))
     assert given == dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), "0.2")
     add_dropout(model_of("gpt2", **SIZES), 0)
+
+
+def test_what_an_adapter_adds_is_dropped_with_what_it_is_added_to():
+    lm = model_of("llama", **LLAMA)
+    settings = LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)
+    inject_adapter_in_model(settings, lm)
+    add_dropout(lm, 0.25)
+    is_left = _output(lm, "o_proj") != 0
+    assert abs(float(is_left.float().mean()) - 0.75) < 0.0061

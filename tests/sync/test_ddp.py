@@ -24,6 +24,7 @@ from p2p_llm_forge.sync.ddp import (
     COMPRESSED_BUCKET_MB,
     GradientAveraging,
     settle_ddp,
+    share_first_weights,
 )
 from tests.memory_channel import clusters, run_ranks
 from tests.sync.ranks import LikeDDP, Model
@@ -231,3 +232,16 @@ def test_a_bucket_that_waits_when_the_run_ends_is_reported_to_ddp_and_not_to_the
         second.wait()
     assert first.wait().tolist() == [0, 0, 0]
     assert not caplog.records
+
+
+def test_only_what_is_trained_is_sent_before_the_first_update():
+    sent = []
+    cluster = SimpleNamespace(is_on_gloo=True, world_size=2, send_from_main_=sent.append)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model[0].weight.requires_grad_(False)
+    share_first_weights(cluster, model)
+    trained = {"0.bias", "1.weight", "1.bias"}
+    assert {*sent[0]} == trained | {name for name, _ in model.named_buffers()}
+    # By NCCL, DDP sends: all but what it is told to leave out.
+    share_first_weights(SimpleNamespace(is_on_gloo=False, world_size=2), model)
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight"] and len(sent) == 1

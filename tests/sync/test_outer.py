@@ -209,3 +209,16 @@ def test_units_are_the_layers_also_where_a_layer_holds_more_experts_than_there_a
 
     sizes = [sum(p.numel() for _, p in unit) for unit in units_of(Mixture())]
     assert sizes == [10, 48, 48, 48, 15]
+
+
+def test_what_is_not_trained_is_in_no_unit():
+    lm = torch.nn.Module()
+    lm.embedding = torch.nn.Embedding(5, 2).requires_grad_(False)
+    lm.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    lm.layers[1].weight.requires_grad_(False)
+    inside = [[name for name, _ in unit] for unit in units_of(lm)]
+    assert inside == [
+        ["layers.0.weight", "layers.0.bias"],
+        ["layers.1.bias"],
+        ["layers.2.weight", "layers.2.bias"],
+    ]

@@ -170,3 +170,13 @@ def test_a_run_does_not_end_with_a_model_that_lacks_what_its_ranks_have_done():
     (problem,) = error.value.problems
     assert "end after 5 updates" in problem.found
     assert problem.fix == "take at least one more update with --max-steps 6"
+
+
+def test_of_a_model_with_adapters_what_stays_must_be_equal():
+    def adapted(base: int, adapters: int) -> nn.Sequential:
+        frozen = layers(3, 4, seed=base).requires_grad_(False)
+        return nn.Sequential(frozen, layers(2, seed=adapters))
+
+    assert problems_of([adapted(0, 0), adapted(0, 1)], is_loaded=True) == []
+    (problem,) = problems_of([adapted(0, 0), adapted(1, 0)], is_loaded=True)
+    assert problem.where.startswith("rank 1 (") and "other weights than rank 0" in problem.found

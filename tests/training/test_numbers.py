@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2p_llm_forge.model.loss import NextTokenLoss
@@ -156,3 +157,14 @@ def test_utilisation_is_what_is_needed_of_what_there_is():
 )
 def test_a_duration_is_said_by_its_two_largest_units(seconds, words):
     assert duration(seconds) == words
+
+
+def test_weights_that_stay_beside_adapters_cost_a_third_less():
+    """Forward and the way back through them, but no gradient of their own."""
+    lm = model_of("llama", **LLAMA)
+    whole = flops_per_token(lm, LENGTH)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), lm)
+    of_adapters = 2 * 2 * 4 * 64
+    assert flops_per_token(lm, LENGTH) == pytest.approx(
+        4 * (whole - ATTENTION) / 6 + ATTENTION + 6 * of_adapters
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from p2p_llm_forge.training.publishing import without_tokens
+from p2p_llm_forge.training.publishing import without_paths, without_tokens
 from tests import ROOT
 from tests.ports import free_port
 from tests.runs import TINY
@@ -296,3 +296,22 @@ def test_rank_0_alone_uploads_at_checkpoints_and_at_the_end(hub, prepared, tmp_p
     card = (hub.folder / "me" / "mara" / "README.md").read_text()
     assert "1 machine, 2 processes" in card and "| steps | 4 |" in card
     assert not list(folder.glob("tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("/home/mara/models/small", "small"),
+        (f"/home/mara/models--Qwen--Qwen3-0.6B/snapshots/{'0' * 40}", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+    ],
+)
+def test_adapters_are_uploaded_without_the_path_of_their_base(tmp_path, base, shown):
+    files = {"adapter_config.json": "base_model_name_or_path", "base_model.json": "name"}
+    for name, key in files.items():
+        (tmp_path / name).write_text(json.dumps({key: base, "r": 4}))
+    content = {name: tmp_path / name for name in files} | {"README.md": b"card"}
+    uploaded = without_paths(content)
+    assert {*uploaded} == {*content} and uploaded["README.md"] == b"card"
+    for name, key in files.items():
+        assert json.loads(uploaded[name]) == {key: shown, "r": 4}
