@@ -111,11 +111,11 @@ def nats_by_hand(lm: Any, block: Block, end: int, alone: bool) -> tuple[torch.Te
     nats, count = torch.zeros((), dtype=lm.dtype), 0
     for text in (text for text in texts if len(text) > 1):
         logits = lm(input_ids=torch.tensor([[token for token, _ in text[:-1]]])).logits[0]
-        logs = logits.log_softmax(-1)
-        for place, (token, is_trained) in enumerate(text):
-            if is_trained:
-                nats = nats - logs[place - 1, token]
-                count += 1
+        wanted = [(place - 1, token) for place, (token, learnt) in enumerate(text) if learnt]
+        if wanted:
+            places, tokens = zip(*wanted, strict=True)
+            nats = nats - logits.log_softmax(-1)[list(places), list(tokens)].sum()
+            count += len(wanted)
     return nats, count
 
 

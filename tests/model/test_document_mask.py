@@ -81,12 +81,12 @@ def test_masked_conversations_have_the_loss_and_gradient_of_each_alone(
     """Against a loop over them in float64; their turns end as documents do."""
     module.train(in_training)
     length, end = 24, END
-    blocks = some_blocks(4, length, 64, end, seed=5)
+    blocks = some_blocks(3, length, 64, end, seed=5)
     assert max(map(len, blocks)) > 2
     assert any(token == end for block in blocks for turn in block for token, _ in turn[1:-1])
     tokens = torch.tensor([tokens_of(block) for block in blocks])
     targets = tokens.masked_fill(~torch.tensor([trained_of(block) for block in blocks]), -100)
-    inputs = torch.cat([torch.full((4, 1), end), tokens[:, :-1]], 1)
+    inputs = torch.cat([torch.full((3, 1), end), tokens[:, :-1]], 1)
     begins = torch.tensor([begins_of(block) for block in blocks])
     module.zero_grad()
     nats, _ = module(inputs, targets, begins)
