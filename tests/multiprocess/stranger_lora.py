@@ -1,7 +1,7 @@
 """Trains adapters by peft and a plain loop: nothing of this project is imported.
 
 stranger_lora.py JSON: base, data (prepared), order (blocks of each update), rank, alpha,
-optimizer, learning_rate, warmup, output (the adapters as peft names them).
+learning_rate, warmup, output (the adapters as peft names them).
 """
 
 import json
@@ -26,11 +26,7 @@ model = get_peft_model(
     ),
 ).train()
 trained = [p for p in model.parameters() if p.requires_grad]
-how = {"lr": asked["learning_rate"], "weight_decay": 0.1}
-if asked["optimizer"] == "sgd":
-    optimizer = torch.optim.SGD(trained, **how)
-else:
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), **how)
+optimizer = torch.optim.SGD(trained, lr=asked["learning_rate"], weight_decay=0.1)
 schedule = get_scheduler("cosine", optimizer, asked["warmup"], len(asked["order"]))
 blocks = datasets.load_from_disk(asked["data"] + "/train").with_format("numpy")["input_ids"][:]
 blocks = torch.tensor(blocks.astype("int64"))

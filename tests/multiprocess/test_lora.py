@@ -164,24 +164,19 @@ def test_a_rank_with_another_base_is_named(zygote, adapted, tmp_path):
     assert not (tmp_path / "run").exists() or not newest_step(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "rate", "updates", "close"), [("sgd", 0.1, 12, 1e-3), ("adamw", 1e-2, 4, 1e-2)]
-)
-def test_peft_and_a_plain_loop_train_the_same_adapters(
-    run, zygote, adapted, tmp_path, optimizer, rate, updates, close
-):
+def test_peft_and_a_plain_loop_train_the_same_adapters(run, zygote, adapted, tmp_path):
     """stranger_lora.py knows nothing of this project but which blocks are read.
 
-    close: how far apart they may end, beside how far they went. (AdamW makes much of gradients that
-    are almost zero.)
+    By SGD: AdamW makes much of gradients that are almost zero, and so of their last bits.
     """
+    updates, rate = 12, 0.1
     base, data = adapted
     settings = {**LORA, "model_name": base, "max_steps": updates, "lora_alpha": 6}
-    settings |= {"optimizer": optimizer, "learning_rate": rate, "warmup_steps": 2}
+    settings |= {"optimizer": "sgd", "learning_rate": rate, "warmup_steps": 2}
     folder = finish(zygote, data, tmp_path / "run", 1, **settings)
     blocks = len(load_from_disk(str(data / "train")))
     asked = {
-        **{"base": str(base), "data": str(data), "rank": 4, "alpha": 6, "optimizer": optimizer},
+        **{"base": str(base), "data": str(data), "rank": 4, "alpha": 6},
         **{"learning_rate": rate, "warmup": 2, "output": str(tmp_path / "theirs.safetensors")},
         "order": [order.blocks_at(8 * step, 8, blocks, 0) for step in range(updates)],
     }
@@ -193,4 +188,4 @@ def test_peft_and_a_plain_loop_train_the_same_adapters(
     for key, tensor in theirs.items():
         if "lora_B" in key:  # which were zero at first
             assert tensor.norm() > 1e-3
-            assert (ours[key] - tensor).norm() < close * tensor.norm(), key
+            assert (ours[key] - tensor).norm() < 1e-3 * tensor.norm(), key
