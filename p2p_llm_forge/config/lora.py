@@ -60,8 +60,7 @@ class LoraOptions(Options):
     lora_dropout: float = flag(0.0, "of what adapters read, in training")
     lora_targets: list[str] = flag(
         ["auto"],
-        "layers that get adapters, by the ends of their names; auto: as peft does for the family;"
-        " all-linear: all but the head",
+        "layers that get adapters, by the ends of their names; auto, all-linear: all but the head",
         metavar="NAME",
     )
     base_dtype: Literal["auto", "float32", "bfloat16"] = flag(

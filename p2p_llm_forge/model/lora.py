@@ -43,11 +43,9 @@ def add_adapters(lm: Any, config: TrainConfig) -> None:
     """
     from peft import LoraConfig
 
-    targets: str | list[str] | None = config.lora_targets
-    if targets == ["all-linear"]:
+    targets: str | list[str] = config.lora_targets
+    if targets in (["auto"], ["all-linear"]):
         targets = "all-linear"
-    elif targets == ["auto"]:
-        targets = None if is_known(lm) else "all-linear"
     else:
         require_targets(lm, config.lora_targets)
     settings = LoraConfig(
@@ -84,13 +82,6 @@ def inject(lm: Any, settings: Any, seed: int = 0) -> None:
     for parameter in adapter_parameters(lm).values():
         parameter.data = parameter.data.float()  # whatever the base's dtype
     lm.fingerprint_of_base = fingerprint
-
-
-def is_known(lm: Any) -> bool:
-    """Whether peft has layers of its own choice for this family."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    return lm.config.model_type in KNOWN
 
 
 def require_targets(lm: Any, targets: Iterable[str]) -> None:

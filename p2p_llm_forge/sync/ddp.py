@@ -33,18 +33,18 @@ from p2p_llm_forge.sync.compressed_allreduce import (
 # Mbit/s, 13.9 M parameters: int8 in halves and small buckets 3.16 s an update, in one piece and
 # large ones 3.27 s; plain 13.1 s in small ones, 10.9 s in large ones.)
 BUCKET_MB, COMPRESSED_BUCKET_MB = 25, 10
+# Adapters are small enough for a single bucket, none of which could leave before backward is over.
+BUCKETS_OF_ADAPTERS, LEAST_BUCKET_MB = 8, 0.25
 
 
-def settle_ddp(config: TrainConfig, cluster: Cluster) -> None:
+def settle_ddp(config: TrainConfig, cluster: Cluster, model: torch.nn.Module) -> None:
     """Set, before Accelerate wraps a model in DDP, what DDP exchanges itself: on gloo nothing.
 
     It would send weights, shapes and the order of its buckets, and never encrypts. Its group is
     this rank alone; weights go by `share_first_weights`, gradients by GradientAveraging's hook.
     """
-    by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
-    bucket_mb = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
     accelerator = cluster.accelerator
-    accelerator.ddp_handler.bucket_cap_mb = bucket_mb
+    accelerator.ddp_handler.bucket_cap_mb = bucket_mb(config, cluster, model)
     if cluster.is_on_gloo and cluster.world_size > 1:
         arguments = {**accelerator.ddp_handler.to_kwargs(), "process_group": cluster.own_group()}
 
@@ -55,6 +55,16 @@ def settle_ddp(config: TrainConfig, cluster: Cluster) -> None:
                 return arguments
 
         accelerator.ddp_handler = OfThisRank()
+
+
+def bucket_mb(config: TrainConfig, cluster: Cluster, model: torch.nn.Module) -> float:
+    """Megabytes of gradients that are exchanged at once."""
+    by_halves = config.sync == "ddp" and config.compress not in ("none", "powersgd")
+    most = COMPRESSED_BUCKET_MB if by_halves and cluster.is_on_gloo else BUCKET_MB
+    if not config.lora_rank:
+        return most
+    trained = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+    return min(most, max(LEAST_BUCKET_MB, trained / 2**20 / BUCKETS_OF_ADAPTERS))
 
 
 def share_first_weights(cluster: Cluster, model: torch.nn.Module) -> None:

@@ -64,7 +64,7 @@ def build_learner(job: Job, checkpoint: Path | None) -> Learner:
     compiled = settle_compile(job, bare_model, checkpoint)
     bare_optimizer = build_optimizer(config, lm)
     settle_orthogonalising(config, bare_optimizer, cluster)
-    settle_ddp(config, cluster)
+    settle_ddp(config, cluster, bare_model)
     share_first_weights(cluster, bare_model)
     model, optimizer = cluster.accelerator.prepare(bare_model, bare_optimizer)
     return Learner(

@@ -22,7 +22,9 @@ from p2p_llm_forge.sync.compress import CODECS
 from p2p_llm_forge.sync.ddp import (
     BUCKET_MB,
     COMPRESSED_BUCKET_MB,
+    LEAST_BUCKET_MB,
     GradientAveraging,
+    bucket_mb,
     settle_ddp,
     share_first_weights,
 )
@@ -201,10 +203,29 @@ def test_buckets_are_small_where_exchanges_overlap(settings, is_on_gloo, expecte
     cluster = SimpleNamespace(
         is_on_gloo=is_on_gloo, accelerator=accelerator, world_size=2, own_group=lambda: "own"
     )
-    settle_ddp(TrainConfig("data", "run", **settings), cluster)
+    settle_ddp(TrainConfig("data", "run", **settings), cluster, torch.nn.Linear(2, 2))
     arguments = accelerator.ddp_handler.to_kwargs()
     assert arguments.get("bucket_cap_mb", 25) == expected  # Accelerate leaves out its defaults
     assert arguments.get("process_group") == ("own" if is_on_gloo else None)
+
+
+@pytest.mark.parametrize(
+    ("trained", "compress", "expected"),
+    [
+        (2**10, "none", LEAST_BUCKET_MB),
+        (2**21, "none", 1.0),  # 8 MB in eight
+        (2**21, "int8", 1.0),
+        (2**27, "none", BUCKET_MB),
+        (2**27, "int8", COMPRESSED_BUCKET_MB),
+    ],
+)
+def test_buckets_of_adapters_leave_while_backward_runs(trained, compress, expected):
+    with torch.device("meta"):
+        model = torch.nn.ParameterList([torch.zeros(trained), torch.zeros(2**30)])
+    model[1].requires_grad_(False)
+    cluster = SimpleNamespace(is_on_gloo=True)
+    config = TrainConfig("data", "run", model_name="base", lora_rank=16, compress=compress)
+    assert bucket_mb(config, cluster, model) == expected
 
 
 def test_a_bucket_that_waits_when_the_run_ends_is_reported_to_ddp_and_not_to_the_user(caplog):
