@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from p2p_llm_forge.data.conversations import ASSISTANT
+from p2p_llm_forge.data.conversations import ASSISTANT, CALLS, HAS_WORDS
 from p2p_llm_forge.data.input_file import first_line
 from p2p_llm_forge.data.tokenizer import control_tokens
 from p2p_llm_forge.errors import ForgeError
@@ -122,10 +122,42 @@ class ChatTemplate:
                     end = self._end_of_turn(text, len(before), message["content"])
                 if not text.startswith(before) or end < len(before):
                     found = f"it writes turn {place + 1} otherwise when others follow"
+                    if not text.startswith(before):
+                        found = f"what it writes to ask for turn {place + 1} is not what stands"
+                        found = f"{found} before that turn"
                     found = f"{found}, so what the assistant says is not known"
                     raise NotRenderedError(found, MARK_IT)
                 spans.append((len(before), end))
         return text, spans
+
+    def require_calls(self, text: str, messages: Messages, others: Mapping[str, Any]) -> None:
+        """Raise NotRenderedError where nothing of the tools that turns call, or of what stands in
+        place of a content, is in the text: a model would learn to answer nothing."""
+        without = [
+            {k: one for k, one in m.items() if k not in (CALLS if m.get("content") else HAS_WORDS)}
+            for m in messages
+        ]
+        if without == messages:
+            return
+        try:
+            other, _ = self.rendered(without, others)
+        except NotRenderedError:  # it asks for them
+            return
+        if other == text:
+            names = {name for m in messages for name in m if name in HAS_WORDS}
+            raise NotRenderedError(
+                f"it writes nothing of {' and '.join(sorted(names))}",
+                "give --chat-template FILE, one that does",
+            )
+
+    @property
+    def ends_answers(self) -> bool:
+        """Whether a model learns where an answer ends: by a control token at its end."""
+        try:
+            text, spans = self.said(TRIED)
+        except NotRenderedError:  # rows that are like this are refused with the reason
+            return True
+        return not spans or text[slice(*spans[-1])].rstrip().endswith(self.control)
 
     def _end_of_turn(self, text: str, start: int, content: str) -> int:
         """Where a turn ends that the template writes otherwise when it is the last; -1: unknown.

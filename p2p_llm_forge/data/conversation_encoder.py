@@ -112,13 +112,19 @@ class ConversationEncoder:
             return Rendered(prompt + completion + eos, None, prompt, has_ends=True)
         self._require_no_control(content)
         if "prompt" in content:
-            text, _ = self._template.rendered(content["prompt"] + content["completion"], others)
+            whole = content["prompt"] + content["completion"]
+            text, _ = self._template.rendered(whole, others)
+            self._template.require_calls(text, whole, others)
             prompt, _ = self._template.rendered(content["prompt"], others, is_prompt=True)
             return Rendered(text, None, prompt)
+        messages = content["messages"]
         if self._all:
-            text, _ = self._template.rendered(content["messages"], others)
-            return Rendered(text, [(0, len(text))])
-        return Rendered(*self._template.said(content["messages"], others))
+            text, _ = self._template.rendered(messages, others)
+            said = [(0, len(text))]
+        else:
+            text, said = self._template.said(messages, others)
+        self._template.require_calls(text, messages, others)
+        return Rendered(text, said)
 
     def _require_no_control(self, value: Any) -> None:
         """Raise NotRenderedError for what would end a turn, or begin one, where somebody says it.

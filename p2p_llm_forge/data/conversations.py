@@ -28,7 +28,8 @@ RESERVED = {"conversations", "messages", TOOLS, "documents", "chat_template"}
 RESERVED |= {"return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"}
 COLUMNS = (*MESSAGES, *PAIR, "instruction", "input", "output", TOOLS, KEYWORDS)
 IN_WORDS = "'messages', 'prompt' and 'completion', or 'instruction' and 'output'"
-HAS_WORDS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # beside a content
+CALLS = ("tool_calls", "function_call")
+HAS_WORDS = (*CALLS, "reasoning_content", "thinking")  # beside a content
 
 
 def form_of(names: Iterable[str]) -> tuple[str, ...] | None:

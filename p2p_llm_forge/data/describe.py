@@ -53,8 +53,9 @@ def describe(folder: Path, trust_remote_code: bool = False) -> str:
         lines.append(f"left out: {left_out}")
     lines += [*trained_lines(manifest), *share_lines(manifest)]
     found = {name: documents_of(data, name) for name in manifest.splits}
+    what = "conversations, or parts of cut ones," if manifest.conversations else "documents"
     for name, documents in found.items():
-        lines += [f"lengths of documents in {name}, in tokens:", *histogram(documents.lengths)]
+        lines += [f"lengths of {what} in {name}, in tokens:", *histogram(documents.lengths)]
     lines.append(_longest_repeated(data, found, tokenizer))
     lines += _block_lines(data, found[TRAIN], tokenizer)
     return plain("\n".join(lines), longest=10**6)

@@ -12,7 +12,7 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import cutting, folders
 from p2p_llm_forge.data import tokenizer as tokenization
 from p2p_llm_forge.data.conversation_encoder import ConversationEncoder
-from p2p_llm_forge.data.conversations import in_words_of
+from p2p_llm_forge.data.conversations import ASSISTANT, in_words_of
 from p2p_llm_forge.data.dataset import Manifest, publish
 from p2p_llm_forge.data.encode import Backend, Encoders
 from p2p_llm_forge.data.fast_path import FastPathDiffers
@@ -259,6 +259,11 @@ def in_words_of_conversations(preparation: Preparation, tokenizer: Any) -> list[
     if template.depends_on_the_day:
         lines.append(
             "warning: this template writes the date of today: on another day it is another dataset"
+        )
+    if train_on == ASSISTANT and not template.ends_answers:
+        lines.append(
+            "warning: by this template no control token ends what the assistant says, so a model"
+            " does not learn to stop; --chat-template FILE takes another"
         )
     return lines
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,7 @@ from p2p_llm_forge.config.lora import LoraOptions
 from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.config.train import ModelOptions, SyncOptions, UpdateOptions
 from p2p_llm_forge.errors import counted, in_one_line, plain
+from p2p_llm_forge.model.chat import STORY
 from p2p_llm_forge.model.lora import lora_in_words, settings_of
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.launch import cores
@@ -56,6 +58,7 @@ class CardFacts:
     prompt: str = ""
     new_tokens: int = 60  # that the model is asked for: it may know no more positions
     is_adapter: bool = False  # what is published belongs to its base, and needs it
+    is_chat: bool = False  # it has learnt from conversations
 
 
 # --- gathering ------------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
         prompt=config.prompts()[0],
         new_tokens=min(60, manifest.sequence_length // 2),
         is_adapter=bool(config.lora_rank) and not config.merge_lora,
+        is_chat=bool(manifest.conversations),
     )
 
 
@@ -205,7 +209,15 @@ def _metadata(name: str, result: TrainResult, facts: CardFacts) -> str:
 
 def _use(facts: CardFacts) -> str:
     """How the model is loaded, asked and trained on."""
-    prompt = in_one_line(facts.prompt) or "The"
+    usual = STORY if facts.is_chat else "The"
+    prompt = in_one_line(facts.prompt) or usual
+    ask = f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
+    if facts.is_chat:
+        ask = (
+            f'asked = [{{"role": "user", "content": {prompt!r}}}]\n'
+            "inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True,"
+            ' return_dict=True, return_tensors="pt")\n'
+        )
     needs = (
         "These are adapters (LoRA): peft must be installed, and their base is loaded with them;"
         " `base_model_name_or_path` in adapter_config.json says where it lies.\n\n"
@@ -216,12 +228,12 @@ def _use(facts: CardFacts) -> str:
         'folder = "."  # where this file lies, or the name of this model on the Hub\n'
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f'inputs = tokenizer({prompt!r}, return_tensors="pt")\n'
+        f"{ask}"
         f"written = model.generate(**inputs, max_new_tokens={facts.new_tokens}, do_sample=True)\n"
         "print(tokenizer.decode(written[0], skip_special_tokens=True))\n```\n\n"
         "In a clone of P2P-LLM-Forge, where `MODEL` is this folder or that name, `generate.py`"
         " writes as you watch, and `train.py` continues with your text:\n\n"
-        "```bash\npython generate.py MODEL --prompt 'The'\n"
+        f"```bash\npython generate.py MODEL --prompt {shlex.quote(usual)}\n"
         "python train.py --model-name MODEL --dataset-path my_text.txt --output-dir"
         " artifacts/next\n```\n\n"
     )

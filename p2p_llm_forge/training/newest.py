@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from p2p_llm_forge.config.lora import CONFIG
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.checkpoint import newest_good
 from p2p_llm_forge.training.manifest import MANIFEST, damage, steps_saved
-from p2p_llm_forge.training.results import TrainResult
+from p2p_llm_forge.training.results import MODEL_CONFIGS, TrainResult
 from p2p_llm_forge.training.run_record import CHECKPOINT, RunRecord
 from p2p_llm_forge.training.snapshot import OPTIMIZER
-
-MODEL_CONFIGS = ("config.json", CONFIG)
 
 
 def newest_model(folder: Path) -> Path:

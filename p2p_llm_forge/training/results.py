@@ -6,12 +6,14 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from p2p_llm_forge.config.lora import CONFIG
 from p2p_llm_forge.files import read_json
 from p2p_llm_forge.shapes import is_count, is_flag
 from p2p_llm_forge.training.numbers import duration
 from p2p_llm_forge.training.run_record import LOSS
 
 RESULTS = "all_results.json"
+MODEL_CONFIGS = ("config.json", CONFIG)  # of a whole model, of adapters
 SHAPE = {
     "output_dir": str,
     **dict.fromkeys(("steps", "tokens", "processes"), is_count),
@@ -117,7 +119,7 @@ class TrainResult:
         folder, lines = Path(self.output_dir), []
         if (folder / LOSS).is_file():
             lines.append(f"picture   {folder / LOSS}")
-        if self.is_published and (folder / "config.json").is_file():
+        if self.is_published and any((folder / name).is_file() for name in MODEL_CONFIGS):
             beside = Path(__file__).resolve().parents[2]  # a clone, or where packages lie
             script = "generate.py" if beside == Path.cwd() else str(beside / "generate.py")
             lines.append(f"write     python {shlex.join([script, self.output_dir])}")

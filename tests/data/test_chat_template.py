@@ -80,6 +80,24 @@ def test_a_turn_that_reads_otherwise_later_is_found_or_refused(tmp_path):
     assert "{% generation %}" in no.value.fix and "--train-on all" in no.value.fix
 
 
+def test_a_prompt_that_no_turn_begins_with_is_refused(tmp_path):
+    asks = "{{ '<|im_start|>assistant\n' }}"
+    thinking = template_of(UNMARKED.replace(asks, asks + "<think>"), tmp_path)
+    with pytest.raises(NotRenderedError, match="to ask for turn 2 is not what stands before") as no:
+        thinking.said(TALK[:2])
+    assert "{% generation %}" in no.value.fix
+
+
+def test_whether_a_model_learns_to_stop_is_known(tmp_path):
+    assert template_of(UNMARKED, tmp_path).ends_answers
+    assert template_of(MARKED, tmp_path).ends_answers
+    assert template_of(PLAIN, tmp_path).ends_answers
+    end = "<|im_end|>\n' }}"
+    assert not template_of(UNMARKED.replace(end, "\n' }}"), tmp_path).ends_answers
+    late = MARKED.replace(f"{end}{{% endgeneration %}}", f"' }}}}{{% endgeneration %}}{{{{ '{end}")
+    assert late != MARKED and not template_of(late, tmp_path).ends_answers
+
+
 def test_a_tokenizer_without_a_template_gets_a_plain_one():
     tokenizer = talking_tokenizer(None)
     template = ChatTemplate.of(tokenizer, None)

@@ -109,6 +109,23 @@ def test_a_row_on_which_the_template_fails_is_named_or_left_out():
     assert encoded(tokenizer, found, skips_bad=True)[1][1] == -1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("tool_calls", "I look."), ("tool_calls", ""), ("thinking", "")]
+)
+def test_what_the_template_leaves_out_of_a_turn_is_no_answer(name, content):
+    said = {"tool_calls": [{"function": {"name": "look", "arguments": {}}}], "thinking": "So."}
+    row = {"messages": [TALK[0], {"role": "assistant", "content": content, name: said[name]}]}
+    answer = "{% generation %}"
+    leaves_out = talking_tokenizer(MARKED)
+    writes = talking_tokenizer(MARKED.replace(answer, f"{answer}{{{{ m['{name}'] or '' }}}}"))
+    for train_on in ("assistant", "all"):
+        with pytest.raises(ForgeError, match=f"it writes nothing of {name}") as error:
+            encoded(leaves_out, [row], train_on)
+        assert "--chat-template FILE, one that does, or use --skip-bad-rows" in str(error.value)
+        assert encoded(leaves_out, [row], train_on, skips_bad=True)[1].tolist() == [-1]
+        assert encoded(writes, [row], train_on)[1][0] > 0  # followed
+
+
 def test_a_template_that_marks_nothing_is_refused():
     tokenizer = talking_tokenizer("{% generation %}{% endgeneration %}" + UNMARKED)
     with pytest.raises(ForgeError, match="marks nothing in it to learn from") as error:

@@ -155,6 +155,32 @@ def test_its_python_block_loads_the_model_and_writes(trained, monkeypatch):
     assert written.getvalue().startswith("The")
 
 
+def test_a_chat_models_card_asks_by_the_template():
+    card = model_card(FULL, replace(FACTS, is_chat=True, prompt=""))
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    asked = {}
+
+    class Stub:
+        def from_pretrained(self, folder):
+            return self
+
+        def apply_chat_template(self, messages, **how):
+            asked.update(how, messages=messages)
+            return {"input_ids": [[1]]}
+
+        def generate(self, input_ids, **how):
+            return input_ids
+
+        def decode(self, tokens, skip_special_tokens):
+            return "An answer."
+
+    code = code.partition("\n\n")[2]  # without its import
+    exec(code, {"AutoModelForCausalLM": Stub(), "AutoTokenizer": Stub()})
+    assert asked["messages"] == [{"role": "user", "content": "Tell me a short story."}]
+    assert asked["add_generation_prompt"] and asked["return_tensors"] == "pt"
+    assert "generate.py MODEL --prompt 'Tell me a short story.'" in card
+
+
 def test_its_recipe_is_one_for_train(trained, tmp_path):
     card = (trained / "README.md").read_text()
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
