@@ -209,7 +209,9 @@ def base_of(folder: Path) -> str:
         raise ForgeError(
             f"{folder} holds adapters of {in_one_line(name) or 'a base without a name'}, and there"
             " is no such folder",
-            f"put the base there, or its path into base_model_name_or_path of {folder / CONFIG}",
+            f"put the base, or a link to it (ln -s), at {name}"
+            if name
+            else f"write the base's path into base_model_name_or_path of {folder / CONFIG}",
         )
     return name
 

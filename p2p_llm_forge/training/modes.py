@@ -35,7 +35,10 @@ from p2p_llm_forge.training.tracking import introduction
 
 
 def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
-    """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing."""
+    """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing.
+
+    Of a run that has begun from `--model-name`, the run is meant: its own line gets this flag.
+    """
     data = open_data(config, cluster)
     code = config.trust_remote_code
     blocks = cluster.together(lambda: held_out(data, config.eval_blocks, code))
@@ -45,7 +48,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
             "prepare it with --validation-fraction 0.1",
         )
     text, name = text_spec_of(data), config.model_name or ""
-    if name:
+    if name and not cluster.main_only(lambda: is_where_run_began(config)):
         steps = 0
         lm = cluster.together(lambda: load_model(name, text, code))
     else:
@@ -57,6 +60,22 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     if cluster.is_main:
         print(result.summary(), flush=True)
     return result
+
+
+def is_where_run_began(config: TrainConfig) -> bool:
+    """Whether the run in `--output-dir` has begun from `--model-name`. Raises ForgeError where it
+    has begun elsewhere: which of the two is meant is not known."""
+    folder, name = Path(config.output_dir), str(config.model_name)
+    recorded = recorded_identity(folder) if config.output_dir else None
+    if recorded is None or folder.resolve() in (one := Path(name).resolve(), *one.parents):
+        return False
+    if recorded.get("model_name") != name:
+        raise ForgeError(
+            f"--model-name {name} and the run in --output-dir {folder} are two models, and one is"
+            " evaluated at a time",
+            "leave one of the two out",
+        )
+    return True
 
 
 def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[str, int, Any]:

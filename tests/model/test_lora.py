@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -139,9 +140,12 @@ def test_damaged_adapters_and_a_base_that_is_gone_are_named(llama, tmp_path, tex
     (folder / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": "/no/where"}))
     with pytest.raises(ForgeError, match="of /no/where, and there is no such folder") as error:
         load_model(str(folder), text)
-    fix = error.value.problems[0].fix
-    assert fix.endswith(f"or its path into base_model_name_or_path of {folder / CONFIG}")
-    (folder / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": llama}))
+    gone = str(tmp_path / "gone")
+    (folder / CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": gone}))
+    with pytest.raises(ForgeError, match=f"of {gone}, and there is no such folder") as error:
+        load_model(str(folder), text)
+    assert error.value.problems[0].fix == f"put the base, or a link to it (ln -s), at {gone}"
+    os.symlink(llama, gone)
     assert load_model(str(folder), text)
     (folder / CONFIG).write_text("{")
     with pytest.raises(ForgeError, match=f"{CONFIG} cannot be read"):

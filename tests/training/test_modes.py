@@ -27,6 +27,26 @@ def test_eval_only_gives_the_figures_of_the_run_and_writes_nothing(config, tmp_p
         train(replace(config, eval_only=True, output_dir=str(tmp_path / "empty")))
 
 
+def test_the_line_of_a_tuned_run_evaluates_that_run_and_not_its_base(config, tmp_path, capsys):
+    base = train(config)
+    loaded = {"model_type": None, "config_overrides": None, "model_name": config.output_dir}
+    tuned = replace(config, **loaded, output_dir=str(tmp_path / "tuned"))
+    result = train(tuned)
+    assert abs(result.eval_loss - base.eval_loss) > 1e-3
+    again = train(replace(tuned, eval_only=True))
+    assert again.eval_loss == pytest.approx(result.eval_loss, rel=1e-6)
+    assert again.steps == result.steps
+    other = replace(tuned, eval_only=True, model_name=str(tmp_path / "tuned" / "checkpoint-6"))
+    assert train(other).eval_loss == pytest.approx(result.eval_loss, rel=1e-6)
+    (tmp_path / "moved").symlink_to(config.output_dir)
+    other = replace(tuned, eval_only=True, model_name=str(tmp_path / "moved"))
+    with pytest.raises(ForgeError, match="are two models") as error:
+        train(other)
+    assert error.value.problems[0].fix == "leave one of the two out"
+    assert train(replace(other, output_dir="")).eval_loss == pytest.approx(base.eval_loss)
+    assert train(replace(other, model_name=None)).eval_loss == pytest.approx(result.eval_loss)
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(config, tmp_path, capsys):
     train(replace(config, dry_run=True))
     assert (
