@@ -1,13 +1,15 @@
 """A row as a conversation: what people's datasets hold, in one form, and what is wrong with a row.
 
-Three forms are read: `messages` (roles and contents), `prompt` and `completion` (texts, or messages
-each; TRL's names), and `instruction`, `input` (may be missing) and `output` (Alpaca's). A document
-is a row as JSON without what is null, in a fixed order of keys, so that the same conversation is
-the same document in a file of any format.
+Four forms are read: `messages` (roles and contents), `prompt` and `completion` (texts, or messages
+each; TRL's names), `instruction`, `input` (may be missing) and `output` (Alpaca's), and
+`conversations` (`from` and `value`; ShareGPT's). A document is a row as JSON without what is null,
+in a fixed order of keys, so that the same conversation is the same document in a file of any
+format.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -21,13 +23,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"
 OTHER_ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 MESSAGES, PAIR, ALPACA = ("messages",), ("prompt", "completion"), ("instruction", "output")
-FORMS = (MESSAGES, PAIR, ALPACA)
+SHARED = ("conversations",)
+FORMS = (MESSAGES, PAIR, ALPACA, SHARED)
 TOOLS = "tools"  # that an assistant may call: a list of JSON schemas, or its JSON
 KEYWORDS = "chat_template_kwargs"  # what a template is to know besides, by name: TRL's column
 RESERVED = {"conversations", "messages", TOOLS, "documents", "chat_template"}
 RESERVED |= {"return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"}
-COLUMNS = (*MESSAGES, *PAIR, "instruction", "input", "output", TOOLS, KEYWORDS)
-IN_WORDS = "'messages', 'prompt' and 'completion', or 'instruction' and 'output'"
+COLUMNS = (*MESSAGES, *PAIR, "instruction", "input", "output", *SHARED, TOOLS, KEYWORDS)
+IN_WORDS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'conversations'"
 CALLS = ("tool_calls", "function_call")
 HAS_WORDS = (*CALLS, "reasoning_content", "thinking")  # beside a content
 
@@ -74,7 +77,7 @@ def document_of(row: Any, messages_column: str, train_on: str) -> bytes:
     if form is None:
         found = found_names(map(str, row))
         raise NoTextError(f" holds no conversation ({IN_WORDS}): found {found}")
-    of_form = {MESSAGES: _of_messages, PAIR: _of_pair, ALPACA: _of_alpaca}[form]
+    of_form = {MESSAGES: _of_messages, PAIR: _of_pair, ALPACA: _of_alpaca, SHARED: _of_shared}[form]
     content = of_form(row, train_on)
     if tools := row.get(TOOLS):
         content[TOOLS] = _tools(tools)
@@ -135,6 +138,10 @@ def _of_messages(row: dict[str, Any], train_on: str) -> dict[str, Any]:
     return {"messages": messages}
 
 
+def _of_shared(row: dict[str, Any], train_on: str) -> dict[str, Any]:
+    return _of_messages({"messages": row["conversations"]}, train_on)
+
+
 def _of_pair(row: dict[str, Any], train_on: str) -> dict[str, Any]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -168,6 +175,9 @@ def _of_alpaca(row: dict[str, Any], train_on: str) -> dict[str, Any]:
 
 def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
     """Messages of known roles with something in each. Raises NoTextError."""
+    if isinstance(messages, str):  # a CSV file has no lists
+        with contextlib.suppress(ValueError):
+            messages = json.loads(messages)
     if not isinstance(messages, list) or not messages:
         what = "an empty list" if messages == [] else type(messages).__name__
         raise NoTextError(f": '{name}' is {what}, expected a list of messages (role, content)")
@@ -175,8 +185,15 @@ def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
+    if isinstance(message, dict) and {"from", "value"} <= message.keys():
+        role, content = message["from"], message["value"]
+        others = {key: one for key, one in message.items() if key not in ("from", "value")}
+        role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+        message = {"role": role, "content": content, **others}
     if not isinstance(message, dict) or "role" not in message:
-        raise NoTextError(f": {where} is no message with 'role' and 'content'")
+        has = found_names(map(str, message)) if isinstance(message, dict) else repr(message)[:60]
+        found = f": {where} is no message with 'role' and 'content': found {has}"
+        raise NoTextError(found, "call them so")
     role = message["role"]
     if role not in ROLES:
         fix = f"call it '{OTHER_ROLES[role]}'" if role in [*OTHER_ROLES] else "call it one of these"

@@ -1,4 +1,4 @@
-"""Rows of conversations: the three forms, one document for each in every format, and bad rows."""
+"""Rows of conversations: the four forms, one document for each in every format, and bad rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row_as_json(row, train_on="assistant", column="messages"):
     return json.loads(document_of(row, column, train_on))
 
 
-def test_three_forms_of_rows_are_read():
+def test_four_forms_of_rows_are_read():
     talk = [ASK, ANSWER]
     assert row_as_json({"messages": talk, "id": 3, "text": None}) == {"messages": talk}
     assert row_as_json({"chat": talk}, column="chat") == {"messages": talk}
@@ -34,6 +34,11 @@ def test_three_forms_of_rows_are_read():
     alpaca = {"instruction": "do", "input": "with", "output": "done"}
     asked = {"role": "user", "content": "do\n\nwith"}, {"role": "assistant", "content": "done"}
     assert row_as_json(alpaca) == {"messages": [*asked]}
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": names[one["role"]], "value": one["content"]} for one in talk]
+    assert row_as_json({"id": "a", "conversations": shared}) == {"messages": talk}
+    assert row_as_json({"conversations": talk}) == {"messages": talk}
+    assert row_as_json({"messages": json.dumps(talk)}) == {"messages": talk}  # of a CSV file
     for nothing in ({"input": ""}, {"input": None}):
         row = row_as_json({"instruction": "do", "output": "done"} | nothing)
         assert row["messages"][0]["content"] == "do"
@@ -74,7 +79,16 @@ BAD = {
     "is no object": ([1], " holds a list where an object is expected"),
     "has other columns": ({"text": "a"}, "holds no conversation ('messages', 'prompt' and"),
     "has only a prompt": ({"prompt": "a"}, "found prompt"),
-    "has no list": ({"messages": "[]"}, "'messages' is str, expected a list of messages"),
+    "has no list": ({"messages": "[}"}, "'messages' is str, expected a list of messages"),
+    "has an empty list as text": ({"messages": "[]"}, "'messages' is an empty list, expected a"),
+    "names its keys otherwise": (
+        {"messages": [{"who": "user", "text": "a"}]},
+        "messages[0] is no message with 'role' and 'content': found who, text",
+    ),
+    "is shared and of nobody": (
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        "messages[0] has the unknown role ['human']",
+    ),
     "is empty": ({"messages": []}, "'messages' is an empty list"),
     "is of texts": ({"messages": ["a"]}, "messages[0] is no message with 'role' and 'content'"),
     "has no role": ({"messages": [{"content": "a"}]}, "messages[0] is no message"),
