@@ -65,9 +65,14 @@ def main() -> int:
     """The command line."""
     config = parse(ExportConfig, name_first(sys.argv[1:]), "export.py")
     file = export(config)
+    from p2p_llm_forge.training.newest import was_trained_to_chat
+
+    run = f'llama-completion -m {file} -no-cnv -p "The ferry"'
+    if was_trained_to_chat(Path(config.model_name)):
+        run = f"llama-cli -m {file}"  # a conversation, by the template in the file
     print(
         f"written {file} ({file.stat().st_size / 1e6:,.1f} MB); to run it:\n"
-        f'  llama-completion -m {file} -no-cnv -p "The ferry"\n'
+        f"  {run}\n"
         f"  echo FROM {file.resolve()} > Modelfile && ollama create {file.stem} -f Modelfile"
     )
     return 0

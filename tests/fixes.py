@@ -60,6 +60,7 @@ RESUMED = (
     "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
 )
 LORA = "tests/model/test_lora.py"
+OTHER_KINDS = f"{LORA}::test_adapters_of_other_programs_of_any_kind_are_added_or_refused"
 OF_LORA = "tests/config/test_lora.py"
 LORA_FLAGS = f"{OF_LORA}::test_the_fixes_of_values_make_flags_that_are_taken"
 PEFT = f"{OF_LORA}::test_without_peft_the_line_that_installs_it_is_given"
@@ -122,7 +123,7 @@ FOLLOWED = {
     "model.fit:require_memory": (f"{MODEL}::test_the_fix_of_too_little_memory_is_a_smaller_model",),
     "model.lora:require_peft": (PEFT,),
     "model.lora:inject": (
-        f"{LORA}::test_layers_of_a_familys_own_that_are_not_there_are_refused_with_those_that_are",
+        f"{LORA}::test_a_model_without_layers_to_adapt_is_refused_with_what_there_is",
     ),
     "model.lora:require_targets": (TARGETS,),
     "model.lora:base_of": (DAMAGED,),
@@ -130,6 +131,7 @@ FOLLOWED = {
     "model.lora:refuse_another_base": (DAMAGED, OTHER_ADAPTERS),
     "model.lora:saved_settings": (DAMAGED,),
     "model.lora:weights_in": (DAMAGED,),
+    "model.lora:merged_by_peft": (OTHER_KINDS, OTHER_KINDS),
     "model.optimizer:build_optimizer": (
         f"{MODEL}::test_the_fix_of_muon_without_matrices_is_adamw",
     ),

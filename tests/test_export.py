@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -41,6 +42,16 @@ def test_a_model_becomes_one_file_and_nothing_is_lost(exported, tmp_path):
     assert exported(folder, "--overwrite", "--dtype=f32")[0] == 0 and file.read_bytes() != first
     other = tmp_path / "other.gguf"
     assert exported(folder, "--output-file", other)[0] == 0 and other.read_bytes()[:4] == b"GGUF"
+
+
+def test_what_was_trained_to_chat_is_run_so(exported, tmp_path):
+    folder = save_model(tmp_path / "talks", "llama")
+    identity = {"format_version": 1, "identity": {"conversations": True}}
+    (folder / "run.json").write_text(json.dumps(identity))
+    status, text = exported(folder)
+    assert status == 0 and f"  llama-cli -m {folder}/talks.gguf\n" in text
+    (folder / "run.json").unlink()
+    assert "-no-cnv" in exported(folder, "--overwrite")[1]
 
 
 def test_what_cannot_be_exported_leaves_no_file(exported, tmp_path):

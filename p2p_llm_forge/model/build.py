@@ -136,8 +136,9 @@ def load_model(
     """
     if is_adapter_folder(Path(name)):
         lm = load_model(base_of(Path(name)), text, trust_remote_code)
-        read_adapters(lm, Path(name))
-        merge(lm)
+        lm = read_adapters(lm, Path(name))
+        if settings_of(lm):
+            merge(lm)
         return lm
     disable_progress_bar()  # transformers draws one for every file, on every rank
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1

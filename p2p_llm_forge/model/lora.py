@@ -216,10 +216,41 @@ def base_of(folder: Path) -> str:
     return name
 
 
-def read_adapters(lm: Any, folder: Path) -> None:
-    """Put the adapters of a folder into their base. Raises ForgeError."""
-    inject(lm, saved_settings(folder))
+def read_adapters(lm: Any, folder: Path) -> Any:
+    """The base with the adapters of a folder in it. Raises ForgeError.
+
+    Those of another program are of any kind that peft can add to weights, and are added.
+    """
+    settings = saved_settings(folder)
+    if not (folder / BASE).exists():
+        return merged_by_peft(lm, folder, settings)
+    inject(lm, settings)
     load_adapters(lm, folder)
+    return lm
+
+
+def merged_by_peft(lm: Any, folder: Path, settings: Any) -> Any:
+    """The model whose weights a folder of another program's adapters adds to. Raises ForgeError."""
+    from peft import PeftModel
+
+    weights_in(folder)
+    if settings.is_prompt_learning:
+        raise ForgeError(
+            f"{folder} holds {settings.peft_type.value}, which adds nothing to a model's weights",
+            "give adapters that do, such as LoRA's, or a whole model",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            whole = PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()
+    except Exception as error:  # whatever peft raises for kinds that cannot be added, and damage
+        raise ForgeError(
+            f"peft cannot add the adapters in {folder} to their base: {one_line(error)}",
+            "copy the whole folder again, or save the whole model by the program that made them",
+        ) from error
+    whole.__dict__.pop("peft_config", None)  # else it would be taken for one with adapters
+    return whole.requires_grad_(True)
 
 
 def load_adapters(lm: Any, folder: Path) -> None:

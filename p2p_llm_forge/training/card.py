@@ -22,6 +22,7 @@ from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.config.lora import LoraOptions
 from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.config.train import ModelOptions, SyncOptions, UpdateOptions
+from p2p_llm_forge.data.dataset import SplitFacts
 from p2p_llm_forge.errors import counted, in_one_line, plain
 from p2p_llm_forge.model.chat import STORY
 from p2p_llm_forge.model.lora import lora_in_words, settings_of
@@ -93,11 +94,7 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
     """What a card says of a run. lm: the causal LM, a model of transformers."""
     config, manifest = job.config, job.data.manifest
     base, architecture = hub_name(config.model_name), lm.config.get_text_config()
-    splits = {
-        f"{name} text": f"{split.bytes:,} bytes, {split.documents:,} documents,"
-        f" {split.tokens:,} tokens"
-        for name, split in manifest.splits.items()
-    }
+    splits = {f"{name} text": _split_in_words(split) for name, split in manifest.splits.items()}
     return CardFacts(
         base_model=base,
         model={
@@ -129,6 +126,15 @@ def facts_of(job: Job, lm: Any, machines: str, is_resumed: bool = False) -> Card
         is_adapter=bool(config.lora_rank) and not config.merge_lora,
         is_chat=bool(manifest.conversations),
     )
+
+
+def _split_in_words(split: SplitFacts) -> str:
+    counts = f"{split.documents:,} documents, {split.tokens:,} tokens"
+    if split.trained_tokens is None:
+        return f"{split.bytes:,} bytes, {counts}"
+    counts = counts.replace("documents", "conversations")
+    learnt = f"{split.trained_tokens:,} ({split.bytes:,} bytes of text)"
+    return f"{counts}, of which {learnt} count in losses and bits per byte"
 
 
 def recipe_of(config: TrainConfig, base_model: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import counted
 from p2p_llm_forge.files import read_json
+from p2p_llm_forge.model.lora import base_of, is_adapter_folder
 from p2p_llm_forge.shapes import is_positive
 
 WARMUP = 0.05  # of the updates
@@ -50,8 +51,10 @@ def as_tuned(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     """
     usual: dict[str, Any] = {"epochs": defaults_of(config).epochs, "lr_scheduler": SCHEDULE}
     if "warmup_steps" in begun:  # older versions wrote down None, and took none, for none given
-        usual = {"epochs": begun.get("epochs"), "lr_scheduler": begun.get("lr_scheduler")}
-        usual["warmup_steps"] = begun["warmup_steps"] or 0
+        usual |= {"lr_scheduler": begun.get("lr_scheduler"), "warmup_steps": begun["warmup_steps"]}
+        usual["warmup_steps"] = usual["warmup_steps"] or 0
+        if not (begun.get("max_steps") or begun.get("minutes")):
+            usual["epochs"] = begun.get("epochs")
     if config.max_steps or config.minutes:
         del usual["epochs"]
     return replace(
@@ -70,6 +73,8 @@ def width_of(model_name: str) -> int | None:
     """How wide the layers of a model are, in a folder or on the Hub; None where it does not say."""
     try:
         folder = Path(model_name)
+        if is_adapter_folder(folder):
+            return width_of(base_of(folder))
         path = folder / "config.json"
         if not folder.is_dir():
             from huggingface_hub import hf_hub_download

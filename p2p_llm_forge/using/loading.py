@@ -55,7 +55,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, output_loading_info=True
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        has_own = not is_adapter or (Path(name) / "tokenizer_config.json").exists()
+        tokenizer: Any = AutoTokenizer.from_pretrained(name if has_own else base)
     except Exception as error:  # whatever transformers and safetensors raise for damaged files
         found = f"could not be loaded: {one_line(error)}"
         if not Path(name).is_dir():
@@ -64,7 +65,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype | str = "auto") -> 
     lm, facts = loaded
     require_all_weights(lm, name, facts["missing_keys"])
     if is_adapter:
-        read_adapters(lm, Path(name))
+        lm = read_adapters(lm, Path(name))
     if settings_of(lm) and lm.dtype == torch.float32:
         merge(lm)  # coarser weights would lose what adapters add
     bad = next((key for key, one in lm.named_parameters() if not one.isfinite().all()), None)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.config.lora import BASE, CONFIG, WEIGHTS
@@ -24,6 +24,7 @@ from p2p_llm_forge.model.lora import (
     saved_parameters,
     write_adapters,
 )
+from p2p_llm_forge.using.loading import load
 from tests import ROOT
 from tests.model.adapted import a_gpt2, a_llama, logits_of, shaken
 
@@ -150,6 +151,28 @@ def test_damaged_adapters_and_a_base_that_is_gone_are_named(llama, tmp_path, tex
     (folder / CONFIG).write_text("{")
     with pytest.raises(ForgeError, match=f"{CONFIG} cannot be read"):
         load_model(str(folder), text)
+
+
+def test_adapters_of_other_programs_of_any_kind_are_added_or_refused(llama, tmp_path, text, run):
+    status, output = run(sys.executable, STRANGER.with_name("stranger_kinds.py"), llama, tmp_path)
+    assert status == 0, output
+    theirs = load_file(tmp_path / "logits.safetensors")
+    for kind in ("dora", "head", "loha", "ia3"):
+        own = logits_of(load_model(str(tmp_path / kind), text))
+        assert torch.allclose(own, theirs[kind], rtol=0, atol=1e-4), kind
+        used = load(str(tmp_path / kind), torch.device("cpu"))  # with the tokenizer of its base
+        assert torch.allclose(logits_of(used.lm), theirs[kind], rtol=0, atol=1e-4), kind
+        assert used.tokenizer.get_vocab() == load(llama, used.lm.device).tokenizer.get_vocab()
+    with pytest.raises(ForgeError, match="PROMPT_TUNING, which adds nothing to a model's") as error:
+        load_model(str(tmp_path / "prompt"), text)
+    assert error.value.problems[0].fix.startswith("give adapters that do, such as LoRA's")
+    weights = load_file(tmp_path / "dora" / WEIGHTS)
+    save_file(dict(list(weights.items())[1:]), tmp_path / "dora" / WEIGHTS)
+    with pytest.raises(ForgeError, match="peft cannot add the adapters in") as error:
+        load_model(str(tmp_path / "dora"), text)
+    assert error.value.problems[0].fix.startswith("copy the whole folder again")
+    save_file(weights, tmp_path / "dora" / WEIGHTS)
+    assert load_model(str(tmp_path / "dora"), text)
 
 
 def test_adapters_are_no_base_for_others(llama, tmp_path, text):

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from peft import LoraConfig
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.training import tuning
@@ -48,6 +49,22 @@ def test_a_run_of_an_older_version_keeps_what_that_took():
     config = with_warmup(settle(TUNED, older, width_for(TUNED, older)), 100)
     assert (config.epochs, config.warmup_steps, config.lr_scheduler) == (None, 0, None)
     assert config.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 8}, {"minutes": 3.0}])
+def test_a_run_that_goes_on_without_its_limit_takes_the_passes_of_tuning(limit):
+    lora = replace(TUNED, lora_rank=8)
+    begun = as_dict(with_warmup(settle(replace(lora, **limit), None, 256), 8))
+    config = settle(lora, begun, 256)
+    assert (config.epochs, config.warmup_steps) == (LORA.epochs, 1)
+    assert settle(replace(lora, **limit), begun, 256).epochs is None
+
+
+def test_adapters_are_as_wide_as_their_base(tmp_path):
+    base = str(save_model(tmp_path / "model", "qwen3"))
+    (tmp_path / "adapters").mkdir()
+    LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path / "adapters")
+    assert width_of(str(tmp_path / "adapters")) == width_of(base) == 32
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
