@@ -222,6 +222,7 @@ def stand_in_for_slurm(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", *DOCS])
+@pytest.mark.timeout(2700)  # of README.md some twenty programs, one after the other
 def test_every_block_of_a_page_runs(page, reader):
     if page != "README.md":
         do_what_the_readme_says(reader, page)
