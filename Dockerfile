@@ -3,7 +3,7 @@
 #   docker run --rm -v "$PWD:/data" p2p-llm-forge --dataset-path corpus.txt --output-dir artifacts/x --minutes 10
 # Several machines: add --network host, and the flags of a launch by hand (--rank, --world-size, ...).
 FROM python:3.12-slim
-WORKDIR /opt/p2p-llm-forge
+WORKDIR /app
 # The PyTorch for CPUs; the usual one brings gigabytes for GPUs.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt \

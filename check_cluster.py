@@ -30,6 +30,8 @@ from p2p_llm_forge.peers.parent import end_with_parent
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     from p2p_llm_forge.data.dataset import PreparedDataset
     from p2p_llm_forge.peers.cluster import Cluster
+    from p2p_llm_forge.peers.links import Links
+    from p2p_llm_forge.training.fetching import Trip
 
 
 @brief_lookups()
@@ -68,42 +70,70 @@ def look_together(config: CheckConfig, report: ClusterReport) -> None:
     How fast the links are and an update is comes out the same on every rank.
     """
     from p2p_llm_forge.peers.join import join
-    from p2p_llm_forge.peers.links import measure_links
+    from p2p_llm_forge.peers.links import Links, measure_links
     from p2p_llm_forge.peers.preflight import gather_findings, hosts_of, judge_peers
+    from p2p_llm_forge.training.fetched_model import model_trips
 
     with report.failures_as("peers"), join(config) as cluster:
         report.peers = hosts_of(cluster)
         report.findings = gather_findings(cluster, report.findings, report.peers)
         report.findings += judge_peers(config, cluster, report.peers)
         # Before the links: what cannot be trained need not be fast.
-        data = look_at_data(config, cluster, report)
+        data, trips = look_at_data(config, cluster, report)
+        trips += model_trips(config, cluster)
         if cluster.world_size > 1:
             links = measure_links(cluster)
             report.latency_s, report.bytes_per_s = links.latency_s, links.bytes_per_s
-        if data is not None:
+        if trips:
+            measured = Links(report.latency_s, report.bytes_per_s)
+            look_at_trips(config, trips, measured, report)
+        if data is not None and not trips:
             time_an_update(config, cluster, data, report)
 
 
 def look_at_data(
     config: CheckConfig, cluster: Cluster, report: ClusterReport
-) -> PreparedDataset | None:
-    """The prepared dataset, if all ranks have the same one."""
+) -> tuple[PreparedDataset | None, list[Trip]]:
+    """The prepared dataset, if all ranks have the same one; else what a run would fetch of it."""
+    from p2p_llm_forge.training.fetched_data import look_everywhere, trips_of, what_to_bring
     from p2p_llm_forge.training.job import open_data
+    from p2p_llm_forge.training.texts import refuse_different_texts, who_prepares
 
     add, path = report.findings.append, config.dataset_path
     if not path:
         add(fine("data", "no --dataset-path: data and the time of an update were not looked at"))
-        return None
-    if cluster.main_only(lambda: Path(path).is_file()):
-        fix = f"python prepare_data.py --dataset-path {path} --output-dir FOLDER, then check with"
-        add(warning("data", f"{path} is a text", f"{fix} --dataset-path FOLDER"))
-        return None
+        return None, []
     with report.failures_as("data"):
+        seen = look_everywhere(cluster, Path(path))
+        maker = who_prepares(seen)
+        if maker is not None:
+            refuse_different_texts(config, cluster, seen, maker)
+            fix = f"python prepare_data.py --dataset-path {path} --output-dir FOLDER, then check"
+            add(warning("data", f"{path} is a text", f"{fix} with --dataset-path FOLDER"))
+            return None, []
+        brought = what_to_bring(seen)
+        if brought is not None and config.fetch != "never":
+            return None, trips_of(cluster, Path(path), brought)
         data = open_data(config, cluster)
         name, blocks = data.manifest.fingerprint[:12], data.manifest.splits["train"].blocks
         add(fine("data", f"{name}, {blocks} blocks, the same on all ranks"))
-        return data
-    return None
+        return data, []
+    return None, []
+
+
+def look_at_trips(
+    config: CheckConfig, trips: list[Trip], links: Links, report: ClusterReport
+) -> None:
+    """Add what a run would fetch before it begins, and how long that takes."""
+    from p2p_llm_forge.training.fetching import in_words, refuse_too_much
+
+    with report.failures_as("data"):
+        for line in in_words(trips, report.peers, links):
+            what, text = line.split(maxsplit=1)
+            later = "; the time of an update is seen when it is there"
+            report.findings.append(fine(what, f"a run fetches {text}{later}"))
+        if config.fetch != "yes":
+            refuse_too_much(trips, report.peers, links)
 
 
 def time_an_update(

@@ -43,15 +43,17 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     if config.push_to_hub and not config.dataset_path:
         return push_finished(config)
     from p2p_llm_forge.peers.join import join
+    from p2p_llm_forge.training.beginning import Beginning
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
-    from p2p_llm_forge.training.precision import precision_begun
     from p2p_llm_forge.training.run import conclude
     from p2p_llm_forge.training.run_folder import run_folder
     from p2p_llm_forge.training.setup import set_up
     from p2p_llm_forge.training.timing import timed
 
-    with join(config, lambda: precision_begun(config)) as cluster:
+    beginning = Beginning(config)
+    with join(config, beginning.agree) as cluster:
+        config = beginning.config
         if config.eval_only:
             return evaluate_only(config, cluster)
         job = replace(open_job(config, cluster), began=began)
@@ -59,7 +61,7 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
             job = timed(config, job, began)
         if config.dry_run:
             return dry_run(job)
-        with run_folder(job) as folder:
+        with run_folder(job, beginning) as folder:
             result = folder.result
             if result is None:
                 with set_up(job, folder) as run, interruptions:

@@ -162,12 +162,19 @@ def _status_of(main: Callable[[], int | None]) -> int | None:
 MACHINE_FIX = "make it possible (memory, disk, names, permissions), and run this again"
 
 
+# A lost peer is said in words, and not by torch's C++ frames above them. torch reads this when it
+# is imported.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
 def run_script(main: Callable[[], int | None], local_rank: int = 0) -> None:
     """Run a script's `main` and exit with its status; a ForgeError is one message, status 2.
 
     Ranks usually fail alike, so one on each machine prints; a failure of one rank alone must name
     that rank (`cluster.together` does) before it gets here. local_rank: of this process.
     """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook, nor where it is closed
             stream.reconfigure(errors="backslashreplace")  # a terminal need not know all letters

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,6 +96,14 @@ def _whole_number(digits: str) -> int:
 
 def _no_number(word: str) -> float:
     raise ValueError(f"{word} is no number")
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name of a file that nobody writes any more, or a copy. Raises OSError."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 def files_in(folder: Path) -> Iterator[str]:
@@ -252,6 +260,7 @@ class Lock:
         self.mark = path / self._own.name()
         self.is_lost = False  # as far as is known without a look at the disk
         self._made: list[Path] = []  # folders, the innermost first
+        self._friends: frozenset[str] = frozenset()  # tokens
 
     def confirm(self) -> None:
         """Raise ForgeError if another process has taken the lock over; looks at the disk.
@@ -269,17 +278,35 @@ class Lock:
             "let the other one finish, or stop it and start this one again",
         )
 
-    def acquire(self) -> None:
-        """Take the lock, or take it over from a process that is gone. Raises ForgeError."""
-        folders = (self._path.parent, *self._path.parent.parents)
-        self._made = [folder for folder in folders if not folder.exists()]
-        try:
+    @property
+    def token(self) -> str:
+        """What this process is known by, as a holder."""
+        return self._own.token
+
+    def acquire(self, friends: Collection[str] = ()) -> str:
+        """Take the lock, or take it over from a process that is gone. Raises ForgeError.
+
+        friends: tokens of holders that it is left to. Returns the token of who has it.
+        """
+        self._friends = frozenset(friends)
+
+        def look() -> str | None:
+            """Who has it, if that is settled. What is renamed is renamed once, for one caller."""
+            if friend := self._friend():
+                return friend
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if not wait_for(lambda: self._take() or self._take_over(), SILENCE_S):
-                raise ForgeError(
-                    f"{self._what} is locked by nobody, but {self._path} is in the way",
-                    "make sure that nothing runs there, and remove it",
-                )
+            is_own = self._take() or self._take_over()
+            return self.token if is_own else self._friend()
+
+        try:
+            folders = (self._path.parent, *self._path.parent.parents)
+            self._made = [folder for folder in folders if not folder.exists()]
+            if holder := wait_for(look, SILENCE_S):
+                return holder
+            raise ForgeError(
+                f"{self._what} is locked by nobody, but {self._path} is in the way",
+                "make sure that nothing runs there, and remove it",
+            )
         except OSError as error:
             fix = "make it writable"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -290,6 +317,19 @@ class Lock:
                 f"{self._what} cannot be written: {error.strerror or error}",
                 f"{fix}, or give another folder",
             ) from error
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Show signs of life while entered, and leave the lock to others at the end."""
+
+        def lose() -> None:
+            self.is_lost = True
+
+        try:
+            with beating(self.mark, lose):
+                yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Leave the lock to others, unless one of them has it already."""
@@ -308,8 +348,9 @@ class Lock:
                 self._path.rmdir()  # some file systems do not rename to an empty folder
             aside.rename(self._path)
             return True
-        except OSError:
-            if not self._path.is_dir():
+        except OSError as error:
+            # A network file system may not show yet what is in the way.
+            if error.errno != errno.ENOTEMPTY and not self._path.is_dir():
                 raise
             return False
         finally:
@@ -317,8 +358,8 @@ class Lock:
 
     def _take_over(self) -> bool:
         holder = self._holder()
-        if holder is None:
-            return False  # released by now
+        if holder is None or holder.token in self._friends:
+            return False  # released by now, not seen yet, or settled
         if not self._is_gone(holder):
             raise ForgeError(
                 f"{self._what} is in use by {holder.in_words()}",
@@ -329,6 +370,11 @@ class Lock:
         except FileNotFoundError:
             return False  # another starter was faster
         return True
+
+    def _friend(self) -> str | None:
+        """The token of who has it, if the lock is left to it."""
+        holder = self._holder() if self._friends else None
+        return holder.token if holder and holder.token in self._friends else None
 
     def _holder(self) -> Holder | None:
         for mark in self._path.glob("*~*"):
@@ -356,15 +402,8 @@ def only_writer(path: Path, what: str, run_id: str | None = None) -> Iterator[Lo
     """
     lock = Lock(path, what, run_id)
     lock.acquire()
-
-    def lose() -> None:
-        lock.is_lost = True
-
-    try:
-        with beating(lock.mark, lose):
-            yield lock
-    finally:
-        lock.release()
+    with lock.held():
+        yield lock
 
 
 def _process_table() -> str:

@@ -13,6 +13,7 @@ NETWORKS = "tests/multihost/test_networks.py"
 CLUSTER = "tests/multihost/test_check_cluster.py"
 CONFIG, MODEL = "tests/config/test_fixes.py", "tests/model/test_fixes.py"
 TRAINING = "tests/training/test_fixes.py"
+AT_START = "tests/training/test_fetched_data.py"
 
 FILE = f"{ALONE}::test_the_fix_of_a_launch_file_leaves_nothing_to_fix"
 GPUS = f"{ALONE}::test_the_fix_of_a_file_for_gpus_leaves_nothing_to_fix"
@@ -48,7 +49,6 @@ BATCH = f"{TRAINING}::test_the_fix_of_a_batch_is_one_that_can_be_divided"
 
 NUMBERS = f"{TOGETHER}::test_the_fixes_of_numbers_and_of_a_late_rank_bring_all_together"
 COPIED = f"{TOGETHER}::test_the_fix_of_a_secret_is_the_file_of_the_others"
-SHARED = f"{TOGETHER}::test_the_fix_of_a_folder_that_not_all_see_is_one_that_they_share"
 STRANGERS = f"{TOGETHER}::test_the_fix_of_what_no_rank_sends_is_to_let_only_ranks_in"
 
 NAMES = f"{HOSTS}::test_the_fixes_of_a_name_give_it_an_address"
@@ -59,6 +59,8 @@ KEPT_OUT = f"{FIREWALLS}::test_the_firewall_of_the_documents_lets_the_peers_in_a
 RESUMED = (
     "tests/multiprocess/test_resume_exactly.py::test_a_killed_run_ends_like_one_that_was_not_killed"
 )
+FETCHED = "tests/peers/test_file_fetch.py::test"
+HOST_FILES = "tests/multihost/test_file_exchange.py::test"
 LORA = "tests/model/test_lora.py"
 OTHER_KINDS = f"{LORA}::test_adapters_of_other_programs_of_any_kind_are_added_or_refused"
 OF_LORA = "tests/config/test_lora.py"
@@ -107,7 +109,7 @@ FOLLOWED = {
     "config.yaml_file:read_yaml": (UNREAD, RECIPE, UNREAD, RECIPE, RECIPE),
     "config.yaml_file:_require_simple": (RECIPE,),
     "model.build:model_from_scratch": (SIZES,),
-    "model.build:load_model": (WHOLE, WHOLE),
+    "model.build:read_model": (WHOLE, WHOLE),
     "model.build:load_base": (f"{LORA}::test_adapters_are_no_base_for_others",),
     "model.build:new_model_config": (SIZES, SIZES),
     "model.document_mask:document_mask_for": (
@@ -139,11 +141,55 @@ FOLLOWED = {
     "model.sizes:text_part": (FAMILY, FAMILY),
     "model.sizes:require_tokens": (SIZES,),
     "model.sizes:require_sizes": (SIZES,),
-    "training.job:open_data": (TEXT, AGAIN),
+    "training.job:open_data": (AGAIN,),
     "training.job:require_prepared": (TEXT,),
     "training.job:refuse_flags_of_texts": (AGAIN,),
-    "training.job:refuse_different_data": (
+    "training.fetched_data:refuse_others": (
         f"{TRAINING}::test_the_fix_of_other_data_is_a_copy_of_those_of_rank_0",
+    ),
+    "training.texts:refuse_missing_file": (TEXT,),
+    "training.texts:refuse_different_texts": (
+        "tests/training/test_texts.py"
+        "::test_another_text_under_the_same_name_is_refused_and_moved_away_it_is_not_missed",
+    ),
+    "training.texts:require_common_folder": (
+        "tests/training/test_texts.py"
+        "::test_without_fetching_nothing_is_prepared_that_others_could_not_see",
+    ),
+    "training.texts:all_facts": (
+        "tests/training/test_texts.py::test_the_fix_of_a_text_that_cannot_be_read_is_another_file",
+    ),
+    "training.fetching:refuse_too_much": (
+        f"{AT_START}::test_more_than_10_gb_is_fetched_only_if_it_was_asked_for",
+    ),
+    "training.fetching:begun": (
+        "tests/multihost/test_fetched.py::test_the_fix_of_too_small_a_disk_is_more_room",
+    ),
+    "training.fetching:written": (
+        f"{AT_START}::test_the_fix_of_what_cannot_be_written_is_another_folder",
+    ),
+    "training.fetched_model:refuse_files_in_the_way": (
+        "tests/training/test_fetched_model.py"
+        "::test_a_file_that_is_not_of_the_run_is_in_the_way_until_it_is_moved",
+    ),
+    "training.fetched_data:look_everywhere": (
+        f"{AT_START}::test_the_fix_of_what_cannot_be_read_is_another_folder",
+    ),
+    "training.fetched_data:refuse_what_is_in_the_way": (
+        f"{AT_START}::test_a_path_that_is_something_else_is_left_as_it_is_until_it_is_moved",
+    ),
+    "training.fetched_data:refuse_other_than_the_runs": (
+        f"{AT_START}::test_data_prepared_since_give_way_to_those_of_the_run_that_goes_on",
+    ),
+    "training.fetched_data:refuse_two_versions": (
+        f"{AT_START}::test_without_a_run_neither_of_two_that_were_fetched_is_thrown_away",
+    ),
+    "training.fetched_data:refuse_what_is_nowhere": (
+        f"{AT_START}::test_an_elastic_launch_can_wait_for_the_machine_that_has_the_data",
+    ),
+    "training.fetched_data:refuse_to_fetch": (f"{AT_START}::test_never_fetches_nothing",),
+    "training.fetched_data:refuse_dry_run": (
+        f"{AT_START}::test_a_dry_run_says_what_would_be_fetched_and_writes_nothing",
     ),
     "training.plan:plan_updates": (BATCH, BATCH),
     "peers.addresses:resolve": (NAMES,),
@@ -162,6 +208,18 @@ FOLLOWED = {
     "peers.cluster:_result_of_main": (
         f"{TOGETHER}::test_the_fix_of_a_bug_of_the_main_process_is_what_that_printed",
     ),
+    "peers.file_fetch:_need_room": (
+        f"{HOST_FILES}_too_small_a_disk_is_found_before_the_first_byte",
+    ),
+    "peers.file_fetch:_of_disk": (
+        f"{HOST_FILES}_what_came_before_a_disk_was_full_stays_for_the_next_try",
+    ),
+    "peers.file_fetch:_check_hopes": (
+        f"{FETCHED}_each_source_that_cannot_bring_a_file_is_named_with_its_reason",
+        f"{FETCHED}_a_file_of_nobody_comes_once_somebody_has_it",
+    ),
+    "peers.file_fetch:_judge": (f"{FETCHED}_what_this_machine_loses_is_no_sources_fault",),
+    "peers.file_fetch:_checked": (f"{FETCHED}_a_list_from_elsewhere_writes_nothing_outside",),
     "peers.findings:fine": (CARRIES,),
     "peers.findings:warning": (CARRIES,),
     "peers.findings:failure": (CARRIES,),
@@ -175,7 +233,7 @@ FOLLOWED = {
         "(a link must break after all doors were tried and before gloo connects)",
         "(Accelerate 1.15 never finds another number than it is given; another may)",
     ),
-    "peers.join:_agree_on_precision": (DEVICE,),
+    "peers.join:_precision": (DEVICE,),
     "peers.join:differences": (
         f"{TOGETHER}::test_the_fix_of_other_versions_installs_the_one_that_rank_0_has",
         f"{TOGETHER}::test_the_fixes_of_other_settings_make_them_alike",
@@ -223,11 +281,6 @@ FOLLOWED = {
     "peers.preflight:judge_clocks": (f"{TOGETHER}::test_the_fix_of_a_clock_sets_it_right",),
     "peers.preflight:judge_pythons": (
         f"{TOGETHER}::test_the_fix_of_another_python_names_the_one_to_use",
-    ),
-    "peers.preflight:judge_shared_folder": (
-        f"{TOGETHER}::test_the_fixes_of_a_folder_that_cannot_be_written_let_it_be_written",
-        SHARED,
-        SHARED,
     ),
     "peers.rank_failure:explain": (
         RESUMED,

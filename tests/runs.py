@@ -33,7 +33,7 @@ DROPOUT = TINY_SIZES + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 DILOCO = {"sync": "diloco", "outer_lr": 0.7, "outer_momentum": 0.9, "outer_warmup_rounds": 4}
 # Figures that the clock and the machine decide.
 CLOCKED = {"tokens_per_second", "communication", "bytes_sent_per_update", "mfu", "seconds"}
-CLOCKED |= {"seconds_left", "memory_peak_bytes"}
+CLOCKED |= {"seconds_left", "memory_peak_bytes", "safe_step"}
 CLOCKED |= {"resumed_from"}  # what was interrupted, and went on to the same end
 # A run that trains until it is ended.
 LONG = {"max_steps": 100_000, "save_every": 0, "log_every": 1}
@@ -76,6 +76,13 @@ def start_each(zygote: Any, words: list[list[str]], logs: list[Path], **how: Any
         zygote.start([*own, *together, f"--rank={rank}"], log, **how)
         for rank, (own, log) in enumerate(zip(words, logs, strict=True))
     ]
+
+
+def start_apart(
+    zygote: Any, data: Path, folders: list[Path], logs: list[Path], **settings: object
+) -> list[int]:
+    """Start a run by hand of which every rank has a folder of its own."""
+    return start_each(zygote, [flags(data, folder, **settings) for folder in folders], logs)
 
 
 def finish(zygote: Any, data: Path, folder: Path, processes: int = 2, **settings: object) -> Path:

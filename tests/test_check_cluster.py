@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 
-from check_cluster import check, main
+from check_cluster import check, look_at_data, look_at_trips, main
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.findings import FINE, ClusterReport
+from p2p_llm_forge.peers.links import Links
 from tests import ROOT
+from tests.memory_channel import clusters, run_ranks
 from tests.runs import TINY
 
 TWO_MACHINES = [
@@ -94,3 +99,37 @@ def test_another_program_at_the_main_port_is_reported_within_the_deadline(zygote
     assert report["rank"] == 1
     (found,) = report["findings"]
     assert f"127.0.0.1:{port} is not rank 0 of a run (no answer for 1 s)" in found["found"]
+
+
+def looked_at(config, homes):
+    """What each rank reports of its data, and what a run would fetch."""
+
+    def act(cluster):
+        own = replace(config, dataset_path=str(homes[cluster.rank] / "data"))
+        report = ClusterReport(peers=["attic", "desk", "cellar"])
+        data, trips = look_at_data(own, cluster, report)
+        if trips:
+            look_at_trips(own, trips, LINKS, report)
+        return data is not None, report
+
+    with clusters(3) as ranks:
+        return run_ranks(ranks, act)
+
+
+LINKS = Links([[0.0] * 3 for _ in range(3)], [[1e6] * 3 for _ in range(3)])
+
+
+def test_what_a_run_would_fetch_is_said_with_its_time_and_nothing_is_fetched(prepared, tmp_path):
+    homes = [tmp_path / str(rank) for rank in range(3)]
+    for home in homes:
+        home.mkdir()
+    shutil.copytree(prepared, homes[1] / "data")
+    config = CheckConfig(output_dir=str(tmp_path / "run"))
+    for has_data, report in looked_at(config, homes):
+        (found,) = report.findings
+        assert not has_data and found.level == FINE and found.topic == "data"
+        assert "from rank 1 (desk) to rank 0 (attic) and rank 2 (cellar)" in found.found
+        assert ": about 0 s at 8 Mbit/s" in found.found
+    assert not any(any(home.iterdir()) for home in (homes[0], homes[2]))
+    for _, report in looked_at(replace(config, fetch="never"), homes):
+        assert "no such folder" in report.findings[0].found and report.status() == 1

@@ -161,3 +161,32 @@ def test_one_is_no_plural():
         "2 files",
         "1,200 files",
     ]
+
+
+LOSES_ITS_STORE = """
+import datetime
+from p2p_llm_forge.errors import run_script
+
+def main():
+    import torch.distributed as dist
+    options = {"wait_for_workers": False, "timeout": datetime.timedelta(seconds=5)}
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, **options)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, **options)
+    del server
+    try:
+        client.get("key")
+    except dist.DistError:
+        print("lost")
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("asked", [None, "WARNING"])
+def test_torchs_frames_are_printed_only_where_they_are_asked_for(asked):
+    environ = {name: one for name, one in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    environ |= {"TORCH_CPP_LOG_LEVEL": asked} if asked else {}
+    command = [sys.executable, "-c", LOSES_ITS_STORE]
+    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "lost\n")
+    assert ("frame #" in ended.stderr) == bool(asked), ended.stderr

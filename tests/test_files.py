@@ -62,6 +62,22 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_second_name_outlives_the_first_also_where_there_are_no_links(
+    tmp_path, monkeypatch, has_links
+):
+    if not has_links:
+        monkeypatch.setattr(os, "link", _no_links)
+    (tmp_path / "one").write_bytes(b"content")
+    files.link(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "one").unlink()
+    assert (tmp_path / "two").read_bytes() == b"content"
+
+
+def _no_links(*_):
+    raise PermissionError(1, "Operation not permitted")  # as FAT answers
+
+
 def test_the_checksum_is_that_of_sha256sum(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(os.urandom((1 << 20) + 7))

@@ -16,7 +16,7 @@ PACKAGE = "p2p_llm_forge."
 # Of what check_cluster.py imports: flags and files, the launch and its peers, the model and its
 # batches. What is wrong with prepared data, or with a checkpoint to resume from, is tested there.
 LOOKED_AT = re.compile(
-    r"check_cluster|p2p_llm_forge\.(peers\..*|model\..*|training\.(job|plan)"
+    r"check_cluster|p2p_llm_forge\.(peers\..*|model\..*|training\.(job|plan|texts|fetch\w+)"
     r"|config\.(check|evaluation|launch|lora|fields|names_of_train|other_names|parser|sync|train"
     r"|yaml_file))"
 )
@@ -31,7 +31,7 @@ OF_OTHERS = {
     *("--add-port", "--zone", "--add-source"),  # firewall-cmd
     *("--multi_gpu", "--config_file", "--num_cpu_threads_per_process"),  # accelerate launch
     *("--node-rank", "--nnodes", "--max-restarts"),  # torchrun
-    *("--main", "--secret-file"),  # launch/elastic.py
+    *("--main", "--secret-file", "--min-peers"),  # launch/elastic.py
 }
 
 

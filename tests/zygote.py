@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.multihost.disks import Disk
 from tests.waiting import wait_until
 
 CLONE_NEWNS, CLONE_NEWUTS = 0x20000, 0x4000000  # from sched.h of Linux
@@ -37,6 +38,7 @@ class Start:
     host: str | None = None  # the network namespace that it is in, and its host name
     hosts_file: Path | None = None  # what it finds as /etc/hosts; only with `host`
     name_servers: Path | None = None  # what it finds as /etc/resolv.conf; only with `host`
+    disk: Disk | None = None  # all that it sees of the files of tests; only with `host`
     terminal: str = os.devnull  # what it reads from
 
 
@@ -81,10 +83,12 @@ class Zygote:
 
 def _become(start: Start) -> None:
     """Turn this fork into the run."""
-    if start.host:
-        _go_to(start.host, {"hosts": start.hosts_file, "resolv.conf": start.name_servers})
     log = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     source_of_input = os.open(start.terminal, os.O_RDONLY | os.O_NOCTTY)
+    if start.host:
+        _go_to(start.host, {"hosts": start.hosts_file, "resolv.conf": start.name_servers})
+        if start.disk:
+            start.disk.enter()
     for source, target in ((source_of_input, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     # The fork server's own may have read ahead. As Python opens it: no newline is translated.

@@ -12,6 +12,7 @@ from p2p_llm_forge.errors import Problems, nearest
 
 PATHS = ("model_name", "tokenizer", "resume", "describe", "write_configs")  # or names of the Hub
 READ = ("dataset_path", "validation_path")  # lists of files, whose names may hold any bytes
+EITHER = ("dataset_path", "output_dir", "model_name")  # on all ranks of a run, or on none
 MOST = 2**53  # what every number in JSON can count to
 MOST_SECONDS = 10**9  # what clocks can count
 
@@ -98,9 +99,14 @@ class Options:
         """Note what options of several groups ask for that does not go together."""
 
     def shared_settings(self) -> dict[str, Any]:
-        """The settings that must be the same on every rank of a run."""
+        """The settings that must be the same on every rank of a run.
+
+        Of those that each rank has for itself, whether it has one, where that decides what all do.
+        """
+        settings = as_dict(self)
         per_rank = {name for group in self.GROUPS for name in group.PER_RANK}
-        return {key: value for key, value in as_dict(self).items() if key not in per_rank}
+        given = {name: "one" if settings[name] else "none" for name in EITHER if name in settings}
+        return given | {key: value for key, value in settings.items() if key not in per_rank}
 
     def _of_wrong_type(self, problems: Problems) -> dict[str, Any]:
         """Note every value that is not of its field's type: a notebook can pass anything.

@@ -37,7 +37,9 @@ class LaunchOptions(Options):
         10.0, "seconds without a sign of life after which a peer is lost; a slow one is waited for"
     )
     rendezvous_timeout: float | None = flag(
-        None, "seconds to wait until all processes have come; default: 3 times --peer-timeout"
+        None,
+        "seconds to wait until all processes have come; default: 3 times --peer-timeout, of an"
+        " elastic launch at least 300",
     )
     cluster_secret_file: str | None = flag(
         None, "file with a secret that every peer must prove to know; encrypts what travels on gloo"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from p2p_llm_forge.config.evaluation import EvaluationOptions, require_evaluations
+from p2p_llm_forge.config.fetching import FetchingOptions
 from p2p_llm_forge.config.fields import (
     Options,
     flag,
@@ -309,6 +310,7 @@ class TrainConfig(
     SyncOptions,
     SharingOptions,
     ShowingOptions,
+    FetchingOptions,
     SavingOptions,
     EvaluationOptions,
     UpdateOptions,
@@ -320,7 +322,8 @@ class TrainConfig(
 
     GROUPS = [
         *(DataOptions, ModelOptions, LoraOptions, UpdateOptions, EvaluationOptions),
-        *(SavingOptions, ShowingOptions, SharingOptions, SyncOptions, LaunchOptions),
+        *(SavingOptions, FetchingOptions, ShowingOptions, SharingOptions),
+        *(SyncOptions, LaunchOptions),
     ]
     OTHER_NAMES = OF_TRAINING
 

@@ -129,7 +129,7 @@ class ConversationEncoder:
     def _require_no_control(self, value: Any) -> None:
         """Raise NotRenderedError for what would end a turn, or begin one, where somebody says it.
 
-        A template's own control tokens are told from these by nothing once they are one text.
+        A template's own control tokens are like these in everything once they are one text.
         """
         if isinstance(value, str):
             if found := self._spelled.search(value):

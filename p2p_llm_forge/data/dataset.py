@@ -30,9 +30,12 @@ from p2p_llm_forge.shapes import is_count, is_number, is_path_inside, is_positiv
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder inside the output folder where a dataset grows
+COMING = "fetched-"  # in the unfinished folder: what has come from another machine, see fetched.py
 TOKENIZER = "tokenizer"
 DATASET_DICT = "dataset_dict.json"
+FETCHED = "fetched.json"  # of which manifest it is true that the dataset came from a peer
 REPLACED = "replaced.json"  # in the unfinished folder: the manifest of what is being replaced
+ANOTHER_TEXT = "made from another text"  # among the differences to what is asked for
 NO_DIGEST = b'"digest": ""'
 NEW_FOLDER = "prepare the text into a new folder: --overwrite replaces only what a manifest names"
 TRUST_CODE = "read that code and, only if you trust it, add --trust-remote-code"
@@ -218,16 +221,25 @@ class Manifest:
             left_out = {why: SplitCounts(**of) for why, of in content.pop("left_out").items()}
             return cls(splits=splits, sources=sources, left_out=left_out, **content)
         except FileNotFoundError as error:
-            is_unfinished = (folder / UNFINISHED).exists()
-            what = "a preparation that did not finish" if is_unfinished else f"no {MANIFEST}"
-            found = f"{folder} is not a prepared dataset: found {what}"
-            raise ForgeError(
-                found if folder.exists() else f"{folder}: no such folder",
-                f"prepare it: python prepare_data.py --dataset-path TEXT --output-dir {folder}",
-            ) from error
+            raise _no_manifest(folder) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = f"{path} cannot be read as a manifest: {error}"
             raise ForgeError(found, fix) from error
+
+
+def _no_manifest(folder: Path) -> ForgeError:
+    """What lies there instead of a dataset."""
+    found, what = f"{folder}: no such folder", f"no {MANIFEST}"
+    fix = f"prepare it: python prepare_data.py --dataset-path TEXT --output-dir {folder}"
+    if (folder / UNFINISHED).is_dir():
+        what = "a preparation that did not finish"
+        works = [path.name for path in (folder / UNFINISHED).iterdir() if path.is_dir()]
+        if works and all(one.startswith(COMING) for one in works):
+            what = "one that has not come whole from another machine"
+            fix = f"start train.py together with the machine that has it: the rest comes; or {fix}"
+    if folder.exists():
+        found = f"{folder} is not a prepared dataset: found {what}"
+    return ForgeError(found, fix)
 
 
 def sealed(content: dict[str, Any]) -> bytes:
@@ -257,7 +269,7 @@ def publish(finished: Path, folder: Path) -> None:
     if names is not None:
         (folder / MANIFEST).rename(finished.parent / REPLACED)
         fsync(folder)
-        erase(folder, names)
+        erase(folder, {*names, FETCHED})
     *parts, manifest = sorted(finished.iterdir(), key=lambda path: path.name == MANIFEST)
     for path in parts:
         path.rename(folder / path.name)

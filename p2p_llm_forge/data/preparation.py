@@ -15,7 +15,7 @@ import numpy as np
 from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data import chat_template, sources
 from p2p_llm_forge.data.chat_template import ChatTemplate
-from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
+from p2p_llm_forge.data.dataset import ANOTHER_TEXT, MANIFEST, UNFINISHED, Manifest
 from p2p_llm_forge.data.kinds_of_rows import are_conversations
 from p2p_llm_forge.data.parts import Part, ReadOptions
 from p2p_llm_forge.data.pieces import digest_of
@@ -226,5 +226,5 @@ def _differences(there: Manifest, preparation: Preparation, tokenizer: Any) -> l
     if not differences and any(known.get(name) != asked for name, asked in asked_of.items()):
         differences.append("another chat template")
     if not differences and there.content_fingerprint != preparation.text_fingerprint():
-        differences.append("made from another text")
+        differences.append(ANOTHER_TEXT)
     return differences

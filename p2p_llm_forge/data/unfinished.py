@@ -6,6 +6,7 @@ output-dir/unfinished/rank-1.failed   why that rank gave up
 output-dir/unfinished/tokenizer-…     trained on the text
 output-dir/unfinished/pieces/         tokens of every piece that is done, and a record of each
 output-dir/unfinished/dataset-…/      the finished files, just before they are published
+output-dir/unfinished/fetched-…/      of one that comes from another machine: see fetched.py
 
 No clock is compared with another machine's: a rank is gone when its file has not changed for
 GONE_AFTER_S of watching.
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from p2p_llm_forge.data.dataset import (
+    COMING,
     MANIFEST,
     REPLACED,
     UNFINISHED,
@@ -38,11 +40,12 @@ from p2p_llm_forge.files import Lock, Pulse, beating, only_writer, read_json, wr
 
 LOCK, PIECES = "lock", "pieces"
 TRAINED_TOKENIZER = "tokenizer-"  # and a digest of what it was trained on
+WORK = (PIECES, TRAINED_TOKENIZER)  # what a preparation goes on from
 # What a preparation writes there; partial files are called tmp-... until they are renamed.
 OF_PIECES = re.compile(r"(tmp-)?[0-9a-f-]+\.(tokens|documents|text|json)(\.\d+\.\d+)?", re.ASCII)
 OWN = re.compile(
     rf"{LOCK}|tmp-{LOCK}-[0-9a-f]{{16}}|{PIECES}|{TRAINED_TOKENIZER}[0-9a-f]{{20}}"
-    rf"|(tmp-)?rank-\d+(\.failed)?(\.\d+\.\d+)?|dataset-\w+|tmp-tokenizer|{REPLACED}"
+    rf"|(tmp-)?rank-\d+(\.failed)?(\.\d+\.\d+)?|(dataset|fetched)-\w+|tmp-tokenizer|{REPLACED}"
     rf"|{TRAIN}|{VALIDATION}",
     re.ASCII,
 )
@@ -55,23 +58,25 @@ GONE_AFTER_S = 30.0
 def claimed(output_dir: Path) -> Iterator[Lock]:
     """Hold the unfinished folder of `output_dir`, which stays only if the work inside fails.
 
-    It stays then for the sake of the pieces that are done; nothing done leaves no trace. Raises
-    ForgeError when another run holds it, or when something that no preparation has written is in
-    the way there or of the dataset. A run that was killed holds nothing.
+    It stays then for the sake of the pieces that are done, or of what has come from another
+    machine; nothing done leaves no trace. Raises ForgeError when another run holds it, or when
+    something that no preparation has written is in the way there or of the dataset. A run that was
+    killed holds nothing.
     """
     folder = output_dir / UNFINISHED
     try:
         with only_writer(folder / LOCK, f"--output-dir {output_dir}") as lock:
             refuse_files_of_others(output_dir)
             clear_half_published(output_dir)
-            _clear(folder, keep_work=True)
+            _clear(folder, (*WORK, COMING))
             try:
                 yield lock
             except BaseException:
                 lock.confirm()  # or what lies here is another run's
-                _clear(folder, keep_work=any((folder / PIECES).glob("*.json")))
+                has_pieces = any((folder / PIECES).glob("*.json"))
+                _clear(folder, (*WORK, COMING) if has_pieces else (COMING,))
                 raise
-            _clear(folder, keep_work=False)
+            _clear(folder, ())
     finally:
         for path in (folder, output_dir):
             with contextlib.suppress(OSError):  # not empty
@@ -103,7 +108,7 @@ def is_unfinished_folder(folder: Path) -> bool:
         paths = list(folder.iterdir())
     except OSError:
         return False
-    marks = (LOCK, PIECES, REPLACED, TRAINED_TOKENIZER, "dataset-", "rank-")
+    marks = (LOCK, PIECES, REPLACED, TRAINED_TOKENIZER, "dataset-", COMING, "rank-")
     return any(path.name.startswith(marks) for path in paths) and all(map(_is_ours, paths))
 
 
@@ -118,11 +123,10 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _clear(folder: Path, keep_work: bool) -> None:
-    """Remove what lies there but the lock; keep_work: and but pieces and trained tokenizers."""
-    kept = (LOCK, PIECES, TRAINED_TOKENIZER) if keep_work else (LOCK,)
+def _clear(folder: Path, kept: tuple[str, ...]) -> None:
+    """Remove what lies there but the lock, and what begins with one of `kept`."""
     for path in folder.iterdir():
-        if path.name.startswith(kept) or not _is_ours(path):
+        if path.name.startswith((LOCK, *kept)) or not _is_ours(path):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

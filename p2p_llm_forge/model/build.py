@@ -140,6 +140,28 @@ def load_model(
         if settings_of(lm):
             merge(lm)
         return lm
+    model, missing = read_model(name, trust_remote_code, dtype)
+    if settings_of(model):  # adapters of the Hub, which transformers has put into their base
+        merge(model)
+    model.config.get_text_config(decoder=True).use_cache = True  # of runs before it was published
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
+    require_all_weights(model, name, missing)
+    what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
+    require_positions(model.config, what, text)
+    require_same_words(model, name, text, trust_remote_code)
+    require_causal(
+        *(model, what, text.sequence_length, fewer),
+        "see that transformers alone runs it, or take another version of transformers",
+    )
+    return model
+
+
+def read_model(name: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model `name` as transformers reads it, and the names of weights that it lacks.
+
+    Raises ForgeError.
+    """
     disable_progress_bar()  # transformers draws one for every file, on every rank
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
@@ -166,20 +188,7 @@ def load_model(
         found = f"--model-name {name} could not be loaded: {one_line(error)}"
         raise ForgeError(found, fix) from error
     model, loading = loaded
-    if settings_of(model):  # adapters of the Hub, which transformers has put into their base
-        merge(model)
-    model.config.get_text_config(decoder=True).use_cache = True  # of runs before it was published
-    if model.generation_config is not None:
-        model.generation_config.use_cache = True
-    require_all_weights(model, name, loading["missing_keys"])
-    what, fewer = f"model {name}", "prepare the data with a smaller --sequence-length"
-    require_positions(model.config, what, text)
-    require_same_words(model, name, text, trust_remote_code)
-    require_causal(
-        *(model, what, text.sequence_length, fewer),
-        "see that transformers alone runs it, or take another version of transformers",
-    )
-    return model
+    return model, loading["missing_keys"]
 
 
 def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int = 0) -> Any:

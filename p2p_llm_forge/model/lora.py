@@ -23,6 +23,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.config.lora import BASE, CONFIG, INSTALL, WEIGHTS
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import read_json, write_json
+from p2p_llm_forge.model.low_rank import take_less_memory
 from p2p_llm_forge.model.sizes import one_line
 
 PREFIX = "base_model.model."  # of the keys in peft's files
@@ -81,6 +82,7 @@ def inject(lm: Any, settings: Any, seed: int = 0) -> None:
             raise ForgeError(found, f"name others: {in_words(names_of_layers(lm))}") from error
     for parameter in adapter_parameters(lm).values():
         parameter.data = parameter.data.float()  # whatever the base's dtype
+    take_less_memory(lm, ADAPTER)
     lm.fingerprint_of_base = fingerprint
 
 

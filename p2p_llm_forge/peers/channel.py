@@ -48,6 +48,7 @@ class Channel:
         self.bytes_sent, self._count_lock = 0, threading.Lock()  # payload that has left this rank
         self._first_group, self._second_group = groups
         self._sealing, self._guard = sealing, guard
+        self._under_way = 0  # exchanges that have begun here and are waited for
         self._numbers: dict[str, itertools.count[int]] = defaultdict(itertools.count)
         self._beginning = ThreadPoolExecutor(1, "beginning exchanges")
         self._finishing = ThreadPoolExecutor(1, "finishing exchanges")
@@ -56,6 +57,10 @@ class Channel:
         """Add bytes that leave this rank. May be called from any thread."""
         with self._count_lock:
             self.bytes_sent += sent
+
+    def is_exchanging(self) -> bool:
+        """Whether an exchange that has begun here is not over. May be asked from any thread."""
+        return self._under_way > 0
 
     def all_to_all(self, rows: Tensor, label: str = "") -> Waiting:
         """Begin to send row r to rank r. Returns what waits for the rows that all ranks send here.
@@ -153,13 +158,13 @@ class Channel:
         received = torch.empty_like(rows)
         with self._guard():
             work = dist.all_to_all_single(received, rows, group=self._first_group, async_op=True)
-        return partial(self._arrived, work, received, rows)
+        return self._begun(work, received, rows)
 
     def _collect(self, row: Tensor, rows: Tensor) -> Waiting:
         """Send `row` to all; those of all arrive in `rows`."""
         with self._guard():
             work = dist.all_gather(list(rows), row, group=self._second_group, async_op=True)
-        return partial(self._arrived, work, rows, row)
+        return self._begun(work, rows, row)
 
     def _spread_(self, values: Tensor) -> Tensor:
         """Send `values` of rank 0 to all, in place."""
@@ -167,10 +172,19 @@ class Channel:
             dist.broadcast(values, src=0, group=self._second_group)
         return values
 
+    def _begun(self, work: Any, received: Tensor, sent: Tensor) -> Waiting:
+        with self._count_lock:
+            self._under_way += 1
+        return partial(self._arrived, work, received, sent)
+
     def _arrived(self, work: Any, received: Tensor, sent: Tensor) -> Tensor:
         """What an exchange has brought, when it is over; `sent` must stay in memory until then."""
-        with self._guard():
-            work.wait()
+        try:
+            with self._guard():
+                work.wait()
+        finally:
+            with self._count_lock:
+                self._under_way -= 1
         return received
 
 

@@ -12,6 +12,7 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import NoneType
@@ -23,10 +24,12 @@ import torch.distributed as dist
 from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
 from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers.channel import Channel
+from p2p_llm_forge.peers.file_exchange import FileExchange, Place, listen
 from p2p_llm_forge.peers.findings import as_sent_by, problems_of_peer
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.liveness import FAILED, LEFT, Liveness
 from p2p_llm_forge.peers.rank_failure import SEE_THE_OTHER, RankFailure, explain
+from p2p_llm_forge.peers.routes import own_address
 from p2p_llm_forge.peers.sealing import Sealing
 from p2p_llm_forge.peers.store import StoreLost
 from p2p_llm_forge.polling import pauses
@@ -62,6 +65,7 @@ class Cluster:
         self._conversations = 0
         self._session = self._store.session if self._store else None
         self._channels: list[Channel] = []
+        self._files: FileExchange | None = None
         self._numbers = self._channel((None, control or dist.group.WORLD))
 
     @property
@@ -141,9 +145,12 @@ class Cluster:
         if self._store is not None:
             self._set(f"forge/posted/{key}/{self.rank}", value)
 
-    def wait_for(self, key: str, rank: int) -> str:
-        """What `rank` posts under `key`, for any thread. Raises LostPeer if it is gone."""
-        return self._await(f"forge/posted/{key}/{rank}", rank)
+    def wait_for(self, key: str, rank: int, is_over: Callable[[], bool] = lambda: False) -> str:
+        """What `rank` posts under `key`, for any thread. Raises LostPeer if it is gone.
+
+        is_over: whether to wait no more, and to raise CancelledError.
+        """
+        return self._await(f"forge/posted/{key}/{rank}", rank, is_over)
 
     # --- numbers and tensors ----------------------------------------------------------------------
 
@@ -177,6 +184,24 @@ class Cluster:
         """A new channel for bulk data. All ranks must call; it is closed when the run ends."""
         groups = (self._new_group(), self._new_group()) if self.world_size > 1 else (None, None)
         return self._channel(groups)
+
+    def open_files(self) -> FileExchange:
+        """What brings files from rank to rank, once for all callers. All ranks must call.
+
+        Closed with the cluster.
+        """
+        if self._files is None:
+            server, own = listen(own_address()) if self._peers else (None, {})
+            facts = self.gather_facts({**own, "host": platform.node()}) if server else []
+            places = [Place(**fact) for fact in facts]
+            timeout_s = self._peers.timeout_s if self._peers else 0.0
+            self._files = FileExchange(self.rank, places, server, self._session, timeout_s)
+            self._files.stand_back(self.is_exchanging)
+        return self._files
+
+    def is_exchanging(self) -> bool:
+        """Whether training exchanges bulk data right now. May be asked from any thread."""
+        return any(channel.is_exchanging() for channel in list(self._channels))
 
     def _channel(self, groups: tuple[Group, Group], ranks: list[int] | None = None) -> Channel:
         """ranks: between these alone, which it numbers from 0; by default all."""
@@ -287,6 +312,8 @@ class Cluster:
         """Show no more signs of life; no thread of ours must outlive the process group."""
         for channel in self._channels:
             channel.close()
+        if self._files is not None:
+            self._files.close()
         if self._peers is not None:
             self._peers.close()
 
@@ -308,11 +335,13 @@ class Cluster:
         with self.exchange():
             self._store.set(key, value)
 
-    def _await(self, key: str, rank: int) -> str:
+    def _await(self, key: str, rank: int, is_over: Callable[[], bool] = lambda: False) -> str:
         """The value that `rank` will set, as soon as it is there. Raises LostPeer."""
         peers = self._peers
         assert peers is not None
         for _ in pauses():
+            if is_over():
+                raise CancelledError
             # In this order: who sets the value and ends has set it.
             loss, has_left = peers.loss, peers.has_left(rank)
             try:

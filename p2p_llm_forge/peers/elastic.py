@@ -33,6 +33,10 @@ DEFAULT_PORT = 29600
 RETRY_S = 0.5
 LONGEST_LINE = 2000  # characters of what is said about the launch
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AFTER_MAIN = (
+    "start the same line again, on the main machine first; if that is gone for good, with --main of"
+    " another machine, on that one first: it resumes if the script's line has --resume auto"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +172,7 @@ class Peer:
             except (Gone, Stranger) as error:
                 found = f"lost the main machine at {self._launch.where}: {error}; the workers here"
                 found = f"{found} are ended"
-                fix = "start the same line again, on the main machine first: it resumes"
-                raise LostMain(found, f"{fix} if the script's line has --resume auto") from error
+                raise LostMain(found, AFTER_MAIN) from error
             kind = message.get("type")
             if kind == "start" and not self._asked.done():
                 await self._start(message)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from p2p_llm_forge.peers.rank_failure import NOT_MET
 from p2p_llm_forge.peers.signed_stream import Gone
 
 # How long workers may take to end by themselves, by why they are asked to. Seconds.
@@ -123,6 +124,8 @@ class Rounds:
                 self._stop(f"{who} came", TO_SAVE_S)
         if self.phase == STOPPING and all(member.is_idle for member in self.taking_part):
             lasted_s, self.phase, self._since = now - self._since, GATHERING, now
+            for member in self.taking_part:
+                member.is_proven |= lasted_s > LONG_S
             self._count_failures(lasted_s)
         if self.phase == GATHERING:
             here = self._available()
@@ -180,18 +183,21 @@ class Rounds:
                 member.send({"type": "stop", "reason": reason, "patience_s": patience_s})
 
     def _fail(self, member: Member, status: int) -> None:
+        if member not in self.taking_part:  # it was dismissed in the round before
+            return
         if self.phase != RUNNING or any(member.is_leaving for member in self.taking_part):
             return
-        if status == USERS_MISTAKE:
-            return self._mistake(member)
+        is_unproven = not all(one.is_proven for one in self.taking_part)
+        if status == USERS_MISTAKE or (status == NOT_MET and is_unproven):
+            return self._mistake(member, status)
         self._has_failed = True
         self.say(f"a worker on {member.address} ended with status {status}")
         self._stop(f"a worker on {member.address} ended with status {status}", TO_EXPLAIN_S)
 
-    def _mistake(self, member: Member) -> None:
+    def _mistake(self, member: Member, status: int) -> None:
         """A worker ended for what a user can fix: of the newcomers, if the others have trained."""
         newcomers = [one for one in self.taking_part if not one.is_proven]
-        reason = f"a worker on {member.address} ended with status 2: see its message"
+        reason = f"a worker on {member.address} ended with status {status}: see its message"
         if newcomers and len(newcomers) < len(self.taking_part):
             for newcomer in newcomers:
                 self._dismiss(newcomer, f"{reason}; the others continue without this machine")

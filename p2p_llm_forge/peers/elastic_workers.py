@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import Any
 
+from p2p_llm_forge.errors import QUIET
 from p2p_llm_forge.peers.elastic_rounds import TO_EXPLAIN_S
 
 Start = dict[str, Any]  # as `Rounds` sends it
@@ -50,7 +51,7 @@ class Workers:
                 await asyncio.create_subprocess_exec(
                     sys.executable,
                     *script,
-                    env={**os.environ, **environ_of(start, processes, local_rank)},
+                    env={**QUIET, **os.environ, **environ_of(start, processes, local_rank)},
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
                 )

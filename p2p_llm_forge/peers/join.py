@@ -24,7 +24,7 @@ from p2p_llm_forge.peers.launch import NEUTRAL, Launch, choose_threads, read_lau
 from p2p_llm_forge.peers.launcher import as_asked, refuse_gpu_file
 from p2p_llm_forge.peers.liveness import FAILED, GOODBYE_S, Liveness
 from p2p_llm_forge.peers.machine import bf16_pays, versions
-from p2p_llm_forge.peers.rank_failure import LostPeer
+from p2p_llm_forge.peers.rank_failure import NOT_MET, LostPeer
 from p2p_llm_forge.peers.rendezvous import choose_endpoint, rendezvous
 from p2p_llm_forge.peers.routes import choose_interface
 from p2p_llm_forge.polling import in_thread
@@ -40,20 +40,21 @@ SAME = {
 
 @contextlib.contextmanager
 def join(
-    config: TrainConfig, precision_begun: Callable[[], str | None] = lambda: None
+    config: TrainConfig, begin: Callable[[Cluster], str | None] = lambda cluster: None
 ) -> Iterator[Cluster]:
     """Join the peers of this launch, and leave them at the end: a notebook can train again.
 
-    precision_begun: what the run that resumes was computed in, as far as it is known; rank 0 asks.
+    begin: called on all ranks once they have met and are alike; returns what the run that resumes
+    was computed in, as far as it is known, the same on all of them.
     Raises ForgeError where the peers cannot come together, and for what fails while it is entered:
     errors of libraries and of the machine that are no bugs are raised as RankFailure.
     """
-    with brief_lookups(), _joined(config, precision_begun) as cluster:
+    with brief_lookups(), _joined(config, begin) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _joined(config: TrainConfig, precision_begun: Callable[[], str | None]) -> Iterator[Cluster]:
+def _joined(config: TrainConfig, begin: Callable[[Cluster], str | None]) -> Iterator[Cluster]:
     launch, file = as_asked(read_launch(config))
     if not _has_usable_accelerator(launch):
         refuse_gpu_file(config, launch, file)
@@ -71,12 +72,13 @@ def _joined(config: TrainConfig, precision_begun: Callable[[], str | None]) -> I
             print(f"rank {launch.rank}: reaching the peers by interface {name}", flush=True)
         peers = None
         if endpoint:
-            store = rendezvous(endpoint)
+            with _meeting(launch):
+                store = rendezvous(endpoint)
             peers = Liveness(store, launch.rank, launch.world_size, config.peer_timeout).start()
         cluster, backend = _form_cluster(config, launch, threads, peers)
         try:
-            begun = precision_begun() if launch.rank == 0 else None
-            precision = _agree_on_precision(config, cluster, backend, begun)
+            wanted, has_bf16 = _require_alike(config, cluster, backend)
+            precision = _precision(cluster, wanted, has_bf16, begin(cluster))
             cluster.accelerator = _accelerator(config, cluster, precision)
             yield cluster
         except BaseException as error:
@@ -92,6 +94,17 @@ def _joined(config: TrainConfig, precision_begun: Callable[[], str | None]) -> I
             cluster.leave()
         finally:
             cluster.close()
+
+
+@contextlib.contextmanager
+def _meeting(launch: Launch) -> Iterator[None]:
+    """Say to an elastic launcher that what fails inside may go well the next time."""
+    try:
+        yield
+    except ForgeError as error:
+        if launch.is_elastic and not launch.by_torchrun and error.status == ForgeError.status:
+            error.status = NOT_MET
+        raise
 
 
 def _form_cluster(
@@ -182,27 +195,33 @@ def _accelerator(config: TrainConfig, cluster: Cluster, precision: str) -> Accel
     )
 
 
-def _agree_on_precision(
-    config: TrainConfig, cluster: Cluster, backend: str | None, begun: str | None
-) -> str:
-    """The precision all ranks compute in; refuses peers that differ in what must be equal.
+def _require_alike(config: TrainConfig, cluster: Cluster, backend: str | None) -> tuple[str, bool]:
+    """The precision that was asked for, and whether bf16 is faster on every rank.
 
-    `auto` follows the launcher's config; without a launcher it is that of the run that resumes, and
-    else bf16 where it is faster on every rank.
+    Raises ForgeError for peers that differ in what must be equal.
     """
     wanted: str = config.mixed_precision
     if wanted == "auto":
         wanted = cluster.launch.precision
-    own: dict[str, Any] = {"precision": wanted, "backend": backend, "begun": begun}
+    own: dict[str, Any] = {"precision": wanted, "backend": backend}
     own |= {"settings": config.shared_settings()}
     own |= {"bf16": wanted == "auto" and bf16_pays(cluster.device)}
     own |= {**versions(), "host": platform.node()}
     facts = cluster.gather_facts(own)
     refuse_failures(differences(facts))
-    if wanted == "auto" and facts[0]["begun"] in ("no", "bf16"):
-        return str(facts[0]["begun"])
+    return wanted, all(fact["bf16"] is True for fact in facts)
+
+
+def _precision(cluster: Cluster, wanted: str, has_bf16: bool, begun: str | None) -> str:
+    """The precision all ranks compute in.
+
+    `auto` follows the launcher's config; without a launcher it is that of the run that resumes, and
+    else bf16 where it is faster on every rank.
+    """
+    if wanted == "auto" and begun in ("no", "bf16"):
+        return begun
     if wanted == "auto":
-        return "bf16" if all(fact["bf16"] is True for fact in facts) else "no"
+        return "bf16" if has_bf16 else "no"
     if wanted == "fp16" and cluster.device.type == "cpu":
         found = "fp16 needs a GPU, and this run is on the CPU"
         raise ForgeError(found, "use --mixed-precision bf16 or no")

@@ -11,14 +11,14 @@ import secrets
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.routes import address_of
+from p2p_llm_forge.peers.routes import own_address
 
 ECHOES = 8  # round trips that the latency is the median of, after one that warms up
 PIECE_BYTES = 256 << 10
@@ -49,27 +49,30 @@ class Links:
         return source, target, rate
 
 
-def measure_links(cluster: Cluster) -> Links:
+def measure_links(
+    cluster: Cluster, asked: Collection[tuple[int, int]] | None = None, link_s: float = LINK_S
+) -> Links:
     """Measure every pair of ranks, one link in one direction at a time. All ranks must call.
 
     Takes about a second for each, with many ranks less; a link with long round trips, or between
-    busy machines, more.
+    busy machines, more. asked: only these links, (from, to); of others nothing is known (NaN).
+    link_s: what one of them may take, about.
     """
     world = cluster.world_size
-    budget_s = max(SHORTEST_LINK_S, min(LINK_S, ALL_LINKS_S / max(1, world * (world - 1))))
+    links = set(itertools.permutations(range(world), 2) if asked is None else asked)
+    budget_s = max(SHORTEST_LINK_S, min(link_s, ALL_LINKS_S / max(1, len(links))))
     latency_s, bytes_per_s = ([[math.nan] * world for _ in range(world)] for _ in range(2))
     if world == 1:
         return Links(latency_s, bytes_per_s)
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    own = address_of(name) if name else "127.0.0.1"
+    own = own_address()
     family = socket.AF_INET6 if ":" in own else socket.AF_INET
     with socket.create_server((own, 0), family=family) as server, cluster.wire() as wire:
         facts = {"address": own, "port": server.getsockname()[1], "token": secrets.token_hex(16)}
         ends = cluster.gather_facts(facts)
-        for one, other in itertools.combinations(range(world), 2):
+        for one, other in sorted({(min(link), max(link)) for link in links}):
             one_way_s = _latency(cluster, wire, one, other)
             latency_s[one][other] = latency_s[other][one] = one_way_s
-            for source, target in ((one, other), (other, one)):
+            for source, target in sorted(links & {(one, other), (other, one)}):
                 rate = math.nan
                 if cluster.rank == source:
                     _stream(str(ends[target]["address"]), ends[target]["port"], ends[source])

@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ SHORTEST_TIMEOUT_S = 3.0
 NAMING_S = 3.0  # how long a failed exchange waits for heartbeats that say who is gone
 GOODBYE_S = 3.0  # how long the main process, and what ends with a run, is waited for
 OPENING_S = 120.0  # for connections between ranks that live, and are all about to connect
+HANGING_UP_S = 1.0  # for a wait that was hung up to say so
 LONGEST_LIST = 64  # ranks that one may say to have lost
 FAILED, LEFT = "failed", "left"
 
@@ -133,6 +135,7 @@ class Liveness:
         self._connections |= sockets.connected() - before
         if self.loss is not None or is_late:
             self.hang_up()
+            futures.wait([answer], HANGING_UP_S)  # what torch prints of it comes before our message
             raise self._loss(f"the ranks could not connect to each other within {OPENING_S:.0f} s")
         with self.exchange():
             return answer.result()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import secrets
 import statistics
 import time
 from dataclasses import replace
@@ -22,15 +20,16 @@ from p2p_llm_forge.peers.findings import (
     fine,
     warning,
 )
+from p2p_llm_forge.peers.keepers import keep
 from p2p_llm_forge.peers.launch import DEFAULT_PORT, Launch
 from p2p_llm_forge.peers.launch_files import LaunchFile
 from p2p_llm_forge.peers.machine import judge_machine
 from p2p_llm_forge.peers.routes import Main, judge_route
-from p2p_llm_forge.polling import wait_for
 
 CLOCK_TRIES = 5
 LARGEST_CLOCK_OFFSET_S = 1.0
 FOLDER_LAG_S = 3.0  # a network share may show a new file late
+CHECKED = ".check.lock"  # of nobody else: a run may be using the folder meanwhile
 
 
 def judge_alone(config: CheckConfig, launch: Launch, file: LaunchFile | None) -> list[Finding]:
@@ -73,8 +72,8 @@ def judge_peers(config: CheckConfig, cluster: Cluster, hosts: list[str]) -> list
         found += judge_pythons(cluster, hosts)
         found += judge_clocks(cluster, hosts)
     if config.output_dir:
-        is_needed = bool(config.resume) or config.keeps_own_state()
-        found += judge_shared_folder(cluster, Path(config.output_dir), is_needed, hosts)
+        folder, keeps_own_state = Path(config.output_dir), config.keeps_own_state()
+        found += judge_folders(cluster, folder, keeps_own_state, hosts)
     return found
 
 
@@ -115,50 +114,23 @@ def judge_pythons(cluster: Cluster, hosts: list[str]) -> list[Finding]:
     return found or [fine("versions", f"all ranks have the same libraries and Python {first}")]
 
 
-def judge_shared_folder(
-    cluster: Cluster, folder: Path, is_needed: bool, hosts: list[str]
+def judge_folders(
+    cluster: Cluster, folder: Path, keeps_own_state: bool, hosts: list[str]
 ) -> list[Finding]:
-    """Whether what rank 0 writes into the folder is read by all. Leaves nothing behind."""
-    note, nonce = folder / f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
-    made: list[Path] = []
+    """Which machines have an --output-dir of their own, and what travels then. All ranks must call.
 
-    def write() -> list[str]:
-        try:
-            made.extend(parent for parent in (folder, *folder.parents) if not parent.exists())
-            folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(nonce)
-        except OSError as error:
-            found = f"--output-dir {folder} cannot be written by rank 0: {error.strerror}"
-            fix = "choose another --output-dir, or make this one writable"
-            raise ForgeError(found, fix) from error
-        return [note.name, nonce]
-
-    def remove() -> None:
-        with contextlib.suppress(OSError):
-            note.unlink()
-            for parent in made:
-                parent.rmdir()
-
+    folder: of this rank. Leaves nothing behind.
+    """
     try:
-        name, wanted = cluster.main_only(write)
+        with keep(cluster, folder / CHECKED, f"--output-dir {folder}") as (keepers, _):
+            others = [rank for rank, keeper in enumerate(keepers.of) if keeper]
     except ForgeError as error:
         return failures("folder", error)
-    facts = cluster.gather_facts({"seen": _reads(folder / name, wanted)})
-    cluster.main_only(remove)
-    blind = [f"rank {rank} ({hosts[rank]})" for rank, fact in enumerate(facts) if not fact["seen"]]
-    if not blind:
+    if not others:
         return [fine("folder", f"{folder} is seen by all ranks")]
-    found = f"{', '.join(blind)} cannot see what rank 0 writes into {folder}"
-    fix = "put --output-dir on a network share at the same path on all machines"
-    if is_needed:
-        return [failure("folder", f"{found}, where every rank reads or writes checkpoints", fix)]
-    return [warning("folder", found, f"{fix}, to be able to --resume without copying")]
-
-
-def _reads(file: Path, wanted: str) -> bool:
-    def look() -> bool:
-        with contextlib.suppress(OSError):
-            return file.read_text() == wanted
-        return False
-
-    return wait_for(look, FOLDER_LAG_S)
+    own = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in others)
+    have = "has" if len(others) == 1 else "have"
+    found = f"{own} {have} another --output-dir than rank 0: checkpoints travel there to resume"
+    if keeps_own_state:
+        found += ", and to rank 0 what only other ranks have of one"
+    return [fine("folder", found)]

@@ -9,6 +9,7 @@ import platform
 
 from p2p_llm_forge.errors import ForgeError
 
+NOT_MET = 3  # exit status of a rank of an elastic launch that could not meet the others
 SEE_THE_OTHER = "see what that process printed as it ended, then continue with --resume auto"
 SEE_THE_NETWORK = "python check_cluster.py names who cannot reach whom; continue with --resume auto"
 

@@ -46,6 +46,9 @@ FAREWELL_S = 3.0
 LOOK_THERE = "see whether that machine runs and what it printed, then start all again"
 LISTED = 8  # ranks or pairs that a message names
 RENDEZVOUS_TIMEOUTS = 3  # of --peer-timeout, where nothing else is asked for
+# Of an elastic launch: who came is known, and one who is lost is noticed by the launchers. Only the
+# imports are waited for, which take minutes on a busy machine with a slow disk.
+ELASTIC_RENDEZVOUS_S = 300.0
 MISSING = '"missing"'  # a verdict of which every rank sees for itself whom it means
 
 
@@ -90,6 +93,9 @@ def choose_endpoint(
             _refuse_open_launcher(listening)
         found = addresses.judge_name(host, launch.machines)
         refuse_failures(found + addresses.judge_public(listening, config.allow_public_address))
+    usual_s = RENDEZVOUS_TIMEOUTS * config.peer_timeout
+    if launch.is_elastic:
+        usual_s = max(usual_s, ELASTIC_RENDEZVOUS_S)
     return Endpoint(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -98,7 +104,7 @@ def choose_endpoint(
         main_port=launch.master_port or DEFAULT_PORT,
         serves_store=launch.rank == 0 and not launch.serves_store,
         own_address=own,
-        timeout_s=config.rendezvous_timeout or RENDEZVOUS_TIMEOUTS * config.peer_timeout,
+        timeout_s=config.rendezvous_timeout or usual_s,
         peer_timeout_s=config.peer_timeout,
         secret=read_secret(config.cluster_secret_file),
     )

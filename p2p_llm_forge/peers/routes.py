@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import platform
 import socket
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ def address_of(interface: str) -> str:
     missing = f"GLOO_SOCKET_IFNAME is {interface}: no such interface with an address here ({alike})"
     fix = "unset GLOO_SOCKET_IFNAME: the interface that leads to the main machine is then taken"
     raise ForgeError(missing, fix)
+
+
+def own_address() -> str:
+    """The address by which gloo, and so every peer, reaches this process. Raises ForgeError."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    return address_of(name) if name else "127.0.0.1"
 
 
 def are_neighbours(host: str) -> bool:

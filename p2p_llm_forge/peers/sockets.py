@@ -22,7 +22,7 @@ def give_up_early(host: str, port: int, timeout_s: float) -> int:
     theirs, count = _addresses(host), 0
     for connection, address, its_port in _connections():
         if its_port == port and address in theirs:
-            _set_timeout(connection, timeout_s)
+            keep_alive(connection, timeout_s)
             count += 1
     return count
 
@@ -72,8 +72,8 @@ def _connections() -> Iterator[tuple[socket.socket, str, int]]:
                 yield connection, str(peer[0]).removeprefix("::ffff:"), int(peer[1])
 
 
-def _set_timeout(connection: socket.socket, timeout_s: float) -> None:
-    """TCP's own probes, as far as this system has them, and the longest wait for an answer."""
+def keep_alive(connection: socket.socket, timeout_s: float) -> None:
+    """Let a connection fail once its other end has answered nothing for about `timeout_s`."""
     probe_s = max(1, round(timeout_s / (KEEPALIVE_TRIES + 1)))
     chosen = {
         "TCP_KEEPIDLE": probe_s,

@@ -121,8 +121,9 @@ class DiLoCo(Sync):
         """Raises ForgeError where the model has fewer parts than `--fragments`."""
         self._cluster, self._config, self._optimizer = cluster, config, replica.optimizer
         self._every = config.round_length()
+        asked = config.outer_lr, config.outer_momentum
         self._outer = outer.settings_of_rounds(
-            config.outer_lr, config.outer_momentum, cluster.world_size, self._every
+            *asked, cluster.world_size, self._every, config.optimizer
         )
         self.rounds_begin_after: int = config.ddp_warmup_steps
         self._total, self._done = replica.total_steps, replica.steps_done

@@ -116,8 +116,12 @@ class Budget:
 
     def is_save_due(self) -> bool:
         """Whether so much time has passed since the last checkpoint that one is due."""
-        every_s = min(BETWEEN_SAVES * self.seconds, LONGEST_BETWEEN_SAVES_S)
-        return self.spent_s - self._saved_s >= every_s
+        return self.spent_s - self._saved_s >= self.between_saves_s
+
+    @property
+    def between_saves_s(self) -> float:
+        """Seconds after which the next checkpoint is due."""
+        return min(BETWEEN_SAVES * self.seconds, LONGEST_BETWEEN_SAVES_S)
 
     def saved(self) -> None:
         """A checkpoint has been made."""

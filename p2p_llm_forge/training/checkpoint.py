@@ -35,6 +35,7 @@ from p2p_llm_forge.training.run_record import RunRecord, put_on_record
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "TRAINER_STATE", "checkpoint_dir", "commit", "damage"]
 __all__ += [
+    "complete",
     "find",
     "in_the_way",
     "is_in_the_way",
@@ -91,7 +92,19 @@ def commit(
     config: TrainConfig,
     confirm: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Make a checkpoint of what `write` puts into the folder it is given, then prune old ones.
+    """Make a checkpoint as `complete` does, then prune old ones."""
+    final = complete(output_dir, step, write, confirm)
+    prune(output_dir, step, config)
+    return final
+
+
+def complete(
+    output_dir: Path,
+    step: int,
+    write: Callable[[Path], None],
+    confirm: Callable[[], None] = lambda: None,
+) -> Path:
+    """Make a checkpoint of what `write` puts into the folder it is given.
 
     It becomes visible by one rename after everything in it is on disk. confirm: raises if this
     process may not write any more. Raises ForgeError when the disk does not take it, or when what
@@ -124,7 +137,6 @@ def commit(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
     confirm()
-    prune(output_dir, step, config)
     return final
 
 

@@ -10,7 +10,15 @@ from p2p_llm_forge.data.dataset import looks_like_prepared
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
 from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
-from p2p_llm_forge.training.run_record import LOSS, METRICS, PEERS, RUNS, SAMPLES, RunRecord
+from p2p_llm_forge.training.run_record import (
+    LOSS,
+    METRICS,
+    PEERS,
+    RUNS,
+    SAMPLES,
+    Resumed,
+    RunRecord,
+)
 
 LOCK = "run.lock"
 PREPARED = "prepared"  # the dataset that is made of a text, by the rules of data/prepare.py
@@ -123,10 +131,17 @@ def refuse_file_of_trackers(output_dir: Path, report_to: str) -> None:
         )
 
 
-def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -> None:
+def claim(
+    output_dir: Path,
+    identity: dict[str, Any],
+    overwrite: bool = False,
+    started: str | None = None,
+    resumed: Resumed = (),
+) -> None:
     """Record in run.json that the folder is this run's; `overwrite` first removes the one in it.
 
-    To be called when all else is known to work. Raises ForgeError for a folder not writable.
+    started, resumed: which start of the run it is (see starts.py). To be called when all else is
+    known to work. Raises ForgeError for a folder not writable.
     """
     metrics = output_dir / METRICS
     if os.path.lexists(metrics) and not metrics.is_file():
@@ -144,7 +159,7 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool = False) -
         # What is there and was not written by a run of ours is somebody else's, also from now on.
         names = (METRICS, SAMPLES, LOSS, PEERS)
         free = {name for name in names if not os.path.lexists(output_dir / name)}
-        RunRecord(identity, frozenset(kept | free)).write(output_dir)
+        RunRecord(identity, frozenset(kept | free), started, resumed).write(output_dir)
     except OSError as error:
         raise ForgeError(
             f"--output-dir {output_dir} cannot be written: {error.strerror or error}",

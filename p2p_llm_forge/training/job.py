@@ -16,13 +16,25 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.config.fields import option
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
+from p2p_llm_forge.data.fetched import Found
 from p2p_llm_forge.data.formats import compression_of, format_of
-from p2p_llm_forge.data.hub import near
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.budget import Budget
+from p2p_llm_forge.training.fetched_data import (
+    bring_data,
+    look_everywhere,
+    refuse_other_than_the_runs,
+    refuse_others,
+    refuse_two_versions,
+    refuse_what_is_in_the_way,
+    refuse_what_is_nowhere,
+    wanted_by_run,
+    what_to_bring,
+)
+from p2p_llm_forge.training.fetched_model import bring_model
 from p2p_llm_forge.training.identity import (
     LOCK,
     PREPARED,
@@ -34,6 +46,14 @@ from p2p_llm_forge.training.plan import Plan, plan_updates
 from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
 from p2p_llm_forge.training.publishing import look_at_hub, require_login
 from p2p_llm_forge.training.settle import begun_in, settle, width_for
+from p2p_llm_forge.training.texts import (
+    is_of_lost_text,
+    refuse_different_texts,
+    refuse_missing_file,
+    require_common_folder,
+    text_of_run_named,
+    who_prepares,
+)
 from p2p_llm_forge.training.tuning import with_warmup
 
 FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -125,22 +145,20 @@ def open_job(config: TrainConfig, cluster: Cluster) -> Job:
     Raises ForgeError; a text that was prepared for a run that is refused leaves no trace then.
     """
     cluster.main_only(lambda: require_login(config))
+    bring_model(config, cluster)
     config = settled(config, cluster)
     prepared = Path(config.output_dir) / PREPARED
-    was_there = cluster.main_only(lambda: os.path.lexists(prepared))
+    was_there = os.path.lexists(prepared)
     data = open_data(config, cluster)
     plan = make_plan(config, cluster, data)
     job = Job(with_warmup(config, plan.total_steps), cluster, data, plan)
-
-    def refuse_without_a_trace() -> None:
+    if cluster.main_only(lambda: data.path == prepared and not was_there):
         try:
-            job.refuse_another_run()
+            cluster.main_only(job.refuse_another_run)
         except ForgeError:
-            shutil.rmtree(prepared, ignore_errors=True)
+            if not was_there:
+                shutil.rmtree(prepared, ignore_errors=True)
             raise
-
-    if data.path == prepared and not was_there:
-        cluster.main_only(refuse_without_a_trace)
     cluster.main_only(lambda: look_at_hub(config))
     return job
 
@@ -158,19 +176,32 @@ def settled(config: TrainConfig, cluster: Cluster) -> TrainConfig:
 
 
 def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
-    """The prepared dataset; a text file is prepared first, by the main process alone."""
+    """The prepared dataset; a rank that lacks it fetches it. All ranks must call.
+
+    A text is prepared first, by rank 0 alone, or by the first that has it. Where no machine has it
+    any more, what was made of it for this run takes its place.
+    """
     folder = Path(config.dataset_path)
-    if folder.suffix and not cluster.main_only(folder.exists):
-        alike = " or ".join(near(str(folder)))
-        fix = f"did you mean {alike}? Else give" if alike else "give"
-        raise ForgeError(f"--dataset-path {folder}: no such file", f"{fix} a text or a folder")
-    is_text = cluster.main_only(lambda: folder.is_file())
+    seen = look_everywhere(cluster, folder)
+    maker, is_left = who_prepares(seen), False
+    if maker is not None:
+        refuse_different_texts(config, cluster, seen, maker)
+    if not any(found.kind != "nothing" for found in seen):
+        made = Path(config.output_dir) / PREPARED
+        is_left = bool(config.output_dir) and is_of_lost_text(cluster, folder, made)
+        if not is_left:
+            refuse_what_is_nowhere(config, cluster, folder)
+            cluster.main_only(lambda: refuse_missing_file(folder))
+    is_text = maker is not None or is_left
     if is_text:
         folder = Path(config.output_dir) / PREPARED
-        if config.dry_run:
-            cluster.main_only(lambda: require_prepared(config, folder))
-        else:
-            cluster.main_only(lambda: prepare_text(config, folder, cluster.launch.run_id))
+        if maker is not None:
+            require_common_folder(config, cluster, folder, maker)
+            make_of_text(config, cluster, folder, maker)
+        seen = look_everywhere(cluster, folder)
+        lacks = seen[cluster.rank].kind == "nothing"
+        cluster.together(lambda: refuse_before_data(config) if lacks else None)
+    bring_what_lacks(config, cluster, folder, seen, is_text)
 
     def opened() -> PreparedDataset:
         data = open_prepared(folder)
@@ -188,6 +219,50 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
             "leave the flag out, or prepare the data again with it",
         )
     return data
+
+
+def bring_what_lacks(
+    config: TrainConfig, cluster: Cluster, folder: Path, seen: list[Found], is_text: bool
+) -> None:
+    """Fetch the dataset where it is missing or out of date. seen: see `look_everywhere`.
+
+    All ranks must call. Raises ForgeError where it is not clear which one it is.
+    """
+    wanted = wanted_by_run(config, cluster)
+    replace_all = is_text and config.overwrite  # what a run has made gives way with it
+    if not replace_all:
+        refuse_other_than_the_runs(seen, wanted, is_text)
+        refuse_others(
+            {
+                rank: (found.fingerprint, found.where)
+                for rank, found in enumerate(seen)
+                if found.kind == "dataset" and not found.is_fetched
+            }
+        )
+        refuse_two_versions(seen, wanted)
+    refuse_what_is_in_the_way(config, cluster, folder, seen)
+    brought = what_to_bring(seen, replace_all, wanted)
+    if brought is None:
+        return
+    if not is_text and config.output_dir and not config.eval_only:
+        cluster.main_only(lambda: refuse_before_data(config))  # not when hours of fetching are over
+    bring_data(config, cluster, folder, brought)
+
+
+def make_of_text(config: TrainConfig, cluster: Cluster, folder: Path, maker: int) -> None:
+    """Have one rank prepare its text into its folder, or see in a dry run that it is prepared."""
+
+    def make() -> None:
+        with text_of_run_named(config, folder):
+            if config.dry_run:
+                require_prepared(config, folder)
+            else:
+                prepare_text(config, folder, cluster.launch.run_id)
+
+    if maker == 0:
+        cluster.main_only(make)
+    else:
+        cluster.together(lambda: make() if cluster.rank == maker else None)
 
 
 def refuse_flags_of_texts(config: TrainConfig, data: PreparedDataset) -> None:
@@ -216,16 +291,7 @@ def refuse_flags_of_texts(config: TrainConfig, data: PreparedDataset) -> None:
 def refuse_different_data(cluster: Cluster, data: PreparedDataset) -> None:
     """Raise ForgeError, naming them, if ranks have other data than rank 0 under the same name."""
     facts = cluster.gather_facts({"data": data.manifest.fingerprint, "path": str(data.path)})
-    first = facts[0]
-    problems = Problems()
-    for rank, fact in enumerate(facts):
-        problems.require(
-            fact["data"] == first["data"],
-            f"rank {rank} has other data ({fact['data'][:12]} in {fact['path']}) than rank 0"
-            f" ({first['data'][:12]} in {first['path']})",
-            f"copy rank 0's folder to the machine of rank {rank}, or share it",
-        )
-    problems.raise_any()
+    refuse_others({rank: (fact["data"], fact["path"]) for rank, fact in enumerate(facts)})
 
 
 def prepare_text(config: TrainConfig, folder: Path, run_id: str | None) -> None:
@@ -364,9 +430,9 @@ def refuse_before_data(config: TrainConfig) -> None:
 
 def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> Plan:
     """How the updates are made up, for as many peers as there are."""
-    recorded = None
-    if config.resume:
-        recorded = cluster.main_only(lambda: recorded_identity(Path(config.output_dir)))
+    recorded = cluster.main_only(
+        lambda: recorded_identity(Path(config.output_dir)) if config.resume else None
+    )
     batch_size = recorded.get("batch_size") if recorded else None
     if is_count(batch_size) and batch_size and config.batch_size is None:
         # The batch stays what it was, with however many peers the run resumes.

@@ -8,7 +8,7 @@ skipped with a reason, and never removed. Links are not followed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
 
 
-MANIFEST_SHAPE = {
-    **{"format_version": is_count, "step": is_count},
-    "files": {str: {"size": is_count, "sha256": is_digest}},
-}
+FILE_SHAPE = {"size": is_count, "sha256": is_digest}
+MANIFEST_SHAPE = {"format_version": is_count, "step": is_count, "files": {str: FILE_SHAPE}}
 
 
 def is_dtype(value: Any) -> bool:
@@ -70,7 +68,10 @@ def checkpoint_dir(output_dir: Path, step: int) -> Path:
 
 def steps_saved(output_dir: Path) -> list[int]:
     """The steps of all folders that are called like checkpoints, newest first, verified or not."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    try:
+        folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    except FileNotFoundError:  # it was empty, and another rank has just removed it
+        return []
     names = (CHECKPOINT.fullmatch(path.name) for path in folders if not path.is_symlink())
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
@@ -156,13 +157,21 @@ def damage(path: Path) -> str | None:
         return f"it has no {MANIFEST}, so its writing was not finished, or it is another program's"
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
+    wrong = next(differences(path, files), None)
+    return wrong[1] if wrong else unusable(path, files)
+
+
+def differences(path: Path, files: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The files of a checkpoint that are not what its manifest promises, each with how they differ.
+
+    files: as in the manifest. Reads them all.
+    """
     for name, promised in files.items():
         try:
             if wrong := _difference(path / name, promised):
-                return f"{ascii(name)[1:-1]} {wrong}"
+                yield name, f"{ascii(name)[1:-1]} {wrong}"
         except (OSError, ValueError) as error:
-            return f"{ascii(name)[1:-1]} cannot be read ({error})"
-    return _unusable(path, sorted(files))
+            yield name, f"{ascii(name)[1:-1]} cannot be read ({error})"
 
 
 def _difference(file: Path, promised: dict[str, Any]) -> str | None:
@@ -175,14 +184,14 @@ def _difference(file: Path, promised: dict[str, Any]) -> str | None:
     return None
 
 
-def _unusable(path: Path, files: list[str]) -> str | None:
+def unusable(path: Path, files: Iterable[str]) -> str | None:
     """Why what the files of a checkpoint hold is of no use, as they were written."""
     try:
         if (step := read_state(path)["step"]) != int(path.name.rpartition("-")[2]):
             return f"its {TRAINER_STATE} is that of step {step}"
     except (OSError, ValueError) as error:
         return f"its {TRAINER_STATE} cannot be read ({error})"
-    tensors = [name for name in files if name.endswith(".safetensors")]
+    tensors = [name for name in sorted(files) if name.endswith(".safetensors")]
     if not any(os.sep not in name and name.startswith(("model", ADAPTERS)) for name in tensors):
         return "it holds no weights"
     for name in tensors:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.held_out import held_out
-from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
 from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.lora import lora_in_words
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.preflight import hosts_of
 from p2p_llm_forge.sync.forecast import table
-from p2p_llm_forge.training.checkpoint import LONGEST_LINE, newest_good, read_state, steps_saved
+from p2p_llm_forge.training.checkpoint import LONGEST_LINE, read_state, steps_saved
 from p2p_llm_forge.training.evaluation import evaluate_blocks
+from p2p_llm_forge.training.fetched_model import bring_model
 from p2p_llm_forge.training.forecast import measure_and_forecast
 from p2p_llm_forge.training.identity import (
     recorded_identity,
@@ -26,6 +28,7 @@ from p2p_llm_forge.training.identity import (
 )
 from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
+from p2p_llm_forge.training.lent_model import lent, newest_anywhere, refuse_two_runs, steps_by_rank
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files
 from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.results import TrainResult
@@ -33,12 +36,15 @@ from p2p_llm_forge.training.settle import settled_lines
 from p2p_llm_forge.training.setup import held_out_of, settle_evaluation, settle_pace
 from p2p_llm_forge.training.tracking import introduction
 
+NONE = {"name": "", "step": 0}  # a checkpoint
+
 
 def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     """Evaluate `--model-name`, or the newest good checkpoint of the run, and write nothing.
 
     Of a run that has begun from `--model-name`, the run is meant: its own line gets this flag.
     """
+    bring_model(config, cluster)
     data = open_data(config, cluster)
     code = config.trust_remote_code
     blocks = cluster.together(lambda: held_out(data, config.eval_blocks, code))
@@ -48,7 +54,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
             "prepare it with --validation-fraction 0.1",
         )
     text, name = text_spec_of(data), config.model_name or ""
-    if name and not cluster.main_only(lambda: is_where_run_began(config)):
+    if name and not is_where_run_began_anywhere(config, cluster):
         steps = 0
         lm = cluster.together(lambda: load_model(name, text, code))
     else:
@@ -60,6 +66,12 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     if cluster.is_main:
         print(result.summary(), flush=True)
     return result
+
+
+def is_where_run_began_anywhere(config: TrainConfig, cluster: Cluster) -> bool:
+    """Whether a machine has the run that has begun from `--model-name`. All ranks must call."""
+    own = cluster.together(lambda: is_where_run_began(config))
+    return any(fact["own"] for fact in cluster.gather_facts({"own": own}))
 
 
 def is_where_run_began(config: TrainConfig) -> bool:
@@ -81,35 +93,32 @@ def is_where_run_began(config: TrainConfig) -> bool:
 def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[str, int, Any]:
     """The newest good checkpoint of the run, its step, and its model. All ranks must call.
 
-    A run that trains meanwhile may prune it while it is read: then the next one is taken.
+    It is of whichever machine has the newest. A run that trains meanwhile may prune it while it is
+    read: then the next one is taken. Raises ForgeError where machines hold different runs.
     """
     output_dir = Path(config.output_dir)
-
-    def newest() -> tuple[str, int]:
-        while True:
-            there = steps_saved(output_dir)
-            path, skipped = newest_good(output_dir)
-            with contextlib.suppress(OSError, ValueError):
-                step = read_state(path)["step"] if path else 0
-                if path or there == steps_saved(output_dir):
-                    break
-        for line in skipped:
-            print(in_one_line(line, LONGEST_LINE), file=sys.stderr, flush=True)
-        return str(path or ""), step
-
+    refuse_two_runs(cluster, output_dir)
     while True:
-        name, steps = cluster.main_only(newest)
-        if not name:
+        there = steps_by_rank(cluster, output_dir)
+        step, lender, skipped = newest_anywhere(cluster, output_dir)
+        if step < 0 and there != steps_by_rank(cluster, output_dir):
+            continue
+        for line in skipped if cluster.is_main else []:
+            print(in_one_line(line, LONGEST_LINE), file=sys.stderr, flush=True)
+        if step < 0:
             raise ForgeError(
                 f"nothing to evaluate: {output_dir} has no good checkpoint, and no --model-name was"
                 " given",
                 "give the --output-dir of a run, or a --model-name",
             )
+        saved = checkpoint_dir(output_dir, step)
+        name = cluster.gather_facts({"name": str(saved)})[lender]["name"]
         try:
-            model = cluster.together(lambda: load_model(name, text, config.trust_remote_code))  # noqa: B023
-            return name, steps, model
+            with lent(cluster, output_dir, step, lender) as path:
+                load = partial(load_model, str(path), text, config.trust_remote_code)
+                return name, step, cluster.together(load)
         except ForgeError:
-            if cluster.main_only(lambda: own_files(Path(name)) is not None):  # noqa: B023
+            if not cluster.gather_facts({"gone": own_files(saved) is None})[lender]["gone"]:
                 raise  # it is still there, so something else is wrong
 
 
@@ -141,10 +150,44 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
     return [f"folder    {found}; {then}, --overwrite throws it away"], state
 
 
+def look_elsewhere(job: Job) -> list[str]:
+    """What other machines have that rank 0 lacks, or must not have, for a person. All ranks must
+    call."""
+    cluster, config, folder = job.cluster, job.config, job.output_dir
+    if cluster.world_size == 1 or config.overwrite:
+        return []
+    identity, problems = job.identity(), list[Problem]()
+    try:
+        cluster.together(lambda: refuse_another_run(folder, identity, True, config.resume_changed))
+    except ForgeError as error:  # what is wrong on rank 0, or alike on all, has been said
+        problems += [
+            one for one in error.problems if not one.where.startswith("rank 0 (") and one.where
+        ]
+    try:
+        refuse_two_runs(cluster, folder)
+    except ForgeError as error:
+        problems += error.problems
+    if problems:
+        return [_refused(one) for one in problems]
+    step, rank, _ = newest_anywhere(cluster, folder)
+    if not rank:
+        return []
+    where = f"rank {rank} ({hosts_of(cluster)[rank]}) holds a run that was saved after step"
+    allowed = ", without --fetch never" if config.fetch == "never" else ""
+    return [f"folder    {where} {step:,}; --resume auto fetches it{allowed}"]
+
+
+def _refused(problem: Problem) -> str:
+    """Why --resume auto would not go on, as a line of a dry run."""
+    found, fix = problem.shown()
+    return f"folder    {f'{problem.where}: ' if problem.where else ''}{found}\n          {fix}"
+
+
 def dry_run(job: Job) -> TrainResult:
     """Print what a run would do, and how fast by which strategy; train and write nothing."""
     cluster = job.cluster
     in_folder, state = cluster.main_only(lambda: look_into(job))
+    in_folder += look_elsewhere(job)
     if state:
         job, _ = settle_pace(job, state)
     job = settle_evaluation(job, state or {})

@@ -30,10 +30,11 @@ from p2p_llm_forge.training.run_record import CHECKPOINT, RUN, RUNS, RunRecord
 # What is written beside the checkpoints before it is renamed, here, in checkpoint.py, snapshot.py
 # and files.py; and the digits of chance in their names.
 LEFTOVER = re.compile(
-    r"tmp-((checkpoint|pruned|replaced|uploaded|merged)-\d+-[0-9a-f]{8}|rank-\d{5}\.safetensors\.[0-9a-f]{8}"
+    r"tmp-((checkpoint|copied|pruned|replaced|uploaded|merged|fetched)-\d+-[0-9a-f]{8}|rank-\d{5}\.safetensors\.[0-9a-f]{8}"
     r"|run\.lock-[0-9a-f]{16})",
     re.ASCII,
 )
+IN_USE: set[Path] = set()  # of what is called so: what threads of this process still need
 PARTIAL = re.compile(r"tmp-(?P<name>.+)\.\d+\.\d+", re.ASCII)
 
 
@@ -83,7 +84,18 @@ def _aside(output_dir: Path, why: str, step: int) -> Path:
 
 
 def prune(output_dir: Path, newest: int, config: TrainConfig) -> None:
-    """Remove the checkpoints that are not to be kept, and what unfinished saves have left.
+    """Remove the checkpoints that are not to be kept, and what unfinished saves have left."""
+    prune_checkpoints(output_dir, newest, config)
+    remove_leftovers(output_dir)
+
+
+def prune_checkpoints(output_dir: Path, newest: int, config: TrainConfig) -> None:
+    """Remove the checkpoints that are not to be kept (see `superfluous`)."""
+    remove(output_dir, superfluous(output_dir, newest, config))
+
+
+def superfluous(output_dir: Path, newest: int, config: TrainConfig) -> list[int]:
+    """The steps of the checkpoints that are not to be kept.
 
     newest: the step just saved; later ones are of a branch that `--resume FOLDER` has left. Those
     that are not whole are not counted as kept.
@@ -92,8 +104,7 @@ def prune(output_dir: Path, newest: int, config: TrainConfig) -> None:
     whole = [s for s in own if s <= newest and is_whole(checkpoint_dir(output_dir, s))]
     best = best_steps(output_dir, whole) if config.keep_best else []
     kept = {*whole[: config.keep_checkpoints], *best}
-    remove(output_dir, [step for step in own if step not in kept])
-    remove_leftovers(output_dir)
+    return [step for step in own if step not in kept]
 
 
 def best_steps(output_dir: Path, steps: list[int]) -> list[int]:
@@ -112,12 +123,13 @@ def best_steps(output_dir: Path, steps: list[int]) -> list[int]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what writers have left that were killed. None may be at work but an upload of ours."""
+    """Remove what writers have left that were killed. None may be at work but an upload of ours,
+    and what this process has named in `IN_USE`."""
     record = RunRecord.read(output_dir)
     wrote = record.wrote if record else ()
     for leftover in output_dir.glob("tmp-*"):
-        is_in_use = leftover.name.startswith("tmp-uploaded-") and ONE_UPLOAD.locked()
-        if is_in_use or not is_leftover(leftover.name, wrote):
+        is_uploaded = leftover.name.startswith("tmp-uploaded-") and ONE_UPLOAD.locked()
+        if is_uploaded or leftover in IN_USE or not is_leftover(leftover.name, wrote):
             continue
         if leftover.is_symlink() or not leftover.is_dir():
             leftover.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shlex
@@ -22,7 +21,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.config.lora import BASE, CONFIG
 from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.errors import ForgeError, quoted
-from p2p_llm_forge.files import read_json, write_json
+from p2p_llm_forge.files import link, read_json, write_json
 from p2p_llm_forge.peers.launch import rank_and_world_size
 from p2p_llm_forge.training.results import RESULTS, TrainResult
 from p2p_llm_forge.training.run_record import CHECKPOINT, METRICS, RunRecord
@@ -351,7 +350,7 @@ class Uploads:
         try:
             kept.mkdir()
             for name in names:
-                _link(saved / name, kept / name)
+                link(saved / name, kept / name)
         except OSError as error:
             shutil.rmtree(kept, ignore_errors=True)
             ONE_UPLOAD.release()
@@ -370,11 +369,3 @@ class Uploads:
         finally:
             ONE_UPLOAD.release()
             shutil.rmtree(kept, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name of a file that nobody writes any more, or a copy. Raises OSError."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

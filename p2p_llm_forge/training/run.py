@@ -112,6 +112,7 @@ class Run:
         self.tracking.start(self.first_step, self.total_steps, self.gauge.began)
         if self.samples:
             self.samples.start(self.first_step)
+        self.saving.copies.start(self.first_step)
         self.clock.start()
         self.gauge.start()
         if self.budget:
@@ -181,7 +182,7 @@ class Run:
         self.gauge.worst_memory_peak = max(memories)
         self.balance.measured(list(forwards_s))
         if any(are_lost):
-            self.job.cluster.main_only(self.folder.confirm)
+            self.folder.on_keepers(self.folder.confirm)
         if self.pace and totals[0]:
             self.end_after(done, totals[0])
         return int(max(wishes))
@@ -210,6 +211,7 @@ class Run:
             **self.gauge.figures(updates, self.total_steps - step, tokens_per_second),
             "peers": self.job.cluster.world_size,
             **self.meter.figures(spent_s, updates),
+            **self.saving.copies.figures(),
         }
         if self.budget:
             line["seconds_left"] = max(0.0, self.budget.left_s)
@@ -309,7 +311,7 @@ class Run:
         self.tracking.say(f"warning: {discarded.in_words()}")
 
     def close(self) -> None:
-        self.saving.wait()
+        self.saving.close()
         self.tracking.finish()
 
 

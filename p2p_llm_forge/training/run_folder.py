@@ -7,23 +7,27 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import Lock, fsync, only_writer, write_file, write_json
+from p2p_llm_forge.files import Lock, fsync, write_file, write_json
 from p2p_llm_forge.model.lora import is_adapter_folder
+from p2p_llm_forge.peers.keepers import Keepers, keep, on_keepers
 from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.beginning import Beginning
 from p2p_llm_forge.training.card import PICTURES, CardFacts, model_card
 from p2p_llm_forge.training.identity import LOCK, claim, refuse_file_of_trackers
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import merged, text_spec_of
 from p2p_llm_forge.training.pace import saved_pace
+from p2p_llm_forge.training.pruning import remove, superfluous
 from p2p_llm_forge.training.publishing import CARD
 from p2p_llm_forge.training.results import RESULTS, TrainResult
-from p2p_llm_forge.training.run_record import RunRecord, put_on_record
+from p2p_llm_forge.training.run_record import Resumed, RunRecord, put_on_record
+from p2p_llm_forge.training.starts import agreed_history, agreed_start, new_start
 
 NOT_PUBLISHED = {checkpoint.MANIFEST, checkpoint.TRAINER_STATE, snapshot.OPTIMIZER, snapshot.SYNC}
 
@@ -33,15 +37,28 @@ OF_A_MODEL = re.compile(r"(adapter_|base_|generation_)?(model|config)(\S*)\.(jso
 
 
 class RunFolder:
-    """The output directory while this run holds it. The main process has the lock."""
+    """The output directory while this run holds it: that of each machine, or a shared one.
 
-    def __init__(self, job: Job, lock: Lock | None) -> None:
+    keepers: who keeps which; those ranks have its lock. What the run prints and publishes is in
+    that of rank 0.
+    """
+
+    def __init__(
+        self, job: Job, keepers: Keepers, lock: Lock | None, beginning: Beginning | None = None
+    ) -> None:
         self._job, self._lock = job, lock
-        self.path = job.output_dir
+        self.path, self.keepers = job.output_dir, keepers
+        self.on_keepers(job.refuse_another_run)
         # The checkpoint to resume from, and the result of a run that has nothing left to do.
-        found, result = job.cluster.main_only(lambda: look_back(job))
+        found, result = job.cluster.main_only(lambda: look_back(job, beginning))
         self.checkpoint = Path(found) if found else None
+        if beginning and beginning.is_agreed:
+            self.checkpoint = beginning.checkpoint  # where this rank has it
         self.result = TrainResult(**result) if result else None
+
+    def on_keepers(self, act: Callable[[], object]) -> None:
+        """Run `act` on every rank that keeps a folder. All ranks must call. See `on_keepers`."""
+        on_keepers(self._job.cluster, self.keepers, act)
 
     @property
     def is_lost(self) -> bool:
@@ -62,13 +79,43 @@ class RunFolder:
 
     def claim(self) -> None:
         """Make the folder this run's own. All ranks must call, when all else is known to work."""
+        cluster, config = self._job.cluster, self._job.config
+        known: str | None = None
+        resumed: Resumed = ()
+        if not config.overwrite:
+            known = agreed_start(cluster, self.keepers, self.path)
+            resumed = agreed_history(cluster, self.keepers, self.path)
+        if self._leaves_later_ones():
+            known, resumed = None, ()  # a machine that is absent may have some too
+        started, token = cluster.main_only(lambda: [known or new_start(), new_start()])
+        if self.checkpoint:
+            step = int(self.checkpoint.name.rpartition("-")[2])
+            resumed = (*resumed, (str(token), step))
 
         def write() -> None:
             self.confirm()
-            refuse_file_of_trackers(self.path, self._job.config.report_to)
-            claim(self.path, self._job.identity(), self._job.config.overwrite)
+            if cluster.is_main:
+                refuse_file_of_trackers(self.path, config.report_to)
+            claim(self.path, self._job.identity(), config.overwrite, str(started), resumed)
+            if not cluster.is_main and self.checkpoint:
+                self._drop_fetched(step)
 
-        self._job.cluster.main_only(write)
+        self.on_keepers(write)
+
+    def _leaves_later_ones(self) -> bool:
+        """Whether the run goes on from a checkpoint that was asked for, and not from the newest."""
+        newer, asked = [], self._job.config.resume
+        if self.checkpoint and asked != "auto" and self.keepers.keeps(self._job.cluster.rank):
+            step = int(self.checkpoint.name.rpartition("-")[2])
+            newer = [one for one in checkpoint.steps_saved(self.path) if one > step]
+        return any(fact["has"] for fact in self._job.cluster.gather_facts({"has": bool(newer)}))
+
+    def _drop_fetched(self, step: int) -> None:
+        """Remove what earlier starts have fetched here, as rank 0 prunes its own; resumed from
+        `step`, which was asked for, also what came after it."""
+        config = self._job.config
+        old = superfluous(self.path, step, config)
+        remove(self.path, [one for one in old if one < step or config.resume != "auto"])
 
     def write_results(self, result: TrainResult, facts: CardFacts) -> str | None:
         """Write figures and model card. Returns a note where there is a README.md of others.
@@ -161,29 +208,30 @@ def published_names(saved: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def run_folder(job: Job) -> Iterator[RunFolder]:
+def run_folder(job: Job, beginning: Beginning | None = None) -> Iterator[RunFolder]:
     """Hold the output directory against other runs while entered. All ranks must call.
 
+    beginning: what the peers have agreed on; without it, rank 0 looks into its own folder.
     Raises ForgeError if another run holds it, or if it belongs to another one.
     """
-    locks: list[Lock] = []
-    with contextlib.ExitStack() as held:
-
-        def lock() -> None:
-            path, what = job.output_dir / LOCK, f"--output-dir {job.output_dir}"
-            locks.append(held.enter_context(only_writer(path, what, job.cluster.launch.run_id)))
-
-        job.cluster.main_only(lock)
-        yield RunFolder(job, locks[0] if locks else None)
+    path, what = job.output_dir / LOCK, f"--output-dir {job.output_dir}"
+    with keep(job.cluster, path, what) as (keepers, lock):
+        yield RunFolder(job, keepers, lock, beginning)
 
 
-def look_back(job: Job) -> tuple[str | None, dict[str, Any] | None]:
+def look_back(
+    job: Job, beginning: Beginning | None = None
+) -> tuple[str | None, dict[str, Any] | None]:
     """The checkpoint to resume from, if any, and the run's result, if nothing is left to do.
 
-    Raises ForgeError if the folder holds another run, or one that has gone further than asked.
+    Raises ForgeError if the folder holds a run that has gone further than asked.
     """
-    job.refuse_another_run()
-    newest = None if job.config.overwrite else checkpoint.find(job.output_dir, job.config.resume)
+    if beginning and beginning.is_agreed:
+        newest = beginning.checkpoint
+    elif job.config.overwrite:
+        newest = None
+    else:
+        newest = checkpoint.find(job.output_dir, job.config.resume)
     if newest is None:
         return None, None
     state = checkpoint.read_state(newest)

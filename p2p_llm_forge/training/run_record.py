@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 METRICS, RUNS = "metrics.jsonl", "runs"
 SAMPLES, LOSS, PEERS = "samples.jsonl", "loss.png", "peers.png"
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)", re.ASCII)
+TOKEN = re.compile("[0-9a-f]{32}", re.ASCII)
+Resumed = tuple[tuple[str, int], ...]  # tokens and steps
 
 # What earlier versions, which kept no such record, have put beside their checkpoints.
 UNRECORDED = (
@@ -35,15 +37,30 @@ def is_name(value: Any) -> bool:
     return is_path_inside(value) and ("/" not in value or value.startswith(f"{RUNS}/"))
 
 
-SHAPE = {"format_version": is_count, "identity": dict, "wrote": (None, [is_name])}
+def is_token(value: Any) -> bool:
+    """Whether a JSON value names a start of a run."""
+    return isinstance(value, str) and bool(TOKEN.fullmatch(value))
+
+
+SHAPE = {
+    **{"format_version": is_count, "identity": dict, "wrote": (None, [is_name])},
+    **{"started": (None, is_token), "resumed": (None, [{"token": is_token, "step": is_count}])},
+}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What run.json holds. wrote: names in the run's folder, and runs/PATH of trackers."""
+    """What run.json holds. wrote: names in the run's folder, and runs/PATH of trackers.
+
+    started: a token that was made when the run began, the same in the folders of all machines; None
+    of older versions. resumed: every time that it resumed since, a token of that time and the
+    checkpoint's step, the last at the end.
+    """
 
     identity: dict[str, Any]
     wrote: frozenset[str] = field(default_factory=frozenset)
+    started: str | None = None
+    resumed: Resumed = ()
 
     @staticmethod
     def read(output_dir: Path) -> RunRecord | None:
@@ -55,7 +72,9 @@ class RunRecord:
             if version > FORMAT_VERSION:
                 raise ValueError(f"it has format version {version}, this program reads up to 1")
             wrote = content.get("wrote")
-            return RunRecord(content["identity"], frozenset(UNRECORDED if wrote is None else wrote))
+            wrote = frozenset(UNRECORDED if wrote is None else wrote)
+            resumed = tuple((one["token"], one["step"]) for one in content.get("resumed") or ())
+            return RunRecord(content["identity"], wrote, content.get("started"), resumed)
         except (FileNotFoundError, NotADirectoryError):
             if path.is_symlink():
                 raise _unreadable(path, "it is a link to nowhere") from None
@@ -66,6 +85,10 @@ class RunRecord:
     def write(self, output_dir: Path) -> None:
         """Put the record into the folder. Raises OSError."""
         content = {"format_version": FORMAT_VERSION, "identity": self.identity}
+        if self.started:
+            content["started"] = self.started
+        if self.resumed:
+            content["resumed"] = [{"token": token, "step": step} for token, step in self.resumed]
         write_json(output_dir / RUN, {**content, "wrote": sorted(self.wrote)})
 
     def naming(self, output_dir: Path, names: Iterable[str]) -> RunRecord:
@@ -75,7 +98,7 @@ class RunRecord:
             for name in self.wrote
             if not CHECKPOINT.fullmatch(name) or os.path.lexists(output_dir / name)
         )
-        return RunRecord(self.identity, frozenset([*kept, *names]))
+        return replace(self, wrote=frozenset([*kept, *names]))
 
 
 def _unreadable(path: Path, reason: object) -> ForgeError:

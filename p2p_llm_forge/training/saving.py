@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from p2p_llm_forge.config import as_dict
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.files import parse_json
-from p2p_llm_forge.peers.findings import as_sent_by, problems_of_peer
 from p2p_llm_forge.sync.base import STAY_FINITE, SavedSync, Sync, SyncState
 from p2p_llm_forge.sync.strategy import refuse_to_end_in_a_round, refuse_unfinished_round
 from p2p_llm_forge.training import checkpoint, snapshot
+from p2p_llm_forge.training.copies import Copies
 from p2p_llm_forge.training.finite import bad_tensor, bad_weight
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import Learner
 from p2p_llm_forge.training.orthogonalising import facts_of, load_facts
+from p2p_llm_forge.training.rank_files import RankFiles
 from p2p_llm_forge.training.run_folder import RunFolder
 from p2p_llm_forge.training.snapshot import moments
 
@@ -67,7 +64,11 @@ class Saving:
         self._lm, self._optimizer = learner.lm, learner.bare_optimizer
         self._writer = Writer(job.config.save_in_background)
         self.after: Callable[[], object] = lambda: None  # what follows a checkpoint, in its thread
+        self.copies = Copies(job.cluster)  # on other machines
         self._ranks_with_files = range(1, job.cluster.world_size if sync.has_own_state else 1)
+        self._rank_files = None
+        if self._ranks_with_files:
+            self._rank_files = RankFiles(job.cluster, folder.keepers, folder.path)
 
     def save(
         self, step: int, state: dict[str, Any], then: Callable[[Path], object] | None = None
@@ -92,17 +93,19 @@ class Saving:
             "sync": {**held.facts, "settings": self._sync.settings()},
         }
         cluster.main_only(self._make_way)
+        self._rank_files_collected()
+        self.copies.begin(step)
         if cluster.is_main:
             failed = self._writer.failure()
             with self._sync.agreed_weights():
                 taken = snapshot.Snapshot.take(self._lm, self._optimizer, state, held)
             self._writer.start(lambda: self._commit(step, taken, then))
-        elif cluster.rank in self._ranks_with_files:
-            own = held.own
+        elif self._rank_files:
+            files, own = self._rank_files, held.own
             if self._sync.trains_alone:
                 moments = snapshot.optimizer_tensors(self._lm, self._optimizer)
                 own = own | {snapshot.OF_OPTIMIZER + key: one for key, one in moments.items()}
-            self._writer.start(lambda: self._write_rank_file(step, own))
+            self._writer.start(lambda: files.write(step, own))
         return failed
 
     def bad_by_rank(self) -> dict[int, str]:
@@ -130,7 +133,10 @@ class Saving:
                 )
 
     def finish(self) -> None:
-        """Return when the last checkpoint is on disk. Raises ForgeError, everywhere, if not."""
+        """Return when the last checkpoint is on disk, and copied where it is to be.
+
+        Raises ForgeError, everywhere, if it is not on disk.
+        """
 
         def finish() -> None:
             self._make_way()
@@ -139,10 +145,20 @@ class Saving:
                 raise ForgeError(problem.found, f"{problem.fix}, then continue with --resume auto")
 
         self._job.cluster.main_only(finish)
+        self._rank_files_collected()
+        self.copies.finish()
+        self._job.cluster.barrier()  # a launcher ends what still copies beside a rank that ends
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Return when this rank is writing nothing."""
         self._writer.wait()
+        self.copies.close()
+
+    def _rank_files_collected(self) -> None:
+        """The main process has asked about the last save, and needs nothing more of this rank."""
+        if self._rank_files:
+            self._writer.wait()
+            self._rank_files.collected()
 
     def _make_way(self) -> None:
         """The last save is over, and the next one may be written."""
@@ -157,51 +173,17 @@ class Saving:
         def write(folder: Path) -> None:
             taken.write(folder, self._lm, self._job.data.tokenizer_dir)
             for rank in self._ranks_with_files:
-                answer = self._job.cluster.wait_for(f"saved/{step}", rank)
-                snapshot.collect_rank_file(output_dir, file_in(answer, rank), rank, folder)
+                assert self._rank_files is not None
+                self._rank_files.collect(step, rank, folder)
 
-        config, confirm = self._job.config, self._folder.confirm
-        saved = checkpoint.commit(output_dir, step, write, config, confirm)
+        config, confirm, saved = self._job.config, self._folder.confirm, None
+        try:
+            saved = checkpoint.commit(output_dir, step, write, config, confirm)
+        finally:  # the other machines wait for word of it
+            self.copies.saved(step, saved)
         self.after()
         if then:
             then(saved)
-
-    def _write_rank_file(self, step: int, own: dict[str, torch.Tensor]) -> None:
-        rank = self._job.cluster.rank
-        answer: dict[str, Any] = {
-            "failure": [f"rank {rank} could not write its file", f"see what rank {rank} printed"]
-        }
-        try:
-            answer = {"file": snapshot.write_rank_file(self._folder.path, rank, own)}
-        except ForgeError as error:
-            one = error.problems[0]
-            answer = {"failure": [one.found, one.fix]}
-        finally:  # the main process waits for the answer, whatever happens
-            self._job.cluster.post(f"saved/{step}", json.dumps(answer))
-
-
-def file_in(answer: str, rank: int) -> str:
-    """The name of the file that a rank says to have written into the folder of the run.
-
-    Raises ForgeError where it says that it could not, and for what no rank of ours says: a path to
-    another file of this machine, for instance.
-    """
-    with as_sent_by(f"rank {rank}"):
-        said = parse_json(answer)
-        if not isinstance(said, dict) or not said.keys() & {"failure", "file"}:
-            raise ValueError("neither a file nor a failure")
-        if "failure" in said:
-            fields = dict(
-                zip(
-                    ("found", "fix"),
-                    said["failure"] if isinstance(said["failure"], list) else [],
-                    strict=False,
-                )
-            )
-            raise ForgeError.of(problems_of_peer(f"rank {rank}", [{**fields, "where": ""}]))
-        if not snapshot.is_name_of_rank_file(said["file"], rank):
-            raise ValueError("not the name of its file")
-        return said["file"]
 
 
 def resume(folder: Path, state: dict[str, Any], job: Job, learner: Learner, sync: Sync) -> None:

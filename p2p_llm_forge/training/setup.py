@@ -14,18 +14,16 @@ from p2p_llm_forge.data.splits import VALIDATION
 from p2p_llm_forge.model.compiling import keep_between_runs
 from p2p_llm_forge.model.lora import lora_in_words
 from p2p_llm_forge.model.optimizer import learning_rate_factor
-from p2p_llm_forge.peers.findings import refuse_failures
-from p2p_llm_forge.peers.preflight import hosts_of, judge_shared_folder
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.sync.base import Replica, Sync
 from p2p_llm_forge.sync.forecast import choose, table
 from p2p_llm_forge.sync.outer import settings_of_rounds
 from p2p_llm_forge.sync.strategy import build_strategy, refuse_elastic
 from p2p_llm_forge.training.balance import Balance
-from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.card import facts_of, machines_of
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import was_compiled
+from p2p_llm_forge.training.copy_leader import copies_of
 from p2p_llm_forge.training.evaluation import blocks_beside
 from p2p_llm_forge.training.forecast import as_begun, measure_and_forecast, with_strategy
 from p2p_llm_forge.training.gauge import Gauge, new_gauge
@@ -60,10 +58,7 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
 
     All ranks must call. The folder is claimed when everything else is known to work.
     """
-    job = settle_strategy(job, folder.checkpoint)
-    state: dict[str, Any] = read_state(folder.checkpoint) if folder.checkpoint else FROM_SCRATCH
-    job, pace = settle_pace(job, state)
-    job = settle_evaluation(job, state)
+    job, pace, state = settle_from(job, folder.checkpoint)
     learner = build_learner(job, folder.checkpoint)
     job = as_settled(job, learner)
     cluster, plan = job.cluster, job.plan
@@ -102,8 +97,8 @@ def set_up(job: Job, folder: RunFolder) -> Iterator[Run]:
         run.samples = Samples(job, folder, learner.lm, sync, tracking)
         run.pictures = pictures_for(run)
     folder.claim()
-    if job.budget and cluster.is_main:
-        rehearse_end(run, job.budget)
+    run.saving.copies = copies_of(job, folder, tracking.say)
+    rehearse_end(run)
     try:
         yield run
     finally:
@@ -117,8 +112,19 @@ def gauge_of(job: Job, learner: Learner) -> Gauge:
     return new_gauge(learner.lm, length, job.cluster, job.began, counted)
 
 
-def rehearse_end(run: Run, budget: Budget) -> None:
+def settle_from(job: Job, checkpoint: Path | None) -> tuple[Job, Pace | None, dict[str, Any]]:
+    """The job with what follows from where the run begins, its pace, and the trainer's state."""
+    job = settle_strategy(job, checkpoint)
+    state: dict[str, Any] = read_state(checkpoint) if checkpoint else FROM_SCRATCH
+    job, pace = settle_pace(job, state)
+    return settle_evaluation(job, state), pace, state
+
+
+def rehearse_end(run: Run) -> None:
     """Find how long evaluation, pictures, samples and saving will take when the time is over."""
+    budget = run.budget
+    if budget is None or not run.job.cluster.is_main:
+        return
     drawing_s = run.pictures.rehearse() if run.pictures else 0.0
     config = run.job.config
     saving_s = ending_s(run.learner.lm, len(config.prompts()), config.merge_lora)
@@ -218,7 +224,7 @@ def replica_of(learner: Learner, plan: Plan, steps_done: int) -> Replica:
 def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
     """The job with what `--sync auto` comes to: as the run has begun, or what suits the network.
 
-    Raises ForgeError where the launch or the folder does not go with the strategy.
+    Raises ForgeError where the launch does not go with the strategy.
     """
     config, cluster = job.config, job.cluster
     if config.sync == "auto" and checkpoint is not None:
@@ -230,8 +236,6 @@ def settle_strategy(job: Job, checkpoint: Path | None) -> Job:
             print("\n".join(table(forecasts)), flush=True)
         config = with_strategy(config, choose(forecasts).strategy)
     refuse_elastic(config, cluster)
-    if config.keeps_own_state() and cluster.world_size > 1:
-        refuse_failures(judge_shared_folder(cluster, job.output_dir, True, hosts_of(cluster)))
     return replace(job, config=config)
 
 
@@ -255,9 +259,9 @@ def introduce(run: Run, state: dict[str, Any]) -> None:
     if config.compile == "on":
         say(f"compiled  layers; later runs find that in {keep_between_runs()}")
     if config.sync == "diloco":
-        rate, momentum = settings_of_rounds(
-            config.outer_lr, config.outer_momentum, cluster.world_size, config.round_length()
-        )
+        asked = config.outer_lr, config.outer_momentum
+        peers, every = cluster.world_size, config.round_length()
+        rate, momentum = settings_of_rounds(*asked, peers, every, config.optimizer)
         say(
             f"rounds    of {config.round_length()} updates; outer rate {rate:.3g} and momentum"
             f" {momentum:.3g}, reached after {config.outer_warmup_rounds} rounds"

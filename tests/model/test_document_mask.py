@@ -108,7 +108,7 @@ def test_masked_conversations_have_the_loss_and_gradient_of_each_alone(
 
 
 def test_masked_conversations_have_the_loss_that_transformers_gives_packed_ones(small_chunks):
-    """Whose trainers pack them with positions that begin anew."""
+    """Whose trainers pack them with positions that begin again at 0."""
     module = NextTokenLoss(model_of("llama", **FAMILIES["llama"][0]), document_end=END)
     (block,) = some_blocks(1, 32, 64, END, seed=2)
     assert len(block) > 2

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests import ROOT
+from tests.multihost.disks import Disk
 from tests.waiting import wait_until
 
 PYTHON = sys.executable
@@ -42,14 +43,16 @@ class Host:
 
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address = name, address
+        self.disk: Disk | None = None  # from `own_disks`; else it sees the files of this machine
         self._processes: list[subprocess.Popen] = []
 
     def start(self, *words: object, log: Path, environ: dict[str, str] | None = None) -> None:
         """Start a program of this environment on the host, its output appended to `log`."""
+        of_disk = self.disk.words() if self.disk else []
         with log.open("ab") as output:
             self._processes.append(
                 subprocess.Popen(
-                    ["ip", "netns", "exec", self.name, *map(str, words)],
+                    ["ip", "netns", "exec", self.name, *of_disk, *map(str, words)],
                     cwd=ROOT,
                     env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
                     stdout=output,
@@ -127,6 +130,10 @@ class Host:
             yield
         finally:
             self.run("nft", "delete table inet test")
+
+    def pids(self) -> list[int]:
+        """What was started and has not ended, each in the order of its start."""
+        return [process.pid for process in self._processes if process.poll() is None]
 
     def is_running(self) -> bool:
         """Whether nothing that was started has ended yet."""

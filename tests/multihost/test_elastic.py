@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
 
+from tests.multihost.disks import own_disks
 from tests.multihost.hosts import PYTHON, hosts, why_not
 from tests.runs import TINY_MODEL, lines, newest_step
 from tests.waiting import wait_until
@@ -81,6 +83,8 @@ def test_peers_are_killed_unplugged_and_come_back(prepared, secret, tmp_path, st
         machines[1].wait()  # its launcher has lost the main machine, and ends
         lost = f"error: lost the main machine at {machines[0].address}:29600"
         assert lost in logs[1].read_text()
+        assert "if that is gone for good, with --main of another machine" in logs[1].read_text()
+        assert "frame #" not in logs[1].read_text(), "in words"
         machines[1].plug_in()
         start(machines[1], machines[0], secret, prepared, folder, logs[1], *strategy)
         spent = wait_for_peers(folder, logs[0], 2)
@@ -147,3 +151,49 @@ def test_the_same_stranger_runs_code_through_torchruns_elastic_launch(tmp_path):
         attack(stranger, [machine], marker, [tmp_path / "stranger.log"], "home")
         wait_until(marker.exists, log=log)
         assert marker.exists(), "what the stranger sent was run"
+
+
+def test_when_the_main_host_is_destroyed_the_line_goes_on_elsewhere_without_a_shared_folder(
+    prepared, tmp_path
+):
+    logs = [tmp_path / f"host{number}.log" for number in range(3)]
+    with hosts(3) as machines, own_disks(machines, tmp_path) as disk:
+        folders = [host.disk.inside(disk / "run") for host in machines]
+        for host in machines:
+            shutil.copytree(prepared, host.disk.inside(disk / "data"))
+            (host.disk.backing / "cluster.secret").write_text("of this cluster, and of no other")
+            (host.disk.backing / "cluster.secret").chmod(0o600)
+
+        def begin(numbers):
+            for number in numbers:
+                start(
+                    *(machines[number], machines[numbers[0]], disk / "cluster.secret"),
+                    *(disk / "data", disk / "run", logs[number]),
+                    *("--replicate-checkpoints=2", "--compile=off"),
+                )
+
+        begin([0, 1, 2])
+        wait_for_peers(folders[0], logs[0], 3)
+        wait_until(lambda: last_line(folders[0]).get("safe_step", 0) >= 60, log=logs[0])
+        machines[0].switch_off()
+        machines[0].disk.destroy()
+        lost = f"error: lost the main machine at {machines[0].address}:29600"
+        for number in (1, 2):
+            assert machines[number].wait() == [1]
+            assert lost in logs[number].read_text()
+        copied = max(map(newest_step, folders[1:]))
+        assert copied >= 60
+        begin([2, 1])
+        wait_for_peers(folders[2], logs[2], 2)
+        resumed = [line["resumed_from"] for line in lines_of(folders[2]) if "resumed_from" in line]
+        assert max(resumed) >= copied
+        wait_until(lambda: last_line(folders[2]).get("safe_step", 0) > copied, log=logs[2])
+    steps = [line["step"] for line in lines(folders[2])]
+    assert steps == sorted(set(steps)), "no step is missing a line, or has two"
+    assert set(range(5, steps[-1] + 1, 5)) <= set(steps)
+
+
+def lines_of(folder):
+    """metrics.jsonl, with what depends on the clock and on interruptions."""
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -111,7 +111,7 @@ def test_all_others_end_in_time_and_name_the_host_that_vanished(zygote, prepared
         name, address = machines[victim].name, machines[0].address
     for case in cases:
         for rank in case.others():
-            printed = read(case.logs[rank])
+            printed = case.logs[rank].read_text()
             late_s = case.ended_at[rank] - unplugged - PEER_TIMEOUT_S
             print(f"{case.phase}: rank {rank} ended {late_s:+.1f} s from --peer-timeout")
             assert zygote.wait(case.pids[rank]) in (1, 2), printed

@@ -8,6 +8,8 @@ import sys
 import psutil
 import pytest
 
+from p2p_llm_forge.peers.elastic_workers import environ_of
+from p2p_llm_forge.peers.rank_failure import NOT_MET
 from tests.ports import free_port
 from tests.runs import LONG, flags, lines, newest_step, read, results, step_logged
 from tests.waiting import wait_until
@@ -28,6 +30,21 @@ def test_a_mistake_is_one_message_and_its_own_status(run, tmp_path):
     assert status == 2 and printed.count("error: ") == 1 and "nowhere" in printed
     assert "Traceback" not in printed and "127.0.0.1 ended with status 2" in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_elastic", [True, False])
+def test_a_worker_that_does_not_meet_the_others_says_so_to_its_launcher(
+    zygote, prepared, tmp_path, is_elastic
+):
+    port = free_port()
+    start = {"first_rank": 0, "world_size": 2, "machine": 0, "round": 2, "token": "t"}
+    environ = environ_of({**start, "main_address": "127.0.0.1", "main_port": port}, 1, 0)
+    argv = flags(prepared, tmp_path / "run", rendezvous_timeout=1)
+    if not is_elastic:
+        argv += ["--rank=0", "--world-size=2", f"--master-port={port}", "--master-addr=127.0.0.1"]
+    pid = zygote.start(argv, tmp_path / "log", environ if is_elastic else {})
+    assert zygote.wait(pid) == (NOT_MET if is_elastic else 2), read(tmp_path / "log")
+    assert "error: rendezvous" in read(tmp_path / "log") and not (tmp_path / "run").exists()
 
 
 def test_the_launch_ends_with_its_run(run, prepared, tmp_path):

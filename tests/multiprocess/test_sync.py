@@ -172,15 +172,3 @@ def test_a_peer_with_another_model_is_refused_by_name(zygote, prepared, tmp_path
     expected = r"rank 1 \(.*\): has another model than rank 0: transformer.h.2"
     assert re.search(expected, read(log)), read(log)
     assert not (tmp_path / "run" / "run.json").exists()
-
-
-def test_ranks_with_state_of_their_own_must_share_the_folder(zygote, prepared, tmp_path):
-    log, launch = tmp_path / "log", by_hand(2)
-    ranks = [
-        zygote.start(
-            flags(prepared, tmp_path / f"run{rank}", compress="int8", **launch, rank=rank), log
-        )
-        for rank in range(2)
-    ]
-    assert [zygote.wait(pid) for pid in ranks] == [2, 2], read(log)
-    assert "rank 1 (" in read(log) and "put --output-dir on a network share" in read(log)

@@ -79,3 +79,16 @@ def test_an_error_in_the_beginning_is_that_of_the_exchange():
     with pytest.raises(ZeroDivisionError):
         future.result(30)
     channel.close()
+
+
+def test_an_exchange_is_under_way_until_it_was_waited_for():
+    over, channel = threading.Event(), Channel(0, 2)
+    assert not channel.is_exchanging()
+    first, second = (channel._begun(over, torch.ones(1), torch.ones(1)) for _ in range(2))
+    assert channel.is_exchanging()
+    over.set()
+    first()
+    assert channel.is_exchanging()
+    second()
+    assert not channel.is_exchanging()
+    channel.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -164,6 +165,14 @@ def test_what_is_posted_is_waited_for_and_belongs_to_its_rank():
 
     with clusters(2) as ranks:
         assert run_ranks(ranks, act) == ["one", "one"]
+
+
+def test_who_need_not_wait_any_more_waits_no_more():
+    is_over = threading.Event()
+    with clusters(2) as (main, _):
+        threading.Timer(0.05, is_over.set).start()
+        with pytest.raises(CancelledError):
+            main.wait_for("anything", 1, is_over.is_set)
 
 
 def test_a_rank_that_has_failed_is_not_waited_for():

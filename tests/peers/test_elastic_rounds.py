@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from p2p_llm_forge.peers.elastic_rounds import ENDED, GATHERING, Member, Rounds
+from p2p_llm_forge.peers.elastic_rounds import ENDED, GATHERING, RUNNING, Member, Rounds
+from p2p_llm_forge.peers.rank_failure import NOT_MET
 from p2p_llm_forge.peers.signed_stream import Gone
 
 CUT, SILENT = Gone("it ended"), Gone("no sign of life for 8 s", is_silent=True)
@@ -186,6 +187,62 @@ def test_a_newcomers_mistake_does_not_end_the_launch_of_those_that_have_trained(
     course.ends(newcomer, 2)
     course.rounds.left(newcomer, CUT, course.now)
     assert course.rounds.number == 3
+
+
+@pytest.fixture
+def veterans(trio):
+    """The trio after a long round, in its second one."""
+    course, main, second, third = trio
+    course.passes(601.0)
+    for machine in (second, main, third):
+        course.ends(machine, 1)
+    return trio
+
+
+def test_machines_that_have_trained_and_do_not_meet_are_started_again(veterans):
+    course, main, second, third = veterans
+    for machine in (third, main, second):
+        course.ends(machine, NOT_MET)
+    assert course.rounds.number == 3 and course.rounds.status == 0
+    for machine in (main, second, third):
+        course.ends(machine, NOT_MET)
+    assert course.rounds.phase == ENDED and "--max-restarts 2" in course.takes(main)[-1]["reason"]
+
+
+def test_machines_that_have_not_trained_and_do_not_meet_end_the_launch(trio):
+    course, main, second, third = trio
+    course.ends(second, NOT_MET)
+    assert course.rounds.phase == ENDED and course.rounds.status == 2
+
+
+def test_a_newcomer_that_the_others_do_not_meet_is_dismissed(trio):
+    course, main, second, third = trio
+    newcomer = course.comes("10.0.0.4")
+    course.passes(5.0)
+    for machine in (main, second, third):
+        course.ends(machine, 143)
+    course.ends(main, NOT_MET)
+    assert course.takes(newcomer)[-1]["type"] == "end" and course.rounds.status == 0
+
+
+def test_a_mistake_of_machines_that_have_trained_ends_the_launch(veterans):
+    course, main, second, third = veterans
+    course.ends(second, 2)
+    assert course.rounds.phase == ENDED and course.rounds.status == 2
+
+
+def test_who_was_dismissed_does_not_end_the_next_round(trio):
+    course, main, second, third = trio
+    newcomers = [course.comes("10.0.0.4"), course.comes("10.0.0.5")]
+    course.passes(5.0)
+    for machine in (main, second, third):
+        course.ends(machine, 143)
+    course.ends(newcomers[0], 2)
+    for machine in (main, second, third):
+        course.ends(machine, 143)
+    assert course.rounds.number == 3
+    course.ends(newcomers[1], 2)
+    assert course.rounds.phase == RUNNING and course.rounds.number == 3
 
 
 def test_failures_in_a_row_end_the_launch(trio):

@@ -24,7 +24,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import preflight, reach
 from p2p_llm_forge.peers.addresses import OPEN
 from p2p_llm_forge.peers.claims import Claim, check_rank
-from p2p_llm_forge.peers.findings import FAILURE, FINE, WARNING
+from p2p_llm_forge.peers.findings import FAILURE, FINE
 from p2p_llm_forge.peers.join import differences
 from p2p_llm_forge.peers.launch import Launch
 from p2p_llm_forge.peers.liveness import Liveness
@@ -321,39 +321,13 @@ def test_the_fix_of_another_python_names_the_one_to_use():
     assert preflight.judge_pythons(Pythons("3.12", number), HOSTS)[0].level == FINE
 
 
-@pytest.mark.parametrize("is_needed", [True, False])
-def test_the_fix_of_a_folder_that_not_all_see_is_one_that_they_share(
-    tmp_path, monkeypatch, is_needed
-):
-    """Two folders by one path each, until the second machine has that of the first there too."""
-    monkeypatch.setattr(preflight, "FOLDER_LAG_S", 0.0)
-    here, elsewhere = tmp_path / "anna", tmp_path / "berta"
-    here.mkdir()
-    elsewhere.mkdir()
-
-    def act(cluster):
-        folder = (here, elsewhere)[cluster.rank] / "run"
-        return preflight.judge_shared_folder(cluster, folder, is_needed, HOSTS)
-
-    def judged():
-        with clusters(2) as ranks:
-            return run_ranks(ranks, act)[0][0]
-
-    found = judged()
-    assert found.level == (FAILURE if is_needed else WARNING)
-    assert found.fix.startswith("put --output-dir on a network share at the same path on all mach")
-    elsewhere.rmdir()
-    elsewhere.symlink_to(here)
-    assert judged().level == FINE
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_the_fixes_of_a_folder_that_cannot_be_written_let_it_be_written():
     def judged(path):
         os.seteuid(65534)
         try:
             with clusters(1) as (alone,):
-                return preflight.judge_shared_folder(alone, path, True, HOSTS)[0]
+                return preflight.judge_folders(alone, path, False, HOSTS)[0]
         finally:
             os.seteuid(0)
 
@@ -366,7 +340,7 @@ def test_the_fixes_of_a_folder_that_cannot_be_written_let_it_be_written():
         for path in (folder, folder / "run"):
             found = judged(path)
             assert found.level == FAILURE
-            assert found.fix == "choose another --output-dir, or make this one writable"
+            assert found.fix == "make it writable, or give another folder"
         folder.chmod(0o700)  # not even to be looked into
         assert judged(folder / "run").level == FAILURE
         assert judged(another).level == FINE

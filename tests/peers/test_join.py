@@ -85,6 +85,18 @@ def facts(host, **changes):
     return {**own, **changes}
 
 
+@pytest.mark.parametrize("name", ["dataset_path", "output_dir", "model_name"])
+def test_a_place_that_decides_what_is_done_is_given_on_all_ranks_or_on_none(name):
+    """Else one waits in an exchange that the other takes no part in."""
+    places = {"dataset_path": "data", "output_dir": "run", "model_name": "model"}
+    configs = [TrainConfig(**{**places, name: place}) for place in ("here", "there", "")]
+    settings = [config.shared_settings() for config in configs]
+    (found,) = differences([facts("anna", settings=one) for one in settings])
+    flag = "--" + name.replace("_", "-")
+    assert found.found == f"rank 2 (anna) was started with {flag} none, rank 0 with one"
+    assert found.fix == f"start all machines with the same {flag}"
+
+
 def test_ranks_that_differ_are_named_with_what_makes_them_alike():
     assert differences([facts("anna"), facts("berta")]) == []
     others = [

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
 from p2p_llm_forge.config import CheckConfig
 from p2p_llm_forge.peers import preflight
 from p2p_llm_forge.peers.findings import fine, warning
@@ -52,37 +50,41 @@ def test_a_rank_with_another_python_is_named():
     assert finding.level == "fine"
 
 
-def test_a_folder_that_all_see_is_fine_and_left_as_it_was(tmp_path):
-    folder = tmp_path / "new" / "run"
+def judged(paths, keeps_own_state=False):
+    """What ranks with these folders find of them."""
 
     def act(cluster):
-        return preflight.judge_shared_folder(cluster, folder, True, HOSTS)
+        return preflight.judge_folders(cluster, paths[cluster.rank], keeps_own_state, HOSTS)
 
-    with clusters(2) as ranks:
-        for (finding,) in run_ranks(ranks, act):
-            assert finding.level == "fine" and "is seen by all ranks" in finding.found
+    with clusters(len(paths)) as ranks:
+        (found,) = {finding for (finding,) in run_ranks(ranks, act)}
+    return found
+
+
+def test_a_folder_that_all_see_is_fine_and_left_as_it_was(tmp_path):
+    finding = judged([tmp_path / "new" / "run"] * 2)
+    assert finding.level == "fine" and "is seen by all ranks" in finding.found
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("is_needed", "level"), [(True, "failure"), (False, "warning")])
-def test_a_rank_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch, is_needed, level):
-    monkeypatch.setattr(preflight, "FOLDER_LAG_S", 0.0)
+def test_a_folder_of_its_own_is_fine_too_and_what_travels_is_said(tmp_path):
+    paths = [tmp_path / "here", tmp_path / "elsewhere", tmp_path / "here"]
+    finding = judged(paths)
+    assert finding.level == "fine"
+    assert finding.found == (
+        "rank 1 (berta) has another --output-dir than rank 0: checkpoints travel there to resume"
+    )
+    finding = judged([*paths[:2], tmp_path / "third"], keeps_own_state=True)
+    assert finding.found.startswith("rank 1 (berta), rank 2 (carla) have another --output-dir")
+    assert finding.found.endswith("and to rank 0 what only other ranks have of one")
+    assert list(tmp_path.iterdir()) == []
 
-    def act(cluster):
-        folder = tmp_path / ("elsewhere" if cluster.rank == 1 else "here")
-        return preflight.judge_shared_folder(cluster, folder, is_needed, HOSTS)
 
-    with clusters(2) as ranks:
-        for (finding,) in run_ranks(ranks, act):
-            assert finding.level == level and "rank 1 (berta) cannot see" in finding.found
-
-
-def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_failure_of_its_rank(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with clusters(1) as (alone,):
-        (finding,) = preflight.judge_shared_folder(alone, tmp_path / "file", True, HOSTS)
+    finding = judged([tmp_path / "run", tmp_path / "file"])
     assert finding.level == "failure" and "cannot be written" in finding.found
-    assert "choose another --output-dir" in finding.fix
+    assert finding.where.startswith("rank 1 (") and "give another folder" in finding.fix
 
 
 def test_findings_of_all_ranks_carry_their_names():

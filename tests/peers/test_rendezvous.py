@@ -221,6 +221,15 @@ def test_processes_of_one_machine_meet_at_its_loopback():
     assert endpoint.timeout_s == 7.0 and not endpoint.serves_store
 
 
+def test_an_elastic_launch_gives_slow_machines_the_time_to_come():
+    def timeout_s(**settings):
+        launch = Launch(world_size=2, local_world_size=2, is_elastic=True)
+        return choose_endpoint(TrainConfig(**settings), launch, {}).timeout_s
+
+    assert timeout_s() == 300.0 and timeout_s(peer_timeout=200.0) == 600.0
+    assert timeout_s(rendezvous_timeout=7.0) == 7.0
+
+
 def test_only_rank_0_serves_and_only_where_the_launcher_does_not():
     def serves(**launch):
         both = Launch(world_size=2, local_world_size=2, **launch)

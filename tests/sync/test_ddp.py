@@ -263,6 +263,6 @@ def test_only_what_is_trained_is_sent_before_the_first_update():
     share_first_weights(cluster, model)
     trained = {"0.bias", "1.weight", "1.bias"}
     assert {*sent[0]} == trained | {name for name, _ in model.named_buffers()}
-    # By NCCL, DDP sends: all but what it is told to leave out.
+    # By NCCL, DDP sends: all but what it is to leave out.
     share_first_weights(SimpleNamespace(is_on_gloo=False, world_size=2), model)
     assert model._ddp_params_and_buffers_to_ignore == ["0.weight"] and len(sent) == 1

@@ -88,6 +88,16 @@ def test_rounds_of_20_updates_and_more_have_momentum_and_shorter_ones_less():
     assert all(settings_of_rounds(None, 0.0, 8, every) == (1.0, 0.0) for every in (1, 5, 20))
 
 
+def test_with_muon_two_ranks_take_less_and_four_the_same():
+    assert settings_of_rounds(None, None, 2, 20, "muon") == (0.6, 0.6)
+    for ranks, every in product((2, 3, 4, 8), (1, 5, 10, 20, 50)):
+        lr, momentum = settings_of_rounds(None, None, ranks, every)
+        other_lr, other_momentum = settings_of_rounds(None, None, ranks, every, "muon")
+        assert other_lr >= lr and other_momentum <= momentum
+        assert (other_lr, other_momentum) == (lr, momentum) or (ranks < 4 and every > 5)
+        assert settings_of_rounds(0.7, 0.9, ranks, every, "muon") == (0.7, 0.9)
+
+
 def test_settings_that_are_asked_for_stay_whatever_the_rounds():
     for ranks, every in product((1, 2, 9), (1, 5, 100)):
         assert settings_of_rounds(0.7, 0.9, ranks, every) == (0.7, 0.9)

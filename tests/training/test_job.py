@@ -14,11 +14,12 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import job as jobs
 from p2p_llm_forge.training.identity import claim
-from p2p_llm_forge.training.job import open_job
+from p2p_llm_forge.training.job import make_plan, open_job
 from p2p_llm_forge.training.planner import LEAST_BYTES
 from prepare_data import prepare
 from tests import ROOT
 from tests.data.talks import rows, saved, talking_tokenizer, write
+from tests.memory_channel import clusters, run_ranks
 
 
 def test_by_the_clock_a_vocabulary_that_is_given_is_kept_and_a_packed_text_is_not_short(
@@ -87,6 +88,20 @@ def test_the_batch_of_a_run_stays_when_it_is_resumed_without_one(open_small_job)
     assert open_small_job(batch_size=None, resume="auto").plan.batch_size == 20
     assert open_small_job(batch_size=None).plan.batch_size == 16
     assert open_small_job(batch_size=10, resume="auto").plan.batch_size == 10
+
+
+@pytest.mark.parametrize("resume", [(None, "auto"), ("auto", None)], ids=str)
+def test_ranks_that_were_asked_otherwise_plan_by_what_rank_0_was_asked(open_small_job, resume):
+    job = open_small_job(batch_size=20)
+    claim(job.output_dir, job.identity())
+    config = replace(job.config, batch_size=None)
+
+    def batch_size(cluster):
+        asked = replace(config, resume=resume[cluster.rank])
+        return make_plan(asked, cluster, job.data).batch_size
+
+    with clusters(2) as ranks:
+        assert run_ranks(ranks, batch_size) == [20 if resume[0] else 16] * 2
 
 
 def test_a_text_is_not_prepared_in_a_dry_run(open_small_job, text_file):

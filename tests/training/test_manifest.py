@@ -282,3 +282,17 @@ def test_no_bytes_in_a_manifest_or_state_are_more_than_a_reason(tmp_path_factory
         assert damage(folder).startswith("its trainer_state.json cannot be read")
     finally:
         shutil.rmtree(output_dir)
+
+
+def test_a_folder_that_vanishes_while_it_is_read_has_no_checkpoints(tmp_path, monkeypatch):
+    right = os.scandir
+
+    def removed_first(path):  # as by a rank that has found it empty
+        (tmp_path / "run").rmdir()
+        return right(path)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(os, "scandir", removed_first)
+    assert steps_saved(tmp_path / "run") == []
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()

@@ -56,10 +56,10 @@ def test_what_was_begun_rules_over_this_machine_and_flags_rule_over_both(monkeyp
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr("p2p_llm_forge.peers.join.bf16_pays", lambda device: here)
     for begun in ("no", "bf16"):
-        with join(ALONE, lambda begun=begun: begun) as cluster:
+        with join(ALONE, lambda cluster, begun=begun: begun) as cluster:
             assert cluster.accelerator.mixed_precision == begun
         asked = replace(ALONE, mixed_precision="no" if begun == "bf16" else "bf16")
-        with join(asked, lambda begun=begun: begun) as cluster:
+        with join(asked, lambda cluster, begun=begun: begun) as cluster:
             assert cluster.accelerator.mixed_precision == asked.mixed_precision
     with join(ALONE) as cluster:
         assert cluster.accelerator.mixed_precision == ("bf16" if here else "no")

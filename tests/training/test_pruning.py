@@ -133,6 +133,23 @@ def test_what_a_kill_leaves_of_a_replacement_is_cleared_but_for_what_others_put_
     assert tree(aside) == {"notes.txt": b"mine"}
 
 
+def test_what_this_process_still_needs_is_no_leftover(saved, monkeypatch):
+    used, left = (saved / f"tmp-copied-{step}-0a1b2c3d" for step in (4, 6))
+    for folder in (used, left):
+        folder.mkdir()
+    monkeypatch.setattr(pruning, "IN_USE", {used})
+    prune(saved, 6, TrainConfig(keep_checkpoints=1))
+    assert used.is_dir() and not left.exists()
+    assert checkpoint.steps_saved(saved) == [6]
+
+
+def test_where_other_processes_write_checkpoints_are_pruned_and_their_files_stay(saved):
+    written = saved / "tmp-rank-00003.safetensors.0a1b2c3d"
+    written.touch()
+    pruning.prune_checkpoints(saved, 6, TrainConfig(keep_checkpoints=1))
+    assert checkpoint.steps_saved(saved) == [6] and written.exists()
+
+
 def test_names_of_leftovers_are_those_of_our_writers_only():
     ours = ["tmp-checkpoint-5-0a1b2c3d", "tmp-pruned-5-0a1b2c3d", "tmp-replaced-5-0a1b2c3d"]
     ours += ["tmp-rank-00001.safetensors.0a1b2c3d", "tmp-run.lock-0123456789abcdef"]

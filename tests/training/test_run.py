@@ -11,6 +11,7 @@ import pytest
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.base import SyncReport
 from p2p_llm_forge.training import run as runs
+from p2p_llm_forge.training.copies import Copies
 from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, OUT_OF_TIME, SAVE_NOW
 from p2p_llm_forge.training.run import Clock, Due, Run
@@ -47,6 +48,7 @@ def a_run(job, **more):
     lines.end_line = lines.lines.append
     parts |= {"window": lines, "first_step": 10, "first_position": 80}
     parts["gauge"] = Gauge(0.0, None, None)
+    parts["saving"] = SimpleNamespace(copies=Copies(job.cluster))
     return Run(job=job, train_loss=None, figures={}, **(parts | more))
 
 
@@ -88,7 +90,8 @@ def test_all_ranks_end_when_the_main_process_has_lost_the_folder(open_small_job)
         raise ForgeError("taken over", "stop the other one")
 
     nobody = SimpleNamespace(measured=lambda seconds: None)
-    run = a_run(open_small_job(), folder=SimpleNamespace(is_lost=True, confirm=confirm))
+    folder = SimpleNamespace(is_lost=True, confirm=confirm, on_keepers=lambda act: act())
+    run = a_run(open_small_job(), folder=folder)
     run.balance = nobody
     with pytest.raises(ForgeError, match="taken over"):
         run.agree(0, 11)

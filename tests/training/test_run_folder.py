@@ -6,14 +6,19 @@ import errno
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.keepers import Keepers
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.run import Run
-from p2p_llm_forge.training.run_folder import run_folder
+from p2p_llm_forge.training.run_folder import RunFolder, run_folder
+from p2p_llm_forge.training.run_record import RunRecord
+from tests.memory_channel import clusters, run_ranks
+from tests.training.begun import IDENTITY, START, machine
 from tests.training.saved import writer
 from train import train
 
@@ -100,3 +105,41 @@ def test_a_finished_run_is_not_done_again(config, capsys):
     again = train(replace(config, resume="auto"))
     assert again == first
     assert "finished already" in capsys.readouterr().out
+
+
+def claimed(folders, step, **settings):
+    """Two machines that resume from the checkpoint of a step claim their folders."""
+
+    def act(cluster):
+        path = folders[cluster.rank]
+        folder = RunFolder.__new__(RunFolder)  # without the run
+        config = TrainConfig("data", str(path), report_to="none", **settings)
+        folder._job = SimpleNamespace(cluster=cluster, config=config, identity=lambda: IDENTITY)
+        folder.path, folder._lock, folder.keepers = path, None, Keepers([0, 1])
+        folder.checkpoint = path / f"checkpoint-{step}"
+        folder.claim()
+
+    with clusters(2) as ranks:
+        run_ranks(ranks, act)
+    (started,) = {RunRecord.read(folder).started for folder in folders}
+    return started
+
+
+def test_what_other_machines_have_fetched_before_is_pruned_as_rank_0_prunes(tmp_path):
+    folders = [machine(tmp_path / name, 2, 4, 6, 8) for name in "ab"]
+    (folders[1] / "checkpoint-8" / "model.safetensors").unlink()
+    assert claimed(folders, 6, resume="auto", keep_checkpoints=2) == START
+    assert checkpoint.steps_saved(folders[0]) == [8, 6, 4, 2], "it prunes when it saves"
+    assert checkpoint.steps_saved(folders[1]) == [8, 6, 4], "newer ones are nobody's to remove"
+
+
+def test_a_branch_is_another_start_and_leaves_no_later_checkpoint_elsewhere(tmp_path):
+    """Else --resume auto would take the later ones of the other machine."""
+    folders = [machine(tmp_path / name, 2, 4, 6) for name in "ab"]
+    asked = str(folders[0] / "checkpoint-2")
+    assert claimed(folders, 2, resume=asked, keep_checkpoints=3) not in (START, None)
+    assert checkpoint.steps_saved(folders[0]) == [6, 4, 2]
+    assert checkpoint.steps_saved(folders[1]) == [2]
+    folders = [machine(tmp_path / name, 2, 4) for name in "cd"]
+    asked = str(folders[0] / "checkpoint-4")
+    assert claimed(folders, 4, resume=asked) == START, "it was the newest"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.sync.base import SyncState
 from p2p_llm_forge.training import checkpoint
-from p2p_llm_forge.training.saving import Saving, Writer, file_in
+from p2p_llm_forge.training.saving import Saving, Writer
 
 
 def test_the_writer_has_one_save_in_flight_and_is_waited_for():
@@ -117,43 +116,3 @@ def test_without_its_folder_nothing_is_saved(saving):
         with pytest.raises(ForgeError, match="taken over"):
             write()
     assert checkpoint.steps_saved(folder.path) == [4]
-
-
-def test_a_rank_answers_the_main_process_whatever_happens(saving, monkeypatch):
-    """Else it would wait for the rank until the timeout."""
-    folder, saves = saving
-    posted = []
-    monkeypatch.setattr(saves._job.cluster, "post", lambda key, text: posted.append((key, text)))
-    folder.path.mkdir()
-    saves._write_rank_file(4, {"residual": torch.zeros(1)})
-    with pytest.raises(ValueError):  # a bug, which the rank prints
-        saves._write_rank_file(5, {"residual": "no tensor"})
-    folder.path = folder.path / "gone"
-    saves._write_rank_file(6, {"residual": torch.zeros(1)})
-    answers = {key: json.loads(text) for key, text in posted}
-    assert answers["saved/4"]["file"].startswith("tmp-rank-00000.safetensors.")
-    assert "see what rank 0 printed" in answers["saved/5"]["failure"]
-    found, fix = answers["saved/6"]["failure"]
-    assert "rank 0 could not write" in found and fix == "make room on the disk"
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        *("", "[]", "{}", '{"file": "../../.ssh/id_ed25519"}', '{"file": "/etc/passwd"}'),
-        *('{"file": "tmp-rank-00001.safetensors.0123abcd"}', '{"file": 1}', '{"failure": 1}'),
-        *('{"failure": ["x"]}', '{"failure": [1, 2]}', '{"failure": {"found": "x"}}'),
-        *('{"file": "tmp-rank-00000.safetensors.0123abcd/../x"}', '{"file": "\\ud800"}'),
-    ],
-)
-def test_a_stranger_moves_no_other_file_of_the_main_machine(answer):
-    """Whoever reaches the store can answer for a rank where there is no secret."""
-    with pytest.raises(ForgeError, match="rank 0 sent what no rank of this program sends"):
-        file_in(answer, 0)
-
-
-def test_what_a_rank_could_not_write_is_quoted_by_its_name():
-    name = "tmp-rank-00000.safetensors.0123abcd"
-    assert file_in(json.dumps({"file": name}), 0) == name
-    with pytest.raises(ForgeError, match='^rank 3 says: "full"\\n  fix: "make room"$'):
-        file_in(json.dumps({"failure": ["full", "make room"]}), 3)

@@ -1,0 +1,143 @@
+"""A model that is only evaluated, from whichever machine has the newest, and kept by no other."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import fingerprint
+from p2p_llm_forge.peers.cluster import Cluster
+from p2p_llm_forge.peers.file_exchange import FileFacts
+from p2p_llm_forge.peers.findings import as_sent_by
+from p2p_llm_forge.peers.keepers import Keepers
+from p2p_llm_forge.shapes import is_count, is_path_inside, require_shape
+from p2p_llm_forge.training.identity import of_today
+from p2p_llm_forge.training.manifest import (
+    FILE_SHAPE,
+    checkpoint_dir,
+    damage,
+    differences,
+    is_whole,
+    no_checkpoints,
+    read_manifest,
+    steps_saved,
+)
+from p2p_llm_forge.training.run_folder import NOT_PUBLISHED
+from p2p_llm_forge.training.run_record import RunRecord
+from p2p_llm_forge.training.starts import agreed_start, newest_saved
+
+
+def refuse_two_runs(cluster: Cluster, output_dir: Path) -> None:
+    """Raise ForgeError where machines hold different runs, or two starts of one. All ranks must
+    call."""
+    each = Keepers(list(range(cluster.world_size)))
+    agreed_start(cluster, each, output_dir)
+    own: dict[str, Any] = {"identity": None, "has_start": False}
+
+    def read() -> None:
+        if (record := RunRecord.read(output_dir)) and newest_saved(output_dir) >= 0:
+            settings = of_today(record.identity) | {"model_name": None}  # may lie elsewhere
+            own.update(identity=fingerprint(settings), has_start=record.started is not None)
+
+    cluster.together(read)
+    facts = cluster.gather_facts(own)
+    having = [rank for rank, fact in enumerate(facts) if fact["identity"]]
+    for rank in having[1:]:
+        # One start is one run, though some of its machines may have missed --resume-changed.
+        is_same_start = facts[rank]["has_start"] and facts[having[0]]["has_start"]
+        if not is_same_start and facts[rank]["identity"] != facts[having[0]]["identity"]:
+            raise ForgeError(
+                f"rank {rank} holds another run in its --output-dir than rank {having[0]}",
+                "move one of them away, or give another --output-dir",
+            )
+
+
+def newest_anywhere(cluster: Cluster, output_dir: Path) -> tuple[int, int, list[str]]:
+    """Step and rank of the newest checkpoint that is good somewhere, rank 0's own before those of
+    others; -1 and 0 for none. All ranks must call.
+
+    Beside it, for rank 0, a line for each that was skipped. It is verified, so it has been read.
+    """
+    saved = steps_by_rank(cluster, output_dir)
+    skipped = [f"skipped {path}: {reason}" for path, reason in no_checkpoints(output_dir)]
+    skipped = skipped if cluster.is_main else []
+    seen: set[tuple[str, str]] = set()  # one folder may be that of several ranks
+    for step, rank in sorted(
+        ((step, rank) for rank, steps in enumerate(saved) for step in steps),
+        key=lambda one: (-one[0], one[1]),
+    ):
+        path = checkpoint_dir(output_dir, step)
+        why = damage(path) if rank == cluster.rank else None
+        fact = cluster.gather_facts({"path": str(path), "why": why})[rank]
+        with as_sent_by(f"rank {rank}"):
+            require_shape(fact, {"path": str, "why": (None, str)})
+        if fact["why"] is None:
+            return step, rank, skipped
+        if (fact["path"], fact["why"]) not in seen:
+            seen.add((fact["path"], fact["why"]))
+            where = f"rank {rank}: " if rank else ""
+            skipped.append(f"skipped {where}{fact['path']}: {fact['why']}")
+    return -1, 0, skipped
+
+
+def steps_by_rank(cluster: Cluster, output_dir: Path) -> list[list[int]]:
+    """The steps of what is called like checkpoints, by rank, newest first. All ranks must call."""
+    found = [fact["saved"] for fact in cluster.gather_facts({"saved": steps_saved(output_dir)})]
+    for rank, steps in enumerate(found):
+        with as_sent_by(f"rank {rank}"):
+            require_shape(steps, [is_count])
+    return found
+
+
+@contextlib.contextmanager
+def lent(cluster: Cluster, output_dir: Path, step: int, lender: int) -> Iterator[Path]:
+    """Where this rank reads the model of a checkpoint while entered. All ranks must call.
+
+    lender: a rank that has it, verified. Who does not see the same one gets a copy for the time.
+    Raises ForgeError where that does not come, on all ranks.
+    """
+    path = checkpoint_dir(output_dir, step)
+    own = model_files(path)
+    if own and cluster.rank != lender and any(differences(path, own)):
+        own = None
+    facts = cluster.gather_facts({"files": own})
+    files = facts[lender]["files"]
+    with as_sent_by(f"rank {lender}"):
+        require_shape(files, {str: FILE_SHAPE})
+        if not all(map(is_path_inside, files)):
+            raise ValueError("it names what is no file in a checkpoint")
+    if all(fact["files"] == files for fact in facts):
+        yield path
+        return
+    exchange, key = cluster.open_files(), f"lent/{step}"
+    if cluster.rank == lender:
+        exchange.offer(key, path, files)
+    cluster.barrier()
+    with tempfile.TemporaryDirectory(prefix="p2p-llm-forge-") as folder:
+
+        def fetch() -> None:
+            if own != files:
+                wanted = {
+                    name: FileFacts(one["size"], one["sha256"]) for name, one in files.items()
+                }
+                exchange.fetch(wanted, {lender: key}, Path(folder))
+
+        cluster.together(fetch)
+        exchange.withdraw(key)
+        yield path if own == files else Path(folder)
+
+
+def model_files(path: Path) -> dict[str, Any] | None:
+    """The files of a model and its tokenizer in a checkpoint; None where it is not whole."""
+    try:
+        files = read_manifest(path)["files"]
+    except (OSError, ValueError):
+        return None
+    if not is_whole(path):
+        return None
+    kept = (name for name in files if name not in NOT_PUBLISHED and not name.startswith("rank-"))
+    return {name: files[name] for name in kept}

@@ -1,0 +1,74 @@
+"""What of a checkpoint travels, and what is here already."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import checkpoint
+from p2p_llm_forge.training.fetched_checkpoint import Delivery, link
+from tests.training.begun import at, begin, begun, machine
+from tests.training.saved import WEIGHTS, writer
+
+
+def delivery(**changes):
+    files = {"a": {"size": 5, "sha256": "0" * 64}, "b": {"size": 7, "sha256": "1" * 64}}
+    holds = {0: frozenset("a"), 1: frozenset("ab"), 2: frozenset()}
+    facts = {"step": 4, "digest": "f" * 64, "files": files, "here": None, "holds": holds}
+    return Delivery(**{**facts, "wanting": (0, 2), **changes})
+
+
+def test_who_has_something_is_a_source_and_what_is_lacking_travels(tmp_path):
+    one = delivery()
+    assert set(one.sources(0)) == {1} and set(one.sources(2)) == {0, 1}
+    assert [one.bytes_for(rank) for rank in range(3)] == [7, 0, 12]
+    assert one.partial(tmp_path).name == "tmp-fetched-4-ffffffff"
+    assert one.partial(tmp_path) != delivery(digest="e" * 64).partial(tmp_path)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_is_here_is_linked_or_copied_in_place_of_what_was(tmp_path, monkeypatch, has_links):
+    def fail(*_):
+        raise OSError(errno.EPERM, "no links on this file system")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", fail)
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "b").write_text("old and longer")
+    link(tmp_path / "a", tmp_path / "to" / "b")
+    assert (tmp_path / "to" / "b").read_text() == "new"
+    assert (tmp_path / "to" / "b").samefile(tmp_path / "a") is has_links
+
+
+def test_what_came_before_a_kill_is_not_sent_again(tmp_path, monkeypatch):
+    folders = [tmp_path / "a", machine(tmp_path / "b", 4)]
+    whole = folders[1] / "checkpoint-4"
+    partial = []
+
+    def dies(output_dir, step, write, confirm):
+        partial.extend(output_dir.glob("tmp-fetched-4-*"))
+        raise ForgeError("killed", "start again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "complete", dies)
+        with pytest.raises(ForgeError, match="killed"):
+            begin(folders)
+    (folder,) = partial
+    assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    before = (folder / WEIGHTS).stat().st_ino
+    assert begun(folders) == at(folders, 4)
+    assert (folders[0] / "checkpoint-4" / WEIGHTS).stat().st_ino == before
+
+
+def test_a_fetch_that_was_given_up_is_cleared_away_with_the_next_save(tmp_path):
+    folder = machine(tmp_path / "a")
+    left = delivery().partial(folder)
+    left.mkdir()
+    (left / "a.part").write_text("half")
+    checkpoint.commit(folder, 6, writer(6), TrainConfig())
+    assert not left.exists()
