@@ -187,7 +187,7 @@ class Plan:
         given = dict(ARMS[arm])
         if given["sync"] == "diloco":
             asked = given["outer_lr"], given["outer_momentum"]
-            usual = settings_of_rounds(*asked, peers, every)
+            usual = settings_of_rounds(*asked, peers, every, options.optimizer)
             given["outer_lr"], given["outer_momentum"] = usual
         settings = ",".join(f"{name}={value}" for name, value in given.items())
         updates = options.rounds * every

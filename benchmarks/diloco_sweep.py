@@ -309,7 +309,8 @@ def arm_of(name: str, peers: int, every: int) -> Arm:
     """One of ARMS, or what KEY=VALUE,... makes of plain averaging."""
     if name in ARMS:
         arm = ARMS[name]
-        lr, momentum = settings_of_rounds(arm.outer_lr, arm.outer_momentum, peers, every)
+        asked = arm.outer_lr, arm.outer_momentum
+        lr, momentum = settings_of_rounds(*asked, peers, every, arm.inner)
         return replace(arm, outer_lr=lr, outer_momentum=momentum)
     pairs = dict(pair.split("=") for pair in name.split(","))
     return Arm(**{key: type(getattr(Arm, key))(value) for key, value in pairs.items()})

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -50,6 +51,7 @@ METHODS = {"lora": ["--lora-rank", 16], "full": []}
 
 def main() -> int:
     """Measure what is asked for and not known yet; print all that is known."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts and runs end with it
     arguments = parse()
     results = read(arguments.results)
     if (load := os.getloadavg()[0]) > 0.5:
