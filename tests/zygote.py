@@ -6,6 +6,7 @@ forked from, the fork server of `multiprocessing`, never starts a thread or a mo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import multiprocessing
@@ -73,12 +74,18 @@ class Zygote:
             process.close()  # it holds two files
         return pid in self._statuses
 
+    def kill(self, pids: list[int]) -> None:
+        """Kill all of them before any is waited for: ranks end by themselves when one is lost."""
+        for pid in pids:
+            if not self.has_ended(pid):
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            self.wait(pid)
+
     def close(self) -> None:
         """End what still runs."""
-        for pid in list(self._runs):
-            if not self.has_ended(pid):
-                os.kill(pid, signal.SIGKILL)
-                self.wait(pid)
+        self.kill(list(self._runs))
 
 
 def _become(start: Start) -> None:

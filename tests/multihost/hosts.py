@@ -19,6 +19,7 @@ from tests.multihost.disks import Disk
 from tests.waiting import wait_until
 
 PYTHON = sys.executable
+SEGMENT_BYTES = 1448  # of payload, with Ethernet's 1500 bytes and time stamps
 
 
 @functools.cache
@@ -85,15 +86,26 @@ class Host:
         """All that the host's interface has sent, headers too."""
         return self._counters()[8]
 
+    def bytes_resent(self) -> int:
+        """What TCP has sent once more, about: a busy host is late to say what has come."""
+        names, numbers = (
+            line.split() for line in self._reads("/proc/net/snmp") if line.startswith("Tcp:")
+        )
+        return int(numbers[names.index("RetransSegs")]) * SEGMENT_BYTES
+
     def bytes_received(self) -> int:
         """All that the host's interface has received, headers too."""
         return self._counters()[0]
 
     def _counters(self) -> list[int]:
-        words = ["ip", "netns", "exec", self.name, "cat", "/proc/net/dev"]
-        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        (line,) = [line for line in printed.splitlines() if line.strip().startswith("eth0:")]
+        (line,) = [
+            line for line in self._reads("/proc/net/dev") if line.strip().startswith("eth0:")
+        ]
         return [int(number) for number in line.split(":")[1].split()]
+
+    def _reads(self, file: str) -> list[str]:
+        words = ["ip", "netns", "exec", self.name, "cat", file]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
 
     def connections(self, port: int) -> int:
         """How many connections others have made to a port of the host."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -77,9 +75,7 @@ class Machines:
         """Kill all ranks at once when rank 0 has saved this step."""
         pids, log = self.start(*numbers, **settings), self.logs[numbers[0]]
         wait_until(lambda: newest_step(self.folder(numbers[0])) >= step, 60, 0.001, log=log)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            self.zygote.wait(pid)
+        self.zygote.kill(pids)
         return newest_step(self.folder(numbers[0]))
 
 

@@ -6,9 +6,7 @@ own they are in tests/multihost.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -63,9 +61,7 @@ def test_a_run_without_a_shared_folder_is_killed_and_resumes_to_the_bit(zygote, 
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
     ranks = start_apart(zygote, prepared, folders, logs, **steps)
     wait_for_checkpoint(zygote, ranks[0], folders[0], 4, logs[0])
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-        zygote.wait(pid)
+    zygote.kill(ranks)
     started = {RunRecord.read(folder).started for folder in folders}
     assert len(started) == 1 and None not in started
     saved = newest_step(folders[0])
