@@ -88,8 +88,8 @@ class RunFolder:
         if self._leaves_later_ones():
             known, resumed = None, ()  # a machine that is absent may have some too
         started, token = cluster.main_only(lambda: [known or new_start(), new_start()])
-        if self.checkpoint:
-            step = int(self.checkpoint.name.rpartition("-")[2])
+        step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        if self.checkpoint or known:  # known: from the start, without those who may have saved
             resumed = (*resumed, (str(token), step))
 
         def write() -> None:

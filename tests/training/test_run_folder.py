@@ -108,18 +108,18 @@ def test_a_finished_run_is_not_done_again(config, capsys):
 
 
 def claimed(folders, step, **settings):
-    """Two machines that resume from the checkpoint of a step claim their folders."""
+    """Machines that resume from the checkpoint of a step, or have none, claim their folders."""
 
     def act(cluster):
         path = folders[cluster.rank]
         folder = RunFolder.__new__(RunFolder)  # without the run
         config = TrainConfig("data", str(path), report_to="none", **settings)
         folder._job = SimpleNamespace(cluster=cluster, config=config, identity=lambda: IDENTITY)
-        folder.path, folder._lock, folder.keepers = path, None, Keepers([0, 1])
-        folder.checkpoint = path / f"checkpoint-{step}"
+        folder.path, folder._lock, folder.keepers = path, None, Keepers([*range(len(folders))])
+        folder.checkpoint = path / f"checkpoint-{step}" if step else None
         folder.claim()
 
-    with clusters(2) as ranks:
+    with clusters(len(folders)) as ranks:
         run_ranks(ranks, act)
     (started,) = {RunRecord.read(folder).started for folder in folders}
     return started
@@ -143,3 +143,15 @@ def test_a_branch_is_another_start_and_leaves_no_later_checkpoint_elsewhere(tmp_
     folders = [machine(tmp_path / name, 2, 4) for name in "cd"]
     asked = str(folders[0] / "checkpoint-4")
     assert claimed(folders, 4, resume=asked) == START, "it was the newest"
+
+
+def test_a_machine_that_began_again_without_the_one_with_all_checkpoints_is_on_record(tmp_path):
+    """The other one was away, and nothing had been copied: now each has a run of its own."""
+    away, alone = machine(tmp_path / "away", 500), machine(tmp_path / "alone")
+    assert claimed([alone], None, resume="auto") == START
+    assert claimed([alone, away], 500, resume="auto") == START, "nothing was saved meanwhile"
+    away, alone = machine(tmp_path / "b", 500), machine(tmp_path / "c")
+    claimed([alone], None, resume="auto")
+    checkpoint.complete(alone, 400, writer(400))
+    with pytest.raises(ForgeError, match="after step 0 they went on without each other"):
+        claimed([alone, away], 500, resume="auto")
