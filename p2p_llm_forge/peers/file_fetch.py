@@ -76,7 +76,6 @@ class _Item:
     file: PartialFile
     refused: dict[int, str] = field(default_factory=dict)  # by rank: why it is not asked again
     came_from: set[int] = field(default_factory=set)
-    attempt: int = 0  # counts how often it has begun again
     restarts: int = 0  # those that were no source's fault
 
     @property
@@ -315,7 +314,7 @@ class Fetch:
         return None
 
     def _bring(self, source: Source, stream: FileStream, piece: _Piece) -> None:
-        item, began, attempt = piece.item, time.monotonic(), piece.item.attempt
+        item, began, attempt = piece.item, time.monotonic(), piece.item.file.attempt
         offset, size = item.file.span(piece.number)
         assert source.files is not None
         number = source.files[item.name][0]
@@ -329,8 +328,8 @@ class Fetch:
             if self._is_over or self._watch.is_given_up:
                 raise _Over
             self._received[source.rank] += len(content)
-            if not piece.is_here and item.attempt == attempt:
-                item.file.write(at, content)
+            item.came_from.add(source.rank)  # also what it leaves in a piece of another source
+            if item.file.write(at, content, attempt):
                 written += len(content)
                 self._watch.advance(len(content))
 
@@ -342,10 +341,9 @@ class Fetch:
                 self._check_hopes()
         else:
             with self._changed:
-                is_mine = written == size and item.attempt == attempt and not piece.is_here
+                is_mine = written == size and item.file.attempt == attempt and not piece.is_here
                 if is_mine:
                     item.file.note(piece.number)
-                    item.came_from.add(source.rank)
                     self._wanted.remove(piece)
                     self._usual_s = time.monotonic() - began
         finally:
@@ -392,7 +390,6 @@ class Fetch:
                     f" {self._into}",
                     "check the disk and the memory of this machine",
                 )
-            item.attempt += 1
             item.came_from.clear()
             item.file.forget()
             self._want(item)

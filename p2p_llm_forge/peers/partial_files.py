@@ -56,6 +56,7 @@ class PartialFile:
         self.count = -(-facts.size // PIECE_BYTES)  # of pieces
         self.has = bytearray(self.count)  # 1 for a piece that is here
         self.was_begun = False  # by an earlier try
+        self.attempt = 0  # counts how often it has begun again
         self._part = path.with_name(path.name + PART)
         self._record = path.with_name(path.name + PIECES)
         self._files: list[FileIO] = []  # both, while they are open
@@ -105,13 +106,17 @@ class PartialFile:
         self._record.write_bytes(self._head() + self.has)
         self._files = [one.open("r+b", buffering=0) for one in (self._part, self._record)]
 
-    def write(self, offset: int, content: memoryview) -> None:
-        """Write a part of a piece."""
+    def write(self, offset: int, content: memoryview, attempt: int = 0) -> bool:
+        """Write a part of a piece. False: it is of an earlier attempt, or its piece is here
+        already, perhaps hashed, and stays as it is."""
         with self._lock:
+            if self.has[offset // PIECE_BYTES] or self.attempt != attempt:
+                return False
             part, _ = self._files
             part.seek(offset)
             while len(content):
                 content = content[part.write(content) :]
+            return True
 
     def note(self, piece: int) -> None:
         """Remember that a piece is here."""
@@ -138,6 +143,7 @@ class PartialFile:
         with self._lock:
             self.has[:] = bytes(self.count)
             self.was_begun = False
+            self.attempt += 1
             _, record = self._files
             record.seek(0)
             record.write(self._head() + self.has)

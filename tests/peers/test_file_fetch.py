@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers import partial_files
+from p2p_llm_forge.peers import file_fetch, partial_files
 from p2p_llm_forge.peers.file_exchange import FileFacts, Watch
+from p2p_llm_forge.peers.partial_files import PartialFile
 from tests.memory_channel import clusters, run_ranks
 from tests.peers.offered_files import MANY_PIECES, damage, made, same
 
@@ -137,6 +139,42 @@ def test_what_this_machine_loses_is_no_sources_fault(tmp_path, exchanges, small_
     assert re.fullmatch("a arrives whole and is not what was sent when .* from .*into", found)
     assert not (into / "a").exists()
     exchanges[3].fetch(files, {0: "key"}, into)  # after it was checked
+    assert same(tmp_path / "from", into, files)
+
+
+def test_a_piece_that_comes_late_from_a_damaged_source_changes_nothing(
+    tmp_path, exchanges, monkeypatch
+):
+    files, into = made(tmp_path / "from", {"a": 1000}), tmp_path / "into"
+    shutil.copytree(tmp_path / "from", tmp_path / "damaged")
+    damage(tmp_path / "damaged/a")
+    good = (tmp_path / "from/a").read_bytes()
+    has_come, is_hashed, was_tried = (threading.Event() for _ in range(3))
+    write, publish = PartialFile.write, PartialFile.publish
+
+    def late(file, offset, content, *more):
+        """What is damaged comes first, and is written when the other one was hashed."""
+        if bytes(content) == good:
+            assert has_come.wait(60)
+            return write(file, offset, content, *more)
+        has_come.set()
+        assert is_hashed.wait(60)
+        try:
+            return write(file, offset, content, *more)
+        finally:
+            was_tried.set()
+
+    def wait_and_publish(file):
+        is_hashed.set()
+        assert was_tried.wait(60)
+        publish(file)
+
+    monkeypatch.setattr(file_fetch, "LEAST_LATE_S", 0.0)
+    monkeypatch.setattr(PartialFile, "write", late)
+    monkeypatch.setattr(PartialFile, "publish", wait_and_publish)
+    exchanges[0].offer("key", tmp_path / "damaged", files)
+    exchanges[1].offer("key", tmp_path / "from", files)
+    exchanges[3].fetch(files, {0: "key", 1: "key"}, into)
     assert same(tmp_path / "from", into, files)
 
 
