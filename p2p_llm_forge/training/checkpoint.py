@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,7 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, in_one_line
 from p2p_llm_forge.files import fsync, sha256_of, write_json
 from p2p_llm_forge.training.manifest import (
+    FILE_SHAPE,
     FORMAT_VERSION,
     MANIFEST,
     TRAINER_STATE,
@@ -103,12 +105,14 @@ def complete(
     step: int,
     write: Callable[[Path], None],
     confirm: Callable[[], None] = lambda: None,
+    promised: dict[str, Any] | None = None,
 ) -> Path:
     """Make a checkpoint of what `write` puts into the folder it is given.
 
     It becomes visible by one rename after everything in it is on disk. confirm: raises if this
-    process may not write any more. Raises ForgeError when the disk does not take it, or when what
-    is called so is not of this run.
+    process may not write any more. promised: the files by another machine's manifest, where they
+    came from one. Raises ForgeError when the disk does not take it or does not keep it, or when
+    what is called so is not of this run.
     """
     final = checkpoint_dir(output_dir, step)
     # A name of its own: a process that has lost the folder may still be writing.
@@ -121,6 +125,8 @@ def complete(
             fsync(path)
             size, name = path.stat().st_size, path.relative_to(partial).as_posix()
             files[name] = {"size": size, "sha256": sha256_of(path)}
+        if promised is not None:
+            _require_promised(final, files, promised)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         write_json(partial / MANIFEST, manifest)
         confirm()
@@ -157,6 +163,18 @@ def in_the_way(final: Path) -> ForgeError:
         " checkpoints are untouched",
         "move it out of --output-dir",
     )
+
+
+def _require_promised(final: Path, files: dict[str, Any], promised: dict[str, Any]) -> None:
+    """Raise ForgeError if files are not what came: nobody shall take them for a checkpoint."""
+    for name in sorted({*files, *promised}):
+        here, sent = files.get(name, {}), promised.get(name, {})
+        if any(here.get(fact) != sent.get(fact) for fact in FILE_SHAPE):
+            raise ForgeError(
+                f"{in_one_line(name)} of {final} is not what was sent when it is read again; older"
+                " checkpoints are untouched",
+                "check the disk and the memory of this machine, then start this again",
+            )
 
 
 def not_written(found: str, error: Exception) -> ForgeError:

@@ -183,7 +183,7 @@ class Following(Copies):
                 self._fetch_beside(facts_of(beside), key)
                 done = _size(beside)
                 if not self._has(step, files):
-                    complete(output_dir, step, fetch, self._folder.confirm)
+                    complete(output_dir, step, fetch, self._folder.confirm, files)
         except GivenUp:
             answer["is_given_up"] = True
         else:

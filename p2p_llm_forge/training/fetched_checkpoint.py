@@ -121,7 +121,7 @@ def fetch(delivery: Delivery, exchange: FileExchange, output_dir: Path, lock: Lo
         for name in delivery.files:
             link(partial / name, folder / name)
 
-    checkpoint.complete(output_dir, delivery.step, write, lock.confirm)
+    checkpoint.complete(output_dir, delivery.step, write, lock.confirm, delivery.files)
     shutil.rmtree(partial, ignore_errors=True)
 
 

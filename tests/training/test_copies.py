@@ -11,8 +11,9 @@ from p2p_llm_forge.training.copies import answer_of, request_to
 from p2p_llm_forge.training.run_record import METRICS, SAMPLES, RunRecord
 from tests.folders import tree
 from tests.memory_channel import run_ranks
+from tests.peers.offered_files import damage
 from tests.training.copied import machines
-from tests.training.saved import writer
+from tests.training.saved import WEIGHTS, writer
 
 TWO = {"replicate_checkpoints": 2}
 
@@ -84,6 +85,28 @@ def test_a_checkpoint_that_is_here_already_is_not_fetched_again(tmp_path):
         run.copies[0].saved(2, run.folders[0] / "checkpoint-2")
         run.finish()
         assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
+
+
+def test_what_has_changed_since_it_came_is_no_copy_until_it_comes_again(tmp_path):
+    with machines(tmp_path, 2, **TWO) as run:
+        exchange, folder = run.exchanges[1], run.folders[1]
+        fetch = exchange.fetch
+
+        def change(files, sources, into, *more, **how):
+            fetched = fetch(files, sources, into, *more, **how)
+            if WEIGHTS in files:
+                damage(into / WEIGHTS)
+            return fetched
+
+        exchange.fetch = change
+        run.save(2)
+        run.finish()
+        assert not list(folder.glob("*checkpoint-2*"))
+        assert any(f"{WEIGHTS} of {folder}" in line for line in run.said), run.said
+        exchange.fetch = fetch
+        run.save(4)
+        run.finish()
+        assert checkpoint.newest_good(folder)[0] == folder / "checkpoint-4"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

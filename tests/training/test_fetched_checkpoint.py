@@ -9,8 +9,10 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.file_exchange import FileExchange
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.fetched_checkpoint import Delivery, link
+from tests.peers.offered_files import damage
 from tests.training.begun import at, begin, begun, machine
 from tests.training.saved import WEIGHTS, writer
 
@@ -50,7 +52,7 @@ def test_what_came_before_a_kill_is_not_sent_again(tmp_path, monkeypatch):
     whole = folders[1] / "checkpoint-4"
     partial = []
 
-    def dies(output_dir, step, write, confirm):
+    def dies(output_dir, step, write, confirm, promised):
         partial.extend(output_dir.glob("tmp-fetched-4-*"))
         raise ForgeError("killed", "start again")
 
@@ -63,6 +65,25 @@ def test_what_came_before_a_kill_is_not_sent_again(tmp_path, monkeypatch):
     before = (folder / WEIGHTS).stat().st_ino
     assert begun(folders) == at(folders, 4)
     assert (folders[0] / "checkpoint-4" / WEIGHTS).stat().st_ino == before
+
+
+def test_what_has_changed_since_it_came_is_no_checkpoint_until_it_comes_again(
+    tmp_path, monkeypatch
+):
+    folders, fetch = [tmp_path / "a", machine(tmp_path / "b", 4)], FileExchange.fetch
+
+    def change(exchange, files, sources, into, *more, **how):
+        fetched = fetch(exchange, files, sources, into, *more, **how)
+        if WEIGHTS in files:
+            damage(into / WEIGHTS)
+        return fetched
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileExchange, "fetch", change)
+        with pytest.raises(ForgeError, match=f"{WEIGHTS} of .*checkpoint-4 is not what was sent"):
+            begin(folders)
+    assert not list(folders[0].glob("*checkpoint-4*"))
+    assert begun(folders) == at(folders, 4)  # after the machine was checked
 
 
 def test_a_fetch_that_was_given_up_is_cleared_away_with_the_next_save(tmp_path):
