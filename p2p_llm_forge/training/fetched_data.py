@@ -34,6 +34,19 @@ SHAPE = {
 
 
 @dataclass(frozen=True)
+class Sought:
+    """The dataset of a run, as it is looked for. seen: what lies in `folder`, by rank.
+
+    is_text: it is what a text becomes; maker: the rank whose text that is, if one has it.
+    """
+
+    folder: Path
+    seen: Sequence[Found]
+    is_text: bool = False
+    maker: int | None = None
+
+
+@dataclass(frozen=True)
 class Brought:
     """Which dataset comes to which ranks. dataset: as its sources have it."""
 
@@ -70,12 +83,37 @@ def look_everywhere(cluster: Cluster, folder: Path) -> list[Found]:
     return seen
 
 
+def what_is_missing(config: TrainConfig, cluster: Cluster, sought: Sought) -> Brought | None:
+    """What has to come so that all ranks have the dataset; None where they have it.
+
+    All ranks must call. Raises ForgeError where it is not clear which one it is.
+    """
+    seen, wanted = sought.seen, wanted_by_run(config, cluster)
+    replaces_all = sought.is_text and config.overwrite  # what a run has made gives way with it
+    if not replaces_all:
+        refuse_other_than_the_runs(seen, wanted, sought.is_text)
+        refuse_others(
+            {
+                rank: (found.fingerprint, found.where)
+                for rank, found in enumerate(seen)
+                if found.kind == "dataset" and (not found.is_fetched or rank == sought.maker)
+            },
+            sought.maker,
+            sought.is_text,
+        )
+        refuse_two_versions(seen, wanted)
+    refuse_what_is_in_the_way(config, cluster, sought.folder, seen)
+    if sought.maker is not None and not wanted:
+        wanted = seen[sought.maker].fingerprint  # what others have made before is of another text
+    return what_to_bring(seen, replaces_all, wanted)
+
+
 def what_to_bring(
     seen: Sequence[Found], replace_all: bool = False, wanted: str = ""
 ) -> Brought | None:
     """The dataset that ranks lack and others have; None where there is nothing to bring.
 
-    It is the one with the fingerprint `wanted` (see `wanted_by_run`), else that of the first rank
+    It is the one with the fingerprint `wanted` (see `what_is_missing`), else that of the first rank
     with one that was prepared there, else the only one there is. One that was fetched before gives
     way to it; with `replace_all` one that was prepared does too. Ranks with something else are left
     alone, and so is everybody where it is not clear which one it is: what they have is refused.
@@ -120,15 +158,25 @@ def wanted_by_run(config: TrainConfig, cluster: Cluster) -> str:
     return str(max(having, key=lambda fact: fact["times"])["run"]) if having else ""
 
 
-def refuse_others(by_rank: Mapping[int, tuple[str, str]]) -> None:
-    """Raise ForgeError unless all have the dataset of the first. by_rank: fingerprint and folder"""
+def refuse_others(
+    by_rank: Mapping[int, tuple[str, str]], maker: int | None = None, is_text: bool = False
+) -> None:
+    """Raise ForgeError unless all have the dataset of `maker`, by default of the first of them.
+
+    by_rank: fingerprint and folder; is_text: the dataset is what a text has become.
+    """
     problems, first = Problems(), min(by_rank, default=0)
+    if maker is not None and maker in by_rank:
+        first = maker
     for rank, (data, path) in by_rank.items():
         problems.require(
             data == by_rank[first][0],
             f"rank {rank} has other data ({data[:12]} in {path}) than rank {first}"
             f" ({by_rank[first][0][:12]} in {by_rank[first][1]})",
-            f"copy rank {first}'s folder to the machine of rank {rank}, or share it",
+            f"on rank {rank}, move that folder away: what rank {first} has made of its text then"
+            " comes there (with --fetch never, copy it there)"
+            if is_text
+            else f"copy rank {first}'s folder to the machine of rank {rank}, or share it",
         )
     problems.raise_any()
 

@@ -16,7 +16,6 @@ from typing import Any
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.config.fields import option
 from p2p_llm_forge.data.dataset import MANIFEST, PreparedDataset, open_prepared
-from p2p_llm_forge.data.fetched import Found
 from p2p_llm_forge.data.formats import compression_of, format_of
 from p2p_llm_forge.errors import ForgeError, Problems
 from p2p_llm_forge.files import only_writer
@@ -24,15 +23,12 @@ from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.fetched_data import (
+    Sought,
     bring_data,
     look_everywhere,
-    refuse_other_than_the_runs,
     refuse_others,
-    refuse_two_versions,
-    refuse_what_is_in_the_way,
     refuse_what_is_nowhere,
-    wanted_by_run,
-    what_to_bring,
+    what_is_missing,
 )
 from p2p_llm_forge.training.fetched_model import bring_model
 from p2p_llm_forge.training.identity import (
@@ -181,6 +177,37 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     A text is prepared first, by rank 0 alone, or by the first that has it. Where no machine has it
     any more, what was made of it for this run takes its place.
     """
+    sought = find_data(config, cluster)
+    folder, is_text = sought.folder, sought.is_text
+    brought = what_is_missing(config, cluster, sought)
+    if brought is not None:
+        if not is_text and config.output_dir and not config.eval_only:
+            cluster.main_only(lambda: refuse_before_data(config))  # before hours of fetching
+        bring_data(config, cluster, folder, brought)
+
+    def opened() -> PreparedDataset:
+        data = open_prepared(folder)
+        data.load_tokenizer(config.trust_remote_code)  # the end of the run is no time to find out
+        return data
+
+    data = cluster.together(opened)
+    if not is_text:
+        cluster.together(lambda: refuse_flags_of_texts(config, data))
+    refuse_different_data(cluster, data)
+    asked, found = config.sequence_length, data.manifest.sequence_length
+    if asked not in (None, found):
+        raise ForgeError(
+            f"--sequence-length {asked} was asked, {folder} has blocks of {found} tokens",
+            "leave the flag out, or prepare the data again with it",
+        )
+    return data
+
+
+def find_data(config: TrainConfig, cluster: Cluster) -> Sought:
+    """Where the dataset is, or should be, on each rank. All ranks must call.
+
+    A text is prepared there first, by one rank. Raises ForgeError.
+    """
     folder = Path(config.dataset_path)
     seen = look_everywhere(cluster, folder)
     maker, is_left = who_prepares(seen), False
@@ -201,52 +228,7 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
         seen = look_everywhere(cluster, folder)
         lacks = seen[cluster.rank].kind == "nothing"
         cluster.together(lambda: refuse_before_data(config) if lacks else None)
-    bring_what_lacks(config, cluster, folder, seen, is_text)
-
-    def opened() -> PreparedDataset:
-        data = open_prepared(folder)
-        data.load_tokenizer(config.trust_remote_code)  # the end of the run is no time to find out
-        return data
-
-    data = cluster.together(opened)
-    if not is_text:
-        cluster.together(lambda: refuse_flags_of_texts(config, data))
-    refuse_different_data(cluster, data)
-    asked, found = config.sequence_length, data.manifest.sequence_length
-    if asked not in (None, found):
-        raise ForgeError(
-            f"--sequence-length {asked} was asked, {folder} has blocks of {found} tokens",
-            "leave the flag out, or prepare the data again with it",
-        )
-    return data
-
-
-def bring_what_lacks(
-    config: TrainConfig, cluster: Cluster, folder: Path, seen: list[Found], is_text: bool
-) -> None:
-    """Fetch the dataset where it is missing or out of date. seen: see `look_everywhere`.
-
-    All ranks must call. Raises ForgeError where it is not clear which one it is.
-    """
-    wanted = wanted_by_run(config, cluster)
-    replace_all = is_text and config.overwrite  # what a run has made gives way with it
-    if not replace_all:
-        refuse_other_than_the_runs(seen, wanted, is_text)
-        refuse_others(
-            {
-                rank: (found.fingerprint, found.where)
-                for rank, found in enumerate(seen)
-                if found.kind == "dataset" and not found.is_fetched
-            }
-        )
-        refuse_two_versions(seen, wanted)
-    refuse_what_is_in_the_way(config, cluster, folder, seen)
-    brought = what_to_bring(seen, replace_all, wanted)
-    if brought is None:
-        return
-    if not is_text and config.output_dir and not config.eval_only:
-        cluster.main_only(lambda: refuse_before_data(config))  # not when hours of fetching are over
-    bring_data(config, cluster, folder, brought)
+    return Sought(folder, seen, is_text, maker)
 
 
 def make_of_text(config: TrainConfig, cluster: Cluster, folder: Path, maker: int) -> None:

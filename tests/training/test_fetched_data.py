@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -532,6 +534,51 @@ def test_a_run_that_throws_the_one_before_away_replaces_what_that_was_made_of(ma
         home.open_data(vocab_size=300)
     opened = home.open_data(vocab_size=300, overwrite=True)
     assert {one.manifest.sequence_length for one in opened} == {256}
+
+
+def a_text_that_rank_0_had_once(machines, text_file):
+    """Rank 0 has prepared one and has it no more; rank 1 has the one that counts."""
+    home = of_text(machines, text_file, (1,), count=3)
+    home.data[1].write_bytes(text_file.read_bytes()[: text_file.stat().st_size // 2])
+    older = other_data(text_file, home.homes[0] / "run" / "prepared", length=256)
+    return home, older
+
+
+def test_the_text_that_is_there_counts_where_a_run_is_thrown_away(machines, text_file):
+    home, older = a_text_that_rank_0_had_once(machines, text_file)
+    before = open_prepared(older).manifest.fingerprint
+    opened = home.open_data(vocab_size=300, overwrite=True)
+    alone = PrepareConfig([str(home.data[1])], str(home.homes[1] / "alone"), vocab_size=300)
+    prepare(replace(alone, sequence_length=256))
+    wanted = open_prepared(home.homes[1] / "alone").manifest.fingerprint
+    assert {one.manifest.fingerprint for one in opened} == {wanted} != {before}
+
+
+@pytest.mark.parametrize("is_fetched", [False, True])
+def test_data_of_another_text_are_moved_away_and_those_of_the_text_that_is_there_come(
+    machines, text_file, is_fetched
+):
+    home, older = a_text_that_rank_0_had_once(machines, text_file)
+    if is_fetched:  # what the text becomes, by a machine that is gone
+        prepare(
+            PrepareConfig(
+                [str(home.data[1])],
+                str(made := home.homes[1] / "run" / "prepared"),
+                vocab_size=300,
+                sequence_length=256,
+            )
+        )
+        (made / "fetched.json").write_text(json.dumps({"manifest": look(made).manifest}))
+    with pytest.raises(ForgeError, match="rank 0 has other data .* than rank 1 ") as error:
+        home.open_data(vocab_size=300)
+    (problem,) = error.value.problems
+    assert problem.fix.startswith("on rank 0, move that folder away: what rank 1 has made of")
+    before = tree(older)
+    older.rename(home.homes[0] / "kept")  # as the fix says
+    opened = home.open_data(vocab_size=300)
+    assert len({one.manifest.fingerprint for one in opened}) == 1
+    assert same_dataset(home.homes[1] / "run" / "prepared", older) or is_fetched
+    assert tree(home.homes[0] / "kept") == before
 
 
 def test_what_a_rank_says_of_its_data_is_read_with_care(tmp_path):
