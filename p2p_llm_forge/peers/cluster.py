@@ -188,7 +188,7 @@ class Cluster:
     def open_files(self) -> FileExchange:
         """What brings files from rank to rank, once for all callers. All ranks must call.
 
-        Closed with the cluster.
+        Closed with the cluster, and at a loss: nothing is fetched for a run that ends.
         """
         if self._files is None:
             server, own = listen(own_address()) if self._peers else (None, {})
@@ -197,6 +197,8 @@ class Cluster:
             timeout_s = self._peers.timeout_s if self._peers else 0.0
             self._files = FileExchange(self.rank, places, server, self._session, timeout_s)
             self._files.stand_back(self.is_exchanging)
+            if self._peers:
+                self._peers.on_loss.append(self._files.close)
         return self._files
 
     def is_exchanging(self) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers import file_exchange
+from p2p_llm_forge.peers.file_exchange import GivenUp
 from p2p_llm_forge.peers.keepers import Keepers
+from p2p_llm_forge.peers.store import StoreLost
+from p2p_llm_forge.polling import in_thread
 from p2p_llm_forge.training import snapshot
 from p2p_llm_forge.training.rank_files import RankFile, RankFiles, file_in
 from tests.memory_channel import clusters, run_ranks
@@ -53,6 +58,29 @@ def test_what_ranks_have_is_collected_wherever_their_folders_lie(tmp_path, keepe
         (found,) = snapshot.tensors_in(saved / snapshot.rank_file(rank)).values()
         assert found.tolist() == [float(rank)] * 3
     assert len(list(saved.iterdir())) == 2 and not [*tmp_path.glob("of */*")], "nothing is left"
+
+
+def test_a_lost_peer_ends_the_collection_from_one_that_does_not_answer(tmp_path, monkeypatch):
+    """A machine without a cable closes no connection, and the run waits for the collection."""
+    monkeypatch.setattr(file_exchange, "LONGEST_GAP_S", 60)
+    asked, may_end = threading.Event(), threading.Event()
+
+    def act(cluster):
+        folder = tmp_path / f"of {cluster.rank}"
+        folder.mkdir()
+        files = RankFiles(cluster, Keepers([0, 1]), folder)
+        if not cluster.is_main:
+            cluster.open_files().stand_back(lambda: not (asked.set() or may_end.is_set()))
+            return files.write(4, {"residual": torch.zeros(3)})
+        collecting = in_thread(lambda: files.collect(4, 1, folder))
+        assert asked.wait(30)
+        cluster._peers.lose_store(StoreLost("no cable"))
+        with pytest.raises(GivenUp):
+            collecting.result(20)
+        may_end.set()
+
+    with clusters(2) as ranks:
+        run_ranks(ranks, act)
 
 
 @pytest.mark.parametrize(
