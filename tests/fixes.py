@@ -187,6 +187,10 @@ FOLLOWED = {
     "training.fetched_data:refuse_what_is_nowhere": (
         f"{AT_START}::test_an_elastic_launch_can_wait_for_the_machine_that_has_the_data",
     ),
+    "training.fetched_data:refuse_to_replace": (
+        f"{AT_START}::test_what_is_prepared_between_look_and_lock_is_not_replaced",
+        f"{AT_START}::test_a_file_of_somebody_in_a_fetched_dataset_is_moved_before_that_is_replaced",
+    ),
     "training.fetched_data:refuse_to_fetch": (f"{AT_START}::test_never_fetches_nothing",),
     "training.fetched_data:refuse_dry_run": (
         f"{AT_START}::test_a_dry_run_says_what_would_be_fetched_and_writes_nothing",

@@ -10,7 +10,7 @@ from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data import fetched
-from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest
+from p2p_llm_forge.data.dataset import MANIFEST, UNFINISHED, Manifest, files_of_others
 from p2p_llm_forge.data.fetched import Found
 from p2p_llm_forge.data.hub import near
 from p2p_llm_forge.data.unfinished import LOCK
@@ -48,11 +48,15 @@ class Sought:
 
 @dataclass(frozen=True)
 class Brought:
-    """Which dataset comes to which ranks. dataset: as its sources have it."""
+    """Which dataset comes to which ranks. dataset: as its sources have it.
+
+    replaces_all: also what was prepared in the place where it comes.
+    """
 
     dataset: Found
     sources: tuple[int, ...]
     lacking: tuple[int, ...]
+    replaces_all: bool = False
 
 
 def look_everywhere(cluster: Cluster, folder: Path) -> list[Found]:
@@ -137,7 +141,7 @@ def what_to_bring(
     if not lacking or any(found.kind in ("file", "other") for found in seen):
         return None
     sources = [rank for rank, one in enumerate(seen) if one.manifest == dataset.manifest]
-    return Brought(dataset, tuple(sources), lacking)
+    return Brought(dataset, tuple(sources), lacking, replace_all)
 
 
 def wanted_by_run(config: TrainConfig, cluster: Cluster) -> str:
@@ -295,8 +299,10 @@ def errand_for(rank: int, folder: Path, brought: Brought) -> Errand:
 
     def begin() -> int | None:
         nonlocal place
-        if fetched.look(folder).manifest == dataset.manifest:
+        found = fetched.look(folder)
+        if found.kind == "dataset" and found.fingerprint == dataset.fingerprint:
             return None  # of a share that shows late what others have written
+        refuse_to_replace(folder, found, brought)
         place = fetched.place_for(folder, dataset.manifest)
         try:
             return bytes_missing(place, coming())
@@ -327,6 +333,24 @@ def errand_for(rank: int, folder: Path, brought: Brought) -> Errand:
         fetch=fetch,
         publish=lambda: fetched.put_in_place(place, folder, dataset.manifest),
     )
+
+
+def refuse_to_replace(folder: Path, found: Found, brought: Brought) -> None:
+    """Raise ForgeError where a dataset cannot come into a folder without harm.
+
+    found: what lies there, seen with the lock held, so that nobody prepares one there meanwhile.
+    """
+    is_prepared = found.kind == "dataset" and not found.is_fetched
+    if found.kind in ("file", "other") or (is_prepared and not brought.replaces_all):
+        what = "another dataset has been prepared" if is_prepared else "something else has come"
+        fix = "move it away, and start this again"
+        raise ForgeError(f"{folder}: {what} there since this start began", fix)
+    if others := files_of_others(folder):
+        raise ForgeError(
+            f"{folder} holds {others[0]}, which is of no dataset, and the data would take the place"
+            " of those there",
+            f"move {folder / others[0]} away",
+        )
 
 
 def trips_of(cluster: Cluster, folder: Path, brought: Brought) -> list[Trip]:

@@ -19,7 +19,7 @@ from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import partial_files
 from p2p_llm_forge.peers.partial_files import FileFacts, PartialFile
-from p2p_llm_forge.training import fetching
+from p2p_llm_forge.training import fetched_data, fetching
 from p2p_llm_forge.training.fetched_data import Brought, look_everywhere, what_to_bring
 from p2p_llm_forge.training.job import identity_without_data
 from p2p_llm_forge.training.run_record import RunRecord
@@ -64,7 +64,7 @@ def test_who_brings_what_to_whom(seen, brought):
 def test_what_was_made_for_a_run_that_is_thrown_away_gives_way():
     assert what_to_bring([dataset(), dataset(B)]) is None
     found = what_to_bring([dataset(), dataset(B)], replace_all=True)
-    assert found == Brought(dataset(), (0,), (1,))
+    assert found == Brought(dataset(), (0,), (1,), replaces_all=True)
 
 
 @pytest.fixture
@@ -159,6 +159,93 @@ def test_without_a_run_neither_of_two_that_were_fetched_is_thrown_away(
     assert problem.fix.startswith("move away the one that is out of date")
     home.data[0].rename(home.homes[0] / "kept")
     assert {one.manifest.fingerprint for one in home.open_data()} == {newer}
+
+
+@pytest.fixture
+def between_look_and_lock(monkeypatch):
+    """Has something happen when a start has looked into all folders, and locked none yet."""
+
+    def happen(act):
+        real = fetched_data.run_errand
+
+        def then(config, cluster, errand):
+            if cluster.rank == 1:
+                act()
+            return real(config, cluster, errand)
+
+        monkeypatch.setattr(fetched_data, "run_errand", then)
+        return lambda: monkeypatch.setattr(fetched_data, "run_errand", real)
+
+    return happen
+
+
+@pytest.mark.parametrize("had_older", [False, True])
+def test_what_is_prepared_between_look_and_lock_is_not_replaced(
+    machines, prepared, text_file, between_look_and_lock, had_older
+):
+    home = machines(2)
+    shutil.copytree(prepared, home.data[0])
+    other_data(text_file, kept := home.homes[1] / "newer", length=24)
+    if had_older:
+        other_data(text_file, home.data[1])
+        manifest = look(home.data[1]).manifest
+        (home.data[1] / "fetched.json").write_text(json.dumps({"manifest": manifest}))
+
+    def prepare_there():
+        shutil.rmtree(home.data[1], ignore_errors=True)
+        shutil.copytree(kept, home.data[1])
+
+    nothing_happens = between_look_and_lock(prepare_there)
+    with pytest.raises(ForgeError, match="has been prepared there since this start") as error:
+        home.open_data()
+    assert same_dataset(kept, home.data[1])
+    (problem,) = error.value.problems
+    assert problem.fix == "move it away, and start this again" and "rank 1" in problem.where
+    home.data[1].rename(home.homes[1] / "moved away")
+    nothing_happens()
+    home.open_data()
+    assert same_dataset(prepared, home.data[1])
+
+
+def test_what_comes_into_the_way_between_look_and_lock_stays(
+    machines, prepared, between_look_and_lock
+):
+    home = machines(2)
+    shutil.copytree(prepared, home.data[0])
+    between_look_and_lock(lambda: notes_of_somebody(home.data[1]))
+    with pytest.raises(ForgeError, match="data: something else has come there since") as error:
+        home.open_data()
+    assert (home.data[1] / "notes.txt").read_text() and len(os.listdir(home.data[1])) == 1
+    assert error.value.problems[0].fix == "move it away, and start this again"
+
+
+def test_what_all_have_after_all_is_not_fetched(machines, prepared, between_look_and_lock, capsys):
+    home = machines(2)
+    shutil.copytree(prepared, home.data[0])
+    between_look_and_lock(lambda: shutil.copytree(prepared, home.data[1]))
+    home.open_data()
+    assert same_dataset(prepared, home.data[1]) and "fetched.json" not in tree(home.data[1])
+    assert "data " not in capsys.readouterr().out
+
+
+def test_a_file_of_somebody_in_a_fetched_dataset_is_moved_before_that_is_replaced(
+    machines, prepared, text_file
+):
+    home = machines(2)
+    shutil.copytree(prepared, home.data[0])
+    home.open_data()
+    (home.data[1] / "train" / "notes.txt").write_text("mine")
+    shutil.rmtree(home.data[0])
+    newer = other_data(text_file, home.data[0])
+    before = tree(home.data[1])
+    with pytest.raises(ForgeError, match=r"holds train/notes\.txt, which is of no data") as error:
+        home.open_data()
+    assert tree(home.data[1]) == before
+    (problem,) = error.value.problems
+    assert problem.fix == f"move {home.data[1] / 'train' / 'notes.txt'} away"
+    (home.data[1] / "train" / "notes.txt").rename(home.homes[1] / "notes.txt")
+    home.open_data()
+    assert same_dataset(newer, home.data[1])
 
 
 def test_what_was_prepared_there_and_is_another_one_is_refused(machines, prepared, text_file):
