@@ -128,11 +128,13 @@ def load_model(
     text: TextSpec,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    is_ours: bool = False,
 ) -> Any:
     """The model `name` (a folder or a name of the Hub) in float32, on the CPU.
 
-    Of a folder of adapters, the model that they belong to, with them added to its weights. Raises
-    ForgeError where it cannot be read, or does not fit the text.
+    Of a folder of adapters, the model that they belong to, with them added to its weights. is_ours:
+    a checkpoint, which no pickle is read of. Raises ForgeError where it cannot be read, or does not
+    fit the text.
     """
     if is_adapter_folder(Path(name)):
         lm = load_model(base_of(Path(name)), text, trust_remote_code)
@@ -140,7 +142,7 @@ def load_model(
         if settings_of(lm):
             merge(lm)
         return lm
-    model, missing = read_model(name, trust_remote_code, dtype)
+    model, missing = read_model(name, trust_remote_code, dtype, is_ours)
     if settings_of(model):  # adapters of the Hub, which transformers has put into their base
         merge(model)
     model.config.get_text_config(decoder=True).use_cache = True  # of runs before it was published
@@ -157,10 +159,12 @@ def load_model(
     return model
 
 
-def read_model(name: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+def read_model(
+    name: str, trust_remote_code: bool, dtype: torch.dtype, is_ours: bool = False
+) -> tuple[Any, Any]:
     """The model `name` as transformers reads it, and the names of weights that it lacks.
 
-    Raises ForgeError.
+    is_ours: see `load_model`. Raises ForgeError.
     """
     disable_progress_bar()  # transformers draws one for every file, on every rank
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -181,6 +185,7 @@ def read_model(name: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            use_safetensors=is_ours or None,  # None: pickles too, where there is nothing else
         )
     except ForgeError:
         raise

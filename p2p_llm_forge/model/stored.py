@@ -24,7 +24,7 @@ from p2p_llm_forge.shapes import is_path_inside
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 # Of a model: how it is built, its tokenizer, its card. Nothing that is executed, no pickle.
-TRAVELS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+TRAVELS = (".json", ".txt", ".model", ".spm", ".codes", ".jinja", ".tiktoken", ".md")
 OF_RUNS = ("run.json", "trainer_state.json", "manifest.json")  # and of no model
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TMP, LOCK = "tmp-fetched-", "lock"
@@ -130,8 +130,16 @@ def names_in(folder: Path, with_code: bool = False) -> list[str]:
 
 def may_travel(name: str, with_code: bool = False) -> bool:
     """Whether a file of a model that comes may be called so. with_code: also Python's."""
+    return is_data(name, with_code) and "/" not in name
+
+
+def is_data(name: str, with_code: bool = False) -> bool:
+    """Whether a file in a folder or below it is no pickle, and nothing that is executed.
+
+    with_code: also Python's."""
     suffixes = (*TRAVELS, ".safetensors", *((".py",) if with_code else ()))
-    return is_path_inside(name) and "/" not in name and Path(name).suffix in suffixes
+    is_pickled = Path(name).name in PICKLED
+    return is_path_inside(name) and Path(name).suffix in suffixes and not is_pickled
 
 
 def hashes_of(folder: Path, names: list[str]) -> dict[str, str]:

@@ -25,17 +25,17 @@ from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.file_exchange import FileExchange, FileFacts, GivenUp, Watch
 from p2p_llm_forge.peers.findings import as_sent_by
 from p2p_llm_forge.peers.rank_failure import RankFailure
-from p2p_llm_forge.shapes import is_count, is_flag, is_number, is_path_inside, require_shape
+from p2p_llm_forge.shapes import is_count, is_flag, is_number, require_shape
 from p2p_llm_forge.training.checkpoint import complete
 from p2p_llm_forge.training.fetched_record import BESIDE as OF_RUN
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.manifest import (
-    MANIFEST,
     TRAINER_STATE,
     checkpoint_dir,
     is_digest,
     is_whole,
     read_manifest,
+    require_files,
 )
 from p2p_llm_forge.training.pruning import prune_checkpoints
 from p2p_llm_forge.training.run_folder import RunFolder
@@ -95,13 +95,14 @@ class Copies:
         return self._cluster.wait_for(key, rank, self._is_over.is_set)
 
 
-def require_request(sent: Any, world_size: int) -> None:
+def require_request(sent: Any, world_size: int, with_code: bool = False) -> None:
     """Raise ValueError for what rank 0 asks no other rank."""
     require_shape(sent, REQUEST)
-    if not all(map(is_path_inside, [*sent["files"], *sent["beside"]])):
-        raise ValueError("it names what is no file in a checkpoint")
-    if MANIFEST in sent["files"] or TRAINER_STATE not in sent["files"]:
+    require_files(sent["files"], with_code)
+    if TRAINER_STATE not in sent["files"]:
         raise ValueError("these are not the files of a checkpoint")
+    if not set(sent["beside"]) <= {f"{BESIDE}/{name}" for name in OF_RUN}:
+        raise ValueError("it names what lies beside no checkpoint")
     if not sent["holders"] or max(sent["holders"]) >= world_size:
         raise ValueError("no rank of ours has them")
 
@@ -156,7 +157,8 @@ class Following(Copies):
                 with as_sent_by("rank 0"):
                     if (request := parse_json(text)) is None:
                         return
-                    require_request(request, cluster.world_size)
+                    with_code = self._config.trust_remote_code
+                    require_request(request, cluster.world_size, with_code)
                 answer = self._fetch(request)
             except ForgeError as error:
                 answer["problem"] = _as_json(error)

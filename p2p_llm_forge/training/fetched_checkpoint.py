@@ -14,9 +14,10 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import Lock
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.file_exchange import FileExchange, FileFacts, Watch
+from p2p_llm_forge.peers.findings import as_sent_by
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.fetching import Trip, announce
-from p2p_llm_forge.training.manifest import checkpoint_dir
+from p2p_llm_forge.training.manifest import checkpoint_dir, require_files
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def deliver(delivery: Delivery, config: TrainConfig, cluster: Cluster, lock: Loc
     if not delivery.wanting:
         return
     output_dir, rank = Path(config.output_dir), cluster.rank
+    cluster.together(lambda: require_harmless(delivery, config))
     folders = [fact["folder"] for fact in cluster.gather_facts({"folder": str(output_dir)})]
     trips = [
         Trip(
@@ -81,6 +83,13 @@ def deliver(delivery: Delivery, config: TrainConfig, cluster: Cluster, lock: Loc
     cluster.barrier()  # all offer what they have
     cluster.together(lambda: fetch(delivery, exchange, output_dir, lock))
     exchange.withdraw(delivery.key)
+
+
+def require_harmless(delivery: Delivery, config: TrainConfig) -> None:
+    """Raise ForgeError if what is to travel holds what nobody should read."""
+    sender = next(rank for rank, names in delivery.holds.items() if names)
+    with as_sent_by(f"rank {sender}"):
+        require_files(delivery.files, config.trust_remote_code)
 
 
 def refuse(trips: list[Trip], rank: int) -> None:

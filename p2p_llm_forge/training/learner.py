@@ -96,7 +96,8 @@ def build_or_load(job: Job, checkpoint: Path | None) -> Any:
             lm = new_model(job)
             load_adapters(lm, checkpoint)
             return lm
-        return load_model(str(checkpoint), text_spec_of(job.data), config.trust_remote_code)
+        text, code = text_spec_of(job.data), config.trust_remote_code
+        return load_model(str(checkpoint), text, code, is_ours=True)
 
     lm = cluster.together(of_this_rank)
     cluster.together(lambda: add_dropout(lm, config.dropout or 0))

@@ -14,6 +14,7 @@ from typing import Any
 
 from p2p_llm_forge.files import read_json, sha256_of
 from p2p_llm_forge.model.muon import DTYPES
+from p2p_llm_forge.model.stored import is_data
 from p2p_llm_forge.shapes import is_count, is_flag, is_number, is_path_inside, require_shape
 from p2p_llm_forge.sync.base import require_facts
 from p2p_llm_forge.training.finite import bad_tensor_in
@@ -103,6 +104,14 @@ def read_manifest(folder: Path, step_named: str | None = None) -> dict[str, Any]
     if TRAINER_STATE not in manifest["files"]:
         raise ValueError(f"it does not name {TRAINER_STATE}")
     return manifest
+
+
+def require_files(names: Iterable[str], with_code: bool) -> None:
+    """Raise ValueError for what no checkpoint holds that comes from another machine: a path out of
+    it, a manifest, a pickle; Python's files, unless with_code."""
+    for name in names:
+        if name == MANIFEST or not is_data(name, with_code):
+            raise ValueError(f"{ascii(name)[:60]} is no file in a checkpoint that may travel")
 
 
 def is_of_later_version(folder: Path) -> bool:

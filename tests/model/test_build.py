@@ -48,6 +48,17 @@ def test_initial_weights_depend_on_the_seed_alone(text):
     assert not torch.equal(weights(1), weights(2))
 
 
+def test_no_pickle_is_read_of_a_checkpoint(text, tmp_path):
+    lm = build_model(TrainConfig(**TINY), text)
+    lm.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), text, is_ours=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-x.safetensors")
+    torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_model(str(tmp_path), text), "the user's own may be pickled"
+    with pytest.raises(ForgeError, match="no file named model.safetensors"):
+        load_model(str(tmp_path), text, is_ours=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "found", "fix"),
     [

@@ -126,6 +126,9 @@ FACTS = {"size": 4, "sha256": "0" * 64}
 NO_REQUESTS = {
     "outside": {"files": {"trainer_state.json": FACTS, "../x": FACTS}},
     "outside, beside it": {"beside": {"/etc/x": FACTS}},
+    "of nobody, beside it": {"beside": {"beside/x.json": FACTS}},
+    "a pickle": {"files": {"trainer_state.json": FACTS, "pytorch_model.bin": FACTS}},
+    "a program": {"files": {"trainer_state.json": FACTS, "a/modeling.py": FACTS}},
     "a manifest": {"files": {"trainer_state.json": FACTS, "manifest.json": FACTS}},
     "no checkpoint": {"files": {"x": FACTS}},
     "no step": {"step": -1},
@@ -146,5 +149,5 @@ def test_what_no_rank_0_asks_for_is_refused_and_nothing_is_written(tmp_path):
             run.copies[1].begin(2)
             cluster.post(request_to(1, number), json.dumps(sent))
             answer = json.loads(cluster.wait_for(answer_of(number), 1))
-            assert "rank 0" in answer["problem"]["found"], answer
+            assert "rank 0 sent what no rank" in answer["problem"]["found"], answer
         assert tree(tmp_path) == before

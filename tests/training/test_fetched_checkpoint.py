@@ -13,7 +13,7 @@ from p2p_llm_forge.peers.file_exchange import FileExchange
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.fetched_checkpoint import Delivery, link
 from tests.peers.offered_files import damage
-from tests.training.begun import at, begin, begun, machine
+from tests.training.begun import IDENTITY, at, begin, begun, machine
 from tests.training.saved import WEIGHTS, writer
 
 
@@ -84,6 +84,26 @@ def test_what_has_changed_since_it_came_is_no_checkpoint_until_it_comes_again(
             begin(folders)
     assert not list(folders[0].glob("*checkpoint-4*"))
     assert begun(folders) == at(folders, 4)  # after the machine was checked
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a/optimizer.pt", "modeling.py"])
+def test_no_pickle_and_no_program_travels_with_a_checkpoint(tmp_path, name):
+    """The machine that sends it has the secret; still, nothing of it is executed here."""
+    folders = [tmp_path / "a", machine(tmp_path / "b")]
+
+    def write(folder):
+        writer(4, config=IDENTITY)(folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+    checkpoint.complete(folders[1], 4, write)
+    with pytest.raises(ForgeError, match="rank 1 sent what no rank .* may travel"):
+        begin(folders)
+    assert not list(tmp_path.glob(f"a/**/{name}"))
+    shared = [folders[1]] * 2
+    assert begun(shared) == at(shared, 4), "where nothing travels it is what it was"
+    if name == "modeling.py":
+        assert begun(folders, trust_remote_code=True) == at(folders, 4)
 
 
 def test_a_fetch_that_was_given_up_is_cleared_away_with_the_next_save(tmp_path):
