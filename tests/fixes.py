@@ -162,7 +162,7 @@ FOLLOWED = {
     "training.fetching:refuse_too_much": (
         f"{AT_START}::test_more_than_10_gb_is_fetched_only_if_it_was_asked_for",
     ),
-    "training.fetching:begun": (
+    "training.fetching:require_room": (
         "tests/multihost/test_fetched.py::test_the_fix_of_too_small_a_disk_is_more_room",
     ),
     "training.fetching:written": (

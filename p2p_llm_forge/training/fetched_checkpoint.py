@@ -92,12 +92,12 @@ def require_harmless(delivery: Delivery, config: TrainConfig) -> None:
         require_files(delivery.files, config.trust_remote_code)
 
 
-def refuse(trips: list[Trip], rank: int) -> None:
+def refuse(trips: list[Trip], rank: int, purpose: str = "to resume from") -> None:
     """Raise ForgeError if this rank would have to fetch."""
     for trip in trips:
         if trip.to == rank:
             raise ForgeError(
-                f"the checkpoint to resume from is not whole in {trip.where}, and --fetch never was"
+                f"the checkpoint {purpose} is not whole in {trip.where}, and --fetch never was"
                 " given",
                 "leave --fetch out, or copy the folder there by hand from a machine that has it",
             )

@@ -113,14 +113,20 @@ def begun(errand: Errand) -> int | None:
     missing = written(errand, errand.begin)
     if missing is None or errand.lock is None:
         return None
-    free = shutil.disk_usage(errand.lock.parent).free
+    require_room(errand.lock.parent, missing, f"{errand.folder} has no room for the {errand.what}")
+    return missing
+
+
+def require_room(
+    there: Path, missing: int, found: str, otherwise: str = "give another folder"
+) -> None:
+    """Raise ForgeError unless the disk of a folder has room for what has yet to come."""
+    free = shutil.disk_usage(there).free
     if missing and missing + SPARE > free:
         raise ForgeError(
-            f"{errand.folder} has no room for the {errand.what}: {missing:,} bytes are yet to come,"
-            f" {free:,} are free there",
-            f"make room there, {missing + SPARE - free:,} bytes more, or give another folder",
+            f"{found}: {missing:,} bytes are yet to come, {free:,} are free there",
+            f"make room there, {missing + SPARE - free:,} bytes more, or {otherwise}",
         )
-    return missing
 
 
 @contextlib.contextmanager

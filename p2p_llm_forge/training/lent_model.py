@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.files import fingerprint
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.file_exchange import FileFacts
+from p2p_llm_forge.peers.file_exchange import FileExchange, FileFacts, Watch
 from p2p_llm_forge.peers.findings import as_sent_by
-from p2p_llm_forge.peers.keepers import Keepers
-from p2p_llm_forge.shapes import is_count, is_path_inside, require_shape
+from p2p_llm_forge.peers.keepers import Keepers, keep
+from p2p_llm_forge.shapes import is_count, require_shape
+from p2p_llm_forge.training.fetched_checkpoint import refuse
+from p2p_llm_forge.training.fetching import Trip, announce, require_room
 from p2p_llm_forge.training.identity import of_today
 from p2p_llm_forge.training.manifest import (
     FILE_SHAPE,
@@ -24,6 +30,7 @@ from p2p_llm_forge.training.manifest import (
     is_whole,
     no_checkpoints,
     read_manifest,
+    require_files,
     steps_saved,
 )
 from p2p_llm_forge.training.run_folder import NOT_PUBLISHED
@@ -93,14 +100,37 @@ def steps_by_rank(cluster: Cluster, output_dir: Path) -> list[list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class Loan:
+    """The model of a checkpoint that some ranks read elsewhere than in their own folder.
+
+    path: where this rank would have it; lender: the rank that has it, verified; files: what it has;
+    lacking: the ranks that do not see the same.
+    """
+
+    path: Path
+    lender: int
+    files: dict[str, Any]
+    lacking: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Under which its files are offered."""
+        return f"lent/{self.path.name}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(one["size"]) for one in self.files.values())
+
+
 @contextlib.contextmanager
-def lent(cluster: Cluster, output_dir: Path, step: int, lender: int) -> Iterator[Path]:
+def lent(config: TrainConfig, cluster: Cluster, step: int, lender: int) -> Iterator[Path]:
     """Where this rank reads the model of a checkpoint while entered. All ranks must call.
 
-    lender: a rank that has it, verified. Who does not see the same one gets a copy for the time.
-    Raises ForgeError where that does not come, on all ranks.
+    lender: a rank that has it, verified. Who does not see the same one gets a copy for the time,
+    one for each machine. Raises ForgeError, on all ranks, where that may not or does not come.
     """
-    path = checkpoint_dir(output_dir, step)
+    path = checkpoint_dir(Path(config.output_dir), step)
     own = model_files(path)
     if own and cluster.rank != lender and any(differences(path, own)):
         own = None
@@ -108,27 +138,69 @@ def lent(cluster: Cluster, output_dir: Path, step: int, lender: int) -> Iterator
     files = facts[lender]["files"]
     with as_sent_by(f"rank {lender}"):
         require_shape(files, {str: FILE_SHAPE})
-        if not all(map(is_path_inside, files)):
-            raise ValueError("it names what is no file in a checkpoint")
-    if all(fact["files"] == files for fact in facts):
+        require_files(files, config.trust_remote_code)
+    lacking = tuple(rank for rank, fact in enumerate(facts) if fact["files"] != files)
+    if not lacking:
         yield path
         return
-    exchange, key = cluster.open_files(), f"lent/{step}"
-    if cluster.rank == lender:
-        exchange.offer(key, path, files)
-    cluster.barrier()
-    with tempfile.TemporaryDirectory(prefix="p2p-llm-forge-") as folder:
+    with borrowed(config, cluster, Loan(path, lender, files, lacking)) as folder:
+        yield folder if cluster.rank in lacking else path
+        cluster.barrier()  # who has fetched it removes it for all
 
-        def fetch() -> None:
-            if own != files:
-                wanted = {
-                    name: FileFacts(one["size"], one["sha256"]) for name, one in files.items()
-                }
-                exchange.fetch(wanted, {lender: key}, Path(folder))
 
-        cluster.together(fetch)
-        exchange.withdraw(key)
-        yield path if own == files else Path(folder)
+@contextlib.contextmanager
+def borrowed(config: TrainConfig, cluster: Cluster, loan: Loan) -> Iterator[Path]:
+    """Where the files lie, while entered, for those that lack them. All ranks must call.
+
+    Of the ranks that see one folder for temporary files, one fetches.
+    """
+    is_lacking, exchange = cluster.rank in loan.lacking, cluster.open_files()
+    folder = Path(tempfile.gettempdir()) / f"p2p-llm-forge-{new_name(cluster)}"
+    copy, lock = folder / "model", folder / "lock" if is_lacking else None
+    if cluster.rank == loan.lender:
+        exchange.offer(loan.key, loan.path, loan.files)
+    with keep(cluster, lock, f"TMPDIR {folder.parent}") as (keepers, held):
+        targets = [rank for rank in keepers.ranks if rank in loan.lacking]
+        found = f"TMPDIR {folder.parent} has no room for the checkpoint"
+        otherwise = "set TMPDIR to a folder that has it"
+        try:
+            require_allowed(config, cluster, loan, targets)
+            cluster.together(
+                lambda: require_room(folder, loan.bytes, found, otherwise) if held else None
+            )
+            cluster.together(lambda: fetch(exchange, loan, copy) if held else None)
+            yield copy
+        finally:
+            exchange.withdraw(loan.key)
+            if held:
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def new_name(cluster: Cluster) -> str:
+    """The same new name on all ranks, which nobody else has. All ranks must call."""
+    return fingerprint(cluster.gather_facts({"name": secrets.token_hex(8)}))[:16]
+
+
+def require_allowed(config: TrainConfig, cluster: Cluster, loan: Loan, targets: list[int]) -> None:
+    """Print what travels. Raises ForgeError, on all ranks, where that is not allowed."""
+    paths = [fact["path"] for fact in cluster.gather_facts({"path": str(loan.path)})]
+    trips = [Trip("checkpoint", to, (loan.lender,), loan.bytes, str(paths[to])) for to in targets]
+    if config.fetch == "never":
+        cluster.together(lambda: refuse(trips, cluster.rank, "to evaluate"))
+    announce(config, cluster, trips)
+
+
+def fetch(exchange: FileExchange, loan: Loan, into: Path) -> None:
+    """Fetch the files into a folder that nobody else can read. Raises ForgeError."""
+    try:
+        into.mkdir(mode=0o700)
+    except OSError as error:
+        raise ForgeError(
+            f"TMPDIR {into.parent.parent} cannot be written: {error.strerror or error}",
+            "make it writable, or set TMPDIR to another folder",
+        ) from error
+    files = {name: FileFacts(one["size"], one["sha256"]) for name, one in loan.files.items()}
+    exchange.fetch(files, {loan.lender: loan.key}, into, Watch(loan.path.name))
 
 
 def model_files(path: Path) -> dict[str, Any] | None:

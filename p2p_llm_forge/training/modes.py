@@ -114,8 +114,9 @@ def load_newest(config: TrainConfig, cluster: Cluster, text: TextSpec) -> tuple[
         saved = checkpoint_dir(output_dir, step)
         name = cluster.gather_facts({"name": str(saved)})[lender]["name"]
         try:
-            with lent(cluster, output_dir, step, lender) as path:
-                load = partial(load_model, str(path), text, config.trust_remote_code)
+            with lent(config, cluster, step, lender) as path:
+                code = config.trust_remote_code
+                load = partial(load_model, str(path), text, code, is_ours=True)
                 return name, step, cluster.together(load)
         except ForgeError:
             if not cluster.gather_facts({"gone": own_files(saved) is None})[lender]["gone"]:

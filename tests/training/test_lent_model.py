@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.training import modes
+from p2p_llm_forge.training import checkpoint, fetching, modes
 from p2p_llm_forge.training.lent_model import (
     lent,
     model_files,
@@ -22,7 +25,21 @@ from p2p_llm_forge.training.starts import new_start
 from tests.folders import tree
 from tests.memory_channel import clusters, run_ranks
 from tests.training.begun import IDENTITY, START, machine
-from tests.training.saved import WEIGHTS
+from tests.training.saved import WEIGHTS, writer
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files, which is empty before and after."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not [*folder.iterdir()]
+
+
+def config_of(folder, **settings):
+    return TrainConfig("data", str(folder), **settings)
 
 
 def test_a_model_is_lent_for_as_long_as_it_is_read(tmp_path):
@@ -32,7 +49,7 @@ def test_a_model_is_lent_for_as_long_as_it_is_read(tmp_path):
 
     def act(cluster):
         steps = steps_by_rank(cluster, folders[cluster.rank])
-        with lent(cluster, folders[cluster.rank], 4, 2) as path:
+        with lent(config_of(folders[cluster.rank]), cluster, 4, 2) as path:
             return steps, path, {one.name: one.read_bytes() for one in path.iterdir()}
 
     with clusters(3) as ranks:
@@ -45,6 +62,77 @@ def test_a_model_is_lent_for_as_long_as_it_is_read(tmp_path):
         assert files[WEIGHTS] == (saved / WEIGHTS).read_bytes()
         assert not path.exists()
     assert [tree(folders[0]), tree(folders[2])] == before and not folders[1].exists()
+
+
+def borrowed(folders, step=4, lender=0, **settings):
+    """What each rank reads of a checkpoint, and of which folder."""
+
+    def act(cluster, folder):
+        with lent(config_of(folder, **settings), cluster, step, lender) as path:
+            return path, (path / WEIGHTS).read_bytes()
+
+    return on_each(folders, act)
+
+
+def test_one_rank_of_a_machine_fetches_for_all_of_it(tmp_path, capsys):
+    folders = [machine(tmp_path / "a", 4), tmp_path / "b", tmp_path / "c"]
+    found = borrowed(folders)
+    paths, contents = zip(*found, strict=True)
+    assert len(set(contents)) == 1 and paths[0] != paths[1] == paths[2]
+    assert re.fullmatch(
+        r"checkpoint \S+ kB from rank 0 \(.*\) to rank [12] .*\n", capsys.readouterr().out
+    )
+
+
+def test_nothing_is_lent_to_a_machine_that_is_to_fetch_nothing(tmp_path):
+    folders = [machine(tmp_path / "a", 4), tmp_path / "b"]
+    with pytest.raises(
+        ForgeError, match="the checkpoint to evaluate is not whole in .*/b/"
+    ) as error:
+        borrowed(folders, fetch="never")
+    assert "leave --fetch out, or copy the folder there" in str(error.value)
+    borrowed(folders)
+    shutil.copytree(folders[0], folders[1])
+    borrowed(folders, fetch="never")
+
+
+def test_a_large_model_is_lent_only_if_that_was_asked_for(tmp_path, monkeypatch):
+    folders = [machine(tmp_path / "a", 4), tmp_path / "b"]
+    monkeypatch.setattr(fetching, "UNASKED", 100)
+    with pytest.raises(ForgeError, match="are not fetched unasked") as error:
+        borrowed(folders)
+    (problem,) = error.value.problems
+    assert str(folders[1] / "checkpoint-4") in problem.found
+    assert "add --fetch yes on all machines, or copy the folder there" in problem.fix
+    borrowed(folders, fetch="yes")
+    shutil.copytree(folders[0], folders[1])
+    borrowed(folders)
+
+
+def test_the_fix_of_a_full_disk_for_temporary_files_is_another_one(tmp_path, monkeypatch):
+    folders = [machine(tmp_path / "a", 4), tmp_path / "b"]
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda it: usage(it)._replace(free=9))
+    with pytest.raises(ForgeError, match="TMPDIR .* has no room for the checkpoint") as error:
+        borrowed(folders)
+    assert "or set TMPDIR to a folder that has it" in str(error.value)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    (tmp_path / "another").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another"))
+    borrowed(folders)
+    assert not [*(tmp_path / "another").iterdir()]
+
+
+def test_no_pickle_is_lent(tmp_path):
+    folders = [machine(tmp_path / "a"), tmp_path / "b"]
+
+    def write(folder):
+        writer(4)(folder)
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+
+    checkpoint.complete(folders[0], 4, write)
+    with pytest.raises(ForgeError, match="rank 0 sent what no rank .* may travel"):
+        borrowed(folders)
 
 
 @pytest.mark.parametrize("what", ["gone", "cut"])
@@ -84,7 +172,7 @@ def test_the_newest_good_one_is_found_past_those_that_are_damaged_elsewhere(tmp_
     assert on_each(folders, newest_anywhere)[0][:2] == (8, 0)
 
     def read(cluster, folder):
-        with lent(cluster, folder, 8, 0) as path:
+        with lent(config_of(folder), cluster, 8, 0) as path:
             return (path / WEIGHTS).read_bytes()
 
     assert len(set(on_each(folders, read))) == 1, "nobody reads what is damaged"
