@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
+from p2p_llm_forge.errors import ForgeError, Problem, in_one_line, plain
 from p2p_llm_forge.files import parse_json
 from p2p_llm_forge.peers.channel import Channel
 from p2p_llm_forge.peers.file_exchange import FileExchange, Place, listen
@@ -39,6 +40,8 @@ Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
 
 EXCHANGE_TIMEOUT = datetime.timedelta(days=1)  # a slow peer is waited for: see liveness.py
+LONGEST_FACT = 4096  # characters of a text among facts: a path can have so many
+LINE_BREAK = re.compile(r"[\n\t]")  # all that `plain` leaves of them
 MESSAGE_BYTES = 2**24  # of tensors that the main process sends at once
 
 
@@ -78,14 +81,22 @@ class Cluster:
     def gather_facts(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's facts, by rank. Facts are plain JSON values; all ranks must call.
 
-        Waits for as long as a slower rank needs, but not for one that shows no sign of life.
+        Waits for as long as a slower rank needs, but not for one that shows no sign of life. Texts
+        come back as all ranks see them: see `_facts_of`. Raises ForgeError for what no rank sends,
+        also where this one's own facts are not what it has written.
         """
         if self._store is None:
             return [facts]
-        name = self._next_conversation()
-        self._set(f"{name}/{self.rank}", json.dumps(facts))
-        answers = (self._await(f"{name}/{rank}", rank) for rank in range(self.world_size))
-        return [_facts_of(f"rank {rank}", text, facts) for rank, text in enumerate(answers)]
+        name, own = self._next_conversation(), json.dumps(facts)
+        self._set(f"{name}/{self.rank}", own)
+        by_rank = []
+        for rank in range(self.world_size):
+            text, by = self._await(f"{name}/{rank}", rank), f"rank {rank}"
+            with as_sent_by(by):
+                if rank == self.rank and text != own:
+                    raise ValueError("it is not what this rank has written")
+            by_rank.append(_facts_of(by, text, facts))
+        return by_rank
 
     def barrier(self) -> None:
         """Wait until all ranks are here, for as long as a slow one needs. All ranks must call."""
@@ -133,7 +144,7 @@ class Cluster:
             raise error
         named: list[Problem] = []
         for rank, fact in enumerate(facts):
-            name = f"rank {rank} ({fact['host']})"
+            name = f"rank {rank} ({in_one_line(fact['host'])})"
             with as_sent_by(name):
                 of_rank = problems_of_peer("" if rank == self.rank else name, fact["problems"])
             for one in of_rank:
@@ -388,7 +399,10 @@ def _as_json(error: ForgeError) -> list[dict[str, str]]:
 
 
 def _facts_of(by: str, text: str, own: dict[str, Any]) -> dict[str, Any]:
-    """What a rank has posted where this one posted `own`; its texts are on one line each."""
+    """What a rank has posted where this one posted `own`; its texts are on one line each.
+
+    Spaces stay as they are, and there is room for a path: commands are made of some.
+    """
     with as_sent_by(by):
         facts = parse_json(text)
         if not isinstance(facts, dict) or facts.keys() != own.keys():
@@ -397,7 +411,8 @@ def _facts_of(by: str, text: str, own: dict[str, Any]) -> dict[str, Any]:
             kinds = {_kind(value), _kind(own[key])}
             if len(kinds - {NoneType}) > 1:
                 raise ValueError(f"{key} is another kind of value than ours")
-        return {k: in_one_line(v, 800) if isinstance(v, str) else v for k, v in facts.items()}
+        lines = {k: plain(v, LONGEST_FACT) for k, v in facts.items() if isinstance(v, str)}
+        return facts | {k: LINE_BREAK.sub(" ", line) for k, line in lines.items()}
 
 
 def _kind(value: Any) -> type:

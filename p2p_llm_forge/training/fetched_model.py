@@ -69,10 +69,11 @@ def bring_model(config: TrainConfig, cluster: Cluster) -> None:
 def bring_named(config: TrainConfig, cluster: Cluster, name: str) -> None:
     """Fetch the model of this name, which may be none. All ranks must call."""
     if any(fact["asked"] for fact in cluster.gather_facts({"asked": name})):
-        models = look_everywhere(cluster, name, config.trust_remote_code)
+        own = look(name, config.trust_remote_code)
+        models = look_everywhere(cluster, own, config.trust_remote_code)
         sources, lacking = what_to_bring(models)
         if lacking:
-            bring(config, cluster, models, (sources, lacking))
+            bring(config, cluster, own, models, (sources, lacking))
 
 
 def model_trips(config: TrainConfig, cluster: Cluster) -> list[Trip]:
@@ -82,7 +83,8 @@ def model_trips(config: TrainConfig, cluster: Cluster) -> list[Trip]:
         fact["asked"] for fact in cluster.gather_facts({"asked": asked})
     ):
         return []
-    models = look_everywhere(cluster, asked, config.trust_remote_code)
+    with_code = config.trust_remote_code
+    models = look_everywhere(cluster, look(asked, with_code), with_code)
     sources, lacking = what_to_bring(models)
     if not lacking or is_left_to_hub(config, cluster, models[sources[0]]):
         return []
@@ -99,18 +101,24 @@ def base_on_hub(name: str) -> str:
     return ""
 
 
-def look_everywhere(cluster: Cluster, name: str, with_code: bool) -> list[Model]:
-    """What each rank has of the model, by rank. All ranks must call.
-
-    Raises ForgeError for what no rank of ours says.
-    """
+def look(name: str, with_code: bool) -> Model:
+    """What this rank has of the model; its folder is the one to read and to write."""
     found, folder = stored.find(name), Path()
     sizes: Sizes = {}
     if found.kind in ("folder", "cache"):
         folder = Path(found.folder)
         sizes = {one: (folder / one).stat().st_size for one in stored.names_in(folder, with_code)}
-    own = {**asdict(found), "name": name, "sizes": sizes, "host": platform.node()}
-    own["run"] = run_in(Path(name)) if name else ""
+    return Model(name, found, sizes, platform.node(), run_in(Path(name)) if name else "")
+
+
+def look_everywhere(cluster: Cluster, mine: Model, with_code: bool) -> list[Model]:
+    """What each rank has of the model, by rank, as all ranks see it. All ranks must call.
+
+    Paths may be written otherwise here, and are for messages. Raises ForgeError for what no rank
+    of ours says.
+    """
+    own = {**asdict(mine.stored), "name": mine.name, "sizes": mine.sizes}
+    own |= {"host": mine.host, "run": mine.run}
     models = []
     for rank, fact in enumerate(cluster.gather_facts(own)):
         with as_sent_by(f"rank {rank}"):
@@ -164,12 +172,13 @@ def is_of_run(one: Model, first: Model) -> bool:
 def bring(
     config: TrainConfig,
     cluster: Cluster,
+    own: Model,
     models: Sequence[Model],
     who: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
-    """Fetch the model onto the ranks that lack it. who: see `what_to_bring`."""
-    sources, lacking = who
-    own, source = models[cluster.rank], models[sources[0]]
+    """Fetch the model onto the ranks that lack it. own: see `look`; who: see `what_to_bring`."""
+    sources, _ = who
+    source = models[sources[0]]
     if is_left_to_hub(config, cluster, source):
         if cluster.is_main and not config.dry_run:
             print(left_to_hub(source, named(sources, [one.host for one in models])))

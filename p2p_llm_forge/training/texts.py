@@ -44,7 +44,7 @@ def refuse_different_texts(
     texts = [rank for rank, found in enumerate(seen) if found.kind == "file"]
     if all(found.kind == "nothing" for rank, found in enumerate(seen) if rank != maker):
         return
-    path = Path(seen[cluster.rank].where)
+    path = Path(config.dataset_path)
     facts = all_facts(cluster, path, cluster.rank in texts, has_hash=False)
     alike = [rank for rank in texts if facts[rank]["size"] == facts[maker]["size"]]
     if any(facts[rank] != facts[maker] for rank in alike):

@@ -157,6 +157,32 @@ def test_what_a_stranger_writes_is_quoted_under_the_name_of_its_rank():
     assert all(letter.isprintable() for letter in first + second)
 
 
+def test_what_a_rank_has_written_does_not_come_back_as_another_value():
+    """Without a secret, whoever reaches the port can write in its name."""
+    with clusters(2) as (main, other):
+        other._store.set("forge/1/1", '{"folder": "/there"}')  # one that answers in time
+        real = main._store.set
+
+        def rewritten(key, value):
+            real(key, value)
+            real(key, '{"folder": "/etc"}')
+
+        main._store.set = rewritten
+        with pytest.raises(ForgeError, match="^rank 0 sent .*it is not what this rank has written"):
+            main.gather_facts({"folder": "/here"})
+
+
+def test_a_path_arrives_as_it_is_on_one_line():
+    path = "/two  spaces /" + "and a long name/" * 200
+
+    def act(cluster):
+        return cluster.gather_facts({"folder": path, "host": "a\nb\tc\x1b[2J\u2028d"})
+
+    with clusters(2) as ranks:
+        for facts in run_ranks(ranks, act):
+            assert facts == [{"folder": path, "host": "a b c d"}] * 2
+
+
 def test_what_is_posted_is_waited_for_and_belongs_to_its_rank():
     def act(cluster):
         if cluster.rank == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model import stored
+from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.training import fetched_model
 from p2p_llm_forge.training.fetched_model import bring_model
 from p2p_llm_forge.training.run_record import RunRecord
@@ -126,6 +128,52 @@ def test_a_folder_that_some_machines_have_comes_to_the_same_path_on_the_others(
     assert capsys.readouterr().out.startswith("model     ")
     home.bring(names)
     assert not capsys.readouterr().out, "the second start has nothing to fetch"
+
+
+ODD = "tab\there  two  spaces \u202e"  # not as it is printed
+
+
+def test_a_folder_with_an_odd_name_is_read_and_written_where_it_is(machines, model):
+    home = machines(2)
+    names = [folder / ODD / "tiny" for folder in home.homes]
+    shutil.copytree(model, names[0])
+    home.bring(names)
+    assert same_model(model, names[1])
+    assert [os.listdir(folder) for folder in home.homes] == [[ODD]] * 2
+
+
+@pytest.mark.parametrize("rank, field", [(0, "folder"), (1, "name")])
+def test_only_the_own_folder_is_read_and_written_whatever_stands_in_the_store(
+    machines, model, monkeypatch, rank, field
+):
+    """Without a secret, whoever reaches the port writes there in the name of a rank."""
+    home = machines(2)
+    names = [folder / "tiny" for folder in home.homes]
+    shutil.copytree(model, names[0])
+    theirs = home.homes[rank] / "of others"
+    if rank == 0:
+        shutil.copytree(model, theirs)
+        weights = theirs / "model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
+    real = Cluster._set
+
+    def rewritten(cluster, key, value):
+        if cluster.rank == rank and field in (sent := json.loads(value)) and "kind" in sent:
+            value = json.dumps(sent | {field: str(theirs)})
+        real(cluster, key, value)
+
+    monkeypatch.setattr(Cluster, "_set", rewritten)
+
+    def act(cluster):
+        try:
+            bring_model(replace(home.config, model_name=str(names[cluster.rank])), cluster)
+        except ForgeError:
+            cluster.announce_failure()
+
+    with clusters(2) as ranks:
+        run_ranks(ranks, act)
+    assert not names[1].exists() or same_model(model, names[1])
+    assert theirs.exists() == (rank == 0)
 
 
 def test_a_name_of_the_hub_comes_into_the_cache_where_transformers_finds_it(

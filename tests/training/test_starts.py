@@ -61,6 +61,14 @@ def test_two_starts_are_refused_with_what_to_move_away(tmp_path):
     assert agreed(tmp_path, ["", one, "", one]) == one
 
 
+def test_the_line_that_moves_a_folder_away_names_it_as_it_is(tmp_path):
+    home = tmp_path / ("two  spaces " + "and a long name/" * 60)
+    home.mkdir(parents=True)
+    with pytest.raises(ForgeError) as error:
+        agreed(home, [new_start(), new_start()])
+    assert f"move it away: mv '{home}/of 1' '{home}/of 1.other'; or" in error.value.problems[0].fix
+
+
 def test_a_start_of_which_nothing_was_saved_is_that_of_the_others(tmp_path):
     """As where --overwrite was killed between two machines: there is nothing to mix."""
     one, other = new_start(), new_start()

@@ -68,6 +68,18 @@ def test_the_other_fix_is_a_copy_and_the_only_one_where_nothing_is_fetched(machi
     home.open_data(vocab_size=300)
 
 
+def test_texts_in_a_folder_with_an_odd_name_are_compared(config, text_file, tmp_path):
+    home = of_text(
+        lambda count: Machines(config, tmp_path / "tab\there  two  spaces", count),
+        text_file,
+        (0, 1),
+    )
+    home.open_data(vocab_size=300)
+    half(home.data[1])
+    with pytest.raises(ForgeError, match=r"two  spaces/machine 1/corpus\.txt of rank 1 .* another"):
+        home.open_data(vocab_size=300)
+
+
 @pytest.mark.parametrize("having", [(0,), (1,)])
 def test_without_fetching_nothing_is_prepared_that_others_could_not_see(
     machines, text_file, having
