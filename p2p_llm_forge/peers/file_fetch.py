@@ -80,7 +80,7 @@ class _Item:
 
     @property
     def is_here(self) -> bool:
-        return all(self.file.has)
+        return self.file.count == len(self.file.has) and 0 not in self.file.has
 
 
 @dataclass(eq=False)

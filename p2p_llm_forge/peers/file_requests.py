@@ -82,7 +82,10 @@ def ask_for_list(stream: FileStream, key: str) -> dict[str, tuple[int, int]]:
         raise Stranger("its list of files is too long")
     text, buffer = bytearray(), memoryview(bytearray(FRAME_BYTES))
     while len(text) < size:
-        text += buffer[: stream.receive_into(buffer)]
+        frame = stream.receive_into(buffer)
+        if frame != min(FRAME_BYTES, size - len(text)):
+            raise Stranger("its list of files is cut up")
+        text += buffer[:frame]
     try:
         names = parse_json(bytes(text))
         require_shape(names, [list])

@@ -54,12 +54,14 @@ class PartialFile:
     def __init__(self, path: Path, facts: FileFacts) -> None:
         self.path, self.facts = path, facts
         self.count = -(-facts.size // PIECE_BYTES)  # of pieces
-        self.has = bytearray(self.count)  # 1 for a piece that is here
+        # 1 for a piece that is here; empty while none can be: sizes may come from another machine.
+        self.has = bytearray()
         self.was_begun = False  # by an earlier try
         self.attempt = 0  # counts how often it has begun again
         self._part = path.with_name(path.name + PART)
         self._record = path.with_name(path.name + PIECES)
-        self._files: list[FileIO] = []  # both, while they are open
+        self._files: list[FileIO] = []  # both, while pieces come
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def is_whole(self) -> bool:
@@ -75,6 +77,8 @@ class PartialFile:
 
     def bytes_missing(self) -> int:
         """What has still to come."""
+        if not self.has:
+            return self.facts.size
         return sum(self.span(piece)[1] for piece in range(self.count) if not self.has[piece])
 
     def span(self, piece: int) -> tuple[int, int]:
@@ -93,26 +97,28 @@ class PartialFile:
         pieces = noted[len(head) :]
         if noted[: len(head)] == head and len(pieces) == self.count and set(pieces) <= {0, 1}:
             ends = [sum(self.span(piece)) for piece in range(self.count)]
-            self.has[:] = bytes(has and end <= size for has, end in zip(pieces, ends, strict=True))
+            here = (has and end <= size for has, end in zip(pieces, ends, strict=True))
+            self.has = bytearray(here)
             self.was_begun = any(self.has)
 
     def open(self) -> None:
-        """Go on with what an earlier try has left, or begin."""
+        """Go on with what an earlier try has left, or begin, once there is room for it."""
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder is in the way", str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.was_begun:
             self._part.write_bytes(b"")
+        self.has = self.has or bytearray(self.count)
         self._record.write_bytes(self._head() + self.has)
-        self._files = [one.open("r+b", buffering=0) for one in (self._part, self._record)]
 
     def write(self, offset: int, content: memoryview, attempt: int = 0) -> bool:
         """Write a part of a piece. False: it is of an earlier attempt, or its piece is here
         already, perhaps hashed, and stays as it is."""
         with self._lock:
-            if self.has[offset // PIECE_BYTES] or self.attempt != attempt:
+            is_late = self._is_closed or self.attempt != attempt
+            if is_late or self.has[offset // PIECE_BYTES]:
                 return False
-            part, _ = self._files
+            part, _ = self._opened()
             part.seek(offset)
             while len(content):
                 content = content[part.write(content) :]
@@ -121,10 +127,14 @@ class PartialFile:
     def note(self, piece: int) -> None:
         """Remember that a piece is here."""
         with self._lock:
+            if self._is_closed:
+                return
             self.has[piece] = 1
-            _, record = self._files
+            _, record = self._opened()
             record.seek(len(self._head()) + piece)
             record.write(b"\1")
+            if 0 not in self.has:
+                self._close_files()
 
     def digest(self, wait_for: Callable[[int], None]) -> str:
         """The SHA-256 of the content. wait_for: returns when a piece is here."""
@@ -141,10 +151,12 @@ class PartialFile:
     def forget(self) -> None:
         """Begin again: nothing of what has come is worth anything."""
         with self._lock:
+            self.attempt += 1
+            if self._is_closed:
+                return
             self.has[:] = bytes(self.count)
             self.was_begun = False
-            self.attempt += 1
-            _, record = self._files
+            _, record = self._opened()
             record.seek(0)
             record.write(self._head() + self.has)
 
@@ -158,9 +170,20 @@ class PartialFile:
 
     def close(self) -> None:
         """Leave what has come for the next try."""
-        with self._lock:  # a number of a file that is closed may be another one's at once
-            for file in self._files:
-                file.close()
+        with self._lock:
+            self._is_closed = True
+            self._close_files()
+
+    def _opened(self) -> list[FileIO]:
+        """Both files: open only while pieces come, since there may be more than can be open."""
+        if not self._files:
+            self._files = [one.open("r+b", buffering=0) for one in (self._part, self._record)]
+        return self._files
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files = []
 
     def _head(self) -> bytes:
         return f"{self.facts.sha256} {self.facts.size} {PIECE_BYTES}\n".encode()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import threading
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +142,32 @@ def test_what_this_machine_loses_is_no_sources_fault(tmp_path, exchanges, small_
     assert re.fullmatch("a arrives whole and is not what was sent when .* from .*into", found)
     assert not (into / "a").exists()
     exchanges[3].fetch(files, {0: "key"}, into)  # after it was checked
+    assert same(tmp_path / "from", into, files)
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_what_no_disk_has_room_for_costs_no_memory(tmp_path, exchanges, count):
+    """Sizes come from another machine, and what is noted of each piece takes a byte."""
+    files = {f"{n}": FileFacts(2**59, "0" * 64) for n in range(count)}
+    tracemalloc.start()
+    try:
+        (found,) = problems(lambda: exchanges[3].fetch(files, {0: "key"}, tmp_path / "into"))
+        assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert "has no room for the files to fetch: " in found
+
+
+def test_more_files_come_than_can_be_open(tmp_path, exchanges):
+    files, into = made(tmp_path / "from", {f"{n}": n for n in range(300)}), tmp_path / "into"
+    exchanges[0].offer("key", tmp_path / "from", files)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(one.name) for one in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 50, limits[1]))
+    try:
+        exchanges[3].fetch(files, {0: "key"}, into)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert same(tmp_path / "from", into, files)
 
 

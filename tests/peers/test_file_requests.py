@@ -156,6 +156,20 @@ def test_a_list_that_is_none_is_refused(text):
         ask_for_list(FileStream(near, None, None), "key")
 
 
+@pytest.mark.parametrize("frames", [[b""], [b"[", b"]"], [b"[]", b""]])
+def test_a_list_comes_in_no_more_frames_than_it_needs(frames):
+    """Else a rank could send empty ones for ever."""
+    near, far = socket.socketpair()
+    near.settimeout(30)
+    far_stream = FileStream(far, None, None)
+    far_stream.send_json({"size": 3})
+    for frame in frames:
+        far_stream.send(frame)
+    far.shutdown(socket.SHUT_WR)
+    with pytest.raises(Stranger, match="its list of files is cut up"):
+        ask_for_list(FileStream(near, None, None), "key")
+
+
 def test_more_than_was_asked_for_is_refused():
     near, far = socket.socketpair()
     far_stream, written = FileStream(far, None, None), []
