@@ -151,10 +151,12 @@ def place_for(folder: Path, manifest: str) -> Path:
     if not (folder / MANIFEST).exists():
         erase(folder, own_files(unfinished, REPLACED) or ())  # the rest of what it was to replace
         unfinished.mkdir(parents=True, exist_ok=True)
-    for path in unfinished.iterdir():
+    for path in list(unfinished.iterdir()):
         if path.name.startswith((COMING, COMPLETE)) and path != place:
+            if path.name.startswith(COMPLETE) and not (folder / MANIFEST).exists():
+                erase(folder, own_files(path) or ())  # its parts that were in place at a kill
             shutil.rmtree(path, ignore_errors=True)
-    place.mkdir(exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     return place
 
 

@@ -73,6 +73,25 @@ def test_a_kill_at_any_step_leaves_a_whole_dataset_or_none_and_the_next_fetch_en
     assert kills > (10 if replaces else 5) and number < 99
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_step_and_newer_data_at_the_source_leave_no_folder_without_a_way_out(
+    two, text, tmp_path, replaces
+):
+    (older, newer), (newest, kills) = two, (tmp_path / "newest", 0)
+    prepare(config(text, newest, sequence_length=64))
+    for number in range(1, 100):
+        folder = tmp_path / f"killed at {number}"
+        if replaces:
+            fetch(older, folder)
+        if not killed_at(number, lambda: fetch(newer, folder)):  # noqa: B023
+            break
+        kills += 1
+        (folder / UNFINISHED / "lock").touch()  # as who holds it has it there
+        fetch(newest, folder)
+        assert is_whole(folder, newest) and os.listdir(folder / UNFINISHED) == ["lock"]
+    assert kills > (10 if replaces else 5) and number < 99
+
+
 def test_a_preparation_that_replaces_a_fetched_dataset_is_one_that_was_prepared(two, text):
     older, newer = two
     fetch(newer, folder := older.with_name("data"))
