@@ -220,7 +220,7 @@ class FileExchange:
         with contextlib.suppress(Gone, Stranger, OSError):
             stream = welcome(connection, self.rank, range(len(self.places)), known)
             with self._lock:
-                del self._greeting[connection]
+                self._greeting.pop(connection, None)  # it may have been replaced just now
                 if len(self._serving) >= MOST_CONNECTIONS or self._is_closed.is_set():
                     raise Gone("too many connections")
                 self._serving.add(connection)

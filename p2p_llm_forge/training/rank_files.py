@@ -48,19 +48,26 @@ class RankFiles:
         }
         try:
             name = snapshot.write_rank_file(self._output_dir, rank, own)
-            answer = {"file": name}
-            if not self._is_seen[rank]:
-                assert self._exchange is not None
-                path, key = self._output_dir / name, key_of(step)
-                facts = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-                self._offered[key] = path
-                self._exchange.offer(key, self._output_dir, [name])
-                answer["facts"] = facts
+            facts = None if self._is_seen[rank] else self._offer(step, name)
+            answer = {"file": name, "facts": facts}
         except ForgeError as error:
             one = error.problems[0]
             answer = {"failure": [one.found, one.fix]}
         finally:  # the main process waits for the answer
             self._cluster.post(f"saved/{step}", json.dumps(answer))
+
+    def _offer(self, step: int, name: str) -> dict[str, Any]:
+        """Let the main process fetch a file of this rank. Raises ForgeError."""
+        assert self._exchange is not None
+        path, key = self._output_dir / name, key_of(step)
+        self._offered[key] = path
+        try:
+            facts = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        except OSError as error:
+            found = f"rank {self._cluster.rank} cannot read {path}: {error.strerror or error}"
+            raise ForgeError(found, "check the disk of that machine") from error
+        self._exchange.offer(key, self._output_dir, [name])
+        return facts
 
     def collect(self, step: int, rank: int, saved: Path) -> None:
         """Bring the file of a rank into the checkpoint. Raises ForgeError."""

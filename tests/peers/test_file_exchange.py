@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import file_exchange
 from p2p_llm_forge.peers.file_exchange import GivenUp, Watch
+from p2p_llm_forge.peers.file_stream import FileStream
 from tests.memory_channel import clusters, run_ranks
 from tests.peers.offered_files import MANY_PIECES, damage, everything_in, made, same
 
@@ -133,6 +135,23 @@ def test_a_fetch_ends_when_the_cluster_does(tmp_path, monkeypatch):
         assert ended
         with pytest.raises(GivenUp):
             exchanges[1].fetch(files, {0: "key"}, tmp_path / "into")
+
+
+def test_who_is_replaced_while_it_proves_itself_is_hung_up(monkeypatch):
+    """It has just proven itself when another one comes, and takes its place."""
+    here, there = socket.socketpair()
+
+    def late(connection, *_):
+        return FileStream(connection, None, None)
+
+    monkeypatch.setattr(file_exchange, "welcome", late)
+    with clusters(2) as ranks:
+        exchange = run_ranks(ranks, lambda rank: rank.open_files())[0]
+        monkeypatch.setattr(exchange, "_tune", lambda connection: None)
+        there.close()
+        exchange._serve(here)
+        assert not exchange._serving
+    assert here.fileno() == -1
 
 
 def test_a_rank_alone_has_files_of_nobody(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 
@@ -14,7 +15,7 @@ from p2p_llm_forge.peers.file_exchange import GivenUp
 from p2p_llm_forge.peers.keepers import Keepers
 from p2p_llm_forge.peers.store import StoreLost
 from p2p_llm_forge.polling import in_thread
-from p2p_llm_forge.training import snapshot
+from p2p_llm_forge.training import rank_files, snapshot
 from p2p_llm_forge.training.rank_files import RankFile, RankFiles, file_in
 from tests.memory_channel import clusters, run_ranks
 
@@ -33,6 +34,27 @@ def test_a_rank_answers_the_main_process_whatever_happens(alone, tmp_path, monke
     assert "see what rank 0 printed" in answers["saved/5"]["failure"]
     found, fix = answers["saved/6"]["failure"]
     assert "rank 0 could not write" in found and fix == "make room on the disk"
+
+
+def test_a_file_that_cannot_be_read_again_is_said_at_once(tmp_path, monkeypatch):
+    """Rank 0 would look for it in its own folder, and advise to share that."""
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(rank_files, "sha256_of", fail)
+
+    def act(cluster):
+        (folder := tmp_path / f"of {cluster.rank}").mkdir()
+        files = RankFiles(cluster, Keepers([0, 1]), folder)
+        if not cluster.is_main:
+            return files.write(4, {"residual": torch.zeros(3)})
+        with pytest.raises(ForgeError, match="rank 1 cannot read .*: Input/output error") as error:
+            files.collect(4, 1, folder)
+        assert "check the disk of that machine" in str(error.value)
+
+    with clusters(2) as ranks:
+        run_ranks(ranks, act)
 
 
 @pytest.mark.parametrize("keepers", [[0, 0, 0], [0, 1, 2], [0, 1, 1]])
