@@ -37,13 +37,15 @@ SHAPE = {
 class Sought:
     """The dataset of a run, as it is looked for. seen: what lies in `folder`, by rank.
 
-    is_text: it is what a text becomes; maker: the rank whose text that is, if one has it.
+    is_text: it is what a text becomes; maker: the rank whose text that is, if one has it. wanted:
+    its fingerprint where a run goes on with it; else empty.
     """
 
     folder: Path
     seen: Sequence[Found]
     is_text: bool = False
     maker: int | None = None
+    wanted: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def what_is_missing(config: TrainConfig, cluster: Cluster, sought: Sought) -> Br
 
     All ranks must call. Raises ForgeError where it is not clear which one it is.
     """
-    seen, wanted = sought.seen, wanted_by_run(config, cluster)
+    seen, wanted = sought.seen, sought.wanted
     replaces_all = sought.is_text and config.overwrite  # what a run has made gives way with it
     if not replaces_all:
         refuse_other_than_the_runs(seen, wanted, sought.is_text)
@@ -145,10 +147,17 @@ def what_to_bring(
 
 
 def wanted_by_run(config: TrainConfig, cluster: Cluster) -> str:
-    """The fingerprint of the data of the run that is resumed, as the rank has it on record that
-    has resumed it most often; empty where there is none. All ranks must call."""
+    """The fingerprint of the data of the run that is resumed; empty where none is, or where its
+    data may be others now. All ranks must call."""
+    is_resumed = config.resume and not (config.overwrite or config.resume_changed)
+    return data_of_run(config, cluster, bool(is_resumed))
+
+
+def data_of_run(config: TrainConfig, cluster: Cluster, is_asked: bool) -> str:
+    """The fingerprint of the data of the run in --output-dir, as the rank has it on record that
+    has resumed it most often; empty where none does that is asked. All ranks must call."""
     record = None
-    if config.resume and config.output_dir and not (config.overwrite or config.resume_changed):
+    if is_asked and config.output_dir:
         with contextlib.suppress(ForgeError):  # refused where it is resumed
             record = RunRecord.read(Path(config.output_dir))
     own = {"run": "", "times": 0}

@@ -28,6 +28,7 @@ from p2p_llm_forge.training.fetched_data import (
     look_everywhere,
     refuse_others,
     refuse_what_is_nowhere,
+    wanted_by_run,
     what_is_missing,
 )
 from p2p_llm_forge.training.fetched_model import bring_model
@@ -43,7 +44,8 @@ from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
 from p2p_llm_forge.training.publishing import look_at_hub, require_login
 from p2p_llm_forge.training.settle import begun_in, settle, width_for
 from p2p_llm_forge.training.texts import (
-    is_of_lost_text,
+    data_of_lost_text,
+    data_to_go_on_with,
     refuse_different_texts,
     refuse_missing_file,
     require_common_folder,
@@ -210,16 +212,16 @@ def find_data(config: TrainConfig, cluster: Cluster) -> Sought:
     """
     folder = Path(config.dataset_path)
     seen = look_everywhere(cluster, folder)
-    maker, is_left = who_prepares(seen), False
+    maker, wanted = who_prepares(seen), ""
     if maker is not None:
         refuse_different_texts(config, cluster, seen, maker)
     if not any(found.kind != "nothing" for found in seen):
         made = Path(config.output_dir) / PREPARED
-        is_left = bool(config.output_dir) and is_of_lost_text(cluster, folder, made)
-        if not is_left:
+        wanted = data_of_lost_text(config, cluster, made) if config.output_dir else ""
+        if not wanted:
             refuse_what_is_nowhere(config, cluster, folder)
             cluster.main_only(lambda: refuse_missing_file(folder))
-    is_text = maker is not None or is_left
+    is_text = maker is not None or bool(wanted)
     if is_text:
         folder = Path(config.output_dir) / PREPARED
         if maker is not None:
@@ -228,14 +230,16 @@ def find_data(config: TrainConfig, cluster: Cluster) -> Sought:
         seen = look_everywhere(cluster, folder)
         lacks = seen[cluster.rank].kind == "nothing"
         cluster.together(lambda: refuse_before_data(config) if lacks else None)
-    return Sought(folder, seen, is_text, maker)
+    wanted = wanted or wanted_by_run(config, cluster)
+    return Sought(folder, seen, is_text, maker, wanted)
 
 
 def make_of_text(config: TrainConfig, cluster: Cluster, folder: Path, maker: int) -> None:
     """Have one rank prepare its text into its folder, or see in a dry run that it is prepared."""
+    wanted = data_to_go_on_with(config, cluster)
 
     def make() -> None:
-        with text_of_run_named(config, folder):
+        with text_of_run_named(config, folder, wanted):
             if config.dry_run:
                 require_prepared(config, folder)
             else:

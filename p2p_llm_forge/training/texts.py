@@ -19,7 +19,7 @@ from p2p_llm_forge.peers.findings import as_sent_by
 from p2p_llm_forge.peers.keepers import keep
 from p2p_llm_forge.peers.preflight import hosts_of
 from p2p_llm_forge.shapes import is_count, require_shape
-from p2p_llm_forge.training.fetched_data import look_everywhere
+from p2p_llm_forge.training.fetched_data import data_of_run, look_everywhere
 from p2p_llm_forge.training.fetching import named
 from p2p_llm_forge.training.identity import LOCK
 
@@ -121,15 +121,28 @@ def all_facts(cluster: Cluster, path: Path, is_asked: bool, has_hash: bool) -> l
     return all_of_them
 
 
+def data_to_go_on_with(config: TrainConfig, cluster: Cluster) -> str:
+    """The fingerprint of the data of the run that is resumed or evaluated; empty without one.
+
+    All ranks must call.
+    """
+    goes_on = bool(config.resume or config.eval_only) and not config.overwrite
+    return data_of_run(config, cluster, goes_on)
+
+
 @contextlib.contextmanager
-def text_of_run_named(config: TrainConfig, folder: Path) -> Iterator[None]:
-    """Where `folder` was made of another text of this name, say how the run goes on with that."""
+def text_of_run_named(config: TrainConfig, folder: Path, wanted: str) -> Iterator[None]:
+    """Where `folder` was made of another text of this name, say how the run goes on with that.
+
+    wanted: see `data_to_go_on_with`.
+    """
     try:
         yield
     except ForgeError as error:
         if not any(ANOTHER_TEXT in one.found for one in error.problems):
             raise
-        if made_of(folder) != (Path(config.dataset_path).name,):
+        made = Manifest.load(folder)
+        if made.fingerprint != wanted or made_of(made) != (Path(config.dataset_path).name,):
             raise
         fix = (
             f"to go on with the text that it was made of, move {config.dataset_path} away, or put"
@@ -141,9 +154,9 @@ def text_of_run_named(config: TrainConfig, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def made_of(folder: Path) -> tuple[str, ...]:
-    """The names of the texts of the dataset there."""
-    return tuple(map(str, Manifest.load(folder).arguments.get("dataset_path") or ()))
+def made_of(dataset: Manifest) -> tuple[str, ...]:
+    """The names of the texts of a dataset."""
+    return tuple(map(str, dataset.arguments.get("dataset_path") or ()))
 
 
 def refuse_missing_file(path: Path) -> None:
@@ -154,10 +167,16 @@ def refuse_missing_file(path: Path) -> None:
         raise ForgeError(f"--dataset-path {path}: no such file", f"{fix} a text or a folder")
 
 
-def is_of_lost_text(cluster: Cluster, text: Path, folder: Path) -> bool:
-    """Whether a machine has in `folder` what was made of the text, which none has."""
-    names = [found.made_of for found in look_everywhere(cluster, folder)]
-    is_left = cluster.main_only(lambda: (text.name,) in names)
+def data_of_lost_text(config: TrainConfig, cluster: Cluster, folder: Path) -> str:
+    """The fingerprint of what a run goes on with that was made of the text, which no machine has;
+    empty where no machine has that in `folder`. All ranks must call.
+
+    Without a run it may be another text that had this name, and the path may be misspelt.
+    """
+    wanted, text = data_to_go_on_with(config, cluster), Path(config.dataset_path)
+    seen = look_everywhere(cluster, folder)
+    made = [found.made_of for found in seen if wanted and found.fingerprint == wanted]
+    is_left = cluster.main_only(lambda: (text.name,) in made)
     if is_left and cluster.is_main:
         print(f"data      {text} is on no machine; {folder}, made of it, is used", flush=True)
-    return is_left
+    return wanted if is_left else ""

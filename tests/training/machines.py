@@ -11,6 +11,8 @@ from p2p_llm_forge.config import PrepareConfig
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import job
+from p2p_llm_forge.training.job import identity_without_data
+from p2p_llm_forge.training.run_record import RunRecord
 from tests.folders import tree
 from tests.memory_channel import clusters, run_ranks
 
@@ -69,3 +71,11 @@ def of_text(machines, text_file, having, count=3):
 def other_data(text_file: Path, folder: Path, length: int = 16) -> Path:
     prepare(PrepareConfig([str(text_file)], str(folder), vocab_size=300, sequence_length=length))
     return folder
+
+
+def on_record(home: Machines, fingerprint: str, ranks=None) -> None:
+    """Machines, by default all, have on record a run that is trained on this dataset."""
+    for folder in [home.homes[rank] for rank in ranks or range(home.count)]:
+        (folder / "run").mkdir(exist_ok=True)
+        identity = {**identity_without_data(home.config), "dataset": fingerprint}
+        RunRecord(identity, started="1" * 32).write(folder / "run")

@@ -25,7 +25,7 @@ from p2p_llm_forge.training.job import identity_without_data
 from p2p_llm_forge.training.run_record import RunRecord
 from tests.folders import tree
 from tests.memory_channel import clusters, run_ranks
-from tests.training.machines import Machines, of_text, other_data, same_dataset
+from tests.training.machines import Machines, of_text, on_record, other_data, same_dataset
 
 HALF = 20 * 1024
 A, B, OLDER = "a" * 64, "b" * 64, "c" * 64
@@ -591,16 +591,17 @@ def test_a_text_is_prepared_by_one_and_what_it_became_is_fetched_by_the_others(
 
 def test_a_text_that_no_machine_has_any_more_is_not_missed_by_its_run(machines, text_file, capsys):
     home = of_text(machines, text_file, (0,))
-    home.open_data(vocab_size=300)
+    made = home.open_data(vocab_size=300)[0].manifest.fingerprint
+    on_record(home, made)
     shutil.rmtree(home.homes[0])  # the main machine, with its text and its folder
     home.homes[0].mkdir()
-    opened = home.open_data(vocab_size=300)
+    opened = home.open_data(vocab_size=300, resume="auto")
     assert len({one.manifest.fingerprint for one in opened}) == 1
     assert f"{home.data[0]} is on no machine" in capsys.readouterr().out
     # But what was made of another text is not taken for it.
     home.data = [path.with_name("other.txt") for path in home.data]
     with pytest.raises(ForgeError, match=r"other\.txt: no such file"):
-        home.open_data(vocab_size=300)
+        home.open_data(vocab_size=300, resume="auto")
 
 
 def test_the_output_folder_of_another_run_is_not_written_into(machines, text_file):

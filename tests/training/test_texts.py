@@ -10,7 +10,7 @@ import pytest
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import texts
 from tests.folders import tree
-from tests.training.machines import Machines, of_text
+from tests.training.machines import Machines, of_text, on_record, other_data
 
 
 @pytest.fixture
@@ -134,16 +134,82 @@ def test_a_run_goes_on_with_the_text_it_was_made_of_where_another_has_its_name(
     """The main machine is another one now, and has a text of its own under this name."""
     home = of_text(machines, text_file, (0,), count=2)
     first, _ = home.open_data(vocab_size=300)
+    on_record(home, first.manifest.fingerprint)
     home.data[0].unlink()
     shutil.copy(text_file, home.data[1])
     half(home.data[1])
     home.homes, home.data = home.homes[::-1], home.data[::-1]
     with pytest.raises(ForgeError, match="made from another text") as error:
-        home.open_data(vocab_size=300, dry_run=is_dry)
+        home.open_data(vocab_size=300, dry_run=is_dry, resume="auto")
     (problem,) = error.value.problems
     assert f"move {home.data[0]} away" in problem.fix
     home.data[0].rename(home.homes[0] / "kept")  # as the fix says
-    opened = home.open_data(vocab_size=300, dry_run=is_dry)
+    opened = home.open_data(vocab_size=300, dry_run=is_dry, resume="auto")
     assert {one.manifest.fingerprint for one in opened} == {first.manifest.fingerprint}
     shutil.copy(text_file, home.data[0])  # as its other half says
-    home.open_data(vocab_size=300, dry_run=is_dry)
+    home.open_data(vocab_size=300, dry_run=is_dry, resume="auto")
+
+
+OF_ANOTHER_RUN, OF_THE_RUN = "0" * 64, None
+
+
+@pytest.mark.parametrize(
+    "recorded, asked",
+    [
+        (OF_THE_RUN, {}),
+        (OF_THE_RUN, {"overwrite": True}),
+        (OF_THE_RUN, {"overwrite": True, "eval_only": True}),
+        (OF_ANOTHER_RUN, {"resume": "auto"}),
+        (OF_ANOTHER_RUN, {"eval_only": True}),
+        ("", {"resume": "auto"}),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_text_that_is_not_there_is_no_other_one_of_its_name(
+    machines, text_file, recorded, asked, count
+):
+    """Its disk is not mounted, say; an older text of this name was prepared for another start."""
+    home = of_text(machines, text_file, (0,), count=count)
+    made = home.open_data(vocab_size=300)[0].manifest.fingerprint
+    if recorded != "":
+        on_record(home, recorded or made)
+    before = [tree(folder) for folder in home.homes]
+    home.data = [folder / "usb" / text_file.name for folder in home.homes]
+    with pytest.raises(ForgeError, match=r"usb/corpus\.txt: no such file"):
+        home.open_data(vocab_size=300, **asked)
+    assert [tree(folder) for folder in home.homes] == before
+
+
+@pytest.mark.parametrize("asked", [{"resume": "auto"}, {"eval_only": True}], ids=str)
+def test_the_data_of_a_run_serve_it_where_another_machine_has_others_of_that_name(
+    machines, text_file, asked
+):
+    home = of_text(machines, text_file, (0,), count=2)
+    made = home.open_data(vocab_size=300)[0].manifest.fingerprint
+    on_record(home, made, ranks=[1])
+    home.data[0].unlink()
+    older = home.homes[0] / "run" / "prepared"
+    shutil.rmtree(older)
+    shutil.copy(text_file, text := home.homes[0] / text_file.name)
+    half(text)
+    other_data(text, older)
+    text.unlink()
+    with pytest.raises(ForgeError, match="rank 0 has prepared other data .* go on") as error:
+        home.open_data(vocab_size=300, **asked)
+    assert error.value.problems[0].fix.startswith("on rank 0, move that folder and its text away")
+    older.rename(home.homes[0] / "kept")
+    opened = home.open_data(vocab_size=300, **asked)
+    assert {one.manifest.fingerprint for one in opened} == {made}
+
+
+def test_another_text_of_this_name_where_no_run_goes_on_is_refused_with_fixes_that_work(
+    machines, text_file
+):
+    home = of_text(machines, text_file, (0,), count=2)
+    first, _ = home.open_data(vocab_size=300)
+    half(home.data[0])
+    with pytest.raises(ForgeError, match="made from another text") as error:
+        home.open_data(vocab_size=300)
+    assert error.value.problems[0].fix == "give a new folder, or --overwrite to replace it"
+    again, _ = home.open_data(vocab_size=300, overwrite=True)
+    assert again.manifest.fingerprint != first.manifest.fingerprint
