@@ -8,6 +8,7 @@ from typing import Any
 
 from p2p_llm_forge.data.dataset import looks_like_prepared
 from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.peers.preflight import CHECKED
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files, steps_saved
 from p2p_llm_forge.training.pruning import is_leftover, remove_leftovers, remove_run
 from p2p_llm_forge.training.run_record import (
@@ -75,7 +76,7 @@ def refuse_files_of_others(output_dir: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether something in a folder without a run comes from this program, or from nobody."""
-    if path.name in (LOCK, *NOBODYS) or is_leftover(path.name):
+    if path.name in (LOCK, CHECKED, *NOBODYS) or is_leftover(path.name):
         return True
     if path.name == PREPARED and path.is_dir():
         return looks_like_prepared(path) or not any(path.iterdir())

@@ -31,7 +31,7 @@ from p2p_llm_forge.training.run_record import CHECKPOINT, RUN, RUNS, RunRecord
 # and files.py; and the digits of chance in their names.
 LEFTOVER = re.compile(
     r"tmp-((checkpoint|copied|pruned|replaced|uploaded|merged|fetched)-\d+-[0-9a-f]{8}|rank-\d{5}\.safetensors\.[0-9a-f]{8}"
-    r"|run\.lock-[0-9a-f]{16})",
+    r"|(run|\.check)\.lock-[0-9a-f]{16})",
     re.ASCII,
 )
 IN_USE: set[Path] = set()  # of what is called so: what threads of this process still need

@@ -6,6 +6,8 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import Lock
+from p2p_llm_forge.peers.preflight import CHECKED
 from p2p_llm_forge.training import checkpoint
 from p2p_llm_forge.training.identity import (
     claim,
@@ -97,6 +99,20 @@ def test_a_claim_removes_what_killed_writers_have_left(tmp_path):
     (tmp_path / "tmp-notes").write_text("mine")
     claim(tmp_path, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "tmp-notes"]
+
+
+def test_a_check_that_was_killed_is_in_no_runs_way(tmp_path):
+    """It may have been killed at any step of taking its lock, or of a training's start."""
+    held = Lock(tmp_path / CHECKED, "--output-dir", None)
+    held.acquire()
+    aside = tmp_path / f"tmp-{CHECKED}-{held.token}"
+    aside.mkdir()
+    (aside / held.mark.name).touch()
+    refuse(tmp_path, {})
+    claim(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKED, "run.json"]
+    again = Lock(tmp_path / CHECKED, "--output-dir", None)
+    assert again.acquire(friends=[held.token]) == held.token, "it may be at work"
 
 
 def test_settings_that_change_at_a_resume_are_named():

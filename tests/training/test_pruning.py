@@ -153,7 +153,7 @@ def test_where_other_processes_write_checkpoints_are_pruned_and_their_files_stay
 def test_names_of_leftovers_are_those_of_our_writers_only():
     ours = ["tmp-checkpoint-5-0a1b2c3d", "tmp-pruned-5-0a1b2c3d", "tmp-replaced-5-0a1b2c3d"]
     ours += ["tmp-rank-00001.safetensors.0a1b2c3d", "tmp-run.lock-0123456789abcdef"]
-    ours += ["tmp-run.json.17.140"]
+    ours += ["tmp-run.json.17.140", "tmp-.check.lock-0123456789abcdef"]
     assert all(map(is_leftover, ours))
     others = ["tmp-checkpoint-5", "tmp-checkpoint-5-draft", "tmp-notes", "tmp-data.1.2", "tmp-"]
     others += [
