@@ -169,8 +169,8 @@ class UpdateOptions(Options):
     )
     micro_batch_size: int | str | None = flag(
         None,
-        "blocks in one forward of one process; auto: as many as fit into memory; default: the"
-        " largest that divides, at most 8",
+        "blocks in one forward of one process; auto: as many as fit into memory; default: at most"
+        " 8, of short ones at most 4,096 tokens",
         "--per_device_train_batch_size",
     )
     gradient_accumulation_steps: int | None = flag(

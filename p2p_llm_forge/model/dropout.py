@@ -37,10 +37,24 @@ def add_dropout(lm: Any, probability: float) -> None:
         )
 
     def drop(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(output, probability, module.training)
+        return dropped(output, probability) if module.training else output
 
     for module in (lm.get_input_embeddings(), *projections):
         module.register_forward_hook(drop)
+
+
+def dropped(values: torch.Tensor, probability: float) -> torch.Tensor:
+    """`values` without a random share of them, the rest scaled up, of their shape and dtype.
+
+    On a CPU torch draws a number for each (2.13: an eighth of an update of a small model); here
+    each number drawn serves four, and the probability is one in whole 65,536ths.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.nn.functional.dropout(values, probability)
+    draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    parts = draws.view(torch.int16)[: values.numel()].view(values.shape)
+    is_left = parts >= round(2**16 * probability) - 2**15
+    return values * (is_left.to(values.dtype) * (1 / (1 - probability)))
 
 
 def _is_dropout(name: str, value: Any) -> bool:

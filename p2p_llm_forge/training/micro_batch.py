@@ -18,6 +18,7 @@ from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import one_micro_batch
 from p2p_llm_forge.training.job import Job
+from p2p_llm_forge.training.plan import even_size
 
 # What a forward and backward takes besides the activations that it keeps: a chunk of logits with
 # its gradient, and as much again of its own work as it keeps of a layer.
@@ -62,12 +63,6 @@ def settle_micro_batch(job: Job, model: NextTokenLoss, checkpoint: Path | None) 
     if own is None:
         return plan.micro_batch_size
     return begun if 0 < begun <= most else even_size(max(plan.shares), most)
-
-
-def even_size(share: int, most: int) -> int:
-    """The micro-batch of at most `most` blocks that cuts a share into the fewest equal parts."""
-    parts = -(-share // most)
-    return -(-share // parts)
 
 
 def measured_memory(job: Job, model: NextTokenLoss) -> Memory:

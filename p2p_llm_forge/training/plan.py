@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 
+AT_ONCE = 4096  # tokens in a forward, at least, where that many are in an update
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,12 +59,27 @@ def plan_updates(
     shares = [size + (rank < left) for rank in range(world_size)]
     return Plan(
         batch_size=batch_size,
-        micro_batch_size=micro or max(size for size in range(1, 9) if shares[0] % size == 0),
+        micro_batch_size=micro or usual_micro_batch(shares[0], sequence_length),
         shares=shares,
         tokens_per_update=batch_size * sequence_length,
         total_steps=config.max_steps
         or steps_of_epochs(config.epochs or 1.0, num_blocks, batch_size),
     )
+
+
+def usual_micro_batch(share: int, sequence_length: int) -> int:
+    """Blocks in a forward where nothing is asked: 8, of short ones as many as have AT_ONCE tokens.
+
+    Every operation of a small model costs its start, and more of them at once take no more memory
+    than 8 long blocks.
+    """
+    return even_size(share, max(8, AT_ONCE // sequence_length))
+
+
+def even_size(share: int, most: int) -> int:
+    """The micro-batch of at most `most` blocks that cuts a share into the fewest equal parts."""
+    parts = -(-share // most)
+    return -(-share // parts)
 
 
 def shares_by_speed(batch_size: int, speeds: list[float]) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.dropout import add_dropout
+from p2p_llm_forge.model.dropout import add_dropout, dropped
 from tests.model.families import LLAMA, SIZES, model_of
 
 IDS = torch.arange(64).view(2, 32)
@@ -34,6 +34,24 @@ def _output(lm, place: str) -> torch.Tensor:
     module = layer.self_attn.o_proj if place == "o_proj" else layer.mlp.down_proj
     stream = torch.linspace(1, 2, 64 * module.in_features).view(64, -1)
     return torch.stack([module(stream) for _ in range(40)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1,), (0, 4), (2**20,)])
+def test_what_is_left_and_its_gradient_are_scaled_by_the_same(shape, dtype):
+    values = (1 + torch.rand(shape, dtype=dtype)).requires_grad_()
+    kept = dropped(values, 0.1)
+    kept.sum().backward()
+    is_left = kept != 0
+    assert kept.shape == values.shape and kept.dtype == dtype
+    assert torch.equal(values.grad != 0, is_left)
+    torch.testing.assert_close(kept[is_left], (values.detach() / 0.9)[is_left])
+    if len(is_left) == 2**20:
+        # As torch's own: 0.1 +- 4 * sqrt(.1 * .9 / 2**20); neighbours have nothing in common.
+        assert abs(float((~is_left).float().mean()) - 0.1) < 0.0012
+        together = ~is_left.view(-1, 4)
+        pairs = (together[:, 0] & together[:, 3]).float().mean()
+        assert abs(float(pairs) - 0.01) < 0.0008
 
 
 def test_evaluation_weights_and_configuration_know_nothing_of_it():

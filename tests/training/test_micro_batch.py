@@ -14,7 +14,8 @@ from p2p_llm_forge.training import micro_batch
 from p2p_llm_forge.training.compilation import one_micro_batch
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.learner import build_learner
-from p2p_llm_forge.training.micro_batch import Memory, bytes_kept, even_size, measured_memory
+from p2p_llm_forge.training.micro_batch import Memory, bytes_kept, measured_memory
+from p2p_llm_forge.training.plan import even_size
 from p2p_llm_forge.training.run_folder import run_folder
 from p2p_llm_forge.training.setup import set_up
 from train import take_update

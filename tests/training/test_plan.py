@@ -33,6 +33,15 @@ def test_the_batch_size_may_be_said_as_users_of_run_clm_say_it():
         plan_updates(config, 100, 32, world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("share", "length", "size"),
+    [(16, 1024, 8), (16, 512, 8), (16, 256, 16), (64, 128, 32), (17, 1024, 6), (3, 64, 3)],
+)
+def test_a_forward_has_8_blocks_or_4096_tokens_and_all_are_about_even(share, length, size):
+    plan = plan_updates(TrainConfig(batch_size=share), 100, length, world_size=1)
+    assert plan.micro_batch_size == size
+
+
 def test_epochs_become_steps_that_read_every_block():
     assert steps_of_epochs(1, num_blocks=100, batch_size=16) == 7
     assert steps_of_epochs(0.5, num_blocks=100, batch_size=10) == 5
