@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2p_llm_forge.config import CheckConfig, parse
-from p2p_llm_forge.errors import run_script
+from p2p_llm_forge.errors import ForgeError, run_script
 from p2p_llm_forge.peers import launch_files
 from p2p_llm_forge.peers.addresses import brief_lookups
 from p2p_llm_forge.peers.findings import WORKS, WORKS_WITH_WARNINGS, ClusterReport, fine, warning
@@ -28,6 +29,7 @@ from p2p_llm_forge.peers.launch import (
 from p2p_llm_forge.peers.parent import end_with_parent
 
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
+    from p2p_llm_forge.config import TrainConfig
     from p2p_llm_forge.data.dataset import PreparedDataset
     from p2p_llm_forge.peers.cluster import Cluster
     from p2p_llm_forge.peers.links import Links
@@ -95,8 +97,8 @@ def look_at_data(
     config: CheckConfig, cluster: Cluster, report: ClusterReport
 ) -> tuple[PreparedDataset | None, list[Trip]]:
     """The prepared dataset, if all ranks have the same one; else what a run would fetch of it."""
-    from p2p_llm_forge.training.fetched_data import look_everywhere, trips_of, what_to_bring
-    from p2p_llm_forge.training.job import open_data
+    from p2p_llm_forge.training.fetched_data import look_everywhere, trips_of, what_is_missing
+    from p2p_llm_forge.training.job import find_data, open_data, settled
     from p2p_llm_forge.training.texts import refuse_different_texts, who_prepares
 
     add, path = report.findings.append, config.dataset_path
@@ -111,10 +113,17 @@ def look_at_data(
             fix = f"python prepare_data.py --dataset-path {path} --output-dir FOLDER, then check"
             add(warning("data", f"{path} is a text", f"{fix} with --dataset-path FOLDER"))
             return None, []
-        brought = what_to_bring(seen)
+        asked: TrainConfig = replace(
+            config, dry_run=True
+        )  # whatever a run would do, nothing is written
+        if config.resume:
+            with contextlib.suppress(ForgeError):  # which is found again where the model is built
+                asked = settled(asked, cluster)  # as the run has on record what it began with
+        sought = find_data(asked, cluster)
+        brought = what_is_missing(asked, cluster, sought)
         if brought is not None and config.fetch != "never":
-            return None, trips_of(cluster, Path(path), brought)
-        data = open_data(config, cluster)
+            return None, trips_of(cluster, sought.folder, brought)
+        data = open_data(asked, cluster)
         name, blocks = data.manifest.fingerprint[:12], data.manifest.splits["train"].blocks
         add(fine("data", f"{name}, {blocks} blocks, the same on all ranks"))
         return data, []

@@ -11,13 +11,19 @@ from dataclasses import replace
 import pytest
 
 from check_cluster import check, look_at_data, look_at_trips, main
-from p2p_llm_forge.config import CheckConfig
+from p2p_llm_forge.config import CheckConfig, TrainConfig
+from p2p_llm_forge.data.fetched import look
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.findings import FINE, ClusterReport
 from p2p_llm_forge.peers.links import Links
+from p2p_llm_forge.training.job import identity_without_data
+from p2p_llm_forge.training.run_record import RunRecord
+from p2p_llm_forge.training.settle import settle
 from tests import ROOT
+from tests.folders import tree
 from tests.memory_channel import clusters, run_ranks
 from tests.runs import TINY
+from tests.training.machines import other_data
 
 TWO_MACHINES = [
     str(ROOT / "accelerate_configs" / "two_machines" / f"node{node}.yaml") for node in (0, 1)
@@ -101,11 +107,12 @@ def test_another_program_at_the_main_port_is_reported_within_the_deadline(zygote
     assert f"127.0.0.1:{port} is not rank 0 of a run (no answer for 1 s)" in found["found"]
 
 
-def looked_at(config, homes):
+def looked_at(config, homes, name="data"):
     """What each rank reports of its data, and what a run would fetch."""
 
     def act(cluster):
-        own = replace(config, dataset_path=str(homes[cluster.rank] / "data"))
+        home = homes[cluster.rank]
+        own = replace(config, dataset_path=str(home / name), output_dir=str(home / "run"))
         report = ClusterReport(peers=["attic", "desk", "cellar"])
         data, trips = look_at_data(own, cluster, report)
         if trips:
@@ -133,3 +140,48 @@ def test_what_a_run_would_fetch_is_said_with_its_time_and_nothing_is_fetched(pre
     assert not any(any(home.iterdir()) for home in (homes[0], homes[2]))
     for _, report in looked_at(replace(config, fetch="never"), homes):
         assert "no such folder" in report.findings[0].found and report.status() == 1
+
+
+def on_record(home, data):
+    """A machine has a run on record that is trained on these data."""
+    (home / "run").mkdir(exist_ok=True)
+    config = settle(TrainConfig(str(data), str(home / "run")))
+    identity = {**identity_without_data(config), "dataset": look(data).fingerprint}
+    RunRecord(identity, started="1" * 32).write(home / "run")
+
+
+def as_fetched(data):
+    (data / "fetched.json").write_text(json.dumps({"manifest": look(data).manifest}))
+
+
+def is_said_and_nothing_is_fetched(config, homes, name="data"):
+    before = tree(homes[0].parent)
+    for has_data, report in looked_at(config, homes, name):
+        (found,) = report.findings
+        assert not has_data and found.level == FINE, found
+        assert "from rank 1 (desk) to rank 0 (attic) and rank 2 (cellar)" in found.found
+    assert tree(homes[0].parent) == before
+
+
+def test_what_is_fetched_for_a_run_that_resumes_is_said_and_not_fetched_by_the_check(
+    prepared, text_file, tmp_path
+):
+    """Of two that were fetched, the run says which one counts."""
+    homes = [tmp_path / str(rank) for rank in range(3)]
+    shutil.copytree(prepared, homes[0] / "data")
+    other_data(text_file, homes[1] / "data")
+    homes[2].mkdir()
+    for home in homes[:2]:
+        as_fetched(home / "data")
+        on_record(home, homes[1] / "data")
+    is_said_and_nothing_is_fetched(CheckConfig(resume="auto"), homes)
+
+
+def test_what_a_lost_text_became_is_not_fetched_by_the_check(text_file, tmp_path):
+    homes = [tmp_path / str(rank) for rank in range(3)]
+    other_data(text_file, made := homes[1] / "run" / "prepared")
+    homes[0].mkdir()
+    homes[2].mkdir()
+    for home in homes[1:]:
+        on_record(home, made)
+    is_said_and_nothing_is_fetched(CheckConfig(resume="auto"), homes, text_file.name)
