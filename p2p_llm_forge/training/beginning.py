@@ -206,7 +206,7 @@ class Agreement:
             cluster.main_only(lambda: self._require_asked())
         if found:
             state = cluster.main_only(lambda: read_state(found))
-            fetch_figures(cluster, keepers, self._output_dir, state)
+            fetch_figures(self._config, cluster, keepers, state)
         return found
 
     def _may_be(self, there: list[Candidate], asked: list[int]) -> list[Candidate]:

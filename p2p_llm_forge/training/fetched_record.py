@@ -62,7 +62,7 @@ def adopt_record(cluster: Cluster, keepers: Keepers, config: TrainConfig, run: R
 
 
 def fetch_figures(
-    cluster: Cluster, keepers: Keepers, output_dir: Path, state: dict[str, Any]
+    config: TrainConfig, cluster: Cluster, keepers: Keepers, state: dict[str, Any]
 ) -> None:
     """Bring the run's figures to every folder that has none as good until the checkpoint's step.
 
@@ -70,6 +70,9 @@ def fetch_figures(
     any that go further: a machine may have trained on without the others, for nothing. What others
     have put in their place stays. All ranks must call. Raises ForgeError.
     """
+    if config.fetch == "never":
+        return
+    output_dir = Path(config.output_dir)
     own = worth(output_dir / METRICS, state) if keepers.keeps(cluster.rank) else [0, -1]
     by_rank = [fact["worth"] for fact in cluster.gather_facts({"worth": own})]
     for rank, one in enumerate(by_rank):

@@ -50,10 +50,11 @@ def folder_of(path, last, wrote=(METRICS, SAMPLES)):
     return path
 
 
-def fetched(folders, step, **state):
+def fetched(folders, step, fetch="auto", **state):
     def act(cluster):
         keepers = Keepers(list(range(len(folders))))
-        fetch_figures(cluster, keepers, folders[cluster.rank], state_at(step, **state))
+        config = TrainConfig("data", str(folders[cluster.rank]), fetch=fetch)
+        fetch_figures(config, cluster, keepers, state_at(step, **state))
 
     with clusters(len(folders)) as ranks:
         run_ranks(ranks, act)
@@ -70,6 +71,13 @@ def test_all_get_the_figures_that_reach_the_checkpoint(tmp_path):
         assert (folder / SAMPLES).read_text() == "samples of c"
         assert (folder / METRICS).read_bytes() == (folders[2] / METRICS).read_bytes()
     assert METRICS in RunRecord.read(folders[1]).wrote
+
+
+def test_never_brings_no_figures(tmp_path):
+    folders = [folder_of(tmp_path / name, last) for name, last in (("a", 2), ("b", 9))]
+    assert fetched(folders, 5, fetch="never") == 2
+    assert not (folders[0] / SAMPLES).exists()
+    assert fetched(folders, 5) == 9
 
 
 def test_what_rank_0_has_as_far_as_the_checkpoint_stays(tmp_path):
