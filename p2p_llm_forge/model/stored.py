@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -185,11 +186,11 @@ class Landing:
         path = self.target / name
         return bool(self.commit) and path.is_file() and path.stat().st_size == size
 
-    def begin(self, names: list[str]) -> None:
-        """Make room for these files; what has come of others is removed."""
+    def begin(self, names: Collection[str]) -> None:
+        """Make room for these files, by all names that they have meanwhile; others are removed."""
         self.coming.mkdir(parents=True, exist_ok=True)
         for path in self.coming.iterdir():
-            if not any(path.name.startswith(name) for name in names):
+            if path.name not in names:
                 path.unlink()
 
     def publish(self) -> None:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -29,6 +29,11 @@ class FileFacts:
         """Whether there can be such a file: facts may come from another machine."""
         is_size = isinstance(self.size, int) and 0 <= self.size < 2**60
         return is_size and bool(re.fullmatch(r"[0-9a-f]{64}", str(self.sha256)))
+
+
+def with_parts(names: Iterable[str]) -> set[str]:
+    """Files, and what lies in their place while they come."""
+    return {name + added for name in names for added in ("", PART, PIECES)}
 
 
 def bytes_missing(folder: Path, files: Mapping[str, FileFacts]) -> int:

@@ -19,7 +19,7 @@ from p2p_llm_forge.model.stored import Landing, Stored
 from p2p_llm_forge.peers.cluster import Cluster
 from p2p_llm_forge.peers.file_exchange import FileExchange, FileFacts, Watch
 from p2p_llm_forge.peers.findings import as_sent_by
-from p2p_llm_forge.peers.partial_files import bytes_missing
+from p2p_llm_forge.peers.partial_files import bytes_missing, with_parts
 from p2p_llm_forge.shapes import is_count, require_shape
 from p2p_llm_forge.training.fetched_data import refuse_dry_run
 from p2p_llm_forge.training.fetching import Errand, Trip, named, run_errand, size_in_words
@@ -207,7 +207,7 @@ def errand_for(
             return None  # of a share that shows late what others have written
         if is_into_run:
             refuse_files_in_the_way(landing.target, [*files])
-        landing.begin([*files])
+        landing.begin(with_parts(files))
         return bytes_missing(landing.coming, coming())
 
     def coming() -> dict[str, FileFacts]:

@@ -10,6 +10,7 @@ import pytest
 
 from p2p_llm_forge.model import stored
 from p2p_llm_forge.model.stored import Landing, Stored, find, is_path, may_travel, names_in
+from p2p_llm_forge.peers.partial_files import with_parts
 from tests.killed_steps import killed_at
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -129,3 +130,13 @@ def test_a_kill_at_any_step_leaves_a_whole_model_or_none(
         assert find(name).kind == ("cache" if is_cached else "folder")
         assert set(os.listdir(landing.target)) == sizes.keys() and not landing.aside.exists()
     assert 1 < number < 19
+
+
+def test_what_has_come_stays_only_under_the_names_that_are_to_come(tmp_path):
+    """A model that was divided, and is one file now: the list of its parts is of no use."""
+    landing = Landing(tmp_path / "x")
+    gone = ("model.safetensors.index.json", "model.safetensors-1.safetensors", "config.json.part2")
+    kept = ("config.json", "model.safetensors.part", "model.safetensors.part.pieces")
+    written(landing.coming, *gone, *kept)
+    landing.begin(with_parts(["config.json", "model.safetensors"]))
+    assert sorted(os.listdir(landing.coming)) == sorted(kept)
