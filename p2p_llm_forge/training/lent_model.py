@@ -159,9 +159,10 @@ def borrowed(config: TrainConfig, cluster: Cluster, loan: Loan) -> Iterator[Path
     copy, lock = folder / "model", folder / "lock" if is_lacking else None
     if cluster.rank == loan.lender:
         exchange.offer(loan.key, loan.path, loan.files)
-    with keep(cluster, lock, f"TMPDIR {folder.parent}") as (keepers, held):
+    what = f"TMPDIR {folder.parent}"
+    with removed_if_empty(folder), keep(cluster, lock, what) as (keepers, held):
         targets = [rank for rank in keepers.ranks if rank in loan.lacking]
-        found = f"TMPDIR {folder.parent} has no room for the checkpoint"
+        found = f"{what} has no room for the checkpoint"
         otherwise = "set TMPDIR to a folder that has it"
         try:
             require_allowed(config, cluster, loan, targets)
@@ -174,6 +175,16 @@ def borrowed(config: TrainConfig, cluster: Cluster, loan: Loan) -> Iterator[Path
             exchange.withdraw(loan.key)
             if held:
                 shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no empty folder behind: who has made it need not be who got the lock in it."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def new_name(cluster: Cluster) -> str:

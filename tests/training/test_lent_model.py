@@ -12,6 +12,7 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.files import Lock
 from p2p_llm_forge.training import checkpoint, fetching, modes
 from p2p_llm_forge.training.lent_model import (
     lent,
@@ -82,6 +83,19 @@ def test_one_rank_of_a_machine_fetches_for_all_of_it(tmp_path, capsys):
     assert re.fullmatch(
         r"checkpoint \S+ kB from rank 0 \(.*\) to rank [12] .*\n", capsys.readouterr().out
     )
+
+
+def test_nothing_is_left_by_whoever_has_made_a_folder(tmp_path, temporary, monkeypatch):
+    """A rank makes it, and another one gets the lock in it, and fetches."""
+    release = Lock.release
+
+    def of_another(lock):
+        lock._made = []
+        release(lock)
+
+    monkeypatch.setattr(Lock, "release", of_another)
+    borrowed([machine(tmp_path / "a", 4), tmp_path / "b"])
+    assert not [*temporary.iterdir()]
 
 
 def test_nothing_is_lent_to_a_machine_that_is_to_fetch_nothing(tmp_path):
