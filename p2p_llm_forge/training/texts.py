@@ -83,7 +83,7 @@ def require_common_folder(config: TrainConfig, cluster: Cluster, folder: Path, m
         with keep(cluster, output_dir / LOCK, f"--output-dir {output_dir}") as (keepers, _):
             lacking -= set(keepers.sharing(maker))
     hosts, problems = hosts_of(cluster), Problems()
-    for rank in sorted(lacking):
+    for rank in sorted(lacking - {maker}):
         problems.require(
             False,
             f"{named([rank], hosts)} would not see what {named([maker], hosts)} makes of its text"

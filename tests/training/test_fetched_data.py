@@ -624,9 +624,9 @@ def test_a_run_that_throws_the_one_before_away_replaces_what_that_was_made_of(ma
     assert {one.manifest.sequence_length for one in opened} == {256}
 
 
-def a_text_that_rank_0_had_once(machines, text_file):
+def a_text_that_rank_0_had_once(machines, text_file, count=3):
     """Rank 0 has prepared one and has it no more; rank 1 has the one that counts."""
-    home = of_text(machines, text_file, (1,), count=3)
+    home = of_text(machines, text_file, (1,), count=count)
     home.data[1].write_bytes(text_file.read_bytes()[: text_file.stat().st_size // 2])
     older = other_data(text_file, home.homes[0] / "run" / "prepared", length=256)
     return home, older
@@ -667,6 +667,17 @@ def test_data_of_another_text_are_moved_away_and_those_of_the_text_that_is_there
     assert len({one.manifest.fingerprint for one in opened}) == 1
     assert same_dataset(home.homes[1] / "run" / "prepared", older) or is_fetched
     assert tree(home.homes[0] / "kept") == before
+
+
+def test_without_fetching_the_data_of_the_text_that_is_there_are_copied(machines, text_file):
+    home, older = a_text_that_rank_0_had_once(machines, text_file, count=2)
+    with pytest.raises(ForgeError, match="rank 0 has other data .* than rank 1 ") as error:
+        home.open_data(vocab_size=300, fetch="never")
+    assert "that folder away" in (fix := error.value.problems[0].fix)
+    assert fix.endswith("(with --fetch never, copy it there)")
+    older.rename(home.homes[0] / "kept")
+    shutil.copytree(home.homes[1] / "run" / "prepared", older)
+    home.open_data(vocab_size=300, fetch="never")
 
 
 def test_what_a_rank_says_of_its_data_is_read_with_care(tmp_path):
