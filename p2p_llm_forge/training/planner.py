@@ -16,13 +16,14 @@ PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
-OFTEN, EVEN = 4.0, 0.01  # readings of a text; shares of a loss that make no difference
+OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
 # Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
 # best for long runs; the size that is best grows about as the root of what is read.
 UPDATE_TOKENS, AT_TOKENS = 1024, 250_000
 SMALLEST_UPDATE, LARGEST_UPDATE = 512, 2**19
 MEGABYTE = 1e6
+LONG_TEXT = 250_000  # bytes, of which there are hundreds of blocks of 256 tokens
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def text_settings(size: int) -> tuple[int, int]:
             f"give a text of at least {LEAST_BYTES:,} bytes",
         )
     vocabulary = 2 ** round(math.log2(1024 * math.sqrt(size / MEGABYTE)))
-    return min(32768, max(512, vocabulary)), 128 if size < 4 * MEGABYTE else 256
+    return min(32768, max(512, vocabulary)), 128 if size < LONG_TEXT else 256
 
 
 def require_text(text: Text) -> None:

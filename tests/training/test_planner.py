@@ -106,7 +106,8 @@ def test_a_batch_is_divisible_by_what_it_must_be():
 
 
 def test_a_text_decides_its_vocabulary_and_blocks():
-    assert planner.text_settings(1_003_854) == (1024, 128)
+    assert planner.text_settings(100_000) == (512, 128)
+    assert planner.text_settings(1_003_854) == (1024, 256)
     assert planner.text_settings(18_000_000) == (4096, 256)
     assert planner.text_settings(10**12) == (32768, 256)
     assert planner.text_settings(8_000)[0] == 512
