@@ -170,7 +170,7 @@ class UpdateOptions(Options):
     micro_batch_size: int | str | None = flag(
         None,
         "blocks in one forward of one process; auto: as many as fit into memory; default: at most"
-        " 8, of short ones at most 4,096 tokens",
+        " 8, or 4,096 tokens where no model is loaded",
         "--per_device_train_batch_size",
     )
     gradient_accumulation_steps: int | None = flag(

@@ -59,7 +59,7 @@ def plan_updates(
     shares = [size + (rank < left) for rank in range(world_size)]
     return Plan(
         batch_size=batch_size,
-        micro_batch_size=micro or usual_micro_batch(shares[0], sequence_length),
+        micro_batch_size=micro or even_size(shares[0], usual_micro_batch(config, sequence_length)),
         shares=shares,
         tokens_per_update=batch_size * sequence_length,
         total_steps=config.max_steps
@@ -67,13 +67,13 @@ def plan_updates(
     )
 
 
-def usual_micro_batch(share: int, sequence_length: int) -> int:
-    """Blocks in a forward where nothing is asked: 8, of short ones as many as have AT_ONCE tokens.
+def usual_micro_batch(config: TrainConfig, sequence_length: int) -> int:
+    """The most blocks in a forward where nothing is asked: 8, or AT_ONCE tokens of short ones.
 
     Every operation of a small model costs its start, and more of them at once take no more memory
-    than 8 long blocks.
+    than 8 long blocks. A loaded model is rarely small, and memory is what it lacks.
     """
-    return even_size(share, max(8, AT_ONCE // sequence_length))
+    return 8 if config.model_name else max(8, AT_ONCE // sequence_length)
 
 
 def even_size(share: int, most: int) -> int:

@@ -40,6 +40,8 @@ def test_the_batch_size_may_be_said_as_users_of_run_clm_say_it():
 def test_a_forward_has_8_blocks_or_4096_tokens_and_all_are_about_even(share, length, size):
     plan = plan_updates(TrainConfig(batch_size=share), 100, length, world_size=1)
     assert plan.micro_batch_size == size
+    loaded = plan_updates(TrainConfig(batch_size=share, model_name="m"), 100, length, world_size=1)
+    assert loaded.micro_batch_size == min(size, 8), "it is rarely small"
 
 
 def test_epochs_become_steps_that_read_every_block():
