@@ -113,10 +113,10 @@ def look_at_data(
             fix = f"python prepare_data.py --dataset-path {path} --output-dir FOLDER, then check"
             add(warning("data", f"{path} is a text", f"{fix} with --dataset-path FOLDER"))
             return None, []
-        asked: TrainConfig = replace(
-            config, dry_run=True
-        )  # whatever a run would do, nothing is written
-        if config.resume:
+        # Whatever a run would do, nothing is written; and whether it resumes, rank 0 says.
+        resume = cluster.main_only(lambda: config.resume)
+        asked: TrainConfig = replace(config, dry_run=True, resume=resume)
+        if resume:
             with contextlib.suppress(ForgeError):  # which is found again where the model is built
                 asked = settled(asked, cluster)  # as the run has on record what it began with
         sought = find_data(asked, cluster)

@@ -107,12 +107,17 @@ def test_another_program_at_the_main_port_is_reported_within_the_deadline(zygote
     assert f"127.0.0.1:{port} is not rank 0 of a run (no answer for 1 s)" in found["found"]
 
 
-def looked_at(config, homes, name="data"):
-    """What each rank reports of its data, and what a run would fetch."""
+def looked_at(config, homes, name="data", others_resume=True):
+    """What each rank reports of its data, and what a run would fetch.
+
+    others_resume: whether ranks beside rank 0 got its --resume as well.
+    """
 
     def act(cluster):
         home = homes[cluster.rank]
         own = replace(config, dataset_path=str(home / name), output_dir=str(home / "run"))
+        if cluster.rank and not others_resume:
+            own.resume = None
         report = ClusterReport(peers=["attic", "desk", "cellar"])
         data, trips = look_at_data(own, cluster, report)
         if trips:
@@ -154,17 +159,18 @@ def as_fetched(data):
     (data / "fetched.json").write_text(json.dumps({"manifest": look(data).manifest}))
 
 
-def is_said_and_nothing_is_fetched(config, homes, name="data"):
+def is_said_and_nothing_is_fetched(config, homes, name="data", others_resume=True):
     before = tree(homes[0].parent)
-    for has_data, report in looked_at(config, homes, name):
+    for has_data, report in looked_at(config, homes, name, others_resume):
         (found,) = report.findings
         assert not has_data and found.level == FINE, found
         assert "from rank 1 (desk) to rank 0 (attic) and rank 2 (cellar)" in found.found
     assert tree(homes[0].parent) == before
 
 
+@pytest.mark.parametrize("others_resume", [True, False])
 def test_what_is_fetched_for_a_run_that_resumes_is_said_and_not_fetched_by_the_check(
-    prepared, text_file, tmp_path
+    prepared, text_file, tmp_path, others_resume
 ):
     """Of two that were fetched, the run says which one counts."""
     homes = [tmp_path / str(rank) for rank in range(3)]
@@ -174,7 +180,8 @@ def test_what_is_fetched_for_a_run_that_resumes_is_said_and_not_fetched_by_the_c
     for home in homes[:2]:
         as_fetched(home / "data")
         on_record(home, homes[1] / "data")
-    is_said_and_nothing_is_fetched(CheckConfig(resume="auto"), homes)
+    config = CheckConfig(resume="auto")
+    is_said_and_nothing_is_fetched(config, homes, others_resume=others_resume)
 
 
 def test_what_a_lost_text_became_is_not_fetched_by_the_check(text_file, tmp_path):
