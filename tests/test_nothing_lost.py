@@ -399,11 +399,11 @@ def test_eval_only_takes_another_checkpoint_when_one_is_pruned_meanwhile(config,
     train(config)
     right, folder = modes.load_model, Path(config.output_dir)
 
-    def load_while_a_run_prunes(name, *arguments):
+    def load_while_a_run_prunes(name, *arguments, **options):
         if name.endswith("checkpoint-6"):
             (folder / "checkpoint-6" / "model.safetensors").unlink()
             (folder / "checkpoint-6" / "manifest.json").unlink()
-        return right(name, *arguments)
+        return right(name, *arguments, **options)
 
     monkeypatch.setattr(modes, "load_model", load_while_a_run_prunes)
     assert train(replace(config, eval_only=True)).steps == 3

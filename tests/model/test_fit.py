@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import torch
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model import fit
 from p2p_llm_forge.model.build import build_model, new_model_config
 from p2p_llm_forge.model.fit import TRAINING_BYTES_PER_PARAMETER, require_memory
-from tests.runs import TINY
+from tests.runs import TINY, TINY_SIZES
 
 ENCODER = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=48"
+XLNET = "d_model=32,n_layer=2,n_head=2,d_inner=48"
 
 
 def test_families_that_can_look_ahead_are_built_so_that_they_do_not(text):
@@ -29,12 +32,28 @@ def test_families_that_can_look_ahead_are_built_so_that_they_do_not(text):
 
 
 def test_a_model_that_looks_ahead_is_refused(text):
-    sizes = "d_model=32,n_layer=2,n_head=2,d_inner=48"
     with pytest.raises(ForgeError) as error:
-        build_model(TrainConfig(model_type="xlnet", config_overrides=sizes), text)
+        build_model(TrainConfig(model_type="xlnet", config_overrides=XLNET), text)
     (problem,) = error.value.problems
     assert "sees the tokens that it should predict, so it is not a causal" in problem.found
     assert "such as gpt2" in problem.fix
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("gpt2", TINY_SIZES), ("xlnet", XLNET)])
+def test_forwards_in_float32_that_differ_are_looked_at_again(text, monkeypatch, family, sizes):
+    """As on a busy machine: only who looks ahead in float64 too is refused."""
+    right, calls = fit.logits_of, []
+
+    def noisy(model, tokens):
+        calls.append(tokens)
+        logits = right(model, tokens)
+        return logits + 1e-3 * len(calls) * (logits.dtype == torch.float32)
+
+    monkeypatch.setattr(fit, "logits_of", noisy)
+    refused = pytest.raises(ForgeError, match="sees the tokens that it should predict")
+    with refused if family == "xlnet" else contextlib.nullcontext():
+        build_model(TrainConfig(model_type=family, config_overrides=sizes), text)
+    assert len(calls) == 4
 
 
 def test_a_family_that_keeps_positions_for_itself_gets_more_of_them(text):
