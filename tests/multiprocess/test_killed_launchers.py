@@ -28,7 +28,8 @@ LAUNCHERS = {
 def test_the_workers_of_a_killed_launcher_end(start, prepared, tmp_path, name):
     folder = tmp_path / "run"
     port = [f"--port={free_port()}"] if name == "elastic" else []
-    launcher = start(*LAUNCHERS[name], *port, "train.py", *flags(prepared, folder, **LONG))
+    words = [*LAUNCHERS[name], *port, "train.py", *flags(prepared, folder, **LONG)]
+    launcher = start(*words, environ={"PYTHONFAULTHANDLER": "1"})  # no worker ends without a word
     wait_until(lambda: step_logged(folder) >= 3)
     workers = [
         process
