@@ -97,8 +97,13 @@ def look_at_data(
     config: CheckConfig, cluster: Cluster, report: ClusterReport
 ) -> tuple[PreparedDataset | None, list[Trip]]:
     """The prepared dataset, if all ranks have the same one; else what a run would fetch of it."""
-    from p2p_llm_forge.training.fetched_data import look_everywhere, trips_of, what_is_missing
-    from p2p_llm_forge.training.job import find_data, open_data, settled
+    from p2p_llm_forge.training.fetched_data import (
+        look_everywhere,
+        refuse_to_fetch,
+        trips_of,
+        what_is_missing,
+    )
+    from p2p_llm_forge.training.job import find_data, open_found, settled
     from p2p_llm_forge.training.texts import refuse_different_texts, who_prepares
 
     add, path = report.findings.append, config.dataset_path
@@ -121,9 +126,11 @@ def look_at_data(
                 asked = settled(asked, cluster)  # as the run has on record what it began with
         sought = find_data(asked, cluster)
         brought = what_is_missing(asked, cluster, sought)
-        if brought is not None and config.fetch != "never":
+        if brought is not None:
+            if config.fetch == "never":
+                refuse_to_fetch(cluster, sought.folder, brought)
             return None, trips_of(cluster, sought.folder, brought)
-        data = open_data(asked, cluster)
+        data = open_found(asked, cluster, sought)
         name, blocks = data.manifest.fingerprint[:12], data.manifest.splits["train"].blocks
         add(fine("data", f"{name}, {blocks} blocks, the same on all ranks"))
         return data, []

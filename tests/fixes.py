@@ -141,7 +141,7 @@ FOLLOWED = {
     "model.sizes:text_part": (FAMILY, FAMILY),
     "model.sizes:require_tokens": (SIZES,),
     "model.sizes:require_sizes": (SIZES,),
-    "training.job:open_data": (AGAIN,),
+    "training.job:open_found": (AGAIN,),
     "training.job:require_prepared": (TEXT,),
     "training.job:refuse_flags_of_texts": (AGAIN,),
     "training.fetched_data:refuse_others": (

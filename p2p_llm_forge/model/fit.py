@@ -171,7 +171,7 @@ def sees_ahead(model: Any, tokens: torch.Tensor, changed: torch.Tensor) -> bool:
     exact = copy.deepcopy(model).double()
     try:
         one, other = (logits_of(exact, ids)[:-1] for ids in (tokens, changed))
-    except (RuntimeError, ValueError):  # of a family that computes in float32 alone
+    except Exception:  # whatever a family raises that computes in float32 alone
         return True
     return not are_alike(one, other)
 

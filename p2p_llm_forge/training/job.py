@@ -180,12 +180,18 @@ def open_data(config: TrainConfig, cluster: Cluster) -> PreparedDataset:
     any more, what was made of it for this run takes its place.
     """
     sought = find_data(config, cluster)
-    folder, is_text = sought.folder, sought.is_text
     brought = what_is_missing(config, cluster, sought)
     if brought is not None:
-        if not is_text and config.output_dir and not config.eval_only:
+        if not sought.is_text and config.output_dir and not config.eval_only:
             cluster.main_only(lambda: refuse_before_data(config))  # before hours of fetching
-        bring_data(config, cluster, folder, brought)
+        bring_data(config, cluster, sought.folder, brought)
+    return open_found(config, cluster, sought)
+
+
+def open_found(config: TrainConfig, cluster: Cluster, sought: Sought) -> PreparedDataset:
+    """The dataset that lies on all ranks. All must call. Raises ForgeError where it is another on
+    one of them, or does not go with the flags."""
+    folder, is_text = sought.folder, sought.is_text
 
     def opened() -> PreparedDataset:
         data = open_prepared(folder)

@@ -138,11 +138,12 @@ def lent(config: TrainConfig, cluster: Cluster, step: int, lender: int) -> Itera
     files = facts[lender]["files"]
     with as_sent_by(f"rank {lender}"):
         require_shape(files, {str: FILE_SHAPE})
-        require_files(files, config.trust_remote_code)
     lacking = tuple(rank for rank, fact in enumerate(facts) if fact["files"] != files)
     if not lacking:
         yield path
         return
+    with as_sent_by(f"rank {lender}"):
+        require_files(files, config.trust_remote_code)
     with borrowed(config, cluster, Loan(path, lender, files, lacking)) as folder:
         yield folder if cluster.rank in lacking else path
         cluster.barrier()  # who has fetched it removes it for all

@@ -46,11 +46,12 @@ def two(text, tmp_path):
     return older, newer
 
 
-@pytest.mark.parametrize("replaces", [False, True])
-def test_a_kill_at_any_step_leaves_a_whole_dataset_or_none_and_the_next_fetch_ends(
-    two, tmp_path, replaces
-):
-    (older, newer), kills = two, 0
+def killed_fetches(older, newer, tmp_path, replaces):
+    """The folder after a fetch of `newer` that was killed, once for every step at which it can be.
+
+    replaces: whether `older` was fetched there before.
+    """
+    kills = 0
     for number in range(1, 100):
         folder = tmp_path / f"killed at {number}"
         if replaces:
@@ -58,6 +59,16 @@ def test_a_kill_at_any_step_leaves_a_whole_dataset_or_none_and_the_next_fetch_en
         if not killed_at(number, lambda: fetch(newer, folder)):  # noqa: B023
             break
         kills += 1
+        yield folder
+    assert kills > (10 if replaces else 5) and number < 99
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_step_leaves_a_whole_dataset_or_none_and_the_next_fetch_ends(
+    two, tmp_path, replaces
+):
+    older, newer = two
+    for folder in killed_fetches(older, newer, tmp_path, replaces):
         found = look(folder)
         if found.kind == "dataset":
             assert found.is_fetched
@@ -70,26 +81,18 @@ def test_a_kill_at_any_step_leaves_a_whole_dataset_or_none_and_the_next_fetch_en
         fetch(newer, folder)
         assert is_whole(folder, newer) and not any((folder / UNFINISHED).iterdir())
         assert look(folder).is_fetched
-    assert kills > (10 if replaces else 5) and number < 99
 
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_at_any_step_and_newer_data_at_the_source_leave_no_folder_without_a_way_out(
     two, text, tmp_path, replaces
 ):
-    (older, newer), (newest, kills) = two, (tmp_path / "newest", 0)
+    (older, newer), newest = two, tmp_path / "newest"
     prepare(config(text, newest, sequence_length=64))
-    for number in range(1, 100):
-        folder = tmp_path / f"killed at {number}"
-        if replaces:
-            fetch(older, folder)
-        if not killed_at(number, lambda: fetch(newer, folder)):  # noqa: B023
-            break
-        kills += 1
+    for folder in killed_fetches(older, newer, tmp_path, replaces):
         (folder / UNFINISHED / "lock").touch()  # as who holds it has it there
         fetch(newest, folder)
         assert is_whole(folder, newest) and os.listdir(folder / UNFINISHED) == ["lock"]
-    assert kills > (10 if replaces else 5) and number < 99
 
 
 def test_a_preparation_that_replaces_a_fetched_dataset_is_one_that_was_prepared(two, text):

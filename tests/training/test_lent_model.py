@@ -85,6 +85,25 @@ def test_one_rank_of_a_machine_fetches_for_all_of_it(tmp_path, capsys):
     )
 
 
+def test_what_may_not_travel_is_read_where_it_lies(tmp_path):
+    """A tokenizer of another library's, say, beside the weights."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+
+    def write(folder):
+        writer(4)(folder)
+        (folder / "tokens.odd").write_text("of another library")
+
+    checkpoint.complete(folders[0], 4, write)
+    shutil.copytree(folders[0], folders[1])
+    for machines in (folders[:1], folders):
+        assert [path for path, _ in borrowed(machines)] == [
+            one / "checkpoint-4" for one in machines
+        ]
+    shutil.rmtree(folders[1])
+    with pytest.raises(ForgeError, match="rank 0"):
+        borrowed(folders)
+
+
 def test_nothing_is_left_by_whoever_has_made_a_folder(tmp_path, temporary, monkeypatch):
     """A rank makes it, and another one gets the lock in it, and fetches."""
     release = Lock.release
