@@ -2,6 +2,7 @@
 
     python benchmarks/loss_per_second.py --nanogpt DIR --text tinyshakespeare.txt
     python benchmarks/loss_per_second.py --nanogpt DIR --mixed-megabytes 20 --times 10
+    python benchmarks/loss_per_second.py --seconds 107 --text tinyshakespeare.txt --arm "--depth 3"
 
 Every arm gets the first 90 % of the text; its model is judged by bits per byte over the last 10 %,
 every token predicted once, by programs that share nothing with the trainer: transformers alone
@@ -9,7 +10,11 @@ loads our model and tokenizer, nanoGPT's own class its checkpoint. A round begin
 setting for Shakespeare (README: 2,000 iterations of 12 blocks of 64, 4 layers of 128, no dropout),
 times --times iterations; the time that its process took is what the other arms are given as
 --minutes, from the start of the process to its end, tokenizer training included. Arms take turns,
-the seeds are those of the rounds (0, 1, ...), and medians are printed.
+the seeds are those of the rounds (0, 1, ...), and medians are printed. --seconds gives that time
+without nanoGPT, and --arm further flags for another arm of ours.
+
+Of several --rates nanoGPT gets the one that is best with seed 0 after all iterations; these runs go
+side by side, a thread each, as their time is not counted.
 
 Runs of three or more line ends count as two in all texts: there documents end, and an end of a
 document is judged as the two bytes that it stands for.
@@ -25,6 +30,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +41,7 @@ NANOGPT = (
     *("--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4"),
     *("--n_embd=128", "--dropout=0.0"),
 )
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # that nanoGPT's shape is tuned over
+RATES = [5e-4, 1e-3, 2e-3, 4e-3]  # that nanoGPT's shape is tuned over
 YESTERDAY = (
     *("--model-type", "gpt2", "--optimizer", "adamw", "--learning-rate", "1e-3"),
     "--config-overrides=n_layer=4,n_head=4,n_embd=256,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
@@ -49,6 +56,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--mixed-megabytes", type=int, help="gather a text from installed Python")
     parser.add_argument("--times", type=float, default=1.0, help="as long as nanoGPT's setting")
+    parser.add_argument("--rates", type=float, nargs="+", help="of nanoGPT (1e-3; --times: four)")
+    parser.add_argument("--seconds", type=float, help="this long, without nanoGPT")
+    parser.add_argument("--arm", action="append", default=[], help="flags of another arm of ours")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/loss_per_second"))
     parser.add_argument("--judge", choices=("ours", "nanogpt"), help=argparse.SUPPRESS)
@@ -57,8 +67,10 @@ def main() -> None:
     if options.judge:
         print(judge_ours(work) if options.judge == "ours" else judge_nanogpt(work))
         return
-    if not options.nanogpt or bool(options.text) == bool(options.mixed_megabytes):
-        parser.error("give --nanogpt DIR, and --text FILE or --mixed-megabytes N")
+    if bool(options.nanogpt) == bool(options.seconds):
+        parser.error("give --nanogpt DIR or --seconds S")
+    if bool(options.text) == bool(options.mixed_megabytes):
+        parser.error("give --text FILE or --mixed-megabytes N")
     work.mkdir(parents=True, exist_ok=True)
     text = (
         gathered(options.mixed_megabytes) if options.mixed_megabytes else options.text.read_text()
@@ -67,37 +79,39 @@ def main() -> None:
     cut = int(len(text) * 0.9)
     (work / "train.txt").write_text(text[:cut])
     (work / "validation.txt").write_text(text[cut:])
-    nanogpt = options.nanogpt.resolve()
-    (nanogpt / "data/shakespeare_char/input.txt").write_text(text)
-    subprocess.run(
-        [sys.executable, "prepare.py"],
-        cwd=nanogpt / "data/shakespeare_char",
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    compare(options, nanogpt, work)
-
-
-def compare(options: argparse.Namespace, nanogpt: Path, work: Path) -> None:
-    """Let the arms take turns, and print what each round and their medians come to."""
-    rate = tuned_rate(options, nanogpt) if options.times > 1 else 1e-3
-    found: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(options.repeats):
-        iterations = round(ITERATIONS * options.times)
-        took_s = run_nanogpt(nanogpt, iterations, rate, seed)
-        round_ = {f"nanoGPT, rate {rate:g}": (judged("nanogpt", nanogpt), took_s)}
-        arms = {"--minutes": ()} | (
-            {"yesterday's defaults": YESTERDAY} if options.times > 1 else {}
+    if options.nanogpt:
+        options.nanogpt = options.nanogpt.resolve()
+        (options.nanogpt / "data/shakespeare_char/input.txt").write_text(text)
+        subprocess.run(
+            [sys.executable, "prepare.py"],
+            cwd=options.nanogpt / "data/shakespeare_char",
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
+    compare(options, work)
+
+
+def compare(options: argparse.Namespace, work: Path) -> None:
+    """Let the arms take turns, and print what each round and their medians come to."""
+    iterations = round(ITERATIONS * options.times)
+    rates = options.rates or (RATES if options.times > 1 else [1e-3])
+    rate = rates[0] if len(rates) == 1 else tuned_rate(options.nanogpt, iterations, rates)
+    arms = {"--minutes": ()} | {f"--minutes {flags}": flags.split() for flags in options.arm}
+    arms |= {"yesterday's defaults": YESTERDAY} if options.times > 1 else {}
+    found: dict[str, list[tuple[float, float]]] = {}
+
+    def keep(name: str, seed: int, bits: float, seconds: float) -> None:
+        found.setdefault(name, []).append((bits, seconds))
+        print(f"seed {seed}: {name}: {bits:.3f} bits per byte, {seconds:.0f} s", flush=True)
+
+    for seed in range(options.repeats):
+        given_s = options.seconds
+        if options.nanogpt:
+            out, given_s = run_nanogpt(options.nanogpt, iterations, rate, seed)
+            keep(f"nanoGPT, rate {rate:g}", seed, judged("nanogpt", out), given_s)
         for name, flags in arms.items():
-            spent_s = run_ours(work, took_s, seed, flags)
-            round_[name] = (judged("ours", work), spent_s)
-        for name, figures in round_.items():
-            found.setdefault(name, []).append(figures)
-            print(
-                f"seed {seed}: {name}: {figures[0]:.3f} bits per byte, {figures[1]:.0f} s",
-                flush=True,
-            )
+            spent_s = run_ours(work, given_s, seed, flags)
+            keep(name, seed, judged("ours", work), spent_s)
     print("\n| arm | bits per byte | rounds | seconds |\n|---|---|---|---|")
     for name, rounds in found.items():
         losses, seconds = zip(*rounds, strict=True)
@@ -123,42 +137,51 @@ def gathered(megabytes: int) -> str:
 # --- the arms -------------------------------------------------------------------------------------
 
 
-def run_nanogpt(folder: Path, iterations: int, rate: float, seed: int) -> float:
-    """Train it; returns seconds from the start of the process to its end."""
-    words = [sys.executable, "train.py", *NANOGPT, f"--learning_rate={rate}"]
-    words += [f"--min_lr={rate / 10}", f"--max_iters={iterations}"]
+def run_nanogpt(
+    folder: Path, iterations: int, rate: float, seed: int, threads: int | None = None
+) -> tuple[Path, float]:
+    """Train it; returns its checkpoint's folder, and seconds from the process's start to end."""
+    out = folder / f"out-{rate:g}"
+    out.mkdir(exist_ok=True)
+    words = [sys.executable, str(out / "train.py"), *NANOGPT, f"--out_dir={out}"]
+    words += [f"--learning_rate={rate}", f"--min_lr={rate / 10}", f"--max_iters={iterations}"]
     words += [f"--lr_decay_iters={iterations}", f"--eval_interval={min(iterations, 250)}"]
     # It has no flag for its seed, which is written in its script.
     script = (folder / "train.py").read_text()
     seeded = re.sub(r"torch\.manual_seed\(\d+ \+", f"torch.manual_seed({1337 + seed} +", script)
-    (folder / "train.py").write_text(seeded)
-    return timed(words, folder)
+    (out / "train.py").write_text(seeded)
+    environ = {"PYTHONPATH": str(folder)} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return out, timed(words, folder, out / "last.log", environ)
 
 
-def tuned_rate(options: argparse.Namespace, nanogpt: Path) -> float:
-    """The best of RATES for the whole time."""
-    losses = {}
-    for rate in RATES:
-        run_nanogpt(nanogpt, round(ITERATIONS * options.times), rate, seed=0)
-        losses[rate] = judged("nanogpt", nanogpt)
-        print(f"nanoGPT tuned, rate {rate:g}: {losses[rate]:.3f} bits per byte", flush=True)
+def tuned_rate(folder: Path, iterations: int, rates: list[float]) -> float:
+    """The best of some rates."""
+
+    def bits(rate: float) -> float:
+        out, _ = run_nanogpt(folder, iterations, rate, seed=0, threads=1)
+        loss = judged("nanogpt", out)
+        print(f"nanoGPT tuned, rate {rate:g}: {loss:.3f} bits per byte", flush=True)
+        return loss
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        losses = dict(zip(rates, pool.map(bits, rates), strict=True))
     return min(losses, key=lambda rate: losses[rate])
 
 
-def run_ours(work: Path, seconds: float, seed: int, flags: tuple[str, ...]) -> float:
+def run_ours(work: Path, seconds: float, seed: int, flags: Sequence[str]) -> float:
     """Train by --minutes; returns seconds from the start of the process to its end."""
     words = [sys.executable, str(ROOT / "train.py"), "--dataset-path", str(work / "train.txt")]
     words += ["--output-dir", str(work / "run"), "--minutes", str(seconds / 60), "--overwrite"]
-    return timed([*words, "--seed", str(seed), *flags], work)
+    return timed([*words, "--seed", str(seed), *flags], work, work / "last.log", {})
 
 
-def timed(words: list[str], folder: Path) -> float:
+def timed(words: list[str], folder: Path, log_path: Path, environ: dict[str, str]) -> float:
     began = time.perf_counter()
-    with (folder / "last.log").open("w") as log:
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log_path.open("w") as log:
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", **environ}
         done = subprocess.run(words, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environ)
     if done.returncode:
-        raise SystemExit((folder / "last.log").read_text()[-3000:])
+        raise SystemExit(log_path.read_text()[-3000:])
     return time.perf_counter() - began
 
 
@@ -198,14 +221,15 @@ def judge_ours(work: Path) -> float:
     return nats / math.log(2) / len(text.encode())
 
 
-def judge_nanogpt(folder: Path) -> float:
+def judge_nanogpt(out: Path) -> float:
     """Of its last checkpoint, by its own class: every character of its val.bin predicted once."""
+    folder = out.parent
     sys.path.insert(0, str(folder))
     import numpy as np
     import torch
     from model import GPT, GPTConfig  # nanoGPT's
 
-    saved = torch.load(folder / "out-shakespeare-char/ckpt.pt", weights_only=True)
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     model.eval()
