@@ -46,7 +46,7 @@ def add_dropout(lm: Any, probability: float) -> None:
 def dropped(values: torch.Tensor, probability: float) -> torch.Tensor:
     """`values` without a random share of them, the rest scaled up, of their shape and dtype.
 
-    On a CPU torch draws a number for each (2.13: an eighth of an update of a small model); here
+    On a CPU torch draws a number for each (2.13: an eighth of a small model's update); here
     each number drawn serves four, and the probability is one in whole 65,536ths.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
