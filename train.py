@@ -52,7 +52,7 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     from p2p_llm_forge.training.timing import timed
 
     beginning = Beginning(config)
-    with join(config, beginning.agree) as cluster:
+    with interruptions.kept_by_errors(), join(config, beginning.agree) as cluster:
         config = beginning.config
         if config.eval_only:
             return evaluate_only(config, cluster)

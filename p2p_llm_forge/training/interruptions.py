@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 from p2p_llm_forge.errors import ForgeError
 
@@ -31,6 +33,10 @@ class Interruptions:
     The first stop signal is noted, a second one ends the process at once. A thread of its own reads
     the signals: Python's handlers would wait as long as the main thread waits for a peer. Off the
     main thread (some notebooks) signals stay as they are.
+
+    Where a launcher dies, its workers may lose the store that it kept before they get its SIGTERM.
+    So that it does not end them before they have said what they lost, an error keeps signals noted
+    until `kept_by_errors` is left.
     """
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -38,6 +44,16 @@ class Interruptions:
         self._signal = NOTHING
         self._save_now = False
         self._previous: dict[int, object] = {}
+        self._is_kept_by_errors = False
+
+    @contextlib.contextmanager
+    def kept_by_errors(self) -> Iterator[None]:
+        """Around all that has to be closed before an error is reported."""
+        self._is_kept_by_errors = True
+        try:
+            yield
+        finally:
+            self._leave()
 
     def __enter__(self) -> Interruptions:
         if threading.current_thread() is threading.main_thread():
@@ -50,11 +66,16 @@ class Interruptions:
             threading.Thread(target=self._watch, daemon=True, name="interruptions").start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not self._is_kept_by_errors:
+            self._leave()
+
+    def _leave(self) -> None:
         if self._previous:
             signal.set_wakeup_fd(self._previous_fd)
             for number, handler in self._previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
+            self._previous = {}
             self._writer.close()  # ends the thread
 
     def asked(self) -> int:

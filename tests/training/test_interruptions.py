@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training.interruptions import (
     NOTHING,
     OUT_OF_TIME,
@@ -29,6 +30,28 @@ def test_signals_are_noted_while_entered_and_left_as_they_were():
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: interruptions.asked() == signal.SIGTERM)
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_signal_does_not_end_a_process_before_its_error_is_reported():
+    before = signal.getsignal(signal.SIGTERM)
+    interruptions = Interruptions(None)
+    with pytest.raises(ForgeError, match="a peer"), interruptions.kept_by_errors():
+        try:
+            with interruptions:
+                raise ForgeError("a peer is lost", "start it")
+        finally:  # what closes files and connections
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: interruptions.asked() == signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_ends_well_leaves_signals_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    interruptions = Interruptions(None)
+    with interruptions.kept_by_errors():
+        with interruptions:
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_is_worth_more_than_the_clock_and_the_clock_more_than_a_save():
