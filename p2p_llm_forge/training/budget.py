@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -46,7 +46,7 @@ class Budget:
     ) -> None:
         self.seconds, self._began, self.used_s, self._clock = seconds, began, used_s, clock
         self.ending_s = 0.0  # what comes after the last update, but for evaluating
-        self.evaluated_tokens = 0  # in the evaluation at the end
+        self.evaluated_tokens = 0  # by each rank, in the evaluation at the end
         self.evaluation_s: float | None = None  # of the last one
         self.most_updates = MOST_UPDATES  # more would teach nothing
         self.plan: dict[str, Any] = {}  # what was chosen, and what more would bring: planner.py
@@ -82,8 +82,11 @@ class Budget:
         self._started_s = self._decided_s = self._saved_s = self.spent_s
         self._marks = deque([(self._started_s, done)])
 
-    def decide(self, done: int, pace: Pace, tokens_per_update: int) -> int:
-        """After how many updates the run is to end, seen after `done`; 0: as was decided."""
+    def decide(self, done: int, pace: Pace, shares: Sequence[int]) -> int:
+        """After how many updates the run is to end, seen after `done`; 0: as was decided.
+
+        shares: tokens of each rank in an update.
+        """
         spent_s, total_steps = self.spent_s, pace.total_steps
         (began_s, began_done), between_s = self._marks[0], BETWEEN_DECISIONS * self.seconds
         update_s = (spent_s - began_s) / (done - began_done)
@@ -92,7 +95,7 @@ class Budget:
             return 0
         self._decided_s = spent_s
         self._mark(spent_s, done)
-        left_s = self.seconds - spent_s - self._end_s(update_s / tokens_per_update)
+        left_s = self.seconds - spent_s - self._end_s(update_s / min(shares))
         total = done + max(1, min(int(left_s / update_s), self.most_updates - done))
         is_as_before = abs(total - total_steps) <= CHANGE * (total_steps - done)
         return 0 if is_as_before else total
@@ -108,7 +111,10 @@ class Budget:
             self._marks.popleft()
 
     def _end_s(self, token_s: float) -> float:
-        """Seconds that everything after the last update takes."""
+        """Seconds that everything after the last update takes.
+
+        token_s: of the slowest rank. All evaluate as much, however they share updates.
+        """
         evaluation_s = self.evaluation_s
         if evaluation_s is None:
             evaluation_s = EVALUATION * token_s * self.evaluated_tokens

@@ -83,8 +83,10 @@ def ending_s(lm: Any, samples: int = 1, is_merged: bool = False) -> float:
 
 
 def validation_tokens(job: Job) -> int:
-    """Tokens that this rank evaluates at the end."""
-    split = job.data.manifest.splits.get("validation")
+    """Tokens that the first rank evaluates at the end, and no rank more: they take turns."""
+    split, micro = job.data.manifest.splits.get("validation"), job.plan.micro_batch_size
     there = split.blocks if split else 0
-    tokens = min(job.config.eval_blocks or there, there) * job.data.manifest.sequence_length
-    return -(-tokens // job.cluster.world_size)
+    turns, rest = divmod(
+        min(job.config.eval_blocks or there, there), micro * job.cluster.world_size
+    )
+    return (turns * micro + min(rest, micro)) * job.data.manifest.sequence_length

@@ -167,7 +167,9 @@ class Run:
         """
         total_steps = 0
         if self.budget and self.pace:
-            total_steps = self.budget.decide(done, self.pace, self.job.plan.tokens_per_update)
+            length = self.job.data.manifest.sequence_length
+            shares = [length * blocks for blocks in self.balance.shares]
+            total_steps = self.budget.decide(done, self.pace, shares)
             if self.job.config.save_every and self.budget.is_save_due():
                 asked = max(asked, SAVE_NOW)
         memory = self.gauge.memory_peak

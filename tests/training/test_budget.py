@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from operator import mul
 
 import pytest
 
@@ -11,10 +12,13 @@ from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.pace import Pace
 
 
-def played(seconds, update_s, guess=1000, used_s=0.0, every=1, ending_s=2.0, evaluated=0):
+def played(
+    seconds, update_s, guess=1000, used_s=0.0, every=1, ending_s=2.0, evaluated=0, shares=(10,)
+):
     """A run on a made-up machine; returns its budget's seconds at the end, and its pace.
 
-    update_s: of an update at so many seconds. every: updates between two sync points.
+    update_s: of an update at so many seconds. every: updates between two sync points. evaluated:
+    tokens of each rank in the evaluation at the end; shares: of each in an update.
     """
     now = [100.0]
     budget, pace = Budget(seconds, 97.0, used_s, clock=lambda: now[0]), Pace([(0, guess)])
@@ -24,7 +28,7 @@ def played(seconds, update_s, guess=1000, used_s=0.0, every=1, ending_s=2.0, eva
     while done < pace.total_steps:
         now[0] += update_s(budget.spent_s)
         done += 1
-        if done % every == 0 and (total := budget.decide(done, pace, tokens_per_update=10)):
+        if done % every == 0 and (total := budget.decide(done, pace, shares)):
             pace.decide(done, total)
     now[0] += ending_s
     return budget.spent_s, pace
@@ -73,6 +77,22 @@ def test_sessions_before_count():
 def test_time_is_kept_for_the_evaluation_at_the_end():
     with_it, _ = played(300, lambda _: 0.1, evaluated=4000)  # 4000 x 0.45 x 0.1 s / 10 = 18 s
     assert abs(with_it - (300 - 18)) < 3
+
+
+@pytest.mark.parametrize(
+    ("speeds", "shares"),
+    [
+        ([100, 100, 100, 100], [25, 25, 25, 25]),
+        ([100, 100, 100, 25], [25, 25, 25, 25]),
+        ([100, 100, 100, 25], [28, 28, 28, 7]),  # --balance auto
+    ],
+)
+def test_the_evaluation_takes_as_long_as_the_slowest_of_several_peers(speeds, shares):
+    """speeds: tokens a second that each trains on; it evaluates in 0.45 of that time."""
+    token_s = [1 / speed for speed in speeds]
+    update_s, evaluation_s = max(map(mul, shares, token_s)), 0.45 * max(token_s) * 1000
+    trained_s, _ = played(300, lambda _: update_s, evaluated=1000, shares=shares)
+    assert evaluation_s > 4 and abs(trained_s + evaluation_s - 300) < 2
 
 
 def test_a_time_that_is_over_takes_one_more_update_and_ends():

@@ -46,6 +46,18 @@ def test_the_tokens_of_the_evaluation_are_those_of_the_split(job):
     assert validation_tokens(sampled) == 5 * 32 < split.blocks * 32
 
 
+@pytest.mark.parametrize(("ranks", "blocks"), [(1, 21), (2, 20), (3, 8), (4, 4), (5, 1)])
+def test_the_first_rank_evaluates_as_much_as_any(job, ranks, blocks):
+    """By a loop over the micro-batches, which the ranks take in turn."""
+    job = replace(job, config=replace(job.config, eval_blocks=blocks))
+    job = replace(job, plan=replace(job.plan, micro_batch_size=3))
+    job.cluster.world_size = ranks
+    taken = [0] * ranks
+    for number, start in enumerate(range(0, blocks, 3)):
+        taken[number % ranks] += len(range(blocks)[start : start + 3])
+    assert validation_tokens(job) == 32 * taken[0] == 32 * max(taken)
+
+
 def test_nothing_is_compiled_for_the_end(job):
     lm, compiled = new_model(job), []
 

@@ -14,6 +14,7 @@ from p2p_llm_forge.training import run as runs
 from p2p_llm_forge.training.copies import Copies
 from p2p_llm_forge.training.gauge import Gauge
 from p2p_llm_forge.training.interruptions import NOTHING, OUT_OF_TIME, SAVE_NOW
+from p2p_llm_forge.training.pace import Pace
 from p2p_llm_forge.training.run import Clock, Due, Run
 
 
@@ -83,6 +84,18 @@ def test_the_largest_wish_is_that_of_all_and_speeds_are_told(open_small_job, mon
     assert run.agree(15, 11) == 15 and run.agree(0, 12) == SAVE_NOW
     assert run.gauge.worst_memory_peak == 5e9
     assert measured == [[1.5, 2.5], [0.0, 2.5]]
+
+
+def test_the_time_that_is_left_is_judged_by_the_tokens_of_each_rank(open_small_job):
+    asked, balance = [], SimpleNamespace(measured=lambda seconds: None, shares=[6, 2])
+    run = a_run(open_small_job(), folder=SimpleNamespace(is_lost=False), balance=balance)
+    run.pace = Pace([(0, 20)])
+    run.budget = SimpleNamespace(
+        decide=lambda done, pace, shares: asked.append((done, pace, shares)) or 0,
+        is_save_due=lambda: False,
+    )
+    run.agree(NOTHING, 11)
+    assert asked == [(11, run.pace, [6 * 32, 2 * 32])]
 
 
 def test_all_ranks_end_when_the_main_process_has_lost_the_folder(open_small_job):
