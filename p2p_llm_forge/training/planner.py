@@ -18,6 +18,7 @@ MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows n
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
 OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
+SPARE = 1.5  # times as much text as would just do: what is held out of it is left to chance
 # Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
 # best for long runs; the size that is best grows about as the root of what is read.
 UPDATE_TOKENS, AT_TOKENS = 1024, 250_000
@@ -175,9 +176,12 @@ def text_settings(size: int) -> tuple[int, int]:
 def require_text(text: Text) -> None:
     """Raise ForgeError for prepared data that are too small for any model."""
     if text.tokens < LEAST_TOKENS:
+        # The end of a split that fills no block is not learnt from.
+        times = SPARE * (LEAST_TOKENS + text.sequence_length) / max(1, text.tokens)
         raise ForgeError(
-            f"there are {text.tokens:,} tokens to learn from, which is too little for any model",
-            f"prepare a text of at least {LEAST_BYTES:,} bytes",
+            f"there are {text.tokens:,} tokens to learn from, which is too little for any model:"
+            f" it takes {LEAST_TOKENS:,}",
+            f"prepare at least {math.ceil(10 * times) / 10:g} times as much text",
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import law, planner
 from p2p_llm_forge.training.planner import Text
+from tests.texts import write_text
 
 TEXT = Text(400_000, bytes_per_token=2.4, vocabulary=1024, sequence_length=128, compressed=2.6)
 SPEED = {1: 5e-5, 4: 4e-4}  # seconds of a token at depths, as on a slow core
@@ -116,9 +120,28 @@ def test_a_text_decides_its_vocabulary_and_blocks():
 def test_a_text_too_small_for_any_model_is_refused():
     with pytest.raises(ForgeError, match="(?s)100 bytes, which is too small.*at least 8,000"):
         planner.text_settings(100)
-    with pytest.raises(ForgeError, match="(?s)900 tokens.*too little.*at least 8,000"):
+    with pytest.raises(ForgeError, match=r"(?s)900 tokens.*too little.*at least 3\.6 times as"):
         planner.require_text(replace(TEXT, tokens=900))
     planner.require_text(replace(TEXT, tokens=2_000))
+
+
+@pytest.mark.parametrize(("documents", "length"), [(6, 32), (12, 128)])
+def test_as_much_text_as_is_asked_for_suffices(documents, length, tmp_path, prepared):
+    def learnt(text):
+        words = {"tokenizer": str(prepared / "tokenizer"), "sequence_length": length}
+        folder = str(tmp_path / f"of {text.name}")
+        train = prepare(PrepareConfig([str(text)], folder, **words)).splits["train"]
+        return replace(TEXT, tokens=train.blocks * length, sequence_length=length)
+
+    small = write_text(tmp_path / "small.txt", documents)
+    with pytest.raises(ForgeError) as refused:
+        planner.require_text(learnt(small))
+    times = float(re.search(r"([\d.]+) times as much", refused.value.problems[0].fix)[1])
+    enough = small
+    while enough.stat().st_size < times * small.stat().st_size:
+        documents += 1
+        enough = write_text(tmp_path / "enough.txt", documents)
+    planner.require_text(learnt(enough))
 
 
 def test_dropout_grows_with_the_readings_of_a_text():
