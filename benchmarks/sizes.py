@@ -30,8 +30,8 @@ SAMPLE = ROOT / "data" / "sample_corpus.txt"
 HEAD = ["text", "time", "depth", "parameters", "the text", "bits per byte", "with one more peer"]
 PLANNED = re.compile(
     r"model     \w+, (?P<parameters>[\d.]+) M parameters.*"
-    r"plan      (?:depth (?P<depth>\d+), )?about (?P<updates>[\d,]+) updates of (?P<tokens>[\d,]+)"
-    r" tokens, the text (?P<epochs>[\d.]+) times(?P<why>[^\n]*)\n"
+    r"plan      (?:depth (?P<depth>\d+)|the model as given), about (?P<updates>[\d,]+) updates"
+    r" of (?P<tokens>[\d,]+) tokens, the text (?P<epochs>[\d.]+) times(?P<why>[^\n]*)\n"
     r"expected  about (?P<bits>[\d.]+) bits per byte[^\n]*one more peer (?P<with_peer>[\d.]+)",
     re.DOTALL,
 )

@@ -16,6 +16,7 @@ PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
+MOST_READINGS = 4  # of a text by a loaded model: more of them were not measured
 OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
 SPARE = 1.5  # times as much text as would just do: what is held out of it is left to chance
@@ -46,9 +47,11 @@ class Choice:
     tokens: int  # read
     epochs: float
     update_tokens: int
-    bits_per_byte: float
+    bits_per_byte: float | None  # None: a loaded model, of which the law knows nothing
     seconds: float  # of the updates
-    is_cut_short: bool = False  # because more would only be learnt by heart
+    is_cut_short: bool = (
+        False  # because more would only be learnt by heart, or is not known to help
+    )
 
     @property
     def updates(self) -> int:
@@ -106,11 +109,16 @@ def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
         for depth, size in sizes.items()
         if size <= most
     ]
-    best = min(choices, key=lambda choice: choice.bits_per_byte)
+    best = min(choices, key=_loss)
     if best.epochs < OFTEN:
         return best
-    near = [one for one in choices if one.bits_per_byte <= (1 + EVEN) * best.bits_per_byte]
+    near = [one for one in choices if _loss(one) <= (1 + EVEN) * _loss(best)]
     return min(near, key=lambda choice: max(OFTEN, choice.epochs))
+
+
+def _loss(choice: Choice) -> float:
+    assert choice.bits_per_byte is not None  # of a model from scratch something is expected
+    return choice.bits_per_byte
 
 
 def choice_at(depth: int | None, size: int, token_s: float, text: Text, seconds: float) -> Choice:
@@ -130,6 +138,21 @@ def choice_at(depth: int | None, size: int, token_s: float, text: Text, seconds:
         bits_per_byte=expected(tokens),
         seconds=tokens * token_s,
         is_cut_short=part < 1,
+    )
+
+
+def choice_of_loaded(token_s: float, text: Text, seconds: float) -> Choice:
+    """What a loaded model reads in that time: no more than is known to help."""
+    in_time = max(1, int(seconds / token_s))
+    tokens = min(in_time, MOST_READINGS * text.tokens)
+    return Choice(
+        None,
+        tokens=tokens,
+        epochs=tokens / text.tokens,
+        update_tokens=update_tokens_for(tokens),
+        bits_per_byte=None,
+        seconds=tokens * token_s,
+        is_cut_short=tokens < in_time,
     )
 
 
@@ -186,31 +209,33 @@ def require_text(text: Text) -> None:
 
 
 def in_words(choice: Choice, twice: Choice, with_peer: Choice) -> list[str]:
-    """What was chosen and what more would bring, for a person."""
-    depth = "" if choice.depth is None else f"depth {choice.depth}, "
-    why = ""
+    """What was chosen and what more would bring, for a person.
+
+    Losses; of a loaded model how often it would read the text.
+    """
+    model = "the model as given" if choice.depth is None else f"depth {choice.depth}"
+    plan = (
+        f"plan      {model}, about {choice.updates:,} updates of {choice.update_tokens:,} tokens,"
+        f" the text {choice.epochs:.1f} times"
+    )
+    early = "so it ends before the time is over: give more text"
+    if choice.bits_per_byte is None:
+        more = f"with twice the time {twice.epochs:.1f}, with one more peer {with_peer.epochs:.1f}"
+        too_often = f"more often is not known to help, {early}"
+        return [f"{plan}; {too_often if choice.is_cut_short else more}"]
     if choice.is_cut_short:
-        why = "; more would be learnt by heart, so it ends before the time is over: give more text"
+        plan += f"; more would be learnt by heart, {early}"
     elif choice.epochs > 4:
-        why = "; more text would bring more than time"
-    more = [
+        plan += "; more text would bring more than time"
+    losses = [
         f"{what} {one.bits_per_byte:.3f}" + (f" (depth {one.depth})" if one.depth else "")
         for what, one in (("twice the time", twice), ("one more peer", with_peer))
     ]
     return [
-        f"plan      {depth}about {choice.updates:,} updates of {choice.update_tokens:,} tokens, the"
-        f" text {choice.epochs:.1f} times{why}",
+        plan,
         f"expected  about {choice.bits_per_byte:.3f} bits per byte, by a law of other texts;"
-        f" {', '.join(more)}",
+        f" {', '.join(losses)}",
     ]
-
-
-def with_more(
-    token_s: Mapping[int, float], text: Text, seconds: float, more_s: float, speedup: float
-) -> tuple[Choice, Choice]:
-    """The choices with `more_s` more seconds, and with peers that are `speedup` times as fast."""
-    faster = {depth: one / speedup for depth, one in token_s.items()}
-    return choose(token_s, text, seconds + more_s), choose(faster, text, seconds)
 
 
 def as_record(choices: Iterable[Choice]) -> list[dict[str, float | int | None]]:

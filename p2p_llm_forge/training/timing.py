@@ -79,7 +79,7 @@ class Planning:
         planner.require_text(self.text)
         self.links = measure_links(self.cluster) if self.cluster.world_size > 1 else None
         given = (asked.model_name, asked.model_type, asked.depth, asked.config_overrides)
-        self.is_model_given = any(given)
+        self.is_model_given, self.is_loaded = any(given), bool(asked.model_name)
         # Ranks may differ in both, and all must come to the same answers.
         own: list[float] = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
         on_cpus, micro_batches = zip(*self.cluster.gather_numbers(own), strict=True)
@@ -90,16 +90,16 @@ class Planning:
     def planned(self) -> Job:
         """The job as chosen. Raises ForgeError where the time is too short for it."""
         measured = self._measured()
-        left_s = self._left_s()
-        token_s, size = self._token_s(measured, left_s)
-        if self.is_model_given:
-            chosen = planner.choice_at(None, size[0], token_s[0], self.text, left_s)
-        else:
-            chosen = planner.choose(token_s, self.text, left_s)
-        self._require_time(chosen, token_s)
-        self._note(chosen, token_s, size, left_s)
-        size_of = planner.products(chosen.depth, self.text) if chosen.depth else size[0]
-        return self._job_of(chosen, size_of)
+        left_s, peers = self._left_s(), self.cluster.world_size
+        chosen = self._choice(measured, left_s)
+        self._require_time(chosen)
+        twice = self._choice(measured, left_s + self.budget.seconds)
+        with_peer = self._choice(measured, left_s, speedup=(peers + 1) / peers)
+        self.budget.words = planner.in_words(chosen, twice, with_peer)
+        names = ("chosen", "twice_the_time", "one_more_peer")
+        records = planner.as_record([chosen, twice, with_peer])
+        self.budget.plan = dict(zip(names, records, strict=True))
+        return self._job_of(chosen, self._most_tokens(chosen, measured))
 
     def _text(self) -> Text:
         manifest = self.job.data.manifest
@@ -137,8 +137,7 @@ class Planning:
             return self._measure([0])
         measured = self._measure(FIRST_DEPTHS)
         for _ in range(MORE_DEPTHS):
-            left_s = self._left_s()
-            depth = planner.choose(self._token_s(measured, left_s)[0], self.text, left_s).depth
+            depth = self._choice(measured, self._left_s()).depth
             assert depth is not None
             if depth <= max(measured):
                 break
@@ -171,20 +170,37 @@ class Planning:
 
     # --- what that comes to -----------------------------------------------------------------------
 
-    def _token_s(
-        self, measured: dict[int, Measurement], left_s: float
-    ) -> tuple[dict[int, float], dict[int, int]]:
-        """Seconds of a token of all peers together, and products of a token, by depth."""
-        peers = self.cluster.world_size
-        found, sizes = {}, {}
+    def _choice(
+        self, measured: dict[int, Measurement], seconds: float, speedup: float = 1.0
+    ) -> Choice:
+        """What suits so many seconds of updates, with peers that are `speedup` times as fast."""
+        found = self._token_s(measured, seconds)
+        token_s = {depth: one / speedup for depth, one in found.items()}
+        if self.is_loaded:
+            return planner.choice_of_loaded(token_s[0], self.text, seconds)
+        if self.is_model_given:
+            size = measured[0].parameters
+            return planner.choice_at(None, size, token_s[0], self.text, seconds)
+        return planner.choose(token_s, self.text, seconds)
+
+    def _most_tokens(self, chosen: Choice, measured: dict[int, Measurement]) -> int:
+        """What it may read where the run turns out to be faster."""
+        if chosen.is_cut_short:
+            return chosen.tokens
+        if self.is_loaded:
+            return planner.MOST_READINGS * self.text.tokens
+        if chosen.depth is None:
+            return planner.most_tokens(measured[0].parameters, self.text)
+        return planner.most_tokens(planner.products(chosen.depth, self.text), self.text)
+
+    def _token_s(self, measured: dict[int, Measurement], left_s: float) -> dict[int, float]:
+        """Seconds of a token of all peers together, by depth."""
+        peers, found = self.cluster.world_size, {}
         for depth, one in measured.items():
             tokens = self._update_tokens(int(peers * left_s / one.token_s))
             update_s = tokens / peers * one.token_s + one.update_s
             found[depth] = self._with_exchange(one, update_s, tokens, peers) / tokens
-            sizes[depth] = one.parameters
-        if self.is_model_given:
-            return found, sizes
-        return planner.token_seconds(found, self.text), sizes
+        return found if self.is_model_given else planner.token_seconds(found, self.text)
 
     def _update_tokens(self, tokens: int) -> int:
         if self.asked.batch_size or self.asked.gradient_accumulation_steps:
@@ -212,31 +228,12 @@ class Planning:
         strategy = Strategy(config.sync, compress, every, config.fragments, config.overlap_steps)
         return tokens / forecast(strategy, measured).tokens_per_s
 
-    def _require_time(self, chosen: Choice, token_s: dict[int, float]) -> None:
-        update_s = token_s[chosen.depth or 0] * self._update_tokens(chosen.tokens)
+    def _require_time(self, chosen: Choice) -> None:
+        update_s = chosen.seconds / chosen.tokens * self._update_tokens(chosen.tokens)
         least_s = FEWEST_UPDATES * update_s
         self.cluster.main_only(lambda: self.budget.require_start(least_s))
 
-    def _note(
-        self, chosen: Choice, token_s: dict[int, float], size: dict[int, int], left_s: float
-    ) -> None:
-        """Keep what was chosen and what more would bring, to be shown and saved."""
-        peers, text = self.cluster.world_size, self.text
-        speedup = (peers + 1) / peers
-        if self.is_model_given:
-            more_s, faster_s = left_s + self.budget.seconds, token_s[0] / speedup
-            twice = planner.choice_at(None, size[0], token_s[0], text, more_s)
-            with_peer = planner.choice_at(None, size[0], faster_s, text, left_s)
-        else:
-            twice, with_peer = planner.with_more(
-                token_s, text, left_s, self.budget.seconds, speedup
-            )
-        self.budget.words = planner.in_words(chosen, twice, with_peer)
-        names = ("chosen", "twice_the_time", "one_more_peer")
-        records = planner.as_record([chosen, twice, with_peer])
-        self.budget.plan = dict(zip(names, records, strict=True))
-
-    def _job_of(self, chosen: Choice, size: int) -> Job:
+    def _job_of(self, chosen: Choice, most_tokens: int) -> Job:
         asked, job = self.asked, self.job
         if chosen.depth is not None:
             asked = replace(asked, depth=chosen.depth)
@@ -251,9 +248,6 @@ class Planning:
             config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
         plan = make_plan(config, self.cluster, job.data)
         total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
-        self.budget.most_updates = total_steps
-        if not chosen.is_cut_short:  # so it may take more, where it turns out to be faster
-            most = planner.most_tokens(size, self.text) // plan.tokens_per_update
-            self.budget.most_updates = max(total_steps, most)
+        self.budget.most_updates = max(total_steps, most_tokens // plan.tokens_per_update)
         plan = replace(plan, total_steps=total_steps)
         return replace(job, config=config, plan=plan, budget=self.budget)

@@ -61,10 +61,9 @@ def test_more_time_and_faster_peers_take_deeper_models_and_lower_losses():
     assert chosen[0].depth < chosen[-1].depth
     losses = [one.bits_per_byte for one in chosen]
     assert losses == sorted(losses, reverse=True)
-    twice, with_peer = planner.with_more(seconds(text), text, 100, 100, speedup=2)
-    assert twice == with_peer == planner.choose(seconds(text), text, 200) or (
-        twice.bits_per_byte == pytest.approx(with_peer.bits_per_byte, rel=1e-3)
-    )
+    faster = {depth: one / 2 for depth, one in seconds(text).items()}
+    twice, fast = planner.choose(seconds(text), text, 200), planner.choose(faster, text, 100)
+    assert twice.bits_per_byte == pytest.approx(fast.bits_per_byte, rel=1e-3)
 
 
 def test_a_small_text_takes_a_smaller_model_than_a_large_one_and_is_not_read_for_ever():
@@ -75,6 +74,19 @@ def test_a_small_text_takes_a_smaller_model_than_a_large_one_and_is_not_read_for
     assert on_small.bits_per_byte > on_large.bits_per_byte
     words = "\n".join(planner.in_words(on_small, on_small, on_small))
     assert "ends before the time is over: give more text" in words
+
+
+def test_a_loaded_model_trains_for_its_time_up_to_four_readings():
+    """The law is one of models from scratch."""
+    chosen, twice = (planner.choice_of_loaded(1e-4, TEXT, time_s) for time_s in (100, 200))
+    assert chosen.tokens == pytest.approx(1_000_000, abs=1) and not chosen.is_cut_short
+    assert chosen.seconds == pytest.approx(100, rel=1e-3) and chosen.epochs == 2.5
+    assert twice.tokens == 4 * 400_000 and twice.seconds == 160 and twice.is_cut_short
+    (words,) = planner.in_words(chosen, twice, twice)
+    assert "the model as given" in words and "the text 2.5 times; with twice the time 4.0" in words
+    (words,) = planner.in_words(twice, twice, twice)
+    assert "the text 4.0 times" in words and "ends before the time is over" in words
+    assert [one["bits_per_byte"] for one in planner.as_record([chosen, twice])] == [None, None]
 
 
 def test_years_for_a_small_text_are_worth_what_an_hour_is():

@@ -111,9 +111,24 @@ def test_a_run_that_was_killed_before_it_saved_anything_is_planned_again(config,
     assert again.plan.total_steps != timing.FIRST_GUESS and again.config.warmup_steps > 0
 
 
+def test_a_loaded_model_reads_a_small_text_four_times_and_no_loss_is_expected(config, tmp_path):
+    train(replace(config, max_steps=1))
+    again = {"model_name": str(tmp_path / "run"), "output_dir": str(tmp_path / "tuned")}
+    again |= dict.fromkeys(("model_type", "config_overrides", "learning_rate", "batch_size"))
+    config = replace(config, **again, max_steps=None, minutes=2.0)
+    with join(config) as cluster:
+        job = timed(config, open_job(config, cluster), time.monotonic())
+    split, read = job.data.manifest.splits["train"], job.plan.total_steps * job.plan.batch_size
+    assert 3.9 * split.blocks < read <= 4 * split.blocks
+    assert job.budget.most_updates == job.plan.total_steps
+    (words,) = job.budget.words
+    assert "the text 4.0 times" in words and "ends before the time is over" in words
+    assert {one["bits_per_byte"] for one in job.budget.plan.values()} == {None}
+
+
 def test_a_dry_run_shows_the_plan(config, tmp_path, capsys):
     train(replace(config, max_steps=None, minutes=1.0, dry_run=True))
     said = capsys.readouterr().out
-    assert "\nplan      about " in said and "\nexpected  about " in said
+    assert "\nplan      the model as given, about " in said and "\nexpected  about " in said
     assert "twice the time" in said and "one more peer" in said
     assert not (tmp_path / "run").exists()
