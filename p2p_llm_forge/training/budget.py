@@ -64,13 +64,16 @@ class Budget:
         """Seconds that are left for updates, evaluations between them, and the end."""
         return self.seconds - self.spent_s
 
-    def require_start(self, least_s: float = 0.0) -> None:
-        """Raise ForgeError if what is left does not suffice for so many seconds of training."""
+    def require_start(self, least_s: float = 0.0, updates: int = FEWEST_UPDATES) -> None:
+        """Raise ForgeError if what is left does not suffice for so many seconds of training.
+
+        updates: that they are for.
+        """
         if self.left_s >= least_s + self.ending_s:
             return
         needed = 1.5 * (self.spent_s + least_s + self.ending_s) / 60
         rest_s = least_s + self.ending_s
-        training = f", and {FEWEST_UPDATES} updates and the end take {rest_s:.0f} s"
+        training = f", and {updates} updates and the end take {rest_s:.0f} s"
         raise ForgeError(
             f"--minutes {self.seconds / 60:g} is too short: starting took {self.spent_s:.0f} s"
             f"{training if rest_s else ''}",

@@ -172,9 +172,30 @@ def update_tokens_for(tokens: int) -> int:
     return min(LARGEST_UPDATE, max(SMALLEST_UPDATE, 2 ** round(math.log2(best))))
 
 
-def batch_size_for(choice: Choice, sequence_length: int, unit: int) -> int:
-    """Blocks of an update: about as many tokens as chosen, and divisible by `unit`."""
-    return unit * max(1, round(choice.update_tokens / sequence_length / unit))
+def batch_size_for(update_tokens: int, sequence_length: int, unit: int) -> int:
+    """Blocks of an update: about so many tokens, and divisible by `unit`."""
+    return unit * max(1, round(update_tokens / sequence_length / unit))
+
+
+def in_updates(choice: Choice, update_tokens: int, fewest: int) -> Choice:
+    """The choice in whole updates of the batch that is really taken.
+
+    fewest: that are worth a start; but for them, too, a loaded model does not read the text more
+    often than is known to help.
+    """
+    updates = max(fewest, choice.tokens // update_tokens)
+    if choice.bits_per_byte is None:
+        most = round(MOST_READINGS * choice.tokens / choice.epochs)
+        updates = max(1, min(updates, most // update_tokens))
+    tokens = updates * update_tokens
+    times = tokens / choice.tokens
+    return replace(
+        choice,
+        tokens=tokens,
+        epochs=times * choice.epochs,
+        update_tokens=update_tokens,
+        seconds=times * choice.seconds,
+    )
 
 
 def dropout_for(epochs: float) -> float:

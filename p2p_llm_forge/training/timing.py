@@ -177,11 +177,13 @@ class Planning:
         found = self._token_s(measured, seconds)
         token_s = {depth: one / speedup for depth, one in found.items()}
         if self.is_loaded:
-            return planner.choice_of_loaded(token_s[0], self.text, seconds)
-        if self.is_model_given:
+            choice = planner.choice_of_loaded(token_s[0], self.text, seconds)
+        elif self.is_model_given:
             size = measured[0].parameters
-            return planner.choice_at(None, size, token_s[0], self.text, seconds)
-        return planner.choose(token_s, self.text, seconds)
+            choice = planner.choice_at(None, size, token_s[0], self.text, seconds)
+        else:
+            choice = planner.choose(token_s, self.text, seconds)
+        return planner.in_updates(choice, self._update_tokens(choice.tokens), FEWEST_UPDATES)
 
     def _most_tokens(self, chosen: Choice, measured: dict[int, Measurement]) -> int:
         """What it may read where the run turns out to be faster."""
@@ -203,9 +205,11 @@ class Planning:
         return found if self.is_model_given else planner.token_seconds(found, self.text)
 
     def _update_tokens(self, tokens: int) -> int:
+        """Of the batch that is taken where so many are read."""
         if self.asked.batch_size or self.asked.gradient_accumulation_steps:
             return self.job.plan.tokens_per_update
-        return planner.update_tokens_for(tokens)
+        length, unit = self.text.sequence_length, self.cluster.world_size * self.micro_batch
+        return length * planner.batch_size_for(planner.update_tokens_for(tokens), length, unit)
 
     def _with_exchange(self, one: Measurement, update_s: float, tokens: int, peers: int) -> float:
         """Seconds of an update and of what the peers exchange for it."""
@@ -229,25 +233,21 @@ class Planning:
         return tokens / forecast(strategy, measured).tokens_per_s
 
     def _require_time(self, chosen: Choice) -> None:
-        update_s = chosen.seconds / chosen.tokens * self._update_tokens(chosen.tokens)
-        least_s = FEWEST_UPDATES * update_s
-        self.cluster.main_only(lambda: self.budget.require_start(least_s))
+        updates = min(FEWEST_UPDATES, chosen.updates)
+        least_s = updates * chosen.seconds / chosen.updates
+        self.cluster.main_only(lambda: self.budget.require_start(least_s, updates))
 
     def _job_of(self, chosen: Choice, most_tokens: int) -> Job:
         asked, job = self.asked, self.job
         if chosen.depth is not None:
             asked = replace(asked, depth=chosen.depth)
         if not (asked.batch_size or asked.gradient_accumulation_steps):
-            unit = self.cluster.world_size * self.micro_batch
-            length = self.text.sequence_length
-            asked = replace(asked, batch_size=planner.batch_size_for(chosen, length, unit))
+            asked = replace(asked, batch_size=chosen.update_tokens // self.text.sequence_length)
         if asked.dropout is None and not self.is_model_given:
             asked = replace(asked, dropout=planner.dropout_for(chosen.epochs))
         config = with_warmup(settle(asked), chosen.updates)
         if config.warmup_steps is None:
             config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
-        plan = make_plan(config, self.cluster, job.data)
-        total_steps = max(FEWEST_UPDATES, chosen.tokens // plan.tokens_per_update)
-        self.budget.most_updates = max(total_steps, most_tokens // plan.tokens_per_update)
-        plan = replace(plan, total_steps=total_steps)
+        plan = replace(make_plan(config, self.cluster, job.data), total_steps=chosen.updates)
+        self.budget.most_updates = max(chosen.updates, most_tokens // plan.tokens_per_update)
         return replace(job, config=config, plan=plan, budget=self.budget)

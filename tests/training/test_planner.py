@@ -115,10 +115,25 @@ def test_updates_are_powers_of_two_that_grow_with_the_run(tokens):
 
 
 def test_a_batch_is_divisible_by_what_it_must_be():
-    chosen = replace(planner.choose(seconds(), TEXT, 100), update_tokens=2048)
-    assert planner.batch_size_for(chosen, 128, unit=1) == 16
-    assert planner.batch_size_for(chosen, 128, unit=3) == 15
-    assert planner.batch_size_for(chosen, 4096, unit=2) == 2
+    assert planner.batch_size_for(2048, 128, unit=1) == 16
+    assert planner.batch_size_for(2048, 128, unit=3) == 15
+    assert planner.batch_size_for(2048, 4096, unit=2) == 2
+
+
+def test_a_choice_counts_the_updates_of_the_batch_that_is_taken():
+    chosen = planner.choose(seconds(), TEXT, 100)
+    taken = planner.in_updates(chosen, 10_000, fewest=20)
+    assert taken.updates == chosen.tokens // 10_000 > 20 and taken.tokens == taken.updates * 10_000
+    assert taken.epochs == pytest.approx(taken.tokens / TEXT.tokens)
+    assert taken.seconds / taken.tokens == pytest.approx(chosen.seconds / chosen.tokens)
+    assert (
+        f"about {taken.updates} updates of 10,000 tokens"
+        in (planner.in_words(taken, taken, taken)[0])
+    )
+    assert planner.in_updates(chosen, chosen.tokens, fewest=20).updates == 20
+    loaded = planner.choice_of_loaded(1e-4, TEXT, 1000)  # which reads it four times
+    assert planner.in_updates(loaded, 300_000, fewest=20).updates == 5
+    assert planner.in_updates(loaded, 3_000_000, fewest=20).updates == 1
 
 
 def test_a_text_decides_its_vocabulary_and_blocks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -111,6 +112,22 @@ def test_a_run_that_was_killed_before_it_saved_anything_is_planned_again(config,
     assert again.plan.total_steps != timing.FIRST_GUESS and again.config.warmup_steps > 0
 
 
+@pytest.mark.parametrize("asked", [{"batch_size": 256}, {"micro_batch_size": 200}])
+def test_what_is_planned_counts_the_updates_that_are_taken(config, asked):
+    config = replace(config, max_steps=None, minutes=1.0, **{"batch_size": None, **asked})
+    with join(config) as cluster:
+        job = timed(config, open_job(config, cluster), time.monotonic())
+    updates, tokens, chosen = (
+        job.plan.total_steps,
+        32 * sum(asked.values()),
+        job.budget.plan["chosen"],
+    )
+    assert job.plan.tokens_per_update == chosen["update_tokens"] == tokens
+    assert chosen["tokens"] == updates * tokens
+    assert f"about {updates:,} updates of {tokens:,} tokens" in job.budget.words[0]
+    assert job.config.warmup_steps == int(timing.WARMUP * updates)
+
+
 def test_a_loaded_model_reads_a_small_text_four_times_and_no_loss_is_expected(config, tmp_path):
     train(replace(config, max_steps=1))
     again = {"model_name": str(tmp_path / "run"), "output_dir": str(tmp_path / "tuned")}
@@ -121,6 +138,7 @@ def test_a_loaded_model_reads_a_small_text_four_times_and_no_loss_is_expected(co
     split, read = job.data.manifest.splits["train"], job.plan.total_steps * job.plan.batch_size
     assert 3.9 * split.blocks < read <= 4 * split.blocks
     assert job.budget.most_updates == job.plan.total_steps
+    assert job.config.warmup_steps == math.ceil(0.05 * job.plan.total_steps)
     (words,) = job.budget.words
     assert "the text 4.0 times" in words and "ends before the time is over" in words
     assert {one["bits_per_byte"] for one in job.budget.plan.values()} == {None}
