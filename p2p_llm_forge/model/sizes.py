@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
-from p2p_llm_forge.model.shape import FAMILY, shape_of
+from p2p_llm_forge.model.shape import DEPTH, FAMILY, shape_of
 
 # A string in quotes (the group), or a word without.
 WORD = re.compile(r"""('[^']*'|"[^"]*")|(?<![\w.])[A-Za-z_][\w-]*""")
@@ -76,6 +76,17 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         merge(overrides, path, size)
     problems.raise_any()
     return defaults, overrides
+
+
+def is_size_given(config: TrainConfig) -> bool:
+    """Whether the user has chosen how large the model is.
+
+    By a model to load, a family with sizes of its own, a depth, or some of what else would follow
+    from the depth.
+    """
+    if config.model_name or config.model_type or config.depth:
+        return True
+    return not sizes_asked_for(config)[1].keys().isdisjoint(shape_of(DEPTH))
 
 
 def fix_of_gpt2(key: str, value: str, known: set[str]) -> str:

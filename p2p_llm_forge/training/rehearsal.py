@@ -18,6 +18,7 @@ from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.training.forecast import seconds
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import first_micro_batch, new_model
+from p2p_llm_forge.training.numbers import active_parameters
 
 SAMPLED, AROUND = 60, 1.5  # tokens in the sample of text; the time of one over that of its forward
 DISK = 200e6  # bytes per second, of a slow one
@@ -35,7 +36,8 @@ class Trial:
         self._model = NextTokenLoss(lm.to(job.cluster.device), job.document_end).train()
         self._optimizer = build_optimizer(job.config, lm)
         self._batch = first_micro_batch(job, blocks)
-        self.parameters = sum(p.numel() for p in lm.parameters())
+        products = active_parameters(lm)  # None: how many experts a token takes is not known
+        self.parameters = int(products or sum(p.numel() for p in lm.parameters()))
         self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.forwards_s: list[float] = []
         self._updates_s: list[float] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.model.sizes import is_size_given
 from p2p_llm_forge.peers.links import measure_links
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.sync.forecast import CANDIDATES, Measured, Strategy, choose, forecast
@@ -33,7 +34,7 @@ KEPT = 0.06  # of the time, for the end, until that is known better
 class Measurement:
     """How fast one depth is trained: as measured on the slowest peer."""
 
-    parameters: int
+    parameters: int  # that a token is multiplied by
     trained: int  # of them: what peers exchange
     token_s: float  # forward and backward of a token
     update_s: float  # of an update, beside those
@@ -78,8 +79,7 @@ class Planning:
         self.text = self._text()
         planner.require_text(self.text)
         self.links = measure_links(self.cluster) if self.cluster.world_size > 1 else None
-        given = (asked.model_name, asked.model_type, asked.depth, asked.config_overrides)
-        self.is_model_given, self.is_loaded = any(given), bool(asked.model_name)
+        self.is_model_given, self.is_loaded = is_size_given(asked), bool(asked.model_name)
         # Ranks may differ in both, and all must come to the same answers.
         own: list[float] = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
         on_cpus, micro_batches = zip(*self.cluster.gather_numbers(own), strict=True)

@@ -10,7 +10,7 @@ import torch
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model, new_model_config
-from p2p_llm_forge.model.sizes import pairs_in, sizes_asked_for, value_of
+from p2p_llm_forge.model.sizes import is_size_given, pairs_in, sizes_asked_for, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -44,6 +44,22 @@ def test_commas_in_brackets_do_not_part():
 )
 def test_values_are_numbers_lists_dictionaries_or_words(text, value):
     assert value_of(text) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "is_given"),
+    [
+        ({}, False),
+        ({"config_overrides": "tie_word_embeddings=true, rms_norm_eps=1e-5"}, False),
+        ({"config_overrides": "hidden_size=64"}, True),
+        ({"config_overrides": "tie_word_embeddings=true,num_key_value_heads=1"}, True),
+        ({"depth": 2}, True),
+        ({"model_type": "gpt2"}, True),
+        ({"model_name": "gpt2"}, True),
+    ],
+)
+def test_sizes_are_what_follows_from_the_depth(given, is_given):
+    assert is_size_given(TrainConfig(**given)) is is_given
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5"])

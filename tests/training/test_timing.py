@@ -144,6 +144,19 @@ def test_a_loaded_model_reads_a_small_text_four_times_and_no_loss_is_expected(co
     assert {one["bits_per_byte"] for one in job.budget.plan.values()} == {None}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_chosen"), [("tie_word_embeddings=true", True), ("hidden_size=64", False)]
+)
+def test_a_depth_is_chosen_unless_a_size_was_given(config, overrides, is_chosen):
+    config = replace(config, max_steps=None, minutes=1.0, model_type=None)
+    config = replace(config, config_overrides=overrides)
+    with join(config) as cluster:
+        job = timed(config, open_job(config, cluster), time.monotonic())
+    assert job.config.config_overrides == overrides
+    assert ("the model as given" in job.budget.words[0]) == (not is_chosen)
+    assert job.budget.plan["chosen"]["depth"] == (job.config.depth if is_chosen else None)
+
+
 def test_a_dry_run_shows_the_plan(config, tmp_path, capsys):
     train(replace(config, max_steps=None, minutes=1.0, dry_run=True))
     said = capsys.readouterr().out
