@@ -36,7 +36,11 @@ class SyncOptions(Options):
     powersgd_rank: int | None = flag(
         None, "rank of the matrices that --compress powersgd sends; default: 4"
     )
-    sync_every: int | None = flag(None, f"diloco: updates in a round; default: {ROUND_LENGTH}")
+    sync_every: int | None = flag(
+        None,
+        f"diloco: updates in a round; default: {ROUND_LENGTH}, with --minutes at most a tenth of"
+        " all",
+    )
     # Among the best of a sweep on small models (benchmarks/diloco_sweep.py; its figures and those
     # of real runs: benchmarks/README.md). They take a little less than a round's own change (0.5 x
     # 1.8 of it) and let momentum make up the distance. The published 0.7 and 0.9 (arXiv 2311.08105)

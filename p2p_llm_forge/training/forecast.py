@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from p2p_llm_forge.config import OF_DILOCO, TrainConfig
+from p2p_llm_forge.config.sync import ROUND_LENGTH
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import NextTokenLoss
@@ -21,6 +22,8 @@ from p2p_llm_forge.training.balance import device_clock
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.learner import first_micro_batch
 
+# Rounds of a run with `--minutes`, at least: only where one ends is it decided when the run does.
+ROUNDS = 10
 FEWEST_MICRO_BATCHES, COMPUTING_S = 3, 2.0  # that an update is timed by: either ends it
 
 
@@ -94,10 +97,45 @@ def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Fo
         micro_batches=-(-max(plan.shares) // plan.micro_batch_size),
         is_on_cpu=any(is_on_cpu for (is_on_cpu,) in on_cpu),
     )
-    return [forecast(one, measured) for one in CANDIDATES if is_possible(job, lm, one)]
+    updates, most = plan.total_steps if job.budget else math.inf, len(units_of(lm))
+    possible = [one for one in candidates(job, updates) if one.fragments <= most]
+    return [forecast(one, measured) for one in possible]
 
 
-def is_possible(job: Job, lm: Any, strategy: Strategy) -> bool:
+def candidates(job: Job, updates: float) -> list[Strategy]:
+    """The strategies that go with the run's other settings, most exact first.
+
+    updates: of a run with `--minutes`, for which rounds have to be short.
+    """
+    found = (in_short_rounds(job, one, updates) for one in CANDIDATES)
+    return list(dict.fromkeys(one for one in found if one))
+
+
+def in_short_rounds(job: Job, strategy: Strategy, updates: float) -> Strategy | None:
+    """The strategy in rounds of a tenth of the updates or less.
+
+    None where no such rounds go with the run's other settings.
+    """
+    lengths, longest = [strategy.sync_every], max(1, updates // ROUNDS)
+    if lengths[0] > longest:
+        lengths = list(range(int(longest), 0, -1))
+    shorter = (replace(strategy, sync_every=length) for length in lengths)
+    return next((one for one in shorter if is_possible(job, one)), None)
+
+
+def round_length_for(job: Job, updates: int) -> int | None:
+    """Updates of a round of a run with `--minutes`, where `--sync-every` is not given.
+
+    None where the run's other settings allow none that is short enough.
+    """
+    config = job.config
+    lasting = config.fragments, config.overlap_steps
+    usual = Strategy("diloco", config.compress, ROUND_LENGTH, *lasting)
+    found = in_short_rounds(job, usual, updates)
+    return found.sync_every if found else None
+
+
+def is_possible(job: Job, strategy: Strategy) -> bool:
     """Whether the run's other settings go with that strategy."""
     config = with_strategy(job.config, strategy)
     try:
@@ -105,7 +143,7 @@ def is_possible(job: Job, lm: Any, strategy: Strategy) -> bool:
         refuse_elastic(config, job.cluster)
     except ForgeError:
         return False
-    return strategy.fragments <= len(units_of(lm))
+    return True
 
 
 def with_strategy(config: TrainConfig, strategy: Strategy) -> TrainConfig:

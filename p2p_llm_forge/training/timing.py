@@ -12,9 +12,10 @@ from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.model.sizes import is_size_given
 from p2p_llm_forge.peers.links import measure_links
 from p2p_llm_forge.peers.plausible import require_numbers
-from p2p_llm_forge.sync.forecast import CANDIDATES, Measured, Strategy, choose, forecast
+from p2p_llm_forge.sync.forecast import Measured, Strategy, choose, forecast
 from p2p_llm_forge.training import planner
 from p2p_llm_forge.training.budget import FEWEST_UPDATES, Budget
+from p2p_llm_forge.training.forecast import candidates, in_short_rounds, round_length_for
 from p2p_llm_forge.training.job import Job, make_plan
 from p2p_llm_forge.training.law import SAMPLE_BYTES, compressed_bits
 from p2p_llm_forge.training.learner import text_spec_of
@@ -27,6 +28,7 @@ FIRST_GUESS = 1000  # updates of a run that resumes, until its checkpoint says h
 FIRST_DEPTHS, MORE_DEPTHS = (1, 4), 2  # that are measured, and how many more if it comes to that
 MEASURING, LONGEST_MEASURING_S = 0.012, 3.0  # of the time, for one depth
 WARMUP = 0.02  # of the updates
+FEWEST_ROUNDS = 3  # of a run that is to end on time
 KEPT = 0.06  # of the time, for the end, until that is known better
 
 
@@ -56,6 +58,8 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
         names = ("warmup_steps", "batch_size")
         given: dict[str, Any] = {name: getattr(asked, name) for name in names}
         chosen = {name: begun[name] if one is None else one for name, one in given.items()}
+        if asked.sync == begun.get("sync") == "diloco":
+            chosen["sync_every"] = asked.sync_every or begun.get("sync_every")
         config = replace(job.config, **chosen)
         plan = replace(make_plan(config, cluster, job.data), total_steps=FIRST_GUESS)
         return replace(job, config=config, plan=plan, budget=budget)
@@ -201,7 +205,7 @@ class Planning:
         for depth, one in measured.items():
             tokens = self._update_tokens(int(peers * left_s / one.token_s))
             update_s = tokens / peers * one.token_s + one.update_s
-            found[depth] = self._with_exchange(one, update_s, tokens, peers) / tokens
+            found[depth] = self._with_exchange(one, update_s, tokens, left_s) / tokens
         return found if self.is_model_given else planner.token_seconds(found, self.text)
 
     def _update_tokens(self, tokens: int) -> int:
@@ -211,26 +215,38 @@ class Planning:
         length, unit = self.text.sequence_length, self.cluster.world_size * self.micro_batch
         return length * planner.batch_size_for(planner.update_tokens_for(tokens), length, unit)
 
-    def _with_exchange(self, one: Measurement, update_s: float, tokens: int, peers: int) -> float:
+    def _with_exchange(
+        self, one: Measurement, update_s: float, tokens: int, left_s: float
+    ) -> float:
         """Seconds of an update and of what the peers exchange for it."""
         if self.links is None:
             return update_s
-        config, latencies = self.job.config, self.links.latency_s
+        latencies = self.links.latency_s
         measured = Measured(
             parameters=one.trained,
             update_s=update_s,
             tokens_per_update=tokens,
-            peers=peers,
+            peers=self.cluster.world_size,
             bytes_per_s=self.links.slowest()[2],
             latency_s=max(s for row in latencies for s in row if s == s),
             is_on_cpu=self.is_on_cpu,
         )
+        for _ in range(2):  # rounds follow from the number of updates, and that from the rounds
+            strategies = self._strategies(left_s / update_s)
+            fastest = choose([forecast(strategy, measured) for strategy in strategies])
+            update_s = tokens / fastest.tokens_per_s
+        return update_s
+
+    def _strategies(self, updates: float) -> list[Strategy]:
+        """How the peers may agree in a run of so many updates."""
+        config = self.job.config
         if config.sync == "auto":
-            return tokens / choose([forecast(s, measured) for s in CANDIDATES]).tokens_per_s
+            return candidates(self.job, updates)
         every = config.round_length() if config.sync == "diloco" else 0
         compress = "none" if config.compress == "powersgd" else config.compress
-        strategy = Strategy(config.sync, compress, every, config.fragments, config.overlap_steps)
-        return tokens / forecast(strategy, measured).tokens_per_s
+        asked = Strategy(config.sync, compress, every, config.fragments, config.overlap_steps)
+        shorter = None if config.sync_every else in_short_rounds(self.job, asked, updates)
+        return [shorter or asked]
 
     def _require_time(self, chosen: Choice) -> None:
         updates = min(FEWEST_UPDATES, chosen.updates)
@@ -248,6 +264,26 @@ class Planning:
         config = with_warmup(settle(asked), chosen.updates)
         if config.warmup_steps is None:
             config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
+        config = self._in_rounds(config, chosen.updates)
         plan = replace(make_plan(config, self.cluster, job.data), total_steps=chosen.updates)
         self.budget.most_updates = max(chosen.updates, most_tokens // plan.tokens_per_update)
         return replace(job, config=config, plan=plan, budget=self.budget)
+
+    def _in_rounds(self, config: TrainConfig, updates: int) -> TrainConfig:
+        """The configuration with rounds that are short enough for so many updates, if it has any.
+
+        Those that were asked for stay what they are.
+        """
+        if config.sync != "diloco":
+            return config
+        length = round_length_for(replace(self.job, config=config), updates)
+        if config.sync_every is None:
+            config = replace(config, sync_every=length)
+        if updates < FEWEST_ROUNDS * config.round_length():
+            shorter = f": --sync-every {length} would be short enough" if length else ""
+            self.budget.words.append(
+                f"note      {updates} updates are fewer than {FEWEST_ROUNDS} rounds of"
+                f" {config.round_length()}; when the run ends is decided only where rounds"
+                f" end{shorter}"
+            )
+        return config

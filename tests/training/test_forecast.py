@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.links import Links
 from p2p_llm_forge.sync.forecast import Strategy
 from p2p_llm_forge.training import forecast
+from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.learner import new_model
 
 
@@ -70,6 +72,38 @@ def test_an_update_is_timed_by_its_micro_batches(timed, monkeypatch):
     assert forecast.update_s_by_rank(timed, lm) == [5.0]
     after = list(lm.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "no update"
+
+
+def by_clock(job, updates, **settings):
+    """The same with --minutes, and a time for so many updates."""
+    plan, config = replace(job.plan, total_steps=updates), replace(job.config, **settings)
+    return replace(job, plan=plan, config=config, budget=Budget(60.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("updates", "rounds"), [(4000, {20, 50, 100}), (600, {20, 50, 60}), (60, {6})]
+)
+def test_a_run_that_ends_by_the_clock_has_ten_rounds_at_least(timed, updates, rounds):
+    """Only where rounds end is it decided when it does."""
+    job = by_clock(timed, updates, sync="auto")
+    found = forecast.forecasts(job, new_model(job), Links([[math.nan]], [[math.nan]]), [1.0])
+    strategies = [one.strategy for one in found]
+    assert {one.sync_every for one in strategies} == {0, *rounds}
+    assert len({*strategies}) == len(strategies)
+    for one in strategies:
+        forecast.with_strategy(job.config, one).problems().raise_any()
+
+
+def test_rounds_that_nobody_asked_for_are_short_and_go_with_the_other_settings(timed):
+    def length(updates, **settings):
+        return forecast.round_length_for(
+            by_clock(timed, updates, sync="diloco", **settings), updates
+        )
+
+    assert [length(updates) for updates in (10_000, 500, 370, 60, 9)] == [50, 50, 37, 6, 1]
+    assert length(370, eval_every=100) == 25  # which it is evaluated at the end of
+    assert length(370, fragments=4, overlap_steps=5) == 37
+    assert length(60, fragments=4, overlap_steps=6) is None
 
 
 def test_strategies_that_do_not_go_with_the_run_are_left_out(timed):

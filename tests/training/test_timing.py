@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
 from dataclasses import replace
 
 import pytest
 
-from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import timing
+from p2p_llm_forge.training.checkpoint import commit
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.run_record import RunRecord
 from p2p_llm_forge.training.timing import timed
 from tests import runs
+from tests.training.saved import writer
 from train import train
 
 SECONDS = 60.0
@@ -155,6 +158,34 @@ def test_a_depth_is_chosen_unless_a_size_was_given(config, overrides, is_chosen)
     assert job.config.config_overrides == overrides
     assert ("the model as given" in job.budget.words[0]) == (not is_chosen)
     assert job.budget.plan["chosen"]["depth"] == (job.config.depth if is_chosen else None)
+
+
+def test_rounds_are_at_most_a_tenth_of_the_updates_and_stay_so(config, tmp_path):
+    config = replace(config, max_steps=None, minutes=1.0, batch_size=256, sync="diloco")
+    with join(config) as cluster:
+        first = timed(config, open_job(config, cluster), time.monotonic())
+        assert 1 <= first.config.sync_every <= max(1, first.plan.total_steps // 10) < 50
+        assert not [line for line in first.budget.words if line.startswith("note")]
+
+        def write(folder):
+            writer(3, config=as_dict(first.config))(folder)
+
+        (tmp_path / "run").mkdir()
+        commit(tmp_path / "run", 3, write, TrainConfig())
+        again = replace(config, resume="auto")
+        resumed = timed(again, open_job(again, cluster), time.monotonic())
+    assert resumed.config.sync_every == first.config.sync_every
+
+
+def test_longer_rounds_that_were_asked_for_stay_and_are_noted(config):
+    config = replace(config, max_steps=None, minutes=1.0, batch_size=256)
+    config = replace(config, sync="diloco", sync_every=1000)
+    with join(config) as cluster:
+        job = timed(config, open_job(config, cluster), time.monotonic())
+    assert job.config.sync_every == 1000 and job.plan.total_steps < 3000
+    (note,) = [line for line in job.budget.words if line.startswith("note")]
+    shorter = int(re.search(r"--sync-every (\d+) would be", note)[1])
+    assert "fewer than 3 rounds of 1000" in note and shorter <= max(1, job.plan.total_steps // 10)
 
 
 def test_a_dry_run_shows_the_plan(config, tmp_path, capsys):
