@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from p2p_llm_forge.errors import ForgeError
@@ -17,6 +15,7 @@ from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import one_micro_batch
+from p2p_llm_forge.training.free_memory import free_bytes
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.plan import even_size
 
@@ -26,7 +25,6 @@ BYTES_PER_LOGIT, OWN_WORK = 3 * 4, 1.25
 USABLE_SHARE = 0.8  # of what is free: others need some, and allocators keep some
 # Of a parameter: its gradient and the two moments of AdamW, in float32.
 BYTES_PER_PARAMETER = 12
-CGROUP = Path("/sys/fs/cgroup")  # of version 2: what a container may take
 
 
 @dataclass(frozen=True)
@@ -90,25 +88,6 @@ def bytes_kept(act: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         act()
     return sum(kept.values())
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that this process can still take: of the device; or of machine, container, limits."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(free + unused)
-    free_here = [float(psutil.virtual_memory().available)]
-    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
-        most = int((CGROUP / "memory.max").read_text())
-        free_here.append(most - int((CGROUP / "memory.current").read_text()))
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        most, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if most != resource.RLIM_INFINITY:
-            free_here.append(most - psutil.Process().memory_info().vms)
-    return max(0.0, min(free_here))
 
 
 def refuse_one_block(job: Job, model: NextTokenLoss, own: Memory) -> None:
