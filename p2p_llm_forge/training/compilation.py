@@ -164,9 +164,12 @@ def try_all_sizes(job: Job, model: NextTokenLoss) -> None:
             one_micro_batch(job, model, blocks)
 
 
-def one_micro_batch(job: Job, model: NextTokenLoss, blocks: int) -> None:
-    """A forward and backward of so many blocks, whatever they hold, without an update."""
-    length, device = job.data.manifest.sequence_length, job.cluster.device
+def one_micro_batch(job: Job, model: NextTokenLoss, blocks: int, length: int | None = None) -> None:
+    """A forward and backward of so many blocks, whatever they hold, without an update.
+
+    length: of a block, if not that of the data.
+    """
+    length, device = length or job.data.manifest.sequence_length, job.cluster.device
     tokens = torch.arange(blocks * length, device=device).view(blocks, length)
     tokens %= job.data.manifest.vocab_size
     with job.cluster.accelerator.autocast():

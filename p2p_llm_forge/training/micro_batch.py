@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import CHUNK_VALUES, CHUNK_VALUES_ON_GPU, NextTokenLoss
 from p2p_llm_forge.peers.plausible import require_numbers
+from p2p_llm_forge.peers.rank_failure import is_out_of_memory
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import one_micro_batch
@@ -23,20 +25,26 @@ from p2p_llm_forge.training.plan import even_size
 # its gradient, and as much again of its own work as it keeps of a layer.
 BYTES_PER_LOGIT, OWN_WORK = 3 * 4, 1.25
 USABLE_SHARE = 0.8  # of what is free: others need some, and allocators keep some
-# Of a parameter: its gradient and the two moments of AdamW, in float32.
-BYTES_PER_PARAMETER = 12
+BYTES_PER_GRADIENT, BYTES_OF_MOMENTS = 4, 8  # of a parameter, in float32; of AdamW, the most
+SHORTEST = 16  # tokens of a block
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What this rank has, and what a micro-batch takes of it, in bytes."""
+    """What this rank has, and what a micro-batch takes of it, in bytes.
+
+    seen: the blocks that fit, where memory did not suffice for one more.
+    """
 
     free: float
     fixed: float  # whatever the micro-batch
     per_block: float
+    seen: int | None = None
 
     def blocks_that_fit(self) -> int:
         """The largest micro-batch; 0: not even one block."""
+        if self.seen is not None:
+            return self.seen
         return max(0, int((USABLE_SHARE * self.free - self.fixed) / max(self.per_block, 1)))
 
 
@@ -63,16 +71,63 @@ def settle_micro_batch(job: Job, model: NextTokenLoss, checkpoint: Path | None) 
     return begun if 0 < begun <= most else even_size(max(plan.shares), most)
 
 
-def measured_memory(job: Job, model: NextTokenLoss) -> Memory:
-    """What one block keeps for backward, by a forward of one block and one of two."""
-    one, two = (bytes_kept(lambda n=n: one_micro_batch(job, model, n)) for n in (1, 2))  # type: ignore[misc]
+def measured_memory(
+    job: Job, model: NextTokenLoss, length: int | None = None, moments: int = BYTES_OF_MOMENTS
+) -> Memory:
+    """What one block takes, by what forwards of one block and of two keep for their backward.
+
+    Two are tried only where they can fit: out of memory, most processes are killed. Others are
+    refused some, which is an answer, too. length: of a block, if not that of the data; moments:
+    bytes of a parameter that its optimizer is yet to take. Needs no other rank.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    length = length or job.data.manifest.sequence_length
+    device, later = job.cluster.device, moments * trained
+    processes = job.cluster.launch.local_world_size if device.type == "cpu" else 1
+    one = kept_by(job, model, (1, length), later)
+    free = free_bytes(device) / processes
+    if one is None:
+        return Memory(free, fixed=0.0, per_block=math.inf, seen=0)
+    most = CHUNK_VALUES_ON_GPU if device.type == "cuda" else CHUNK_VALUES
+    logits = max(job.plan.shares) * length * job.data.manifest.vocab_size
+    fixed = later + BYTES_PER_GRADIENT * trained + BYTES_PER_LOGIT * min(most, logits)
+    alone = Memory(free, fixed, OWN_WORK * one)
+    if fixed + 2 * alone.per_block > free:
+        return alone
+    two = kept_by(job, model, (2, length), later)
+    if two is None:
+        return replace(alone, seen=1)
     per_block = OWN_WORK * max(two - one, one / 2)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    is_on_gpu = job.cluster.device.type == "cuda"
-    chunk = BYTES_PER_LOGIT * (CHUNK_VALUES_ON_GPU if is_on_gpu else CHUNK_VALUES)
-    fixed = BYTES_PER_PARAMETER * parameters + chunk + max(0.0, one - (two - one))
-    processes = job.cluster.launch.local_world_size if job.cluster.device.type == "cpu" else 1
-    return Memory(free_bytes(job.cluster.device) / processes, fixed, per_block)
+    return Memory(free, fixed + max(0.0, one - (two - one)), per_block)
+
+
+def kept_by(job: Job, model: NextTokenLoss, shape: tuple[int, int], later: int) -> int | None:
+    """Bytes that a forward of blocks of this shape keeps for its backward.
+
+    None where memory is too small for both, and for `later` bytes beside them.
+    """
+    blocks, length = shape
+    device = job.cluster.device
+
+    def act() -> None:
+        beside = torch.empty(later, dtype=torch.uint8, device=device)
+        one_micro_batch(job, model, blocks, length)
+        del beside
+
+    try:
+        return bytes_kept(act)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back(model)
+    return None
+
+
+def give_back(model: torch.nn.Module) -> None:
+    """Free what a forward or backward has left that memory was too small for."""
+    model.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def bytes_kept(act: Callable[[], object]) -> int:
@@ -95,21 +150,35 @@ def refuse_one_block(job: Job, model: NextTokenLoss, own: Memory) -> None:
     if own.blocks_that_fit() >= 1:
         return
     length = job.data.manifest.sequence_length
-    needed, free = own.fixed + own.per_block, USABLE_SHARE * own.free
-    fixes = []
+    shorter, fixes = length_that_fits(job, model, own), []
     if not job.config.gradient_checkpointing:
         recompute_activations(model.lm)
         if measured_memory(job, model).blocks_that_fit() >= 1:
             fixes.append("add --gradient-checkpointing")
-    shorter = int(length * (free - own.fixed) / own.per_block)
-    if shorter >= 16:
-        fixes.append(f"prepare the data with --sequence-length {shorter // 8 * 8}")
+    if shorter:
+        fixes.append(f"prepare the data with --sequence-length {shorter}")
     fixes.append("take a smaller model, or a machine with more memory")
+    usable, needed = USABLE_SHARE * own.free / 1e9, (own.fixed + own.per_block) / 1e9
+    needs = f"about {needed:.2f} GB, {usable:.2f} GB can be used"
+    if own.seen is not None:
+        needs = f"more than the {own.free / 1e9:.2f} GB that are free"
     raise ForgeError(
-        f"--micro-batch-size auto: not even one block of {length} tokens fits: it needs about"
-        f" {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB can be used",
+        f"--micro-batch-size auto: not even one block of {length} tokens fits: it needs {needs}",
         ", or ".join(fixes),
     )
+
+
+def length_that_fits(job: Job, model: NextTokenLoss, own: Memory) -> int:
+    """Tokens of a block that fits where one of the data does not; 0: none is known."""
+    length = job.data.manifest.sequence_length
+    if own.seen is None:
+        length = int(length * (USABLE_SHARE * own.free - own.fixed) / own.per_block)
+        return length // 8 * 8 if length >= SHORTEST else 0
+    while length >= 2 * SHORTEST:  # by trial: what a block takes is not known
+        length = length // 16 * 8
+        if measured_memory(job, model, length).blocks_that_fit() >= 1:
+            return length
+    return 0
 
 
 def recorded_size(checkpoint: Path) -> int:

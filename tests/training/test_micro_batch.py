@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import recompute_activations
+from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import micro_batch
 from p2p_llm_forge.training.compilation import one_micro_batch
 from p2p_llm_forge.training.job import open_job
-from p2p_llm_forge.training.learner import build_learner
-from p2p_llm_forge.training.micro_batch import Memory, bytes_kept, measured_memory
+from p2p_llm_forge.training.learner import build_learner, new_model
+from p2p_llm_forge.training.micro_batch import (
+    Memory,
+    bytes_kept,
+    kept_by,
+    measured_memory,
+    settle_micro_batch,
+)
 from p2p_llm_forge.training.plan import even_size
 from p2p_llm_forge.training.run_folder import run_folder
 from p2p_llm_forge.training.setup import set_up
+from tests.memory_channel import clusters, run_ranks
+from tests.runs import flags
+from tests.training.machines import other_data
+from tests.training.slow_models import too_small_for_more_than
 from train import take_update
 
 
@@ -80,6 +95,76 @@ def test_where_one_block_does_not_fit_what_would_is_said_and_fits(config, monkey
         assert "--sequence-length 16" in fix
         checkpointed = replace(job, config=replace(asked, gradient_checkpointing=True))
         assert build_learner(checkpointed, None).micro_batch_size >= 1  # the fix, followed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: only it limits address space")
+def test_what_a_process_may_not_take_is_seen(zygote, prepared, text_file, tmp_path):
+    """For real: the system refuses the process what goes beyond a room."""
+    short, found = other_data(text_file, tmp_path / "short", length=16), []
+    for number, data in enumerate((prepared, short)):
+        log = tmp_path / f"{number}.log"
+        words = flags(data, tmp_path / f"run {number}", micro_batch_size="auto")
+        pid = zygote.start(words, log, script="tests.training.little_room")
+        assert zygote.wait(pid) == 0, log.read_text()
+        said = log.read_text().splitlines()
+        found.append([json.loads(line[5:]) for line in said if line.startswith("room ")])
+    (size, refused), (_, size_of_short) = found
+    assert size == 1
+    assert "not even one block of 32 tokens fits: it needs more than the 0.0" in refused
+    assert "fix: prepare the data with --sequence-length 16, or take a smaller model" in refused
+    assert size_of_short == 1  # the fix, followed
+
+
+def settled(open_small_job, *suffices_for):
+    """What each rank comes to, by the blocks that its memory suffices for."""
+    job = open_small_job(micro_batch_size="auto")
+    job = replace(job, plan=replace(job.plan, shares=[8 for _ in suffices_for]))
+    models = [NextTokenLoss(new_model(job)).train() for _ in suffices_for]
+
+    def act(cluster):
+        cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+        model = models[cluster.rank]
+        model.register_forward_pre_hook(too_small_for_more_than(suffices_for[cluster.rank]))
+        try:
+            return settle_micro_batch(replace(job, cluster=cluster), model, None)
+        except ForgeError as error:
+            return error
+
+    with clusters(len(suffices_for)) as ranks:
+        return run_ranks(ranks, act)
+
+
+@pytest.mark.parametrize("suffices_for", [(1,), (8, 1), (1, 8)])
+def test_where_two_blocks_do_not_fit_on_a_rank_all_take_one(open_small_job, suffices_for):
+    assert settled(open_small_job, *suffices_for) == [1 for _ in suffices_for]
+
+
+def test_where_one_block_does_not_fit_on_a_rank_all_end_with_what_would_there(open_small_job):
+    errors = settled(open_small_job, 8, 0.5)
+    assert all(isinstance(one, ForgeError) for one in errors)
+    (problem,), (same,) = (one.problems for one in errors)
+    assert problem == same
+    assert problem.where.startswith("rank 1 ")
+    assert problem.found.startswith("--micro-batch-size auto: not even one block of 32 tokens fits")
+    assert problem.fix.startswith("prepare the data with --sequence-length 16, or take a smaller")
+
+
+def test_out_of_memory_leaves_nothing_behind_and_another_error_is_raised(open_small_job):
+    job = open_small_job()
+    job.cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    model = NextTokenLoss(new_model(job)).train()
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), ValueError("shapes do not match")]
+
+    def fail(gradient):
+        raise errors.pop(0)
+
+    hook = next(model.parameters()).register_hook(fail)  # late in backward
+    assert kept_by(job, model, (1, 32), 0) is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="shapes"):
+        kept_by(job, model, (1, 32), 0)
+    hook.remove()
+    assert kept_by(job, model, (1, 32), 0) > 0
 
 
 def gradients_of_update(config, fail_at=None, error=None):
