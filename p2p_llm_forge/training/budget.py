@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import planner
 from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
 
 # Of the whole time: between two decisions, and between two checkpoints.
@@ -147,3 +148,4 @@ class Budget:
         self.used_s = float(saved["seconds"])
         self.most_updates = saved.get("most_updates") or MOST_UPDATES
         self.plan = saved.get("plan") or {}
+        self.words = planner.words_of(self.plan)

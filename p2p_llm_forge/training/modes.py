@@ -30,8 +30,8 @@ from p2p_llm_forge.training.job import Job, open_data
 from p2p_llm_forge.training.learner import new_model, text_spec_of
 from p2p_llm_forge.training.lent_model import lent, newest_anywhere, refuse_two_runs, steps_by_rank
 from p2p_llm_forge.training.manifest import checkpoint_dir, own_files
-from p2p_llm_forge.training.pace import saved_pace
 from p2p_llm_forge.training.results import TrainResult
+from p2p_llm_forge.training.run_folder import end_of
 from p2p_llm_forge.training.settle import settled_lines
 from p2p_llm_forge.training.setup import held_out_of, settle_evaluation, settle_pace
 from p2p_llm_forge.training.tracking import introduction
@@ -137,15 +137,17 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
         return [f"folder    {folder} holds a run, which --overwrite throws away"], None
     try:
         refuse_another_run(folder, job.identity(), True, config.resume_changed)
-        state = read_state(checkpoint_dir(folder, steps[0])) if steps else None
+        state: dict[str, Any] | None = None
+        total = job.plan.total_steps
+        if steps:
+            state = read_state(checkpoint_dir(folder, steps[0]))
+            total = end_of(checkpoint_dir(folder, steps[0]), state, job)
     except ForgeError as error:
         return [f"folder    {one.found}\n          {one.fix}" for one in error.problems], None
     except (OSError, ValueError) as error:
         where = checkpoint_dir(folder, steps[0])
         return [f"folder    {where} cannot be read ({in_one_line(error, LONGEST_LINE)})"], None
     saved = f"saved after step {steps[0] if steps else 0:,}"
-    paced = saved_pace(state) if state else None
-    total = paced.total_steps if paced else job.plan.total_steps
     then = "--resume auto continues it" if not steps or steps[0] < total else "it has ended"
     found = f"{folder} holds this run, {saved} of {total:,}"
     return [f"folder    {found}; {then}, --overwrite throws it away"], state
@@ -189,6 +191,20 @@ def dry_run(job: Job) -> TrainResult:
     cluster = job.cluster
     in_folder, state = cluster.main_only(lambda: look_into(job))
     in_folder += look_elsewhere(job)
+    lines = in_folder
+    if job.budget is None or job.budget.plan or state:  # else nothing was planned: it is refused
+        lines = would_be(job, state, in_folder)
+    if cluster.is_main:
+        print("\n".join([*lines, "dry run: nothing was trained or written"]), flush=True)
+    return TrainResult(job.config.output_dir, 0, 0, None, None, cluster.world_size)
+
+
+def would_be(job: Job, state: dict[str, Any] | None, in_folder: list[str]) -> list[str]:
+    """What a run would be, for a person, and how fast by which strategy. All ranks must call.
+
+    state: of the trainer that it would resume from.
+    """
+    cluster = job.cluster
     if state:
         job, _ = settle_pace(job, state)
     job = settle_evaluation(job, state or {})
@@ -199,9 +215,6 @@ def dry_run(job: Job) -> TrainResult:
     lines += [f"LoRA      of {lora_in_words(lm)}"] if config.lora_rank else []
     lines += [f"held out  {evaluated.in_words()}"] if evaluated else []
     lines += in_folder
-    text = "\n".join(lines)
     if cluster.world_size > 1:
-        text = "\n".join([text, "", *table(measure_and_forecast(job, lm))])
-    if cluster.is_main:
-        print(f"{text}\ndry run: nothing was trained or written", flush=True)
-    return TrainResult(config.output_dir, 0, 0, None, None, cluster.world_size)
+        lines += ["", *table(measure_and_forecast(job, lm))]
+    return lines

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.shape import shape_of
+from p2p_llm_forge.shapes import is_flag, is_number, is_positive, require_shape
 from p2p_llm_forge.training.law import bits_per_byte
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
@@ -26,6 +28,14 @@ UPDATE_TOKENS, AT_TOKENS = 1024, 250_000
 SMALLEST_UPDATE, LARGEST_UPDATE = 512, 2**19
 MEGABYTE = 1e6
 LONG_TEXT = 250_000  # bytes, of which there are hundreds of blocks of 256 tokens
+
+# What a run has on record, and what each of them looks like there.
+CHOICES = ("chosen", "twice_the_time", "one_more_peer")
+SHAPE = {
+    **{"depth": (None, is_positive), "tokens": is_positive, "update_tokens": is_positive},
+    **{"epochs": is_number, "seconds": is_number},
+    **{"bits_per_byte": (None, is_number), "is_cut_short": (None, is_flag)},
+}
 
 
 @dataclass(frozen=True)
@@ -257,6 +267,17 @@ def in_words(choice: Choice, twice: Choice, with_peer: Choice) -> list[str]:
         f"expected  about {choice.bits_per_byte:.3f} bits per byte, by a law of other texts;"
         f" {', '.join(losses)}",
     ]
+
+
+def words_of(plan: Mapping[str, Any]) -> list[str]:
+    """`in_words` of what a run has on record; nothing where that lacks what is needed."""
+    names = [field.name for field in fields(Choice)]
+    try:
+        require_shape(plan, dict.fromkeys(CHOICES, SHAPE), "plan")
+        records = [plan[one] for one in CHOICES]
+        return in_words(*(Choice(**{n: one[n] for n in names if n in one}) for one in records))
+    except (ValueError, TypeError):
+        return []
 
 
 def as_record(choices: Iterable[Choice]) -> list[dict[str, float | int | None]]:

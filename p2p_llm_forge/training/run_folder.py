@@ -235,17 +235,7 @@ def look_back(
     if newest is None:
         return None, None
     state = checkpoint.read_state(newest)
-    step, paced = state["step"], saved_pace(state)
-    refuse_other_end(newest, job.config, is_paced=paced is not None)
-    total_steps = paced.total_steps if paced else job.plan.total_steps
-    if step > total_steps:
-        raise ForgeError(
-            f"{newest} is after step {step}, this run was asked to end at {total_steps}",
-            "raise --max-steps or --epochs, or start from scratch with --overwrite",
-        )
-    last = checkpoint.checkpoint_dir(job.output_dir, total_steps)
-    if step < total_steps and checkpoint.is_in_the_way(last):
-        raise checkpoint.in_the_way(last)
+    step, total_steps = state["step"], end_of(newest, state, job)
     result = TrainResult.load(job.output_dir)
     is_asked_for = job.config.merge_lora != is_adapter_folder(job.output_dir)
     if (
@@ -256,6 +246,25 @@ def look_back(
         return str(newest), None
     print(f"finished already; --overwrite starts from scratch\n{result.summary()}", flush=True)
     return str(newest), vars(result)
+
+
+def end_of(saved: Path, state: dict[str, Any], job: Job) -> int:
+    """After how many updates the run in a checkpoint is to end. state: of its trainer.
+
+    Raises ForgeError where the job cannot go on from there.
+    """
+    step, paced = state["step"], saved_pace(state)
+    refuse_other_end(saved, job.config, is_paced=paced is not None)
+    total_steps = paced.total_steps if paced else job.plan.total_steps
+    if step > total_steps:
+        raise ForgeError(
+            f"{saved} is after step {step}, this run was asked to end at {total_steps}",
+            "raise --max-steps or --epochs, or start from scratch with --overwrite",
+        )
+    last = checkpoint.checkpoint_dir(job.output_dir, total_steps)
+    if step < total_steps and checkpoint.is_in_the_way(last):
+        raise checkpoint.in_the_way(last)
+    return total_steps
 
 
 def refuse_other_end(saved: Path, config: TrainConfig, is_paced: bool) -> None:

@@ -100,9 +100,8 @@ class Planning:
         twice = self._choice(measured, left_s + self.budget.seconds)
         with_peer = self._choice(measured, left_s, speedup=(peers + 1) / peers)
         self.budget.words = planner.in_words(chosen, twice, with_peer)
-        names = ("chosen", "twice_the_time", "one_more_peer")
         records = planner.as_record([chosen, twice, with_peer])
-        self.budget.plan = dict(zip(names, records, strict=True))
+        self.budget.plan = dict(zip(planner.CHOICES, records, strict=True))
         return self._job_of(chosen, self._most_tokens(chosen, measured))
 
     def _text(self) -> Text:

@@ -69,6 +69,8 @@ def test_a_dry_run_looks_at_a_folder_that_holds_a_run(config, tmp_path, capsys):
     assert f"{folder} holds this run, saved after step 6 of 6; it has ended" in seen()
     assert "after step 6 of 9; --resume auto continues it" in seen(max_steps=9)
     assert "after step 6 of 9; --resume auto" in seen(max_steps=9, resume="auto")
+    beyond = seen(max_steps=3)
+    assert "asked to end at 3\n          raise --max-steps" in beyond and "ended" not in beyond
     other = seen(seed=7)
     assert "seed: the run has 0, asked was 7" in other and "choose another --output-dir" in other
     assert f"{folder} holds a run, which --overwrite throws away" in seen(overwrite=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -134,6 +135,29 @@ def test_a_choice_counts_the_updates_of_the_batch_that_is_taken():
     loaded = planner.choice_of_loaded(1e-4, TEXT, 1000)  # which reads it four times
     assert planner.in_updates(loaded, 300_000, fewest=20).updates == 5
     assert planner.in_updates(loaded, 3_000_000, fewest=20).updates == 1
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_what_is_on_record_is_said_in_the_same_words(is_loaded):
+    chosen = [planner.choose(seconds(), TEXT, time_s) for time_s in (100, 200, 150)]
+    if is_loaded:
+        chosen = [planner.choice_of_loaded(1e-4, TEXT, time_s) for time_s in (100, 200, 150)]
+    plan = json.loads(
+        json.dumps(dict(zip(planner.CHOICES, planner.as_record(chosen), strict=True)))
+    )
+    assert planner.words_of(plan) == planner.in_words(*chosen) != []
+    plan["chosen"]["of a later version"] = 1
+    assert planner.words_of(plan) == planner.in_words(*chosen)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": 0}, {"tokens": "many"}, {"epochs": None}, {"bits_per_byte": "few"}, None]
+)
+def test_a_record_that_lacks_what_is_needed_says_nothing(change):
+    chosen = [planner.choose(seconds(), TEXT, time_s) for time_s in (100, 200, 150)]
+    plan = dict(zip(planner.CHOICES, planner.as_record(chosen), strict=True))
+    plan["chosen"] = change and {**plan["chosen"], **change}
+    assert planner.words_of(plan) == planner.words_of({}) == []
 
 
 def test_a_text_decides_its_vocabulary_and_blocks():

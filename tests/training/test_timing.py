@@ -17,6 +17,7 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import timing
 from p2p_llm_forge.training.checkpoint import commit
+from p2p_llm_forge.training.interruptions import Interrupted
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.run_record import RunRecord
 from p2p_llm_forge.training.timing import timed
@@ -25,6 +26,7 @@ from tests.training.saved import writer
 from train import train
 
 SECONDS = 60.0
+PLANNED = ("plan    ", "expected")
 
 
 def saved(folder, step):
@@ -91,10 +93,37 @@ def test_a_time_shorter_than_the_start_is_refused_and_leaves_nothing(config, tmp
     assert "give it --minutes" in str(refused.value)
 
 
-def test_a_run_by_the_clock_and_one_by_number_do_not_resume_each_other(config, tmp_path):
+def test_a_run_by_the_clock_and_one_by_number_do_not_resume_each_other(config, capsys):
     train(replace(config, max_steps=2))
-    with pytest.raises(ForgeError, match="ends after a number of updates, not by --minutes"):
-        train(replace(config, max_steps=None, minutes=1.0, resume="auto"))
+    by_clock = replace(config, max_steps=None, minutes=1.0)
+    with pytest.raises(ForgeError, match="ends after a number of updates, not by --minutes") as no:
+        train(replace(by_clock, resume="auto"))
+    capsys.readouterr()
+    train(replace(by_clock, dry_run=True))
+    (problem,), said = no.value.problems, capsys.readouterr().out
+    assert problem.found in said and problem.fix in said
+    assert "continues it" not in said and "updates  " not in said
+
+
+def test_what_was_planned_is_said_after_a_resume_and_in_a_dry_run_too(config, capsys):
+    by_number = replace(config, resume="auto")
+    config = replace(by_number, max_steps=None, minutes=1.0, max_seconds=0.1, save_every=0)
+    with pytest.raises(Interrupted):
+        train(config)
+    planned = [line for line in capsys.readouterr().out.splitlines() if line[:8] in PLANNED]
+    assert len(planned) == 2
+    train(replace(config, dry_run=True))
+    dry = capsys.readouterr().out
+    assert "\n".join(planned) in dry and "--resume auto continues it" in dry
+    with pytest.raises(Interrupted):
+        train(config)
+    resumed = capsys.readouterr().out
+    assert "resuming  after" in resumed and "\n".join(planned) in resumed
+    with pytest.raises(ForgeError, match="ends by the clock") as no:
+        train(by_number)
+    train(replace(by_number, dry_run=True))
+    (problem,), dry = no.value.problems, capsys.readouterr().out
+    assert problem.found in dry and problem.fix in dry and "continues it" not in dry
 
 
 def test_a_run_that_was_killed_before_it_saved_anything_is_planned_again(config, tmp_path):
