@@ -196,6 +196,9 @@ FOLLOWED = {
         f"{AT_START}::test_a_dry_run_says_what_would_be_fetched_and_writes_nothing",
     ),
     "training.plan:plan_updates": (BATCH, BATCH),
+    "training.plan:more_processes_than_blocks": (
+        f"{TRAINING}::test_the_fixes_of_a_batch_with_fewer_blocks_than_processes_let_the_run_go_on",
+    ),
     "peers.addresses:resolve": (NAMES,),
     "peers.addresses:judge_name": (ADDRESSES, NAMES),
     "peers.addresses:judge_public": (ADDRESSES, ADDRESSES),

@@ -157,6 +157,7 @@ class Rounds:
         self.phase, self.taking_part, self._since = RUNNING, members, now
         self._has_failed = self._has_lost = False
         world_size, first = sum(member.processes for member in members), 0
+        most = self.max_peers and self.max_peers * members[0].processes  # alike on all machines
         for rank, member in enumerate(members):
             member.send(
                 {
@@ -166,6 +167,7 @@ class Rounds:
                     "machine": rank,
                     "first_rank": first,
                     "world_size": world_size,
+                    "most_processes": most,
                     "main_address": members[0].address,
                     "main_port": members[0].port,
                 }

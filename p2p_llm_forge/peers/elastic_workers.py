@@ -17,7 +17,10 @@ Start = dict[str, Any]  # as `Rounds` sends it
 
 def environ_of(start: Start, processes: int, local_rank: int) -> dict[str, str]:
     """What torch, Accelerate and train.py read, as torchrun names it, for one worker."""
+    most = start.get("most_processes")
+    known = {"P2P_LLM_FORGE_MOST_PROCESSES": str(most)} if most else {}
     return {
+        **known,
         "RANK": str(start["first_rank"] + local_rank),
         "WORLD_SIZE": str(start["world_size"]),
         "LOCAL_RANK": str(local_rank),

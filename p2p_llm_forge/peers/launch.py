@@ -53,6 +53,7 @@ NEUTRAL = {
     "ACCELERATE_DYNAMO_BACKEND": "no",
     "ACCELERATE_DEBUG_MODE": "false",
 }
+ROOM = 16  # processes that an elastic launch may come to, where it does not say
 MPI_WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -98,6 +99,7 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     is_elastic: bool = False  # torchrun starts it again, perhaps with other peers, when it fails
+    most_processes: int | None = None  # that an elastic launch may come to, if it says so
     run_id: str | None = None  # the same for all starts of one elastic launch, on all machines
     serves_store: bool = False  # the launcher, and not rank 0, at the main port
     by_torchrun: bool = False  # is elastic by torchrun, which runs what strangers send
@@ -113,6 +115,11 @@ class Launch:
     def machines(self) -> int:
         """How many machines take part."""
         return -(-self.world_size // self.local_world_size)
+
+    @property
+    def room(self) -> int:
+        """For how many processes a batch that is chosen now has to do."""
+        return (self.most_processes or ROOM) if self.is_elastic else self.world_size
 
     def environ(self) -> dict[str, str]:
         """The launch as torch and Accelerate expect to find it; nothing for a process alone."""
@@ -306,7 +313,8 @@ def _from_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
         )
     by_torchrun = "P2P_LLM_FORGE_LAUNCHER" not in environ
     elastic = {"is_elastic": True, "run_id": environ.get("TORCHELASTIC_RUN_ID")}
-    return {**processes, **elastic, "by_torchrun": by_torchrun}
+    most = _number(environ, "P2P_LLM_FORGE_MOST_PROCESSES", 0) or None
+    return {**processes, **elastic, "by_torchrun": by_torchrun, "most_processes": most}
 
 
 def _refuse_wrong_flags(

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from p2p_llm_forge.training.identity import (
     refuse_another_run,
     refuse_files_of_others,
 )
-from p2p_llm_forge.training.plan import Plan, plan_updates
+from p2p_llm_forge.training.plan import Plan, more_processes_than_blocks, plan_updates
 from p2p_llm_forge.training.planner import LEAST_BYTES, text_settings
 from p2p_llm_forge.training.publishing import look_at_hub, require_login
 from p2p_llm_forge.training.settle import begun_in, settle, width_for
@@ -426,13 +427,18 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: PreparedDataset) -> P
         lambda: recorded_identity(Path(config.output_dir)) if config.resume else None
     )
     batch_size = recorded.get("batch_size") if recorded else None
-    if is_count(batch_size) and batch_size and config.batch_size is None:
-        # The batch stays what it was, with however many peers the run resumes.
-        config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
-    return plan_updates(
-        config,
-        data.manifest.splits["train"].blocks,
-        data.manifest.sequence_length,
-        cluster.world_size,
+    planned = partial(
+        plan_updates,
+        num_blocks=data.manifest.splits["train"].blocks,
+        sequence_length=data.manifest.sequence_length,
+        world_size=cluster.world_size,
         may_be_uneven=bool(recorded) or cluster.launch.is_elastic or config.balance == "auto",
     )
+    if is_count(batch_size) and batch_size and config.batch_size in (None, batch_size):
+        if batch_size < cluster.world_size:
+            larger = planned(replace(config, batch_size=None))
+            raise more_processes_than_blocks(batch_size, larger, cluster.world_size)
+        if config.batch_size is None:
+            # The batch stays what it was, with however many peers the run resumes.
+            config = replace(config, batch_size=batch_size, gradient_accumulation_steps=None)
+    return planned(config)

@@ -67,6 +67,19 @@ def plan_updates(
     )
 
 
+def more_processes_than_blocks(batch_size: int, larger: Plan, world_size: int) -> ForgeError:
+    """What is wrong where a run goes on with more processes than its batch has blocks.
+
+    larger: a plan for so many processes.
+    """
+    return ForgeError(
+        f"the run in --output-dir has {batch_size} blocks in an update, and each of the"
+        f" {world_size} processes needs one at least",
+        f"start at most {batch_size} processes, or add --batch-size {larger.batch_size}"
+        " --resume-changed on all machines",
+    )
+
+
 def usual_micro_batch(config: TrainConfig, sequence_length: int) -> int:
     """The most blocks in a forward where nothing is asked: 8, or AT_ONCE tokens of short ones.
 

@@ -182,9 +182,9 @@ def update_tokens_for(tokens: int) -> int:
     return min(LARGEST_UPDATE, max(SMALLEST_UPDATE, 2 ** round(math.log2(best))))
 
 
-def batch_size_for(update_tokens: int, sequence_length: int, unit: int) -> int:
-    """Blocks of an update: about so many tokens, and divisible by `unit`."""
-    return unit * max(1, round(update_tokens / sequence_length / unit))
+def batch_size_for(update_tokens: int, sequence_length: int, unit: int, least: int = 1) -> int:
+    """Blocks of an update: about so many tokens, divisible by `unit`, and at least `least`."""
+    return unit * max(math.ceil(least / unit), round(update_tokens / sequence_length / unit))
 
 
 def in_updates(choice: Choice, update_tokens: int, fewest: int) -> Choice:

@@ -84,12 +84,15 @@ class Planning:
         planner.require_text(self.text)
         self.links = measure_links(self.cluster) if self.cluster.world_size > 1 else None
         self.is_model_given, self.is_loaded = is_size_given(asked), bool(asked.model_name)
-        # Ranks may differ in both, and all must come to the same answers.
+        # Ranks may differ in these, and all must come to the same answers.
         own: list[float] = [self.cluster.device.type == "cpu", asked.micro_batch() or 1]
-        on_cpus, micro_batches = zip(*self.cluster.gather_numbers(own), strict=True)
+        own += [self.cluster.launch.room]
+        on_cpus, micro_batches, rooms = zip(*self.cluster.gather_numbers(own), strict=True)
         require_numbers("its micro-batch is", micro_batches, are_whole=True)
+        require_numbers("it makes room for processes", rooms, are_whole=True)
         self.is_on_cpu = any(on_cpus)
         self.micro_batch = math.lcm(*map(int, micro_batches))
+        self.least_batch = int(max(rooms))
 
     def planned(self) -> Job:
         """The job as chosen. Raises ForgeError where the time is too short for it."""
@@ -212,7 +215,8 @@ class Planning:
         if self.asked.batch_size or self.asked.gradient_accumulation_steps:
             return self.job.plan.tokens_per_update
         length, unit = self.text.sequence_length, self.cluster.world_size * self.micro_batch
-        return length * planner.batch_size_for(planner.update_tokens_for(tokens), length, unit)
+        best, least = planner.update_tokens_for(tokens), self.least_batch
+        return length * planner.batch_size_for(best, length, unit, least)
 
     def _with_exchange(
         self, one: Measurement, update_s: float, tokens: int, left_s: float

@@ -72,8 +72,17 @@ def test_a_round_begins_after_the_last_call_and_the_main_machine_has_rank_0():
     assert of_main == {
         **{"type": "start", "token": "token", "round": 1, "machine": 0, "first_rank": 0},
         **{"world_size": 4, "main_address": "10.0.0.1", "main_port": 29999},
+        "most_processes": None,
     }
     assert of_second == {**of_main, "machine": 1, "first_rank": 2}
+
+
+def test_workers_hear_how_many_may_come_to_be():
+    course = Course(max_peers=3)
+    main = course.comes("10.0.0.1", processes=2)
+    course.passes(5.0)
+    (start,) = course.takes(main)
+    assert (start["world_size"], start["most_processes"]) == (2, 6)
 
 
 def test_a_full_launch_begins_at_once_and_lets_a_further_machine_wait():

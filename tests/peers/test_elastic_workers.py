@@ -27,6 +27,13 @@ def test_the_environment_is_what_train_py_reads():
     assert not launch.serves_store and not launch.by_torchrun
 
 
+@pytest.mark.parametrize(("most", "room"), [(None, 16), (6, 6), (64, 64)])
+def test_a_batch_has_to_do_for_those_who_may_come(most, room):
+    launch = read_launch(TrainConfig(), environ_of({**START, "most_processes": most}, 2, 1))
+    assert (launch.most_processes, launch.room) == (most, room)
+    assert read_launch(TrainConfig(), {"RANK": "0", "WORLD_SIZE": "3"}).room == 3
+
+
 def run(what, capfd, act):
     """Start two workers and `act` on them once they have printed; returns (their status, acts)."""
     printed = []

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from p2p_llm_forge.config import PrepareConfig, parse
 from p2p_llm_forge.data.dataset import open_prepared
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.training.job import refuse_different_data
+from p2p_llm_forge.training.job import Job, open_job, refuse_different_data
+from p2p_llm_forge.training.run_record import RunRecord
 from prepare_data import prepare
 from tests.memory_channel import clusters, run_ranks
 
@@ -37,6 +41,37 @@ def test_the_fix_of_a_batch_is_one_that_can_be_divided(open_small_job, sizes, fi
     for number in (None, *map(int, said.groups())):
         batch = open_small_job(**{**then, "batch_size": number}).plan.batch_size
         assert number is None or batch == number
+
+
+def test_the_fixes_of_a_batch_with_fewer_blocks_than_processes_let_the_run_go_on(config):
+    """As where a third peer joins an elastic launch, or a run resumes with one more."""
+
+    def opened(count, **settings):
+        asked = replace(config, **settings)
+        with clusters(count, is_elastic=True) as ranks:
+            jobs = run_ranks(ranks, partial(open_job, asked))
+            run_ranks(jobs, Job.refuse_another_run)
+        return jobs[0]
+
+    begun = opened(1, batch_size=2)
+    Path(config.output_dir).mkdir()
+    RunRecord(begun.identity()).write(begun.output_dir)
+    for batch_size in (None, 2):
+        same = {"batch_size": batch_size, "resume": "auto"}
+        fix = fix_of(opened, 3, **same)
+        said = re.fullmatch(
+            r"start at most (\d+) processes, or add --batch-size (\d+) --resume-changed on all"
+            r" machines",
+            fix,
+        )
+        most, larger = map(int, said.groups())
+        assert opened(most, **same).plan.shares == [1, 1]
+        changed = {**same, "batch_size": larger, "resume_changed": True}
+        assert opened(3, **changed).plan.batch_size == larger >= 3
+    accumulated = {"batch_size": None, "gradient_accumulation_steps": 4, "resume": "auto"}
+    larger = int(re.search(r"--batch-size (\d+)", fix_of(opened, 3, **accumulated))[1])
+    changed = {**accumulated, "batch_size": larger, "resume_changed": True}
+    assert opened(3, **changed).plan.batch_size == larger
 
 
 def test_the_fixes_of_a_text_are_to_prepare_it_or_no_dry_run(open_small_job, text_file, tmp_path):

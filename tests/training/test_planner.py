@@ -137,6 +137,13 @@ def test_a_choice_counts_the_updates_of_the_batch_that_is_taken():
     assert planner.in_updates(loaded, 3_000_000, fewest=20).updates == 1
 
 
+def test_a_batch_leaves_room_for_those_who_may_come():
+    assert planner.batch_size_for(2048, 1024, unit=1) == 2
+    assert planner.batch_size_for(2048, 1024, unit=1, least=16) == 16
+    assert planner.batch_size_for(2048, 1024, unit=3, least=16) == 18
+    assert planner.batch_size_for(2048, 32, unit=1, least=16) == 64
+
+
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_what_is_on_record_is_said_in_the_same_words(is_loaded):
     chosen = [planner.choose(seconds(), TEXT, time_s) for time_s in (100, 200, 150)]

@@ -217,6 +217,18 @@ def test_longer_rounds_that_were_asked_for_stay_and_are_noted(config):
     assert "fewer than 3 rounds of 1000" in note and shorter <= max(1, job.plan.total_steps // 10)
 
 
+def test_a_batch_that_is_chosen_leaves_room_for_peers_that_may_come(config):
+    config = replace(config, max_steps=None, minutes=4.0, batch_size=None)
+    sizes = []
+    for launch in ({}, {"is_elastic": True, "most_processes": 150}):
+        with join(config) as cluster:
+            cluster.launch = replace(cluster.launch, **launch)
+            job = timed(config, open_job(config, cluster), time.monotonic())
+        sizes.append(job.plan.batch_size)
+        assert f" updates of {job.plan.tokens_per_update:,} tokens" in job.budget.words[0]
+    assert sizes[0] < 150 <= sizes[1]
+
+
 def test_a_dry_run_shows_the_plan(config, tmp_path, capsys):
     train(replace(config, max_steps=None, minutes=1.0, dry_run=True))
     said = capsys.readouterr().out
