@@ -88,6 +88,11 @@ def launcher_pid(environ: Mapping[str, str] = os.environ) -> int | None:
     return 0 if has_launcher(environ) or "ACCELERATE_MIXED_PRECISION" in environ else None
 
 
+def is_first_start(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher, if there is one, has not started this machine's workers before."""
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One process in the launch: what its launcher, or the user by hand, has promised and asked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,11 +19,18 @@ import psutil
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.peers.launch import PARALLEL, PLAIN_FIX, Launch
+from p2p_llm_forge.peers.launch import (
+    PARALLEL,
+    PLAIN_FIX,
+    Launch,
+    is_first_start,
+    launcher_pid,
+)
 from p2p_llm_forge.peers.launch_files import STARTS_PROCESSES, LaunchFile, read_launch_file
 
 NAMES = ("accelerate", "accelerate-launch", "accelerate.exe", "accelerate-launch.exe")
 MODULES = ("accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+TORCHRUN = re.compile(r"(.*/)?torchrun(\.exe)?|(.*/)?torch[./]distributed[./](run|launch)(\.py)?")
 ANCESTORS = 3  # a launcher may start its workers through a shell or a profiler
 # Settings that count for one `distributed_type` only.
 OF_TYPE = {
@@ -112,6 +120,34 @@ def launch_words(cmdline: Sequence[str], of_script: int) -> list[str] | None:
         if is_launch or word.endswith(("commands/launch.py", "commands/accelerate_cli.py")):
             return list(cmdline[number + 1 : len(cmdline) - of_script])
     return None
+
+
+def first_started(environ: Mapping[str, str] = os.environ) -> float:
+    """When this process was started, by `time.time`: if that is its launcher's first start of
+    workers, when the launcher was, which has imported for seconds before."""
+    process, is_first = psutil.Process(), is_first_start(environ)
+    began = process.create_time()
+    with contextlib.suppress(psutil.Error):
+        parent = process.parent()
+        if is_first and parent and is_launcher(parent.pid, parent.cmdline(), environ):
+            began = min(began, parent.create_time())
+    return began
+
+
+def is_launcher(pid: int, cmdline: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a parent has been started to launch this process, and says how often it has.
+
+    Shells, notebooks and job managers have not, even if they have inherited what a launcher
+    exports. torchrun for a changing number of machines (`--nnodes 1:4`) does not say: it restarts
+    workers for a newcomer without counting that (torch 2.13).
+    """
+    if "P2P_LLM_FORGE_LAUNCHER" in environ:
+        return launcher_pid(environ) == pid
+    if launcher_pid(environ) is None:
+        return False
+    if any(TORCHRUN.fullmatch(word) for word in cmdline[:4]):
+        return ":" not in (value_of("nnodes", cmdline) or environ.get("PET_NNODES") or "")
+    return launch_words(cmdline, 0) is not None
 
 
 def value_of(name: str, words: Sequence[str]) -> str | None:

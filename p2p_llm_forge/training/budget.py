@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
-
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.peers.launcher import first_started
 from p2p_llm_forge.training import planner
 from p2p_llm_forge.training.pace import MOST_UPDATES, Pace
 
@@ -27,8 +26,9 @@ FEWEST_UPDATES = 20  # worth a start
 
 
 def process_began() -> float:
-    """When this process started, by `time.monotonic`."""
-    return time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+    """When this process was started, or its launcher if that is the first start: by
+    `time.monotonic`."""
+    return time.monotonic() - max(0.0, time.time() - first_started())
 
 
 class Budget:

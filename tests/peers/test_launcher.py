@@ -5,6 +5,7 @@ The environments are those that the installed Accelerate makes of a file, by its
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -174,6 +175,58 @@ def test_sizes_of_a_single_process_are_read_from_its_file():
 def test_the_words_of_the_launcher_are_told_from_those_of_the_script(cmdline, words):
     found = launcher.launch_words(cmdline, 1)
     assert found == (None if words is None else [*words, "train.py"])
+
+
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+BY_OURS = {**BY_TORCHRUN, "P2P_LLM_FORGE_LAUNCHER": "17"}
+
+
+@pytest.mark.parametrize(
+    ("line", "environ", "is_one"),
+    [
+        ("python /bin/torchrun --nproc-per-node 2 train.py", BY_TORCHRUN, True),
+        ("python -m torch.distributed.run --nnodes=2 train.py", BY_TORCHRUN, True),
+        ("python /lib/torch/distributed/run.py train.py", BY_TORCHRUN, True),
+        ("torchrun --nnodes 1:4 train.py", BY_TORCHRUN, False),
+        ("torchrun train.py", {**BY_TORCHRUN, "PET_NNODES": "1:4"}, False),
+        ("python /bin/accelerate launch train.py", BY_ACCELERATE, True),
+        ("python /bin/accelerate-launch --multi_gpu train.py", BY_TORCHRUN, True),
+        ("python launch/elastic.py --main 10.0.0.1 train.py", BY_OURS, True),
+        ("python launch/elastic.py", {**BY_OURS, "P2P_LLM_FORGE_LAUNCHER": "18"}, False),
+        # A shell that exports a precision, in a notebook, or in a job that a launcher has started.
+        ("bash", BY_ACCELERATE, False),
+        ("python -m ipykernel_launcher", BY_ACCELERATE, False),
+        ("slurmstepd: [17.batch]", BY_TORCHRUN, False),
+        ("bash", BY_OURS, True),  # by its number it is the one
+        ("python /bin/torchrun train.py", {}, False),
+    ],
+    ids=str,
+)
+def test_a_launcher_is_known_by_its_line_or_number_and_not_by_what_is_inherited(
+    line, environ, is_one
+):
+    assert launcher.is_launcher(17, line.split(), environ) is is_one
+
+
+@pytest.mark.parametrize(
+    ("name", "environ", "counts_from_parent"),
+    [
+        ("torchrun", BY_TORCHRUN, True),
+        ("torchrun", {**BY_TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "1"}, False),
+        ("accelerate-launch", BY_ACCELERATE, True),
+        ("my_jobs.py", BY_ACCELERATE, False),
+    ],
+)
+def test_time_counts_from_the_start_of_the_launcher_that_starts_for_the_first_time(
+    run, tmp_path, name, environ, counts_from_parent
+):
+    """A stand-in of the launcher's name: real processes, and nothing of torch."""
+    (tmp_path / name).symlink_to(ROOT / "tests" / "peers" / "started.py")
+    status, printed = run(sys.executable, tmp_path / name, "parent", environ=environ)
+    assert status == 0, printed
+    counted, of_parent, own = json.loads(printed)
+    assert of_parent < own and counted == (of_parent if counts_from_parent else own)
 
 
 def test_the_last_value_counts_and_without_one_the_default_file(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from operator import mul
 
 import pytest
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.training import budget as budgets
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.pace import Pace
 
@@ -109,3 +111,10 @@ def test_a_time_shorter_than_the_start_is_refused_with_one_that_suffices():
     ):
         budget.require_start(4.0)
     Budget(60, 100.0, clock=lambda: now[0]).require_start(8.0)
+
+
+def test_a_process_began_when_its_launcher_did(monkeypatch):
+    monkeypatch.setattr(budgets, "first_started", lambda: time.time() - 1000)
+    assert time.monotonic() - budgets.process_began() == pytest.approx(1000, abs=60)
+    monkeypatch.setattr(budgets, "first_started", lambda: time.time() + 1000)  # the clock was set
+    assert time.monotonic() - budgets.process_began() == pytest.approx(0, abs=60)
