@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 from p2p_llm_forge.config import OF_DILOCO, TrainConfig
 from p2p_llm_forge.config.sync import ROUND_LENGTH
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.build import recompute_activations
-from p2p_llm_forge.model.loss import NextTokenLoss
-from p2p_llm_forge.model.optimizer import build_optimizer
 from p2p_llm_forge.peers.links import Links, measure_links
 from p2p_llm_forge.peers.plausible import require_numbers
 from p2p_llm_forge.sync.forecast import CANDIDATES, Forecast, Measured, Strategy, forecast
 from p2p_llm_forge.sync.outer import units_of
 from p2p_llm_forge.sync.strategy import refuse_elastic
-from p2p_llm_forge.training.balance import device_clock
 from p2p_llm_forge.training.job import Job
-from p2p_llm_forge.training.learner import first_micro_batch
+from p2p_llm_forge.training.trial import ONE_TRIAL, Trial, take_turns
 
 # Rounds of a run with `--minutes`, at least: only where one ends is it decided when the run does.
 ROUNDS = 10
-FEWEST_MICRO_BATCHES, COMPUTING_S = 3, 2.0  # that an update is timed by: either ends it
+# That an update is timed for, or by so many micro-batches; and the most, without --minutes.
+COMPUTING_S, ENOUGH, MOST_COMPUTING_S = 2.0, 20, 60.0
 
 
 def measure_and_forecast(job: Job, lm: Any) -> list[Forecast]:
@@ -45,36 +41,12 @@ def computing_s(job: Job, lm: Any) -> float:
 
     lm: a model as the run would train it; it takes a few updates and is to be thrown away.
     """
-    cluster, plan = job.cluster, job.plan
-    if job.config.gradient_checkpointing:
-        recompute_activations(lm)
-    model = NextTokenLoss(lm.to(cluster.device), job.document_end).train()
-    optimizer = build_optimizer(job.config, lm)
-    batch = first_micro_batch(job, job.data.train_blocks())
-
-    def micro_batch() -> None:
-        with cluster.accelerator.autocast():
-            nats, _ = model(*batch)
-        (nats / batch.targets.numel()).backward()
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds(micro_batch)  # the first of each makes buffers and moments
-    seconds(update)
-    spent = [seconds(micro_batch)]
-    while len(spent) < FEWEST_MICRO_BATCHES or (sum(spent) < COMPUTING_S and len(spent) < 20):
-        spent.append(seconds(micro_batch))
-    micro_batches = -(-plan.shares[cluster.rank] // plan.micro_batch_size)
-    return sorted(spent)[len(spent) // 2] * micro_batches + seconds(update)
-
-
-def seconds(act: Callable[[], object]) -> float:
-    """How long `act` takes, with all that it leaves to a device."""
-    began = device_clock()
-    act()
-    return device_clock() - began
+    share = job.plan.shares[job.cluster.rank] * job.data.manifest.sequence_length
+    most_s = ONE_TRIAL * job.budget.seconds if job.budget else MOST_COMPUTING_S
+    trial = Trial(job, lm, job.data.train_blocks(), most_s)
+    take_turns([trial], COMPUTING_S, ENOUGH)
+    token_s, update_s = trial.figures()
+    return share * token_s + update_s
 
 
 def forecasts(job: Job, lm: Any, links: Links, update_s: list[float]) -> list[Forecast]:

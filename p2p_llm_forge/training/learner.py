@@ -159,9 +159,9 @@ def merged(saved: Path, text: TextSpec, trust_remote_code: bool) -> Iterator[Pat
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def first_micro_batch(job: Job, blocks: Blocks) -> Batch:
-    """The first blocks of the split, on the device: for trying the model."""
-    numbers = range(min(job.plan.micro_batch_size, len(blocks)))
+def first_micro_batch(job: Job, blocks: Blocks, size: int | None = None) -> Batch:
+    """The first blocks of the split, on the device: for trying the model. size: if not planned."""
+    numbers = range(min(size or job.plan.micro_batch_size, len(blocks)))
     return read(blocks, numbers).each(lambda one: one.to(job.cluster.device))
 
 

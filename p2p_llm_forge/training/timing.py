@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +19,13 @@ from p2p_llm_forge.training.job import Job, make_plan
 from p2p_llm_forge.training.law import SAMPLE_BYTES, compressed_bits
 from p2p_llm_forge.training.learner import text_spec_of
 from p2p_llm_forge.training.planner import Choice, Text
-from p2p_llm_forge.training.rehearsal import Trial
 from p2p_llm_forge.training.settle import begun_in, settle
+from p2p_llm_forge.training.trial import ALL_TRIALS, ONE_TRIAL, new_trial, take_turns
 from p2p_llm_forge.training.tuning import with_warmup
 
 FIRST_GUESS = 1000  # updates of a run that resumes, until its checkpoint says how many
 FIRST_DEPTHS, MORE_DEPTHS = (1, 4), 2  # that are measured, and how many more if it comes to that
-MEASURING, LONGEST_MEASURING_S = 0.012, 3.0  # of the time, for one depth
+MEASURING, LONGEST_MEASURING_S = 0.012, 3.0  # of the time at least, for one depth
 WARMUP = 0.02  # of the updates
 FEWEST_ROUNDS = 3  # of a run that is to end on time
 KEPT = 0.06  # of the time, for the end, until that is known better
@@ -156,15 +155,15 @@ class Planning:
     def _measure(self, depths: Sequence[int]) -> dict[int, Measurement]:
         """What depths take on the slowest peer. All ranks must call.
 
-        They take turns, so that all are measured while the machine is equally busy.
+        As many micro-batches as there is time for: a slow peer may come to fewer than others.
         """
         jobs = [replace(self.job, config=self._config_at(depth)) for depth in depths]
-        trials = [self.cluster.together(lambda: Trial(job, self.blocks)) for job in jobs]  # noqa: B023
+        most_s = (ALL_TRIALS if self.is_model_given else ONE_TRIAL) * self.budget.seconds
+        trials = self.cluster.together(
+            lambda: [new_trial(job, self.blocks, most_s) for job in jobs]
+        )
         least_s = min(LONGEST_MEASURING_S, MEASURING * self.budget.seconds) * len(depths)
-        ends_at = time.monotonic() + least_s
-        while time.monotonic() < ends_at or len(trials[0].forwards_s) < 3:
-            for trial in trials:
-                trial.run()
+        self.cluster.together(lambda: take_turns(trials, least_s))
         found = {}
         for depth, trial in zip(depths, trials, strict=True):
             by_rank = self.cluster.gather_numbers(trial.figures())

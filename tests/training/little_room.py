@@ -22,7 +22,9 @@ from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.join import join
+from p2p_llm_forge.training import trial
 from p2p_llm_forge.training.compilation import one_micro_batch
+from p2p_llm_forge.training.forecast import computing_s
 from p2p_llm_forge.training.job import open_job
 from p2p_llm_forge.training.learner import new_model
 from p2p_llm_forge.training.micro_batch import settle_micro_batch
@@ -62,10 +64,12 @@ def show(blocks: float, act: Callable[[], object]) -> None:
 
 def main() -> int:
     config = parse(TrainConfig, sys.argv[1:], "train.py")
+    trial.NextTokenLoss = Hungry
     with join(config) as cluster:
         job = open_job(config, cluster)
-        model = Hungry(new_model(job)).train()
+        model, lm = Hungry(new_model(job)).train(), new_model(job)
         one_micro_batch(job, model, 1)  # what the first one makes is there
         show(1.5, lambda: settle_micro_batch(job, model, None))
         show(0.7, lambda: settle_micro_batch(job, model, None))
+        show(2.5, lambda: computing_s(job, lm))
     return 0

@@ -12,7 +12,7 @@ from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.links import Links
 from p2p_llm_forge.sync.forecast import Strategy
-from p2p_llm_forge.training import forecast
+from p2p_llm_forge.training import forecast, trial
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.learner import new_model
 
@@ -66,7 +66,7 @@ def timed(open_small_job, alone, monkeypatch):
 
 def test_an_update_is_timed_by_its_micro_batches(timed, monkeypatch):
     """With every measurement taken for a second: four micro-batches and the optimizer's step."""
-    monkeypatch.setattr(forecast, "seconds", lambda act: (act(), 1.0)[1])
+    monkeypatch.setattr(trial, "seconds", lambda act: (act(), 1.0)[1])
     lm = new_model(timed)
     before = [p.detach().clone() for p in lm.parameters()]
     assert forecast.update_s_by_rank(timed, lm) == [5.0]

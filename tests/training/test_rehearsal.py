@@ -11,8 +11,7 @@ import torch
 
 from p2p_llm_forge.model.compiling import repeated_layers
 from p2p_llm_forge.training.learner import new_model
-from p2p_llm_forge.training.planner import Text, products
-from p2p_llm_forge.training.rehearsal import Trial, ending_s, validation_tokens
+from p2p_llm_forge.training.rehearsal import ending_s, validation_tokens
 
 
 @pytest.fixture
@@ -20,26 +19,6 @@ def job(open_small_job):
     job = open_small_job(optimizer="adamw")
     job.cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
     return job
-
-
-def test_a_trial_measures_a_token_and_an_update(job):
-    trial = Trial(job, job.data.train_blocks())
-    for _ in range(4):
-        trial.run()
-    token_s, update_s = trial.figures()
-    assert 0 < token_s < 1 and 0 < update_s < 10
-    total = sum(p.numel() for p in new_model(job).parameters())
-    assert trial.parameters == total - 32 * 32  # embeddings of positions; that of words is the head
-
-
-def test_the_size_of_a_given_model_is_what_the_law_was_fitted_on(open_small_job):
-    """Of a chosen one it is computed from the depth: the embedding is no product, the head is."""
-    job = open_small_job(**dict.fromkeys(("model_type", "config_overrides")), depth=2)
-    job.cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
-    text = Text(1, 1.0, vocabulary=300, sequence_length=32, compressed=2.5)
-    found = Trial(job, job.data.train_blocks()).parameters
-    assert found == pytest.approx(products(2, text), rel=0.005)
-    assert found < 0.95 * sum(p.numel() for p in new_model(job).parameters())
 
 
 def test_the_end_is_rehearsed_without_a_trace(job):

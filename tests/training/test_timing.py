@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -9,20 +11,26 @@ import re
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.join import join
-from p2p_llm_forge.training import timing
+from p2p_llm_forge.peers.links import Links
+from p2p_llm_forge.training import timing, trial
+from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.checkpoint import commit
 from p2p_llm_forge.training.interruptions import Interrupted
 from p2p_llm_forge.training.job import open_job
+from p2p_llm_forge.training.learner import new_model
 from p2p_llm_forge.training.run_record import RunRecord
-from p2p_llm_forge.training.timing import timed
+from p2p_llm_forge.training.timing import Planning, timed
 from tests import runs
+from tests.memory_channel import clusters, run_ranks
 from tests.training.saved import writer
+from tests.training.slow_models import SlowModels
 from train import train
 
 SECONDS = 60.0
@@ -91,6 +99,51 @@ def test_a_time_shorter_than_the_start_is_refused_and_leaves_nothing(config, tmp
         train(replace(config, max_steps=None, minutes=0.001))
     assert not (tmp_path / "run").exists()
     assert "give it --minutes" in str(refused.value)
+
+
+def test_a_model_that_is_too_slow_for_the_time_is_refused_after_one_block(config, monkeypatch):
+    slow = SlowModels(trial, monkeypatch, block_s=37.0)
+    with pytest.raises(ForgeError, match="--minutes 5 is too short"):
+        train(replace(config, max_steps=None, minutes=5.0))
+    assert slow.sizes == [1]
+
+
+@pytest.mark.parametrize("block_s", [0.02, 0.2, 2.0])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_measuring_takes_a_tenth_of_the_time_at_most(config, monkeypatch, is_given, block_s):
+    config = replace(config, max_steps=None, minutes=2.0, batch_size=None)
+    if not is_given:
+        config = replace(config, model_type=None, config_overrides=None)
+    slow = SlowModels(trial, monkeypatch, block_s)
+    with join(config) as cluster:
+        job = open_job(config, cluster)
+        with contextlib.suppress(ForgeError):
+            timed(config, job, time.monotonic())
+    assert 0 < slow.now() <= 12 and slow.sizes[0] == 1
+    assert max(slow.sizes) == job.plan.micro_batch_size or block_s > 0.02
+
+
+def test_a_slow_peer_is_timed_by_fewer_micro_batches_and_all_know_its_speed(
+    open_small_job, monkeypatch
+):
+    slow, seconds = SlowModels(trial, monkeypatch), (0.5, 20.0)
+    links = Links([[math.nan, 1e-3], [1e-3, math.nan]], [[math.nan, 1e9], [1e9, math.nan]])
+    monkeypatch.setattr(timing, "measure_links", lambda cluster: links)
+    job = open_small_job(max_steps=None, minutes=5.0)
+    lm = new_model(job)
+    monkeypatch.setattr(trial, "new_model", lambda job: copy.deepcopy(lm))
+
+    def act(cluster):
+        cluster.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+        slow.block_s = seconds[cluster.rank]
+        own = replace(job, cluster=cluster)
+        planning = Planning(job.config, own, Budget(300.0, 0.0, clock=lambda: 0.0))
+        return planning._measure([0])[0].token_s, list(slow.sizes)
+
+    with clusters(2) as ranks:
+        of_fast, of_slow = run_ranks(ranks, act)
+    assert of_fast == (pytest.approx(20 / 32), [1, 1, 8, 8, 8])
+    assert of_slow == (pytest.approx(20 / 32), [1])
 
 
 def test_a_run_by_the_clock_and_one_by_number_do_not_resume_each_other(config, capsys):
