@@ -281,8 +281,9 @@ def refuse_what_is_nowhere(config: TrainConfig, cluster: Cluster, path: Path) ->
     few = f"none of the {count} machines that are" if count > 1 else "the only machine that is"
     raise ForgeError(
         f"{path}: {few} here {'has' if count > 1 else 'lacks'} it",
-        f"start the one that has it, too, with --min-peers {count + 1} on the main machine, which"
-        " then waits for it; or give a text that is there, or what prepare_data.py has made of one",
+        f"start the one that has it, too, with --min-peers {count + 1} before train.py on the main"
+        " machine, which then waits for it; or give a text that is there, or what prepare_data.py"
+        " has made of one",
     )
 
 

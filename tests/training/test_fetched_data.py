@@ -359,7 +359,7 @@ def test_an_elastic_launch_can_wait_for_the_machine_that_has_the_data(
     home.count = count
     with pytest.raises(ForgeError, match=said) as error:
         home.open_data(launch={"is_elastic": True})
-    assert f"--min-peers {count + 1} " in error.value.problems[0].fix
+    assert f" --min-peers {count + 1} before train.py on the main" in error.value.problems[0].fix
     home.count += 1
     shutil.copytree(prepared, home.data[count])
     home.open_data(launch={"is_elastic": True})
