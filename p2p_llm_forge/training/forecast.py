@@ -88,9 +88,9 @@ def in_short_rounds(job: Job, strategy: Strategy, updates: float) -> Strategy | 
 
     None where no such rounds go with the run's other settings.
     """
-    lengths, longest = [strategy.sync_every], max(1, updates // ROUNDS)
-    if lengths[0] > longest:
-        lengths = list(range(int(longest), 0, -1))
+    lengths, longest = [strategy.sync_every], updates / ROUNDS
+    if lengths[0] > max(1, longest):
+        lengths = list(range(max(1, int(longest)), 0, -1))
     shorter = (replace(strategy, sync_every=length) for length in lengths)
     return next((one for one in shorter if is_possible(job, one)), None)
 

@@ -24,6 +24,7 @@ from p2p_llm_forge.training.numbers import active_parameters
 ALL_TRIALS, ONE_TRIAL = 0.1, 0.025
 OF_ONE_BLOCK, FEWEST = 2, 3  # micro-batches: the first makes buffers, and the last are timed
 FEWEST_UPDATES = 3
+START_S = 3.0  # of a first micro-batch, that need not be the model's
 
 
 def new_trial(job: Job, blocks: Blocks, most_s: float = math.inf) -> Trial:
@@ -65,13 +66,19 @@ class Trial:
         self.parameters = int(products or sum(p.numel() for p in lm.parameters()))
         self.trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.spent_s = self._last_s = 0.0  # by all micro-batches and updates, and by the last ones
+        self._forwards_s: list[float] = []  # of as many blocks as now
         self._updates_s: list[float] = []
+        self._token_s_before = math.nan  # with another number of blocks
         self._most_blocks, self._is_grown = min(job.plan.micro_batch_size, len(blocks)), False
         self._take(1)
 
     def may_run(self) -> bool:
-        """Whether there is time for one more micro-batch like the last."""
-        return self.spent_s + self._last_s <= self._most_s
+        """Whether there is time for one more micro-batch like the last.
+
+        The very first starts libraries, too: where that is what took long, there is a second.
+        """
+        is_start = len(self._updates_s) == 1 and self.spent_s <= START_S
+        return is_start or self.spent_s + self._last_s <= self._most_s
 
     def has_enough(self) -> bool:
         """Whether the figures are no longer those of the beginning."""
@@ -98,14 +105,19 @@ class Trial:
 
     def figures(self) -> list[float]:
         """Seconds of a token and of an update; the first of each makes buffers and moments."""
-        forwards_s, updates_s = self._forwards_s, self._updates_s
-        token_s = median(forwards_s[1:] or forwards_s) / self._batch.targets.numel()
-        return [token_s, min(updates_s[1:] or updates_s)]
+        return [self._token_s(), min(self._updates_s[1:] or self._updates_s)]
+
+    def _token_s(self) -> float:
+        """With as many blocks at a time as last, or as before where those have not run yet."""
+        if not self._forwards_s:
+            return self._token_s_before
+        return median(self._forwards_s[1:] or self._forwards_s) / self._batch.targets.numel()
 
     def _take(self, blocks: int) -> None:
         """That many in a micro-batch from now on."""
+        self._token_s_before = self._token_s()
         self._batch = first_micro_batch(self._job, self._blocks, blocks)
-        self._forwards_s: list[float] = []
+        self._forwards_s = []
 
     def _grow(self) -> None:
         """As many blocks as the run would take, as far as time and memory go."""

@@ -33,7 +33,7 @@ class SlowModels:
         class Slow(NextTokenLoss):
             def forward(self, inputs: Any, *more: Any) -> Any:
                 models.sizes.append(len(inputs))
-                models._own.now = models.now() + models.block_s * len(inputs)
+                models.wait(models.block_s * len(inputs))
                 return super().forward(inputs, *more)
 
         monkeypatch.setattr(trial, "NextTokenLoss", Slow)
@@ -54,6 +54,10 @@ class SlowModels:
         if not hasattr(self._own, "sizes"):
             self._own.sizes = []
         return self._own.sizes
+
+    def wait(self, seconds: float) -> None:
+        """So much of this rank's time goes by."""
+        self._own.now = self.now() + seconds
 
     def now(self) -> float:
         return getattr(self._own, "now", 0.0)

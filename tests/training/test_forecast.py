@@ -11,7 +11,7 @@ import torch
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers.links import Links
-from p2p_llm_forge.sync.forecast import Strategy
+from p2p_llm_forge.sync.forecast import CANDIDATES, Strategy
 from p2p_llm_forge.training import forecast, trial
 from p2p_llm_forge.training.budget import Budget
 from p2p_llm_forge.training.learner import new_model
@@ -112,4 +112,6 @@ def test_strategies_that_do_not_go_with_the_run_are_left_out(timed):
     found = forecast.forecasts(timed, lm, nobody, [1.0])
     fragments = {one.strategy.fragments for one in found}
     assert found and max(fragments) <= 4
+    # Without --minutes a run is as long as it is: no rounds are shortened for it.
+    assert [one.strategy for one in found] == [one for one in CANDIDATES if one.fragments <= 4]
     assert all(one.times_alone == pytest.approx(1.0) for one in found if one.strategy.sync == "ddp")

@@ -112,6 +112,32 @@ def test_auto_is_tried_with_half_where_memory_is_too_small(open_job, slow, suffi
     assert one.figures()[0] >= 0
 
 
+@pytest.mark.parametrize("most_s", [14.0, 22.0, 40.0])
+def test_where_time_is_over_when_memory_was_too_small_the_figures_before_count(
+    open_job, slow, monkeypatch, most_s
+):
+    """A token takes the same with any number of blocks here: 1 s a block."""
+    slow.block_s, real = 1.0, trial.Trial._update
+
+    def update(self):
+        slow.wait(4.0)
+        real(self)
+
+    monkeypatch.setattr(trial.Trial, "_update", update)
+    one = tried(open_job(micro_batch_size="auto"), most_s, suffices_for=2)
+    assert one.figures() == [pytest.approx(1 / 32), 4.0]
+
+
+def test_a_slow_start_alone_decides_nothing(open_job, slow):
+    slow.block_s = 2.5  # of which most is a library's start
+    job = open_job()
+    one = new_trial(job, job.data.train_blocks(), 1.5)
+    one.run()
+    slow.block_s = 0.2
+    take_turns([one], 0.0)
+    assert slow.sizes[:2] == [1, 1] and one.figures()[0] == pytest.approx(0.2 / 32)
+
+
 def test_auto_is_tried_with_no_more_than_memory_has_been_seen_to_suffice_for(
     open_job, slow, monkeypatch
 ):
