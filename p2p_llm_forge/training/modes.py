@@ -131,7 +131,10 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
     folder, config = job.output_dir, job.config
     refuse_files_of_others(folder)
     steps = [step for step in steps_saved(folder) if own_files(checkpoint_dir(folder, step))]
-    if not steps and recorded_identity(folder) is None:
+    newest = checkpoint_dir(folder, steps[0]) if steps else None
+    if config.resume not in (None, "auto") and not config.overwrite:
+        newest = Path(config.resume)
+    if newest is None and recorded_identity(folder) is None:
         return [], None
     if config.overwrite:
         return [f"folder    {folder} holds a run, which --overwrite throws away"], None
@@ -139,17 +142,17 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
         refuse_another_run(folder, job.identity(), True, config.resume_changed)
         state: dict[str, Any] | None = None
         total = job.plan.total_steps
-        if steps:
-            state = read_state(checkpoint_dir(folder, steps[0]))
-            total = end_of(checkpoint_dir(folder, steps[0]), state, job)
+        if newest:
+            state = read_state(newest)
+            total = end_of(newest, state, job)
     except ForgeError as error:
         return [f"folder    {one.found}\n          {one.fix}" for one in error.problems], None
     except (OSError, ValueError) as error:
-        where = checkpoint_dir(folder, steps[0])
-        return [f"folder    {where} cannot be read ({in_one_line(error, LONGEST_LINE)})"], None
-    saved = f"saved after step {steps[0] if steps else 0:,}"
-    then = "--resume auto continues it" if not steps or steps[0] < total else "it has ended"
-    found = f"{folder} holds this run, {saved} of {total:,}"
+        return [f"folder    {newest} cannot be read ({in_one_line(error, LONGEST_LINE)})"], None
+    step, resume = state["step"] if state else 0, config.resume or "auto"
+    then = f"--resume {resume} continues it" if step < total or not step else "it has ended"
+    where = folder if resume == "auto" else resume
+    found = f"{where} holds this run, saved after step {step:,} of {total:,}"
     return [f"folder    {found}; {then}, --overwrite throws it away"], state
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,11 @@ def test_what_was_planned_is_said_after_a_resume_and_in_a_dry_run_too(config, ca
     train(replace(config, dry_run=True))
     dry = capsys.readouterr().out
     assert "\n".join(planned) in dry and "--resume auto continues it" in dry
+    (saved,) = Path(config.output_dir).glob("checkpoint-*")
+    elsewhere = replace(config, resume=str(saved), output_dir=config.output_dir + "2")
+    train(replace(elsewhere, dry_run=True))
+    dry = capsys.readouterr().out
+    assert "\n".join(planned) in dry and f"--resume {saved} continues it" in dry
     with pytest.raises(Interrupted):
         train(config)
     resumed = capsys.readouterr().out
