@@ -48,13 +48,13 @@ class SyncOptions(Options):
     outer_lr: float | None = flag(
         None,
         "diloco: learning rate of the outer step, on the average of all pseudo-gradients; default:"
-        " 0.5 of two processes (0.6 with Muon), 0.7 of four, 1 of eight or more, and nearer to 1 in"
-        " rounds of fewer than 20 updates; 1 with --outer-momentum 0 is plain averaging",
+        " 0.5 of two processes, 0.7 of four (with Muon 0.6 and 0.75), 1 of eight or more, and nearer"
+        " to 1 in rounds of fewer than 20 updates; 1 with --outer-momentum 0 is plain averaging",
     )
     outer_momentum: float | None = flag(
         None,
         "diloco: Nesterov momentum of the outer step; default: 0.8 (with Muon 0.6 of two"
-        " processes), less of shorter rounds",
+        " processes, 0.65 of four), less of shorter rounds",
     )
     outer_warmup_rounds: int = flag(
         20, "diloco: rounds in which the outer step goes from plain averaging to these settings"

@@ -13,7 +13,8 @@ from p2p_llm_forge.errors import ForgeError
 
 FULL_ROUND = 20  # updates in a round from which on the outer step is as large as it ever is
 FULL_MOMENTUM = 0.8
-LEAST_RATE_OF_MUON, MOMENTUM_OF_MUON = 0.6, 0.6  # between two ranks
+# With Muon: between two ranks, and how much more each doubling of their number takes.
+OF_MUON = (0.6, 0.15), (0.6, 0.05)  # rate, momentum
 Unit = list[tuple[str, torch.nn.Parameter]]  # neighbours that are synchronised together
 
 
@@ -55,16 +56,17 @@ def settings_of_rounds(
     gradient by the noise of its batch: ranks that read a part each take steps of the same size, but
     that much less of them is common to all and outlives the average.
     Shorter rounds part less, so both come closer to plain averaging (1 and 0), by the cube root of
-    their length. With Muon two ranks bear less: 0.6 and 0.6; from four on it is the same.
-    Figures: benchmarks/README.md.
+    their length. With Muon less momentum is best: 0.6 and 0.6 of two ranks, 0.75 and 0.65 of four;
+    of eight it is a guess. Figures: benchmarks/README.md.
     """
     reach = min(1.0, (every / FULL_ROUND) ** (1 / 3))
     usual_lr = 1 + (min(1.0, math.sqrt(ranks / 8)) - 1) * reach
     usual_momentum = FULL_MOMENTUM * reach
     if optimizer == "muon":
-        more = (FULL_MOMENTUM - MOMENTUM_OF_MUON) * math.log2(max(ranks, 2) / 2)
-        usual_lr = max(usual_lr, LEAST_RATE_OF_MUON)
-        usual_momentum = min(usual_momentum, MOMENTUM_OF_MUON + more)
+        doublings = math.log2(max(ranks, 2) / 2)
+        of_rate, of_momentum = (at + more * doublings for at, more in OF_MUON)
+        usual_lr = max(usual_lr, min(1.0, of_rate))
+        usual_momentum = min(usual_momentum, of_momentum)
     return usual_lr if lr is None else lr, usual_momentum if momentum is None else momentum
 
 

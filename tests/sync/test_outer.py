@@ -88,13 +88,16 @@ def test_rounds_of_20_updates_and_more_have_momentum_and_shorter_ones_less():
     assert all(settings_of_rounds(None, 0.0, 8, every) == (1.0, 0.0) for every in (1, 5, 20))
 
 
-def test_with_muon_two_ranks_take_less_and_four_the_same():
+def test_with_muon_momentum_is_less_and_the_rate_not():
     assert settings_of_rounds(None, None, 2, 20, "muon") == (0.6, 0.6)
+    assert settings_of_rounds(None, None, 4, 20, "muon") == pytest.approx((0.75, 0.65))
+    assert settings_of_rounds(None, None, 10**6, 20, "muon") == pytest.approx((1.0, 0.8))
     for ranks, every in product((2, 3, 4, 8), (1, 5, 10, 20, 50)):
         lr, momentum = settings_of_rounds(None, None, ranks, every)
         other_lr, other_momentum = settings_of_rounds(None, None, ranks, every, "muon")
         assert other_lr >= lr and other_momentum <= momentum
-        assert (other_lr, other_momentum) == (lr, momentum) or (ranks < 4 and every > 5)
+        assert (other_lr, other_momentum) == (lr, momentum) or every > 5
+        assert other_lr <= 1 and other_lr / (1 - other_momentum) <= lr / (1 - momentum) + 1e-9
         assert settings_of_rounds(0.7, 0.9, ranks, every, "muon") == (0.7, 0.9)
 
 
