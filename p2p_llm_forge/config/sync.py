@@ -49,7 +49,8 @@ class SyncOptions(Options):
         None,
         "diloco: learning rate of the outer step, on the average of all pseudo-gradients; default:"
         " 0.5 of two processes, 0.7 of four (with Muon 0.6 and 0.75), 1 of eight or more, and"
-        " nearer to 1 in rounds of fewer than 20 updates; 1 with --outer-momentum 0 is plain averaging",
+        " nearer to 1 in rounds of fewer than 20 updates; 1 with --outer-momentum 0 is plain"
+        " averaging",
     )
     outer_momentum: float | None = flag(
         None,
