@@ -52,7 +52,6 @@ class Arm:
     theta: float = 10_000.0  # base of the rotary frequencies
     dropout: float = 0.0  # of attention weights
     residual: float = 0.0  # dropout of the embedding, and of what a layer adds to the stream
-    word: float = 0.0  # dropout of whole tokens of the input
     vocab: int = 1024  # 256: bytes
     block: int = 128
     batch: int = 2048  # tokens of an update
@@ -160,12 +159,6 @@ def build(arm: Arm) -> nn.Module:
     for module in [model.get_input_embeddings(), *dropped] if arm.residual else []:
         module.register_forward_hook(
             lambda self, _, out: F.dropout(out, arm.residual, self.training)
-        )
-    if arm.word:
-        model.get_input_embeddings().register_forward_hook(
-            lambda self, _, out: (
-                out * (torch.rand(out.shape[:2]) >= arm.word)[..., None] if self.training else out
-            )
         )
     for layer in model.model.layers if arm.compile else []:
         layer.compile(dynamic=False)

@@ -151,9 +151,9 @@ def look_into(job: Job) -> tuple[list[str], dict[str, Any] | None]:
         return [f"folder    {newest} cannot be read ({in_one_line(error, LONGEST_LINE)})"], None
     step, resume = state["step"] if state else 0, config.resume or "auto"
     then = f"--resume {resume} continues it" if step < total or not step else "it has ended"
-    where = folder if resume == "auto" else resume
+    where, if_not = (folder, ", --overwrite throws it away") if resume == "auto" else (resume, "")
     found = f"{where} holds this run, saved after step {step:,} of {total:,}"
-    return [f"folder    {found}; {then}, --overwrite throws it away"], state
+    return [f"folder    {found}; {then}{if_not}"], state
 
 
 def look_elsewhere(job: Job) -> list[str]:

@@ -59,9 +59,7 @@ class Choice:
     update_tokens: int
     bits_per_byte: float | None  # None: a loaded model, of which the law knows nothing
     seconds: float  # of the updates
-    is_cut_short: bool = (
-        False  # because more would only be learnt by heart, or is not known to help
-    )
+    is_cut_short: bool = False  # more would only be learnt by heart, or is not known to help
 
     @property
     def updates(self) -> int:
