@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2p_llm_forge.errors import in_one_line
 from p2p_llm_forge.peers import sockets
@@ -58,6 +58,13 @@ class Place:
     host: str
 
 
+class Greeting(NamedTuple):
+    """Who has connected and not proven yet that it is a rank."""
+
+    address: str
+    thread: threading.Thread
+
+
 def listen(address: str) -> tuple[socket.socket, dict[str, Any]]:
     """A socket for the files of this rank, and what the others must know of it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -87,7 +94,7 @@ class FileExchange:
         self._is_exchanging: Callable[[], bool] = lambda: False
         self._is_closed = threading.Event()
         self._lock = threading.Lock()
-        self._greeting: dict[socket.socket, str] = {}  # the address, the longest first
+        self._greeting: dict[socket.socket, Greeting] = {}  # the longest first
         self._serving: set[socket.socket] = set()
         self._watches: set[Watch] = set()
         self._server = server
@@ -198,21 +205,32 @@ class FileExchange:
                 if self._is_closed.wait(0.05):  # too many open files, or one that went again
                     return
                 continue
-            with self._lock:
-                replaced = self._busiest() if len(self._greeting) >= MOST_GREETINGS else []
-                for one in replaced:
-                    del self._greeting[one]
-                self._greeting[connection] = address
-            for one in replaced:
-                hang_up(one)
-            threading.Thread(
+            self._make_room()
+            thread = threading.Thread(
                 target=self._serve, args=(connection,), daemon=True, name="serving files"
-            ).start()
+            )
+            with self._lock:
+                self._greeting[connection] = Greeting(address, thread)
+            thread.start()
 
-    def _busiest(self) -> list[socket.socket]:
+    def _make_room(self) -> None:
+        """Hang up on one of the busiest address where too many greet.
+
+        Its thread has ended before the next one begins: as many as come, no more threads than
+        MOST_GREETINGS wait for a proof.
+        """
+        with self._lock:
+            if len(self._greeting) < MOST_GREETINGS:
+                return
+            replaced = self._busiest()
+            thread = self._greeting.pop(replaced).thread
+        hang_up(replaced)
+        thread.join()
+
+    def _busiest(self) -> socket.socket:
         """The one that greets for longest, of the address that greets most."""
-        ((address, _),) = Counter(self._greeting.values()).most_common(1)
-        return [one for one, its_own in self._greeting.items() if its_own == address][:1]
+        ((busiest, _),) = Counter(one.address for one in self._greeting.values()).most_common(1)
+        return next(one for one, its in self._greeting.items() if its.address == busiest)
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer one rank, once it has proven that it is one."""
