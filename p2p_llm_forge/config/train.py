@@ -29,6 +29,7 @@ from p2p_llm_forge.config.sync import SyncOptions
 from p2p_llm_forge.errors import Problems, nearest
 
 OPTIMIZERS = ("adamw", "muon", "sgd", "adafactor")
+WEIGHT_DECAY = 0.1
 # Those of transformers (5.23) that depend on nothing but the step, and two short names.
 SCHEDULES = (
     *("linear", "cosine", "constant", "wsd", "cosine_with_restarts", "polynomial"),
@@ -103,9 +104,7 @@ class ModelOptions(Options):
         None, "sizes of a model trained from scratch", metavar="KEY=VALUE,..."
     )
     dropout: float | None = flag(
-        None,
-        "of the embedding and of what every layer adds, in training; default: 0, and with --minutes"
-        " more the more often the text is read",
+        None, "of the embedding and of what every layer adds, in training; default: 0"
     )
     trust_remote_code: bool = flag(
         False, "run the Python code that the model's author ships with it"
@@ -199,8 +198,10 @@ class UpdateOptions(Options):
         "adamw, muon (the matrices inside the layers; the rest by adamw), sgd or adafactor;"
         " default: muon for a model from scratch, adamw for a loaded one",
     )
-    weight_decay: float = flag(
-        0.1, "decay of the matrices; vectors (biases, norms) are never decayed"
+    weight_decay: float | None = flag(
+        None,
+        "decay of the matrices; vectors (biases, norms) are never decayed; default:"
+        f" {WEIGHT_DECAY:g}, of a model from scratch with --minutes the more the smaller the text",
     )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
@@ -217,6 +218,10 @@ class UpdateOptions(Options):
     def micro_batch(self) -> int | None:
         """The blocks in one forward that were asked for; None where they are to be found."""
         return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
+
+    def decay(self) -> float:
+        """Of the matrices, as given or as usual."""
+        return WEIGHT_DECAY if self.weight_decay is None else self.weight_decay
 
     def check(self, problems: Problems) -> None:
         require_above_0(self, problems, "epochs")

@@ -24,7 +24,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
     taken = set(map(id, orthogonalised))
     left = [p for p in parameters if id(p) not in taken]
     groups = [
-        {"params": [p for p in left if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in left if p.dim() >= 2], "weight_decay": config.decay()},
         {"params": [p for p in left if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -35,7 +35,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
                 "--optimizer muon is for matrices inside layers, and this model has none to train",
                 "use --optimizer adamw",
             )
-        return Muon(orthogonalised, groups, rate, config.weight_decay)
+        return Muon(orthogonalised, groups, rate, config.decay())
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate)
     if config.optimizer == "adafactor":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from p2p_llm_forge.config.train import WEIGHT_DECAY
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.shape import shape_of
 from p2p_llm_forge.shapes import is_flag, is_number, is_positive, require_shape
@@ -17,7 +18,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
-DROPOUTS = ((6.0, 0.2), (3.0, 0.1))  # from so many epochs on
+AVERAGED = 0.7  # readings of a text, over which the weights are an average
 MOST_READINGS = 4  # of a text by a loaded model: more of them were not measured
 OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
@@ -206,9 +207,15 @@ def in_updates(choice: Choice, update_tokens: int, fewest: int) -> Choice:
     )
 
 
-def dropout_for(epochs: float) -> float:
-    """The dropout of a model that reads its text so often."""
-    return next((one for least, one in DROPOUTS if epochs >= least), 0.0)
+def weight_decay_for(choice: Choice, learning_rate: float) -> float:
+    """Of a model from scratch that becomes what was chosen.
+
+    Weights that decay are an average of about the last 1 / (rate x decay) updates. How many are
+    best goes by readings of the text (arXiv 2405.13698), and an average over less than one keeps a
+    model from learning its text by heart.
+    """
+    updates_of_reading = choice.updates / choice.epochs
+    return max(WEIGHT_DECAY, float(f"{1 / (learning_rate * AVERAGED * updates_of_reading):.2g}"))
 
 
 def text_settings(size: int) -> tuple[int, int]:

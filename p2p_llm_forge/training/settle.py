@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.config.train import WEIGHT_DECAY
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.shape import DEPTH, FAMILY, learning_rate_of
 from p2p_llm_forge.training.identity import of_today
@@ -45,11 +46,13 @@ def settle(
         usual_rate = learning_rate_of(optimizer, depth)
         rate = defaults_of(config).rate_at(width) if is_tuned else usual_rate
     dropout = before.get("dropout") if config.dropout is None else config.dropout
+    decay = before.get("weight_decay") if config.weight_decay is None else config.weight_decay
     settled = replace(
         config,
         model_type=family,
         depth=depth,
         dropout=dropout,
+        weight_decay=WEIGHT_DECAY if decay is None else decay,
         optimizer=optimizer,
         learning_rate=rate,
     )
@@ -94,7 +97,7 @@ def _checkpoints(config: TrainConfig) -> Iterator[Path]:
 def settled_lines(config: TrainConfig) -> list[str]:
     """What a settled configuration comes to, for a person."""
     by = f"by {config.optimizer}, peak learning rate {config.learning_rate:g}"
-    lines = [f"optimizer {by}"]
+    lines = [f"optimizer {by}, weight decay {config.decay():g}"]
     if config.dropout:
         lines.append(f"dropout   {config.dropout:g} of the embedding and of every layer's outputs")
     if config.model_name:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
 
-from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.prepare import prepare
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.training import law, planner
@@ -202,9 +203,20 @@ def test_as_much_text_as_is_asked_for_suffices(documents, length, tmp_path, prep
     planner.require_text(learnt(enough))
 
 
-def test_dropout_grows_with_the_readings_of_a_text():
-    found = [planner.dropout_for(epochs) for epochs in (0.3, 2.9, 3.0, 5.9, 6.0, 40.0)]
-    assert found == [0, 0, 0.1, 0.1, 0.2, 0.2]
+def test_weights_that_decay_are_an_average_over_less_than_one_reading():
+    choice = planner.in_updates(planner.choose(seconds(), TEXT, 100), 2048, fewest=20)
+    for rate in (0.001, 0.01):
+        decay = planner.weight_decay_for(choice, rate)
+        weight, halved = 1.0, 0
+        while weight > math.exp(-1):  # of an update, in those that follow
+            weight, halved = weight * (1 - rate * decay), halved + 1
+        assert halved * 2048 / TEXT.tokens == pytest.approx(0.7, rel=0.05)
+
+
+def test_of_a_text_that_is_hardly_read_once_the_decay_is_as_usual():
+    large = replace(TEXT, tokens=10**9)
+    choice = planner.in_updates(planner.choose(seconds(), large, 100), 2048, fewest=20)
+    assert planner.weight_decay_for(choice, 0.0078) == TrainConfig().decay() == 0.1
 
 
 def test_a_text_is_read_the_less_often_the_larger_the_model_and_never_without_end():
