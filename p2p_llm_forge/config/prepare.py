@@ -44,7 +44,9 @@ class TextOptions(Options):
     validation_path: list[str] = flag(
         [], "text that is held out for evaluation, instead of a share of the documents"
     )
-    validation_fraction: float = flag(0.1, "share of the documents that is held out for evaluation")
+    validation_fraction: float = flag(
+        0.05, "share of the documents that is held out for evaluation"
+    )
     document_separator: str | None = flag(
         None,
         "what ends a document of a text file; \\n\\n: blank lines; escapes like \\n are understood"

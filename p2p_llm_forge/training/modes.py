@@ -51,7 +51,7 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
     if blocks is None:
         raise ForgeError(
             f"{config.dataset_path} has no validation split",
-            "prepare it with --validation-fraction 0.1",
+            "prepare it with --validation-fraction 0.05",
         )
     text, name = text_spec_of(data), config.model_name or ""
     if name and not is_where_run_began_anywhere(config, cluster):

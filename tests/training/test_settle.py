@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from p2p_llm_forge.config import TrainConfig, as_dict
+from p2p_llm_forge.config.train import WEIGHT_DECAY
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model import shape
 from p2p_llm_forge.training.mistakes import mistakes_in
@@ -36,8 +37,14 @@ def test_what_was_given_stays():
     given = {"model_type": "llama", "depth": 3, "optimizer": "sgd", "learning_rate": 0.5}
     assert settled(**given) == ("llama", 3, "sgd", 0.5)
     assert settled(BEFORE_DEPTH, **given) == ("llama", 3, "sgd", 0.5)
-    config = TrainConfig(dataset_path="x", seed=3, **given)
+    config = TrainConfig(dataset_path="x", seed=3, weight_decay=0.3, **given)
     assert settle(config) == config
+
+
+def test_the_weight_decay_is_that_of_the_run_and_else_as_usual():
+    assert settle(TrainConfig()).weight_decay == WEIGHT_DECAY
+    assert settle(TrainConfig(), {"weight_decay": 2.1}).weight_decay == 2.1
+    assert settle(TrainConfig(weight_decay=0.0), {"weight_decay": 2.1}).weight_decay == 0
 
 
 def test_a_family_without_a_depth_keeps_its_own_sizes():
