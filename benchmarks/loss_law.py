@@ -2,9 +2,10 @@
 
     python benchmarks/loss_law.py --text A.txt B.txt --results points.jsonl
 
-trains the shapes of `--depth` for fixed numbers of updates on the first 90 % of each text, by the
-plain loop of shapes.py, evaluates on the last 10 %, fits the law and prints its coefficients and a
-table of what it misses every run by. A finished run is a line of --results and is never repeated;
+prepares each text, or some kilobytes from its middle, as `--minutes` would, lets train.py train
+depths for fixed numbers of updates with the settings that `--minutes` would choose, fits the law to
+the bits per byte of the documents that were held out, and prints its coefficients and a table of
+what it misses every run by. A finished run is a line of --results and is never repeated;
 --fit-only takes those that are there.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,64 +25,97 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from p2p_llm_forge.model.shape import shape_of  # noqa: E402
-from p2p_llm_forge.training import law  # noqa: E402
+from p2p_llm_forge.model.shape import learning_rate_of, shape_of  # noqa: E402
+from p2p_llm_forge.training import law, planner  # noqa: E402
 
-# Depth, tokens read, tokens of the text (0: all of it).
-POINTS = (
-    *((1, 40_960, 0), (2, 40_960, 0), (1, 122_880, 0), (2, 122_880, 0), (3, 122_880, 0)),
-    *((4, 122_880, 0), (1, 368_640, 0), (2, 368_640, 0), (3, 368_640, 0), (4, 368_640, 0)),
-    *((1, 983_040, 0), (2, 737_280, 0)),
-    *((1, 30_720, 30_720), (1, 122_880, 30_720), (1, 102_400, 102_400), (1, 409_600, 102_400)),
-    *((2, 245_760, 61_440), (1, 245_760, 15_360), (1, 1_228_800, 0)),
+# Kilobytes of the text (0: all of it), depth, tokens read.
+SMALL_TEXT = (  # of a megabyte
+    *((0, 1, 100_000), (0, 1, 400_000), (0, 2, 400_000), (0, 3, 400_000)),
+    *((0, 2, 1_600_000), (0, 3, 1_600_000), (0, 2, 3_200_000)),
+    *((200, 1, 400_000), (200, 2, 800_000), (60, 1, 200_000)),
 )
-STRETCH = 512  # tokens
-RATE, RATE_WIDTH = 0.007, 256  # of Muon, and the width that it is for
+LARGE_TEXT = (
+    *((0, 1, 250_000), (0, 2, 250_000), (0, 1, 1_000_000), (0, 2, 1_000_000)),
+    *((0, 3, 1_000_000), (0, 4, 1_000_000), (0, 2, 3_000_000), (0, 3, 3_000_000)),
+)
+LARGE = 4_000_000  # bytes
+HELD_OUT, LEAST_HELD_OUT = 0.05, 20_000  # share of a text, bytes
+EVAL_BLOCKS = 400
 NAMES = ("E", "A", "SIZE_POWER", "B", "BYTES_POWER", "HARM", "HARM_POWER", "KIND")
 
 
-def collect(text_file: Path, results: Path, vocab: int, work_dir: Path) -> None:
+def collect(text_file: Path, results: Path, work_dir: Path) -> None:
     """Train what is not there yet."""
-    import torch
-
-    from benchmarks.shapes import Arm, Training, bits_per_byte, encoded
-
     text = text_file.read_bytes()
-    done = {(one["text"], one["depth"], one["tokens"], one["asked"]) for one in points(results)}
-    for depth, tokens, unique in POINTS:
-        if (text_file.name, depth, tokens, unique) in done:
+    done = {(one["text"], one["kilobytes"], one["depth"], one["tokens"]) for one in points(results)}
+    for kilobytes, depth, tokens in LARGE_TEXT if len(text) > LARGE else SMALL_TEXT:
+        if (text_file.name, kilobytes, depth, tokens) in done:
             continue
-        shape = shape_of(depth)
-        width = shape["hidden_size"]
-        arm = Arm(
-            layers=depth,
-            width=width,
-            head=shape["head_dim"],
-            lr=RATE * (RATE_WIDTH / width) ** 0.5,
-            tokens=tokens,
-            vocab=vocab,
-            batch=2048 if tokens > 100_000 else 1024,
-        )
-        train, validation, size_bytes = encoded(text, vocab, work_dir)
-        bytes_per_token = 9 * size_bytes / len(train)
-        if unique:  # stretches from all over the text
-            stretches = train[: len(train) // STRETCH * STRETCH].view(-1, STRETCH)
-            chosen = torch.linspace(0, len(stretches) - 1, unique // STRETCH).long()
-            train = stretches[chosen].flatten()
-        training = Training(arm, 0, train)
-        for _ in range(arm.updates):
-            training.advance()
+        middle, half = len(text) // 2, 500 * kilobytes
+        part = text[middle - half : middle + half] if kilobytes else text
+        prepared = prepare(part.decode(errors="ignore"), work_dir / f"{text_file.stem}-{kilobytes}")
         point = {
-            **{"text": text_file.name, "depth": depth, "width": width, "vocab": vocab},
-            **{"tokens": tokens, "asked": unique},
-            "unique_bytes": len(train) * bytes_per_token,
-            "bytes": arm.updates * arm.batch * bytes_per_token,
-            "compressed": law.compressed_bits(text[: len(text) * 9 // 10]),
-            "bits_per_byte": bits_per_byte(arm, training.finish(), validation, size_bytes),
+            **{"text": text_file.name, "kilobytes": kilobytes, "depth": depth, "tokens": tokens},
+            **trained(prepared, part, depth, tokens, work_dir / "run"),
         }
         with results.open("a") as file:
             file.write(json.dumps(point) + "\n")
         print(json.dumps(point), flush=True)
+
+
+def start(script: str, **flags: Any) -> None:
+    """A script of the project with these flags. Raises SystemExit with what it printed last."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    command = [sys.executable, str(ROOT / script), *words]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit((done.stdout + done.stderr)[-3000:])
+
+
+def prepare(text: str, folder: Path) -> Path:
+    """The text as a run with --minutes prepares it, but that enough of it is held out."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        source = folder.with_suffix(".txt")
+        source.write_text(text)
+        size = len(text.encode())
+        vocabulary, length = planner.text_settings(size)
+        held_out = max(HELD_OUT, LEAST_HELD_OUT / size)
+        asked = {"vocab_size": vocabulary, "sequence_length": length}
+        asked |= {"dataset_path": source, "output_dir": folder, "validation_fraction": held_out}
+        start("prepare_data.py", **asked)
+    return folder
+
+
+def trained(prepared: Path, text: bytes, depth: int, tokens: int, folder: Path) -> dict[str, Any]:
+    """One run, and what it came to."""
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    length, split = manifest["sequence_length"], manifest["splits"]["train"]
+    unique = split["blocks"] * length
+    per_token = split["bytes"] / unique
+    batch = planner.batch_size_for(planner.update_tokens_for(tokens), length, 1)
+    updates = tokens // (batch * length)
+    choice = planner.Choice(depth, tokens, tokens / unique, batch * length, None, 0.0)
+    decay = planner.weight_decay_for(choice, learning_rate_of("muon", depth))
+    asked = {"dataset_path": prepared, "depth": depth, "max_steps": updates, "batch_size": batch}
+    asked |= {"weight_decay": decay, "lr_scheduler": "linear", "warmup_steps": updates // 50}
+    start(
+        "train.py",
+        output_dir=folder,
+        overwrite="true",
+        compile="off",
+        save_every=updates,
+        eval_blocks=EVAL_BLOCKS,
+        **asked,
+    )
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [one["bits_per_byte"] for one in map(json.loads, lines) if "bits_per_byte" in one]
+    return {
+        **{"width": shape_of(depth)["hidden_size"], "vocab": manifest["vocab_size"]},
+        **{"unique_bytes": unique * per_token, "bytes": updates * batch * length * per_token},
+        **{"compressed": law.compressed_bits(text), "bits_per_byte": found[-1]},
+    }
 
 
 def points(results: Path) -> list[dict[str, Any]]:
@@ -172,18 +208,14 @@ def table(found: list[dict[str, Any]], values: np.ndarray) -> str:
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--results", type=Path, default=Path("loss_law.jsonl"))
-    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/shapes"), help="of tokens")
+    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/loss_law"))
     parser.add_argument("--fit-only", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     for text in [] if options.fit_only else options.text:
-        collect(text, options.results, options.vocab, options.work_dir)
+        collect(text, options.results, options.work_dir)
     found = points(options.results)
     values = fitted(found)
     print(", ".join(NAMES), "=", ", ".join(f"{value:.4g}" for value in values))
