@@ -32,7 +32,8 @@ from p2p_llm_forge.training import law, planner  # noqa: E402
 SMALL_TEXT = (  # of a megabyte
     *((0, 1, 100_000), (0, 1, 400_000), (0, 2, 400_000), (0, 3, 400_000)),
     *((0, 2, 1_600_000), (0, 3, 1_600_000), (0, 2, 3_200_000)),
-    *((200, 1, 400_000), (200, 2, 800_000), (60, 1, 200_000)),
+    *((200, 1, 400_000), (200, 2, 800_000), (200, 3, 1_600_000)),
+    *((60, 1, 200_000), (60, 2, 800_000)),
 )
 LARGE_TEXT = (
     *((0, 1, 250_000), (0, 2, 250_000), (0, 1, 1_000_000), (0, 2, 1_000_000)),
@@ -75,7 +76,7 @@ def start(script: str, **flags: Any) -> None:
 
 def prepare(text: str, folder: Path) -> Path:
     """The text as a run with --minutes prepares it, but that enough of it is held out."""
-    if not folder.exists():
+    if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         source = folder.with_suffix(".txt")
         source.write_text(text)

@@ -123,7 +123,7 @@ class Optimizer:
         hidden = [name for name, shape in shapes.items() if name[:2] == "h." and len(shape) == 2]
         hidden_end = sum(math.prod(shapes[name]) for name in hidden)
         decayed_end = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-        self._decay = TrainConfig.weight_decay
+        self._decay = TrainConfig().decay()
         groups = []
         for row, (rate, kind) in enumerate(zip(rates, inner, strict=True)):
             matrices = slice(hidden_end if kind == "muon" else 0, decayed_end)

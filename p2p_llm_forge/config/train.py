@@ -201,7 +201,7 @@ class UpdateOptions(Options):
     weight_decay: float | None = flag(
         None,
         "decay of the matrices; vectors (biases, norms) are never decayed; default:"
-        f" {WEIGHT_DECAY:g}, of a model from scratch with --minutes the more the smaller the text",
+        f" {WEIGHT_DECAY:g}, and with --minutes, muon and a depth the more the smaller the text",
     )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(

@@ -333,6 +333,7 @@ def require_prepared(config: TrainConfig, folder: Path) -> None:
 def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
     """How the text file of `--dataset-path` is prepared into `folder`. Raises ForgeError."""
     vocab_size, sequence_length = 8192, 256
+    held_out = PrepareConfig.validation_fraction
     if config.minutes:
         size = os.path.getsize(config.dataset_path)
         is_packed = format_of(config.dataset_path) == "parquet"
@@ -345,6 +346,7 @@ def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
             known = open_prepared(folder).manifest
             sequence_length = known.sequence_length
             vocab_size = known.arguments.get("vocab_size") or vocab_size
+            held_out = known.arguments.get("validation_fraction", held_out)
     return PrepareConfig(
         dataset_path=[config.dataset_path],
         output_dir=str(folder),
@@ -352,6 +354,7 @@ def preparation_of(config: TrainConfig, folder: Path) -> PrepareConfig:
         vocab_size=config.vocab_size or vocab_size,
         trust_remote_code=config.trust_remote_code,
         sequence_length=config.sequence_length or sequence_length,
+        validation_fraction=held_out,
         encoding_errors=config.encoding_errors,
     )
 

@@ -19,6 +19,7 @@ PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
 MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
 AVERAGED = 0.7  # readings of a text, over which the weights are an average
+MOST_DECAYED = 0.05  # of a weight in an update, whatever the text
 MOST_READINGS = 4  # of a text by a loaded model: more of them were not measured
 OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
@@ -215,7 +216,8 @@ def weight_decay_for(choice: Choice, learning_rate: float) -> float:
     model from learning its text by heart.
     """
     updates_of_reading = choice.updates / choice.epochs
-    return max(WEIGHT_DECAY, float(f"{1 / (learning_rate * AVERAGED * updates_of_reading):.2g}"))
+    in_update = min(MOST_DECAYED, 1 / (AVERAGED * updates_of_reading))
+    return max(WEIGHT_DECAY, float(f"{in_update / learning_rate:.2g}"))
 
 
 def text_settings(size: int) -> tuple[int, int]:

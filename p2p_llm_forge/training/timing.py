@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.model.shape import learning_rate_of
 from p2p_llm_forge.model.sizes import is_size_given
 from p2p_llm_forge.peers.links import measure_links
 from p2p_llm_forge.peers.plausible import require_numbers
@@ -27,7 +28,6 @@ FIRST_GUESS = 1000  # updates of a run that resumes, until its checkpoint says h
 FIRST_DEPTHS, MORE_DEPTHS = (1, 4), 2  # that are measured, and how many more if it comes to that
 MEASURING, LONGEST_MEASURING_S = 0.012, 3.0  # of the time at least, for one depth
 WARMUP = 0.02  # of the updates
-DECAYING = ("muon", "adamw")  # with these the best decay goes by the length of the text
 FEWEST_ROUNDS = 3  # of a run that is to end on time
 KEPT = 0.06  # of the time, for the end, until that is known better
 
@@ -263,10 +263,9 @@ class Planning:
         if not (asked.batch_size or asked.gradient_accumulation_steps):
             asked = replace(asked, batch_size=chosen.update_tokens // self.text.sequence_length)
         config = with_warmup(settle(asked), chosen.updates)
-        if asked.weight_decay is None and not self.is_loaded and config.optimizer in DECAYING:
-            assert config.learning_rate is not None  # settled
-            decay = planner.weight_decay_for(chosen, config.learning_rate)
-            config = replace(config, weight_decay=decay)
+        if asked.weight_decay is None and config.depth is not None and config.optimizer == "muon":
+            usual = learning_rate_of("muon", config.depth)  # what it was measured with
+            config = replace(config, weight_decay=planner.weight_decay_for(chosen, usual))
         if config.warmup_steps is None:
             config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
         config = self._in_rounds(config, chosen.updates)

@@ -11,8 +11,10 @@ from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.peers import file_exchange
 from p2p_llm_forge.peers.file_exchange import GivenUp, Watch
 from p2p_llm_forge.peers.file_stream import FileStream
+from p2p_llm_forge.peers.signed_stream import Gone
 from tests.memory_channel import clusters, run_ranks
 from tests.peers.offered_files import MANY_PIECES, damage, everything_in, made, same
+from tests.waiting import wait_until
 
 SECRET = pytest.mark.parametrize("secret", [None, b"of this cluster, and of no other"])
 
@@ -152,6 +154,34 @@ def test_who_is_replaced_while_it_proves_itself_is_hung_up(monkeypatch):
         exchange._serve(here)
         assert not exchange._serving
     assert here.fileno() == -1
+
+
+def test_however_many_come_no_more_threads_wait_for_a_proof(monkeypatch):
+    """Also where a thread takes long to notice that its connection was closed."""
+    lock, waiting, most = threading.Lock(), [], []
+    may_end = threading.Event()
+
+    def slow_to_end(connection, *_):
+        with lock:
+            waiting.append(connection)
+            most.append(len(waiting))
+        connection.recv(1)
+        may_end.wait(0.02)
+        with lock:
+            waiting.remove(connection)
+        raise Gone("it was closed")
+
+    monkeypatch.setattr(file_exchange, "welcome", slow_to_end)
+    monkeypatch.setattr(file_exchange, "MOST_GREETINGS", 4)
+    with clusters(2) as ranks:
+        exchange = run_ranks(ranks, lambda rank: rank.open_files())[0]
+        place = exchange.places[0]
+        held = [socket.create_connection((place.address, place.port)) for _ in range(40)]
+        wait_until(lambda: len(most) == len(held))
+        may_end.set()
+        for connection in held:
+            connection.close()
+    assert max(most) == 4
 
 
 def test_a_rank_alone_has_files_of_nobody(tmp_path):

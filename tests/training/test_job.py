@@ -45,6 +45,17 @@ def test_a_text_that_is_prepared_already_keeps_what_was_chosen_for_it(open_small
         open_small_job(**{**text, "sequence_length": 24})
 
 
+def test_a_text_that_is_prepared_already_keeps_what_an_older_version_held_out(
+    open_small_job, text_file, monkeypatch
+):
+    text = {"dataset_path": str(text_file), "sequence_length": 48, "vocab_size": 290}
+    with monkeypatch.context() as older:
+        older.setattr(PrepareConfig, "validation_fraction", 0.1)
+        assert open_small_job(**text).data.manifest.arguments["validation_fraction"] == 0.1
+    again = open_small_job(**text, eval_only=True).data.manifest
+    assert again.arguments["validation_fraction"] == 0.1
+
+
 def test_a_file_of_conversations_is_prepared_by_the_template_of_its_tokenizer(
     open_small_job, tmp_path, capsys
 ):

@@ -213,6 +213,11 @@ def test_weights_that_decay_are_an_average_over_less_than_one_reading():
         assert halved * 2048 / TEXT.tokens == pytest.approx(0.7, rel=0.05)
 
 
+def test_however_small_the_text_weights_do_not_decay_at_once():
+    small = planner.Choice(1, 100_000, 30.0, 8192, 2.0, 10.0)  # two updates read it five times
+    assert planner.weight_decay_for(small, 0.01) == 5
+
+
 def test_of_a_text_that_is_hardly_read_once_the_decay_is_as_usual():
     large = replace(TEXT, tokens=10**9)
     choice = planner.in_updates(planner.choose(seconds(), large, 100), 2048, fewest=20)

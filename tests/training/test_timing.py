@@ -18,6 +18,7 @@ import pytest
 
 from p2p_llm_forge.config import TrainConfig, as_dict
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.shape import learning_rate_of
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.peers.links import Links
 from p2p_llm_forge.training import timing, trial
@@ -243,6 +244,29 @@ def test_a_depth_is_chosen_unless_a_size_was_given(config, overrides, is_chosen)
     assert job.config.config_overrides == overrides
     assert ("the model as given" in job.budget.words[0]) == (not is_chosen)
     assert job.budget.plan["chosen"]["depth"] == (job.config.depth if is_chosen else None)
+
+
+DEFAULT_MODEL = {"model_type": None, "config_overrides": None, "depth": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (DEFAULT_MODEL, None),
+        ({**DEFAULT_MODEL, "learning_rate": 1e-5}, None),  # no more than of its own rate
+        ({**DEFAULT_MODEL, "weight_decay": 0.3}, 0.3),
+        ({**DEFAULT_MODEL, "optimizer": "adamw"}, 0.1),
+        ({"optimizer": "muon"}, 0.1),  # of a shape that it was not measured with
+    ],
+)
+def test_the_weight_decay_follows_from_the_text_where_that_was_measured(config, asked, expected):
+    config = replace(config, max_steps=None, minutes=3.0, optimizer=None, learning_rate=None)
+    config = replace(config, **asked)
+    with join(config) as cluster:
+        job = timed(config, open_job(config, cluster), time.monotonic())
+    updates = job.data.manifest.splits["train"].blocks / job.plan.batch_size  # of a reading
+    by_text = min(0.05, 1 / (0.7 * updates)) / learning_rate_of("muon", 1)
+    assert job.config.weight_decay == (expected or pytest.approx(by_text, rel=0.05))
 
 
 def test_rounds_are_at_most_a_tenth_of_the_updates_and_stay_so(config, tmp_path):
