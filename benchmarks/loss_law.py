@@ -153,15 +153,17 @@ def fitted(found: list[dict[str, Any]], tries: int = 40) -> np.ndarray:
     def miss(logs: np.ndarray) -> float:
         if np.any(np.abs(logs) > 12):
             return math.inf
-        # Small runs do not show what is left when size and text are large. Without a pull towards
-        # a usual remainder and Chinchilla's exponents they say that depth 1 is enough for ever.
-        usual = np.log([0.9, 0.34, 0.28, 1.2])
-        pull = 0.01 * float(np.sum((logs[[0, 2, 4, 6]] - usual) ** 2))
+        # Small runs do not show what is left when size and text are large, nor what size is worth:
+        # of little text all depths learn as much. They would say that depth 1 is enough for ever.
+        # So the worth of size stays what it was, by which a longer run has chosen well, and the
+        # others are pulled towards a usual remainder and Chinchilla's exponent.
+        usual, weights = np.log([0.9, 15.4, 0.3333, 0.28, 1.2]), [0.01, 1, 1, 0.01, 0.01]
+        pull = float(np.sum(weights * (logs[[0, 1, 2, 4, 6]] - usual) ** 2))
         return float(np.mean(np.log(expected(np.exp(logs), found) / seen) ** 2)) + pull
 
     draw = np.random.default_rng(0)
-    start = np.log([0.3, 8.0, 0.34, 12.0, 0.28, 0.0145, 1.2, 0.2])
-    runs = (minimised(miss, start + draw.normal(0, 0.5, 8)) for _ in range(tries))
+    start = np.log([0.7, 10.0, 0.34, 20.0, 0.28, 0.001, 1.2, 0.3])
+    runs = (minimised(miss, start + draw.normal(0, 0.3, 8)) for _ in range(tries))
     return np.exp(min(runs, key=miss))
 
 

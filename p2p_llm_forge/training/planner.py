@@ -21,7 +21,6 @@ MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows n
 AVERAGED = 0.7  # readings of a text, over which the weights are an average
 MOST_DECAYED = 0.05  # of a weight in an update, whatever the text
 MOST_READINGS = 4  # of a text by a loaded model: more of them were not measured
-OFTEN, EVEN = 4.0, 0.015  # readings of a text; shares of a loss that make no difference
 LEAST_TOKENS, LEAST_BYTES = 2_000, 8_000  # to learn from
 SPARE = 1.5  # times as much text as would just do: what is held out of it is left to chance
 # Tokens of an update: small ones are best for short runs, larger ones cost less a token and are
@@ -108,9 +107,7 @@ def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
     """The depth with the lowest loss to expect after `seconds` of updates.
 
-    token_s: by depth, of all peers together. Among depths that are even for all that the law knows,
-    one that reads a text again and again gives way to a deeper one: about small models that know
-    their text by heart it has erred most.
+    token_s: by depth, of all peers together.
     """
     most = max(products(1, text), MOST_PER_BYTE * text.tokens * text.bytes_per_token)
     sizes = {depth: products(depth, text) for depth in token_s}
@@ -119,11 +116,7 @@ def choose(token_s: Mapping[int, float], text: Text, seconds: float) -> Choice:
         for depth, size in sizes.items()
         if size <= most
     ]
-    best = min(choices, key=_loss)
-    if best.epochs < OFTEN:
-        return best
-    near = [one for one in choices if _loss(one) <= (1 + EVEN) * _loss(best)]
-    return min(near, key=lambda choice: max(OFTEN, choice.epochs))
+    return min(choices, key=_loss)
 
 
 def _loss(choice: Choice) -> float:
