@@ -162,8 +162,8 @@ def fitted(found: list[dict[str, Any]], tries: int = 40) -> np.ndarray:
         return float(np.mean(np.log(expected(np.exp(logs), found) / seen) ** 2)) + pull
 
     draw = np.random.default_rng(0)
-    start = np.log([0.7, 10.0, 0.34, 20.0, 0.28, 0.001, 1.2, 0.3])
-    runs = (minimised(miss, start + draw.normal(0, 0.3, 8)) for _ in range(tries))
+    first = np.log([0.7, 10.0, 0.34, 20.0, 0.28, 0.001, 1.2, 0.3])
+    runs = (minimised(miss, first + draw.normal(0, 0.3, 8)) for _ in range(tries))
     return np.exp(min(runs, key=miss))
 
 

@@ -17,7 +17,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # among which is chosen
 # Parts of the time after which a run could end: a small text is not read until known by heart.
 PARTS = tuple(0.85**n for n in range(90))
 READINGS = tuple(1.05**n for n in range(95))  # of a text, up to a hundred
-MOST_PER_BYTE = 4  # products of a token for a byte of the text; the law knows no larger models
+MOST_PER_BYTE = 4  # products of a token for a byte of the text; larger models were hardly measured
 AVERAGED = 0.7  # readings of a text, over which the weights are an average
 MOST_DECAYED = 0.05  # of a weight in an update, whatever the text
 MOST_READINGS = 4  # of a text by a loaded model: more of them were not measured

@@ -264,8 +264,9 @@ class Planning:
             asked = replace(asked, batch_size=chosen.update_tokens // self.text.sequence_length)
         config = with_warmup(settle(asked), chosen.updates)
         if asked.weight_decay is None and config.depth is not None and config.optimizer == "muon":
-            usual = learning_rate_of("muon", config.depth)  # what it was measured with
-            config = replace(config, weight_decay=planner.weight_decay_for(chosen, usual))
+            # Of a lower rate than it was measured with, a higher decay would leave small weights.
+            rate = max(learning_rate_of("muon", config.depth), config.learning_rate or 0.0)
+            config = replace(config, weight_decay=planner.weight_decay_for(chosen, rate))
         if config.warmup_steps is None:
             config = replace(config, warmup_steps=int(WARMUP * chosen.updates))
         config = self._in_rounds(config, chosen.updates)

@@ -254,6 +254,7 @@ DEFAULT_MODEL = {"model_type": None, "config_overrides": None, "depth": 1}
     [
         (DEFAULT_MODEL, None),
         ({**DEFAULT_MODEL, "learning_rate": 1e-5}, None),  # no more than of its own rate
+        ({**DEFAULT_MODEL, "learning_rate": 0.1}, None),
         ({**DEFAULT_MODEL, "weight_decay": 0.3}, 0.3),
         ({**DEFAULT_MODEL, "optimizer": "adamw"}, 0.1),
         ({"optimizer": "muon"}, 0.1),  # of a shape that it was not measured with
@@ -265,7 +266,8 @@ def test_the_weight_decay_follows_from_the_text_where_that_was_measured(config, 
     with join(config) as cluster:
         job = timed(config, open_job(config, cluster), time.monotonic())
     updates = job.data.manifest.splits["train"].blocks / job.plan.batch_size  # of a reading
-    by_text = min(0.05, 1 / (0.7 * updates)) / learning_rate_of("muon", 1)
+    rate = max(learning_rate_of("muon", 1), asked.get("learning_rate", 0))
+    by_text = max(0.1, min(0.05, 1 / (0.7 * updates)) / rate)
     assert job.config.weight_decay == (expected or pytest.approx(by_text, rel=0.05))
 
 
