@@ -50,6 +50,7 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             output_dir=str(folder),
             vocab_size=300,
             sequence_length=SEQUENCE_LENGTH,
+            validation_fraction=0.1,
         )
     )
     return folder

@@ -29,6 +29,7 @@ def prepare_other_text(folder: Path, tokenizer: Path) -> Path:
             output_dir=str(folder / "data"),
             tokenizer=str(tokenizer),
             sequence_length=32,
+            validation_fraction=0.1,
         )
     )
     return folder / "data"

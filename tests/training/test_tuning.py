@@ -31,6 +31,7 @@ def test_wider_bases_take_lower_rates_and_lora_higher_ones():
 
 def test_what_is_given_stays_and_what_ends_a_run_otherwise_too():
     given = replace(TUNED, learning_rate=1.0, epochs=7.0, warmup_steps=3, lr_scheduler="wsd")
+    given = replace(given, weight_decay=0.3)
     config = with_warmup(settle(given, None, 256), 100)
     assert replace(config, optimizer=None) == given
     assert settle(replace(TUNED, max_steps=9)).epochs is None
