@@ -20,7 +20,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_script_prepares_what_the_function_does(text_file, prepared, tmp_path):
     done = run(
         "--dataset-path", text_file, "--output-dir", tmp_path / "a", "--sequence-length", 32,
-        "--vocab-size", 300,
+        "--vocab-size", 300, "--validation-fraction", 0.1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "prepared" in done.stdout
