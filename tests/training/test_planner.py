@@ -192,10 +192,10 @@ def test_weights_that_decay_are_an_average_over_less_than_one_reading():
     choice = planner.in_updates(planner.choose(seconds(), TEXT, 100), 2048, fewest=20)
     for rate in (0.001, 0.01):
         decay = planner.weight_decay_for(choice, rate)
-        weight, halved = 1.0, 0
+        weight, updates = 1.0, 0
         while weight > math.exp(-1):  # of an update, in those that follow
-            weight, halved = weight * (1 - rate * decay), halved + 1
-        assert halved * 2048 / TEXT.tokens == pytest.approx(0.7, rel=0.05)
+            weight, updates = weight * (1 - rate * decay), updates + 1
+        assert updates * 2048 / TEXT.tokens == pytest.approx(0.7, rel=0.05)
 
 
 def test_however_small_the_text_weights_do_not_decay_at_once():
