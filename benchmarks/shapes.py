@@ -40,6 +40,8 @@ class Arm:
 
     type: str = "qwen3"
     layers: int = 3
+    mix: str = ""  # of lfm2, a letter a layer: c is a short convolution, a is attention
+    kernel: int = 3  # of lfm2's convolutions, tokens
     width: int = 128
     head: int = 64  # size of an attention head
     kv: int = 1  # query heads to a head of keys and values
@@ -128,6 +130,10 @@ def build(arm: Arm) -> nn.Module:
     options = {"head_dim": arm.head} if arm.type != "nanochat" else {}
     if arm.type == "qwen3":
         options["max_window_layers"] = arm.layers
+    if arm.type == "lfm2":
+        kinds = {"a": "full_attention", "c": "conv"}
+        options["layer_types"] = [kinds[letter] for letter in arm.mix]
+        options |= {"conv_L_cache": arm.kernel, "block_auto_adjust_ff_dim": False}
     config = AutoConfig.for_model(
         arm.type,
         vocab_size=arm.vocab,
@@ -145,7 +151,7 @@ def build(arm: Arm) -> nn.Module:
         **options,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    outputs = ("o_proj.weight", "down_proj.weight", "fc2.weight")
+    outputs = ("o_proj.weight", "down_proj.weight", "fc2.weight", "out_proj.weight", "w2.weight")
     with torch.no_grad():
         if arm.embed_std:
             model.get_input_embeddings().weight.normal_(0.0, arm.embed_std)

@@ -7,9 +7,9 @@ import graphlib
 
 from tests import ROOT
 
-BASE = {"errors", "files", "polling", "shapes", "tables"}
+BASE = {"errors", "files", "limits", "polling", "shapes", "tables"}
 ARROWS = {
-    **{"errors": set(), "polling": set(), "shapes": set(), "tables": set()},
+    **dict.fromkeys(("errors", "limits", "polling", "shapes", "tables"), set()),
     "files": {"errors", "polling", "shapes"},
     **{wing: BASE | {"config"} for wing in ("config", "data", "model", "peers")},
     "sync": BASE | {"config", "peers"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +11,7 @@ from p2p_llm_forge.config.launch import MOST_THREADS
 from p2p_llm_forge.config.names_of_prepare import OF_PREPARATION
 from p2p_llm_forge.config.train import LONGEST_BLOCK
 from p2p_llm_forge.errors import Problems
+from p2p_llm_forge.limits import cores
 
 CAN_DELIMIT = {*map(chr, range(1, 127))} - set('"\r\n')
 BLANK_LINES = "\n\n"  # as a separator: one or more of them
@@ -223,9 +223,7 @@ class BlockOptions(Options):
 
     def workers(self) -> int:
         """How many threads tokenize: as asked, or one per core that this process may use."""
-        if hasattr(os, "sched_getaffinity"):
-            return self.num_workers or len(os.sched_getaffinity(0))
-        return self.num_workers or os.cpu_count() or 1
+        return self.num_workers or cores()
 
 
 # A dataclass takes the fields of its last base first: so the text comes first, as in GROUPS.

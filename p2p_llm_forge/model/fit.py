@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.limits import free_memory
 from p2p_llm_forge.model.sizes import one_line, size_of, sizes_in
 
 # Bytes a parameter takes in training: itself, gradient and AdamW's two moments in float32.
@@ -194,7 +194,7 @@ def require_memory(model_config: Any, processes_here: int) -> None:
     except Exception:  # whatever a family raises
         return  # the build itself reports what cannot be built
     needed = parameters * TRAINING_BYTES_PER_PARAMETER * processes_here
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if needed > available:
         raise ForgeError(
             f"a {model_config.model_type} of {parameters / 1e6:,.0f} M parameters needs about "

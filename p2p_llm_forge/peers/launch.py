@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from p2p_llm_forge.errors import ForgeError, in_one_line
+from p2p_llm_forge.limits import cores
 
 if TYPE_CHECKING:
     from p2p_llm_forge.config import TrainConfig
@@ -172,13 +173,6 @@ def read_launch(config: TrainConfig, environ: Mapping[str, str] = os.environ) ->
 def choose_threads(config: TrainConfig, launch: Launch) -> int:
     """CPU threads for this process: its part of the machine's cores unless the user chose."""
     return config.cpu_threads or launch.threads or max(1, cores() // launch.local_world_size)
-
-
-def cores() -> int:
-    """The cores of this machine that the process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -9,13 +9,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 
 from p2p_llm_forge import __version__
 from p2p_llm_forge.config import TrainConfig
+from p2p_llm_forge.limits import cores, free_memory
 from p2p_llm_forge.peers.findings import Finding, failure, fine, warning
-from p2p_llm_forge.peers.launch import Launch, choose_threads, cores
+from p2p_llm_forge.peers.launch import Launch, choose_threads
 
 # Products that are timed, and how much faster they must be: below it, conversions take it back.
 BF16_SIDE, BF16_REPEATS, BF16_GAIN = 512, 7, 1.2
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 def judge_machine(config: TrainConfig, launch: Launch) -> list[Finding]:
     """Free disk and memory, threads and versions of this machine."""
     disk, where = _free_disk(config.output_dir), f"at {config.output_dir or 'this folder'}"
-    memory = psutil.virtual_memory().available
+    memory = free_memory()
     threads, processes = choose_threads(config, launch), launch.local_world_size
     use = f"{processes} process(es) of {threads} thread(s) on {cores()} core(s)"
     known = {"Python": platform.python_version(), **versions()}
@@ -73,7 +73,8 @@ def judge_machine(config: TrainConfig, launch: Launch) -> list[Finding]:
         found.append(fine("memory", f"{memory / 1e9:.1f} GB free"))
     else:
         little = f"only {memory / 1e9:.2f} GB of memory are free"
-        found.append(warning("memory", little, "end other programs"))
+        fix = "end other programs, or raise the limit of this one (a container's, or ulimit -v)"
+        found.append(warning("memory", little, fix))
     if threads * processes <= cores():
         found.append(fine("threads", use))
     else:

@@ -24,10 +24,10 @@ from p2p_llm_forge.config.sharing import hub_name
 from p2p_llm_forge.config.train import ModelOptions, SyncOptions, UpdateOptions
 from p2p_llm_forge.data.dataset import SplitFacts
 from p2p_llm_forge.errors import counted, in_one_line, plain
+from p2p_llm_forge.limits import cores
 from p2p_llm_forge.model.chat import STORY
 from p2p_llm_forge.model.lora import lora_in_words, settings_of
 from p2p_llm_forge.peers.cluster import Cluster
-from p2p_llm_forge.peers.launch import cores
 from p2p_llm_forge.peers.machine import versions
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.numbers import duration

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.limits import free_memory
 from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import CHUNK_VALUES, CHUNK_VALUES_ON_GPU, NextTokenLoss
 from p2p_llm_forge.peers.plausible import require_numbers
@@ -17,7 +18,6 @@ from p2p_llm_forge.peers.rank_failure import is_out_of_memory
 from p2p_llm_forge.shapes import is_count
 from p2p_llm_forge.training.checkpoint import read_state
 from p2p_llm_forge.training.compilation import one_micro_batch
-from p2p_llm_forge.training.free_memory import free_bytes
 from p2p_llm_forge.training.job import Job
 from p2p_llm_forge.training.plan import even_size
 
@@ -185,3 +185,12 @@ def recorded_size(checkpoint: Path) -> int:
     """The micro-batch that a checkpoint's run had come to; 0 where it does not say."""
     size = read_state(checkpoint).get("micro_batch_size")
     return int(size) if size is not None and is_count(size) else 0
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that this process can still take, of its GPU or of its machine."""
+    if device.type != "cuda":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(free + unused)

@@ -1,20 +1,21 @@
-"""The memory that a process can still take: of its device; or of machine, groups and limits."""
+"""What this process may take of its machine: memory and cores, within all limits on it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import psutil
-import torch
 
 MACHINE = Path("/")
 
 
 @dataclass(frozen=True)
-class Files:
+class MemoryFiles:
     """What Linux calls the files of a group that say what it may take, and has taken."""
 
     most: str
@@ -22,17 +23,13 @@ class Files:
     cache: str  # in memory.stat: of files that nobody has read lately, which the kernel gives up
 
 
-UNIFIED = Files("memory.max", "memory.current", "inactive_file")
+UNIFIED = MemoryFiles("memory.max", "memory.current", "inactive_file")
 # Of version 1, where the figures of a group are with those below it only under this name.
-OLDER = Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+OLDER = MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that this process can still take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(free + unused)
+def free_memory() -> float:
+    """Bytes that this process can still take: of its machine, its control groups, its ulimit."""
     free_here = [float(psutil.virtual_memory().available), *free_in_groups()]
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
@@ -43,6 +40,18 @@ def free_bytes(device: torch.device) -> float:
     return max(0.0, min(free_here))
 
 
+def cores() -> int:
+    """The cores that this process may use: those it may run on, or fewer by its share of time.
+
+    A container with --cpus 2 runs on all cores of its machine, for two seconds a second: more
+    threads wait for each other. A part of a core counts as one.
+    """
+    here = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        here = len(os.sched_getaffinity(0))
+    return max(1, min([here, *map(math.ceil, shares_of_groups())]))
+
+
 def free_in_groups(machine: Path = MACHINE) -> list[float]:
     """What is left of the limits of control groups: that of this process, and all around it.
 
@@ -50,7 +59,8 @@ def free_in_groups(machine: Path = MACHINE) -> list[float]:
     in, and on any of the groups around it. Other systems than Linux have none.
     """
     left = []
-    for folder, files in groups_of_process(machine):
+    for folder, is_older in groups_of_process("memory", machine):
+        files = OLDER if is_older else UNIFIED
         with contextlib.suppress(OSError, ValueError):  # no such group here, or no limit: "max"
             most = int((folder / files.most).read_text())
             used = int((folder / files.used).read_text())
@@ -58,8 +68,23 @@ def free_in_groups(machine: Path = MACHINE) -> list[float]:
     return left
 
 
-def groups_of_process(machine: Path = MACHINE) -> Iterator[tuple[Path, Files]]:
-    """The folders of this process's group and of those around it, up to the root."""
+def shares_of_groups(machine: Path = MACHINE) -> list[float]:
+    """Seconds of a core that each group around this process may take in a second."""
+    shares = []
+    for folder, is_older in groups_of_process("cpu", machine):
+        with contextlib.suppress(OSError, ValueError):
+            if is_older:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = (int((folder / name).read_text()) for name in names)
+            else:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            if quota > 0 and period > 0:  # of version 1, -1 is no limit
+                shares.append(quota / period)
+    return shares
+
+
+def groups_of_process(controller: str, machine: Path = MACHINE) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's group and of those around it; and whether of version 1."""
     try:
         lines = (machine / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -67,20 +92,17 @@ def groups_of_process(machine: Path = MACHINE) -> Iterator[tuple[Path, Files]]:
     mounted = machine / "sys/fs/cgroup"
     for line in lines:  # number:controllers:path, and version 2 is 0::path
         number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, files = mounted, UNIFIED
-        elif "memory" in controllers.split(","):
-            root, files = mounted / "memory", OLDER
-        else:
+        if number != "0" and controller not in controllers.split(","):
             continue
+        root = mounted if number == "0" else mounted / controller
         # In a container the path can be the machine's, of which only the root is seen.
         inner = PurePosixPath(path.lstrip("/"))
         if ".." not in inner.parts:
-            yield from ((root / one, files) for one in (inner, *inner.parents) if one.name)
-        yield root, files
+            yield from ((root / one, number != "0") for one in (inner, *inner.parents) if one.name)
+        yield root, number != "0"
 
 
-def reclaimable(folder: Path, files: Files) -> int:
+def reclaimable(folder: Path, files: MemoryFiles) -> int:
     """Bytes of page cache that count as used, and that the kernel gives up before it fails."""
     with contextlib.suppress(OSError, ValueError):
         lines = (folder / "memory.stat").read_text().splitlines()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from p2p_llm_forge.training import free_memory
-from p2p_llm_forge.training.free_memory import free_bytes, free_in_groups
+from p2p_llm_forge import limits
+from p2p_llm_forge.limits import cores, free_in_groups, free_memory, shares_of_groups
 
 GB = 10**9
 NO_LIMIT = 9223372036854771712  # of version 1
@@ -88,8 +93,68 @@ def test_without_its_statistics_all_that_a_group_uses_counts(machine):
 
 
 def test_the_least_that_is_left_is_what_is_free(monkeypatch, machine):
-    import torch
-
     groups = machine("0::/\n", {".": (2_000_000, 1_000_000, 0)})
-    monkeypatch.setattr(free_memory, "free_in_groups", lambda: free_in_groups(groups))
-    assert free_bytes(torch.device("cpu")) == 1_000_000
+    monkeypatch.setattr(limits, "free_in_groups", lambda: free_in_groups(groups))
+    assert free_memory() == 1_000_000
+
+
+def test_shares_of_time_are_read_of_all_groups(machine):
+    there = machine("0::/pod/box\n", {"pod/box": ("max", 1, 0), "pod": ("max", 1, 0)})
+    groups = there / "sys/fs/cgroup"
+    (groups / "pod/box/cpu.max").write_text("max 100000\n")
+    (groups / "pod/cpu.max").write_text("150000 100000\n")
+    assert shares_of_groups(there) == [1.5]
+
+
+def test_shares_of_time_of_version_1_are_read(machine):
+    there = machine("2:cpu,cpuacct:/docker/1a2b\n1:memory:/\n", {"cpu": ("", "", 0)})
+    group = there / "sys/fs/cgroup/cpu"
+    (group / "cpu.cfs_period_us").write_text("50000\n")
+    (group / "cpu.cfs_quota_us").write_text("-1\n")
+    assert shares_of_groups(there) == []
+    (group / "cpu.cfs_quota_us").write_text("150000\n")
+    assert shares_of_groups(there) == [3]
+
+
+@pytest.mark.parametrize(("shares", "expected"), [([], 4), ([8], 4), ([3, 1.5], 2), ([0.1], 1)])
+def test_cores_are_those_that_all_limits_leave(monkeypatch, shares, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setattr(limits, "shares_of_groups", lambda: shares)
+    assert cores() == expected
+
+
+@pytest.fixture
+def group():
+    """Makes a control group of this machine with limits, as a container has, and removes it."""
+    made = []
+
+    def make(controller, limits):
+        mounted = Path("/sys/fs/cgroup")
+        older = (mounted / controller).is_dir()
+        folder = (mounted / controller if older else mounted) / f"forge-test-{os.getpid()}"
+        try:
+            if folder not in made:
+                folder.mkdir()
+                made.append(folder)
+            for name, limit in limits[0 if older else 1].items():
+                (folder / name).write_text(limit)
+        except OSError as error:
+            pytest.skip(f"no control group of {controller} can be made here: {error}")
+        return folder
+
+    yield make
+    for folder in made:
+        folder.rmdir()
+
+
+def test_a_process_in_a_group_of_this_machine_sees_its_limits(group):
+    memory = ({"memory.limit_in_bytes": "500000000"}, {"memory.max": "500000000"})
+    cpu = ({"cpu.cfs_quota_us": "100000"}, {"cpu.max": "100000 100000"})
+    folders = [group("memory", memory), group("cpu", cpu)]
+    enter = "".join(
+        f"open({str(folder)!r} + '/cgroup.procs', 'w').write('0');" for folder in folders
+    )
+    words = f"{enter} from p2p_llm_forge.limits import *; print(cores(), int(free_memory()))"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "1"
+    assert 300e6 < int(done.stdout.split()[1]) < 500e6
