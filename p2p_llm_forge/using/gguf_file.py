@@ -1,7 +1,7 @@
 """A model as a GGUF file: the format of llama.cpp, which ollama and LM Studio read, too.
 
 Sources: the specification (ggml/docs/gguf.md) and what llama.cpp's src/llama-model.cpp and
-src/llama-vocab.cpp expect of each family. Three families and one kind of tokenizer, those that are
+src/llama-vocab.cpp expect of each family. Four families and one kind of tokenizer, those that are
 trained here, and compared with llama.cpp itself in tests; anything else is refused.
 """
 
@@ -24,6 +24,7 @@ ROTARY = {"hidden_act": "silu", "attention_bias": False}
 FIXED: dict[str, dict[str, Any]] = {
     "llama": {**ROTARY, "mlp_bias": False},
     "qwen3": {**ROTARY, "use_sliding_window": False},
+    "lfm2": {},  # _require_lfm2
     "gpt2": {
         **{"activation_function": "gelu_new", "scale_attn_weights": True},
         **{"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -32,6 +33,7 @@ FIXED: dict[str, dict[str, Any]] = {
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 OTHERWISE = "convert it by convert_hf_to_gguf.py of llama.cpp, which knows many more"
 LARGEST_F16 = 65504.0
+ALWAYS_F32 = ".shortconv.conv.weight"  # llama.cpp convolves in float32 only
 
 
 def write_gguf(model: LanguageModel, file: Path, title: str, as_f16: bool) -> None:
@@ -47,10 +49,10 @@ def write_gguf(model: LanguageModel, file: Path, title: str, as_f16: bool) -> No
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_name(title)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if as_f16 else gguf.LlamaFileType.ALL_F32)
-    _add_sizes(writer, config)
+    _add_sizes(writer, model.lm)
     _add_tokenizer(writer, model, rules)
     for name, tensor in _tensors(model.lm):
-        if as_f16 and tensor.ndim > 1:
+        if as_f16 and tensor.ndim > 1 and not name.endswith(ALWAYS_F32):
             _require_f16(name, tensor)
             tensor = tensor.astype(np.float16)
         writer.add_tensor(name, tensor)
@@ -77,11 +79,29 @@ def _require_family(config: Any, problems: Problems) -> None:
     for name, value in FIXED.get(family, {}).items():
         found = getattr(config, name, value)
         problems.require(found == value, f"the {family} has {name}={found}", OTHERWISE)
-    if family in ("llama", "qwen3"):
+    if family == "lfm2":
+        _require_lfm2(config, problems)
+    if family in ("llama", "qwen3", "lfm2"):
         rope = config.rope_parameters
         kind, share = rope.get("rope_type"), rope.get("partial_rotary_factor") or 1.0
         what = f"the {family} has rotary positions of type {kind} on {share:.0%} of a head"
         problems.require(kind == "default" and share == 1, what, OTHERWISE)
+
+
+def _require_lfm2(config: Any, problems: Problems) -> None:
+    """What llama.cpp fails to load or aborts on, whoever writes the file."""
+    fix = "llama.cpp runs none such: train one by --model-type lfm2 --config-overrides"
+    width, together = config.hidden_size, config.num_attention_heads * _head_width(config)
+    kinds = {*config.layer_types}
+    what = f"the lfm2 has layers of {' and '.join(sorted(kinds))} only"
+    both = "num_hidden_layers=3,layer_types=[conv,conv,full_attention]"
+    problems.require(kinds == {"conv", "full_attention"}, what, f"{fix} {both}")
+    what = f"the lfm2 has conv_bias={config.conv_bias}"
+    problems.require(not config.conv_bias, what, f"{fix} conv_bias=false")
+    what = f"the lfm2 has conv_L_cache={config.conv_L_cache}"
+    problems.require(config.conv_L_cache > 1, what, f"{fix} conv_L_cache=3")
+    what = f"the lfm2 has hidden_size={width}, and heads of {together} together"
+    problems.require(together == width, what, f"{fix} hidden_size={together}")
 
 
 def _require_byte_level(rules: dict[str, Any], problems: Problems) -> None:
@@ -111,8 +131,9 @@ def _require_f16(name: str, tensor: np.ndarray) -> None:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_sizes(writer: gguf.GGUFWriter, lm: Any) -> None:
     """The sizes of the model, by the names of GGUF."""
+    config = lm.config
     heads, width = config.num_attention_heads, config.hidden_size
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)
@@ -123,14 +144,31 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_feed_forward_length(config.n_inner or 4 * width)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
-    head = getattr(config, "head_dim", None) or width // heads
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.model_type == "lfm2":
+        _add_sizes_of_lfm2(writer, lm)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head = _head_width(config)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_sizes_of_lfm2(writer: gguf.GGUFWriter, lm: Any) -> None:
+    """Layers with no heads of keys are convolutions. block_auto_adjust_ff_dim may change a size."""
+    config, inner = lm.config, lm.model.layers[0].feed_forward.w1
+    heads = config.num_key_value_heads
+    writer.add_feed_forward_length(inner.out_features)
+    writer.add_head_count_kv([0 if kind == "conv" else heads for kind in config.layer_types])
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: LanguageModel, rules: dict[str, Any]) -> None:
@@ -179,6 +217,8 @@ def _laid_out(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     layer = name.rpartition(".")[0].rpartition(".")[2]
     if config.model_type == "gpt2" and layer in ("c_attn", "c_proj", "c_fc") and tensor.dim() == 2:
         return tensor.T  # Conv1D of transformers: (inputs, outputs)
+    if layer == "conv" and tensor.dim() == 3:
+        return tensor.squeeze(1)  # one input for each output
     if config.model_type == "llama" and layer in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if layer == "q_proj" else config.num_key_value_heads
         # transformers rotates the first half of a head with the second, llama.cpp neighbours.

@@ -20,6 +20,12 @@ SIZES: dict[str, dict[str, Any]] = {
             "max_position_embeddings": CONTEXT,
         },
     ),
+    "lfm2": {
+        **{"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 96},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
+        **{"layer_types": ["conv", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "max_position_embeddings": CONTEXT,
+    },
 }
 TEXT = [
     "Mara bakes bread, and Ines mends the nets; don't you see 3.14 ferries?",

@@ -7,18 +7,21 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from p2p_llm_forge.config import PrepareConfig
+from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.tokenizer import train_tokenizer
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.sizes import sizes_asked_for
 from p2p_llm_forge.using.gguf_file import require_exportable_family, write_gguf
 from p2p_llm_forge.using.loading import load
 from tests import ROOT
-from tests.using.models import CHAT, TEXT, byte_tokenizer, save_model
+from tests.using.models import CHAT, SIZES, TEXT, byte_tokenizer, save_model
 
 STRANGER = ROOT / "tests" / "using" / "stranger_llama.py"
 NEW = 12
@@ -41,15 +44,38 @@ def random_text(seed: int) -> str:
     )
 
 
-@pytest.mark.slow
-def test_llama_cpp_computes_what_transformers_does(tmp_path):
-    texts = [*HARD, *map(random_text, range(40))]
-    variants = {
+ROTARY = {"rope_type": "default", "rope_theta": 50_000.0}
+
+
+def lfm2(*layer_types: str, **sizes: Any) -> dict[str, Any]:
+    return {"num_hidden_layers": len(layer_types), "layer_types": [*layer_types], **sizes}
+
+
+VARIANTS: list[dict[str, dict[str, Any]]] = [
+    {
         "gpt2": {},
         "llama": {"tie_word_embeddings": True, "vocab_size": 384},  # rows without a word
-        "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
-    }
-    folders = [save_model(tmp_path / name, name, CHAT, **how) for name, how in variants.items()]
+        "qwen3": {"rope_parameters": ROTARY},
+    },
+    {
+        "lfm2": {},
+        "lfm2 grouped": lfm2(
+            *("conv", "full_attention", "full_attention", "conv"),
+            **{"tie_word_embeddings": True, "num_key_value_heads": 2, "conv_L_cache": 5},
+            **{"block_auto_adjust_ff_dim": True, "block_multiple_of": 7, "norm_eps": 1e-2},
+        ),
+        "lfm2 attention first": lfm2("full_attention", "conv", rope_parameters=ROTARY),
+    },
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variants", VARIANTS)
+def test_llama_cpp_computes_what_transformers_does(tmp_path, variants):
+    texts = [*HARD, *map(random_text, range(40))]
+    folders = [
+        save_model(tmp_path / name, name.split()[0], CHAT, **how) for name, how in variants.items()
+    ]
     files = []
     for folder in folders:
         for as_f16, name in ((False, "f32"), (True, "f16")):
@@ -98,7 +124,7 @@ def by_llama_cpp(files: list[Path], texts: list[str], prompts: list, plain: int)
 @pytest.mark.parametrize(
     ("family", "sizes", "found"),
     [
-        ("mistral", {}, "the export knows llama, qwen3, gpt2, this is a mistral"),
+        ("mistral", {}, "the export knows llama, qwen3, lfm2, gpt2, this is a mistral"),
         ("nanochat", {}, "this is a nanochat"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
@@ -109,12 +135,52 @@ def by_llama_cpp(files: list[Path], texts: list[str], prompts: list, plain: int)
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "rotary positions of type linear",
         ),
+        (
+            "lfm2",
+            {
+                **lfm2("conv", "full_attention"),
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "rotary positions of type yarn",
+        ),
     ],
 )
 def test_what_gguf_would_compute_otherwise_is_refused(family, sizes, found):
     with pytest.raises(ForgeError, match="convert_hf_to_gguf") as refused:
         require_exportable_family(AutoConfig.for_model(family, **sizes))
     assert found in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        (lfm2("conv", "conv"), "layers of conv only"),
+        (lfm2("full_attention"), "layers of full_attention only"),
+        ({"conv_bias": True}, "conv_bias=True"),
+        ({"conv_L_cache": 1}, "conv_L_cache=1"),
+        ({"head_dim": 16}, "hidden_size=32, and heads of 64 together"),
+        ({"hidden_size": 34}, "hidden_size=34, and heads of 32 together"),
+    ],
+)
+def test_the_fix_of_what_llama_cpp_cannot_run_makes_a_model_that_it_can(sizes, found):
+    sizes = {**SIZES["lfm2"], **sizes}
+    with pytest.raises(ForgeError, match="llama.cpp runs none such") as refused:
+        require_exportable_family(AutoConfig.for_model("lfm2", **sizes))
+    (problem,) = refused.value.problems
+    assert found in problem.found
+    overrides = problem.fix.partition("--config-overrides ")[2]
+    _, fixed = sizes_asked_for(TrainConfig(model_type="lfm2", config_overrides=overrides))
+    require_exportable_family(AutoConfig.for_model("lfm2", **{**sizes, **fixed}))
+
+
+def test_convolutions_stay_in_float32(tmp_path):
+    model = load(str(save_model(tmp_path / "m", "lfm2")), torch.device("cpu"), torch.float32)
+    write_gguf(model, tmp_path / "m.gguf", "m", as_f16=True)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    kernels = {name for name in kinds if name.endswith("shortconv.conv.weight")}
+    assert kernels == {f"blk.{layer}.shortconv.conv.weight" for layer in (0, 1)}
+    assert {kinds[name] for name in kernels} == {"F32"}
+    assert kinds["output.weight"] == kinds["blk.0.shortconv.in_proj.weight"] == "F16"
 
 
 def test_another_tokenizer_or_weight_is_refused(tmp_path):
