@@ -93,7 +93,7 @@ class ModelOptions(Options):
         None, "model to fine-tune: a folder or a name of the Hub", "--model_name_or_path"
     )
     model_type: str | None = flag(
-        None, "family of a model trained from scratch, such as llama; default: qwen3"
+        None, "family of a model trained from scratch, such as llama; default: lfm2"
     )
     depth: int | None = flag(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from p2p_llm_forge.model.lora import (
     read_adapters,
     settings_of,
 )
-from p2p_llm_forge.model.shape import DEPTH, OUTPUT_PROJECTIONS, STARTS_AT_ZERO
+from p2p_llm_forge.model.shape import DEPTH, STARTS_AT_ZERO, output_projections
 from p2p_llm_forge.model.sizes import (
     below_1,
     combined,
@@ -59,7 +60,7 @@ def build_model(config: TrainConfig, text: TextSpec, processes_here: int = 1) ->
         return load_base(config, text)
     if config.model_name:
         return load_model(config.model_name, text, config.trust_remote_code)
-    disable_progress_bar()
+    quiet_transformers()
     try:
         return model_from_scratch(config, text, processes_here)
     except BlockTooLong:
@@ -91,10 +92,11 @@ def model_from_scratch(
     return model
 
 
-def start_at_zero(model: torch.nn.Module) -> None:
+def start_at_zero(model: Any) -> None:
     """Set to zero what adds a layer's output to the others': every block starts as the identity."""
+    names = output_projections(model.config.model_type)
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, torch.nn.Linear):
+        if name.rpartition(".")[2] in names and isinstance(module, torch.nn.Linear):
             torch.nn.init.zeros_(module.weight)
 
 
@@ -166,7 +168,7 @@ def read_model(
 
     is_ours: see `load_model`. Raises ForgeError.
     """
-    disable_progress_bar()  # transformers draws one for every file, on every rank
+    quiet_transformers()
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise ForgeError(f"--model-name {name}: no such folder", "give the folder of a model")
@@ -237,6 +239,13 @@ def new_model_config(config: TrainConfig, text: TextSpec, spare_positions: int =
     require_tokens(overrides, model_config.vocab_size)
     require_positions(model_config, "the model that --config-overrides asks for", text)
     return model_config
+
+
+def quiet_transformers() -> None:
+    """No bars, which it draws for every file on every rank, and no advice for GPUs alone."""
+    disable_progress_bar()
+    if not torch.cuda.is_available():  # where it advises kernels for short convolutions
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
 def recompute_activations(lm: Any) -> None:

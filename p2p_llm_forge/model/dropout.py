@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.shape import OUTPUT_PROJECTIONS
+from p2p_llm_forge.model.shape import output_projections
 
 
 def add_dropout(lm: Any, probability: float) -> None:
@@ -19,10 +19,11 @@ def add_dropout(lm: Any, probability: float) -> None:
     """
     if not probability:
         return
+    names = output_projections(lm.config.model_type)
     projections = [
         module
         for name, module in lm.named_modules()
-        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS
+        if name.rpartition(".")[2] in names
         # An adapter is beside the layer that it adds to.
         and isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
     ]
@@ -31,7 +32,7 @@ def add_dropout(lm: Any, probability: float) -> None:
         given = ",".join(f"{name}={probability:g}" for name in own)
         raise ForgeError(
             f"--dropout {probability:g} is for families whose layers end in"
-            f" {' and '.join(OUTPUT_PROJECTIONS)}, which {lm.config.model_type} has not",
+            f" {' and '.join(names)}, which {lm.config.model_type} has not",
             "leave it out"
             + f"; from scratch, the family has its own: --config-overrides {given}" * bool(own),
         )

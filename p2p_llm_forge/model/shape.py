@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILY = "qwen3"
+# Short convolutions, then attention: measured best of the stock classes (benchmarks/README.md).
+FAMILY, WITHOUT_CONVOLUTIONS = "lfm2", "qwen3"
 DEPTH = 4
 NARROWEST, MOST_HEADS = 128, 1024
-# What adds to the stream that all layers share: from zero, a new layer changes nothing at first.
-OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
-STARTS_AT_ZERO = ("qwen3",)  # families whose output projections do
+STARTS_AT_ZERO = ("lfm2", "qwen3")  # families whose output projections do
 # Peak rates of a model that is 256 wide, from scratch; wider ones take less.
 RATES = {"muon": 5.5e-3, "adamw": 2e-3}
 RATE = 1e-3  # where sizes, or anything about the optimizer, are not known
@@ -34,6 +33,41 @@ def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> 
         "head_dim": head_size,
         "intermediate_size": 3 * width,
     }
+
+
+def family_of(depth: int | None, within_documents: bool) -> str:
+    """The family where none is given. within_documents: attention does not cross their ends.
+
+    A convolution would cross them, and llama.cpp reads no lfm2 of a single kind of layer.
+    """
+    return WITHOUT_CONVOLUTIONS if within_documents or depth == 1 else FAMILY
+
+
+def sizes_of_family(family: str, shape: dict[str, Any], layers: int) -> dict[str, Any]:
+    """What a family needs besides, or otherwise, to be of that shape (see `shape_of`)."""
+    if family != "lfm2":
+        return {}
+    width, most = shape["hidden_size"], shape["num_attention_heads"]
+    # Its heads share the width evenly, and rotary positions turn pairs.
+    heads = next((n for n in range(most, 0, -1) if width % (2 * n) == 0), most)
+    return {
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), heads),
+        "layer_types": ["full_attention" if one else "conv" for one in has_attention(layers)],
+        "block_auto_adjust_ff_dim": False,  # it would take two thirds of the feed-forward's size
+        "pad_token_id": None,  # its first token, the end of our documents, would not be learnt
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": False,
+    }
+
+
+def has_attention(layers: int) -> list[bool]:
+    """Which layers of an lfm2 attend: every third, and the last; the others are convolutions."""
+    return [layer % 3 == 2 or layer == layers - 1 for layer in range(layers)]
+
+
+def output_projections(family: str) -> tuple[str, ...]:
+    """What adds to the stream that all layers share: from zero, a new layer changes nothing."""
+    return ("out_proj", "w2") if family == "lfm2" else ("o_proj", "down_proj")
 
 
 def learning_rate_of(optimizer: str, depth: int | None) -> float:

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
-from p2p_llm_forge.model.shape import DEPTH, FAMILY, shape_of
+from p2p_llm_forge.model.shape import DEPTH, FAMILY, shape_of, sizes_of_family
 
 # A string in quotes (the group), or a word without.
 WORD = re.compile(r"""('[^']*'|"[^"]*")|(?<![\w.])[A-Za-z_][\w-]*""")
@@ -300,6 +300,8 @@ def sizes_by_depth(defaults: Any, depth: int, overrides: dict[str, Any]) -> dict
         return size if type(size) is int and size > 0 else None
 
     shape = shape_of(depth, given("hidden_size"), given("num_attention_heads"))
+    layers = given("num_hidden_layers") or depth
+    shape |= sizes_of_family(defaults.model_type, shape, layers)
     return {name: size for name, size in shape.items() if name in names_in(defaults)}
 
 

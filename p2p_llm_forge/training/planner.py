@@ -9,7 +9,7 @@ from typing import Any
 
 from p2p_llm_forge.config.train import WEIGHT_DECAY
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.shape import shape_of
+from p2p_llm_forge.model.shape import has_attention, shape_of
 from p2p_llm_forge.shapes import is_flag, is_number, is_positive, require_shape
 from p2p_llm_forge.training.law import bits_per_byte
 
@@ -75,8 +75,8 @@ def products(depth: int, text: Text) -> int:
 
 def work(depth: int, text: Text) -> int:
     """Multiplications of a token's forward: those, and attention's."""
-    width = shape_of(depth)["hidden_size"]
-    return products(depth, text) + depth * width * text.sequence_length
+    width, attending = shape_of(depth)["hidden_size"], sum(has_attention(depth))
+    return products(depth, text) + attending * width * text.sequence_length
 
 
 def token_seconds(measured: Mapping[int, float], text: Text) -> dict[int, float]:

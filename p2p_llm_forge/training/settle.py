@@ -11,7 +11,7 @@ from typing import Any
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.config.train import WEIGHT_DECAY
 from p2p_llm_forge.errors import ForgeError
-from p2p_llm_forge.model.shape import DEPTH, FAMILY, learning_rate_of
+from p2p_llm_forge.model.shape import DEPTH, family_of, learning_rate_of
 from p2p_llm_forge.training.identity import of_today
 from p2p_llm_forge.training.manifest import checkpoint_dir, read_manifest, read_state, steps_saved
 from p2p_llm_forge.training.run_record import RunRecord
@@ -34,7 +34,7 @@ def settle(
     if not config.model_name and family is None and depth is None and not before:
         depth = DEPTH
     if not config.model_name:
-        family = family or before.get("model_type") or FAMILY
+        family = family or before.get("model_type") or family_of(depth, config.document_mask)
         depth = depth or before.get("depth")
     usual = OPTIMIZER_OF_LOADED if config.model_name else OPTIMIZER
     optimizer = config.optimizer or before.get("optimizer") or usual

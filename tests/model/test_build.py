@@ -13,9 +13,9 @@ from p2p_llm_forge.model.sizes import sizes_asked_for
 from tests.runs import TINY
 
 
-def test_the_default_is_a_small_qwen3_that_fits_the_text(text):
+def test_the_default_is_a_small_lfm2_that_fits_the_text(text):
     lm = build_model(TrainConfig(), text)
-    assert lm.config.model_type == "qwen3"
+    assert lm.config.model_type == "lfm2"
     assert lm.config.num_hidden_layers == shape.DEPTH
     assert lm.config.vocab_size == 300
     assert lm.config.max_position_embeddings == 32

@@ -18,6 +18,7 @@ from p2p_llm_forge.model.fit import require_causal
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.shape import learning_rate_of, shape_of
 from p2p_llm_forge.model.unreached import freeze_unreached
+from p2p_llm_forge.training.settle import settle
 from tests.model.families import model_of
 
 STRANGER = Path(__file__).with_name("stranger_logits.py")
@@ -38,10 +39,51 @@ def test_sizes_of_every_depth_go_together(depth):
 
 
 def test_a_depth_is_all_that_a_model_needs(text):
-    lm = build_model(TrainConfig(depth=2), text)
-    assert lm.config.model_type == "qwen3"
-    wanted = shape_of(2)
-    assert {name: getattr(lm.config, name) for name in wanted} == wanted
+    lm = build_model(TrainConfig(depth=4), text)
+    config, wanted = lm.config, shape_of(4)
+    assert config.model_type == "lfm2"
+    head = wanted.pop("head_dim")
+    assert config.hidden_size // config.num_attention_heads == head
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert lm.model.layers[0].feed_forward.w1.out_features == wanted["intermediate_size"]
+
+
+def test_the_first_token_of_a_vocabulary_is_learnt_like_others(text):
+    """The family calls it padding: its embedding would stay zero."""
+    embedding = build_model(TrainConfig(depth=1), text).get_input_embeddings()
+    assert embedding.padding_idx is None and embedding.weight[0].any()
+
+
+@pytest.mark.parametrize(
+    ("depth", "kinds"), [(1, "a"), (2, "ca"), (3, "cca"), (4, "ccaa"), (8, "ccaccaca")]
+)
+def test_convolutions_come_before_attention(text, depth, kinds):
+    config = build_model(TrainConfig(depth=depth, config_overrides="hidden_size=32"), text).config
+    letters = {"conv": "c", "full_attention": "a"}
+    assert "".join(letters[kind] for kind in config.layer_types) == kinds
+    overrides = f"num_hidden_layers={depth},hidden_size=32"
+    assert build_model(TrainConfig(config_overrides=overrides), text).config == config
+
+
+@pytest.mark.parametrize(("width", "heads"), [(96, 3), (100, 2), (80, 2), (200, 2), (30, 1)])
+def test_heads_share_any_even_width(text, width, heads):
+    overrides = f"hidden_size={width}"
+    config = build_model(TrainConfig(depth=1, config_overrides=overrides), text).config
+    assert (config.hidden_size, config.num_attention_heads) == (width, heads)
+    assert config.num_key_value_heads == heads
+
+
+def test_attention_that_stays_inside_documents_has_no_convolutions_beside_it(text):
+    assert settle(TrainConfig(document_mask=True)).model_type == "qwen3"
+    assert settle(TrainConfig(depth=1)).model_type == "qwen3"  # no room for both
+    assert settle(TrainConfig(depth=2)).model_type == settle(TrainConfig()).model_type == "lfm2"
+    config = TrainConfig(document_mask=True, depth=2, model_type="qwen3")
+    lm = build_model(config, text)
+    sizes, wanted = lm.config, shape_of(2)
+    assert {name: getattr(sizes, name) for name in wanted} == wanted
+    assert document_mask_for(lm, text.eos_token_id)
+    with pytest.raises(ForgeError, match="cannot keep attention inside documents"):
+        document_mask_for(build_model(TrainConfig(depth=2), text), text.eos_token_id)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +101,10 @@ def test_single_sizes_win_over_the_depth_and_the_others_follow_them(text):
     overrides = "hidden_size=96,tie_word_embeddings=true"
     config = build_model(TrainConfig(depth=3, config_overrides=overrides), text).config
     assert (config.num_hidden_layers, config.hidden_size) == (3, 96)
-    assert config.num_attention_heads * config.head_dim == 96
+    assert config.num_attention_heads == 3
     assert config.intermediate_size < 5 * 96 and config.tie_word_embeddings
     two = build_model(TrainConfig(depth=1, config_overrides="num_attention_heads=2"), text).config
-    assert (two.num_attention_heads, two.num_key_value_heads, two.head_dim) == (2, 2, 64)
+    assert (two.num_attention_heads, two.num_key_value_heads) == (2, 2)
 
 
 def test_names_of_gpt2_are_refused_with_a_fix_that_works(text):
@@ -81,9 +123,8 @@ def test_a_model_that_starts_at_zero_learns_in_all_its_parameters(text):
     """At first a layer adds nothing; no parameter is taken for one that no text reaches."""
     lm = build_model(TrainConfig(depth=2), text)
     zero = {name for name, p in lm.named_parameters() if p.dim() == 2 and not p.any()}
-    layers = [f"model.layers.{n}" for n in range(2)]
-    parts = ("self_attn.o_proj", "mlp.down_proj")
-    assert zero == {f"{layer}.{part}.weight" for layer in layers for part in parts}
+    parts = ("0.conv.out_proj", "0.feed_forward.w2", "1.self_attn.out_proj", "1.feed_forward.w2")
+    assert zero == {f"model.layers.{part}.weight" for part in parts}
     start = {name: p.detach().clone() for name, p in lm.named_parameters()}
     loss = NextTokenLoss(lm).train()
     assert loss.head is not None  # its logits come in chunks

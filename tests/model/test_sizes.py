@@ -50,7 +50,7 @@ def test_values_are_numbers_lists_dictionaries_or_words(text, value):
     ("given", "is_given"),
     [
         ({}, False),
-        ({"config_overrides": "tie_word_embeddings=true, rms_norm_eps=1e-5"}, False),
+        ({"config_overrides": "tie_word_embeddings=true, norm_eps=1e-6"}, False),
         ({"config_overrides": "hidden_size=64"}, True),
         ({"config_overrides": "tie_word_embeddings=true,num_key_value_heads=1"}, True),
         ({"depth": 2}, True),

@@ -82,6 +82,7 @@ COUNTED = {
     "llama": LLAMA,
     "gpt2": {**SIZES, "resid_pdrop": 0.0},
     "qwen3": {**LLAMA, "head_dim": 24},
+    "lfm2": {**LLAMA, "layer_types": ["conv", "full_attention"]},
     "nanochat": LLAMA,
     "gpt_neox": {**SIZES, "intermediate_size": 256},
     "gemma2": {**LLAMA, "head_dim": 16},

@@ -129,19 +129,19 @@ def test_the_defaults_resume_from_what_the_checkpoint_says(config, tmp_path, mon
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     (tmp_path / "run" / "all_results.json").unlink()
     monkeypatch.setattr("p2p_llm_forge.training.settle.DEPTH", 1)
-    monkeypatch.setattr("p2p_llm_forge.training.settle.FAMILY", "llama")
+    monkeypatch.setattr("p2p_llm_forge.training.settle.family_of", lambda *_: "llama")
     monkeypatch.setattr("p2p_llm_forge.training.settle.OPTIMIZER", "sgd")
     monkeypatch.setattr("p2p_llm_forge.training.settle.learning_rate_of", lambda *_: 9.0)
     with pytest.raises(ForgeError, match="holds this run already"):
         train(config)
     card = (tmp_path / "whole" / "README.md").read_text()
     rate = shape.learning_rate_of("muon", shape.DEPTH)
-    assert "| family | qwen3 |" in card
-    for line in ("model_type: qwen3", f"depth: {shape.DEPTH}", "optimizer: muon"):
+    assert "| family | lfm2 |" in card
+    for line in ("model_type: lfm2", f"depth: {shape.DEPTH}", "optimizer: muon"):
         assert f"\n{line}\n" in card  # of its recipe
     assert f"\nlearning_rate: {rate}\n" in card
     identity = json.loads((tmp_path / "whole" / "run.json").read_text())["identity"]
-    assert (identity["model_type"], identity["depth"]) == ("qwen3", shape.DEPTH)
+    assert (identity["model_type"], identity["depth"]) == ("lfm2", shape.DEPTH)
     train(replace(config, resume="auto"))
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert set(one) == set(other) and all((one[name] == other[name]).all() for name in one)
