@@ -1,4 +1,4 @@
-"""Attention that does not cross the end of a document."""
+"""Attention, and short convolutions, that do not cross the end of a document."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.fit import in_trial
+from p2p_llm_forge.model.short_convolution import keep_inside_documents
 
 DocumentMask = Callable[..., dict[str, torch.Tensor]]
 
@@ -41,6 +42,13 @@ def positions_in_documents(
     return positions - torch.where(is_start, positions, 0).cummax(1).values
 
 
+def documents_of(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The number of each token's document in its block, int64; all as for `starts_of_documents`."""
+    return starts_of_documents(inputs, document_end, begins).cumsum(1)
+
+
 def by_positions(
     inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
@@ -52,11 +60,19 @@ def by_scores(
     inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """For others that take a mask: added to the attention scores, (blocks, 1, tokens, tokens)."""
-    document = starts_of_documents(inputs, document_end, begins).cumsum(1)
+    document = documents_of(inputs, document_end, begins)
     allowed = (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
     mask = torch.zeros(allowed.shape, device=inputs.device)
     mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
     return {"attention_mask": mask, **by_positions(inputs, document_end, begins)}
+
+
+def by_documents(
+    inputs: torch.Tensor, document_end: int, begins: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """For families with short convolutions, too, by their name for it."""
+    documents = documents_of(inputs, document_end, begins)
+    return {"seq_idx": documents, **by_positions(inputs, document_end, begins)}
 
 
 def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
@@ -75,12 +91,13 @@ def document_mask_for(lm: Any, document_end: int) -> DocumentMask:
     packed = torch.tensor([end + first + end + second], device=device)
     other = torch.tensor([end + first[::-1] + end + second], device=device)
     place = slice(len(first) + 1, None)
+    masks = [by_positions, by_scores, *[by_documents] * keep_inside_documents(lm)]
     with in_trial(lm):
         alone = lm(input_ids=packed[:, place], use_cache=False).logits
         # Half the digits (--base-dtype bfloat16) round what is alone otherwise than what is not.
         is_rounded = torch.finfo(alone.dtype).eps > 1e-4
         loose = 0.1 * float(alone.abs().max()) if is_rounded else 1e-4
-        for mask in (by_positions, by_scores):
+        for mask in masks:
             try:
                 logits, beside = (
                     lm(input_ids=ids, use_cache=False, **mask(ids, document_end)).logits[:, place]

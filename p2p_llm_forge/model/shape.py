@@ -35,12 +35,9 @@ def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> 
     }
 
 
-def family_of(depth: int | None, within_documents: bool) -> str:
-    """The family where none is given. within_documents: attention does not cross their ends.
-
-    A convolution would cross them, and llama.cpp reads no lfm2 of a single kind of layer.
-    """
-    return WITHOUT_CONVOLUTIONS if within_documents or depth == 1 else FAMILY
+def family_of(depth: int | None) -> str:
+    """The family where none is given: llama.cpp reads no lfm2 of a single kind of layer."""
+    return WITHOUT_CONVOLUTIONS if depth == 1 else FAMILY
 
 
 def sizes_of_family(family: str, shape: dict[str, Any], layers: int) -> dict[str, Any]:

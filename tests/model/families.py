@@ -16,10 +16,14 @@ def model_of(family: str, **sizes):
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 LLAMA = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+# Convolutions wide enough to show, and a first token that is one like others.
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"], "initializer_range": 0.2}
+CONVOLUTIONS |= {"block_auto_adjust_ff_dim": False, "pad_token_id": None}
 BERT = {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FAMILIES = {
     "gpt2": ({**SIZES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, Head()),
     "llama": (LLAMA, Head()),
+    "lfm2": ({**LLAMA, **CONVOLUTIONS}, Head()),
     "gpt_neox": ({**SIZES, "intermediate_size": 64}, Head()),
     "gemma2": ({**LLAMA, "head_dim": 16, "final_logit_softcapping": 2.0}, Head(cap=2.0)),
     "cohere": ({**LLAMA, "logit_scale": 0.1}, Head(scale=0.1)),

@@ -73,17 +73,12 @@ def test_heads_share_any_even_width(text, width, heads):
     assert config.num_key_value_heads == heads
 
 
-def test_attention_that_stays_inside_documents_has_no_convolutions_beside_it(text):
-    assert settle(TrainConfig(document_mask=True)).model_type == "qwen3"
-    assert settle(TrainConfig(depth=1)).model_type == "qwen3"  # no room for both
+def test_a_single_layer_that_has_no_room_for_both_kinds_is_one_of_a_qwen3(text):
+    assert settle(TrainConfig(depth=1)).model_type == "qwen3"
     assert settle(TrainConfig(depth=2)).model_type == settle(TrainConfig()).model_type == "lfm2"
-    config = TrainConfig(document_mask=True, depth=2, model_type="qwen3")
-    lm = build_model(config, text)
-    sizes, wanted = lm.config, shape_of(2)
-    assert {name: getattr(sizes, name) for name in wanted} == wanted
-    assert document_mask_for(lm, text.eos_token_id)
-    with pytest.raises(ForgeError, match="cannot keep attention inside documents"):
-        document_mask_for(build_model(TrainConfig(depth=2), text), text.eos_token_id)
+    config = build_model(TrainConfig(depth=2, model_type="qwen3"), text).config
+    wanted = shape_of(2)
+    assert {name: getattr(config, name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(
