@@ -95,6 +95,7 @@ def base_of(depth: int, data: PreparedDataset, folder: Path) -> Path:
         TrainConfig(
             dataset_path=str(data.path),
             output_dir=str(path),
+            model_type="qwen3",
             depth=depth,
             max_steps=BASE_UPDATES,
             batch_size=BASE_BLOCKS,
