@@ -2,10 +2,10 @@
 
     python -m benchmarks.small_updates --work-dir /tmp/small_updates
 
-One real run of train.py is set up, as --minutes for a short time (the default model of --depth), with dropout
-0.1. Its arms take turns in bursts of updates: as they are, 8 blocks in a forward, torch's own
-dropout, none, attention in float32, and one thread. Medians of all bursts are printed, and of the
-ratios to the first arm's burst of the same turn.
+One real run of train.py is set up, as --minutes for a short time (the default model of --depth),
+with dropout 0.1. Its arms take turns in bursts of updates: as they are, 8 blocks in a forward,
+torch's own dropout, none, attention in float32, and one thread. Medians of all bursts are printed,
+and of the ratios to the first arm's burst of the same turn.
 """
 
 from __future__ import annotations

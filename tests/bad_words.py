@@ -32,7 +32,8 @@ TRAIN = r"""
 --depth=1 --model-type=gpt2 --config-overrides=n_layer=2,n_layer=3 -> n_layer is given twice
 --model-type=gpt2 --config-overrides=n_layer=2,num_hidden_layers=3 -> is given twice
 --config-overrides=pad_token_id=99999 -> pad_token_id is 99999, the vocabulary has
---config-overrides=pad_token_id=word -> give another value for pad_token_id
+--config-overrides=pad_token_id=word -> give a number like 0
+--model-type=qwen3 --config-overrides=pad_token_id=word -> give another value for pad_token_id
 --config-overrides=bos_token_id=99999 -> bos_token_id is 99999, the vocabulary has
 --config-overrides=eos_token_id=-1 -> eos_token_id is -1, the vocabulary has
 --config-overrides=use_cache=maybe -> give true or false

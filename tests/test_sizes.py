@@ -17,7 +17,7 @@ def test_a_dry_run_becomes_a_row(tmp_path):
     folder = sizes.prepared(text, tmp_path)
     printed = sizes.dry_run(folder, 30)
     row = sizes.planned(printed, "small", 30)
-    assert f"lfm2, {row.parameters_m:.2f} M parameters" in printed
+    assert f"qwen3, {row.parameters_m:.2f} M parameters" in printed
     assert 0 < row.with_peer < 8 and 0 < row.bits_per_byte < 8 and row.epochs > 1
     assert row.ends_early, "half an hour is far too long for a text of a few kilobytes"
     assert not (tmp_path / f"prepared-{text.stem}-run").exists(), "a dry run writes nothing"

@@ -37,7 +37,16 @@ def problems(fetch) -> list[str]:
     return [one.found for one in raised.value.problems]
 
 
-def test_several_sources_bring_pieces_of_one_file(tmp_path, exchanges):
+def test_several_sources_bring_pieces_of_one_file(tmp_path, exchanges, monkeypatch):
+    """They begin together: on a busy machine one has brought all before another was asked."""
+    all_there, connect = threading.Barrier(3), exchanges[3]._connect
+
+    def connected(rank):
+        stream = connect(rank)
+        all_there.wait(60)
+        return stream
+
+    monkeypatch.setattr(exchanges[3], "_connect", connected)
     files = made(tmp_path / "from", {"a": 4 * MANY_PIECES})
     for rank in (0, 1, 2):
         exchanges[rank].offer("key", tmp_path / "from", files)

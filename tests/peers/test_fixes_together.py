@@ -389,11 +389,11 @@ def test_the_fixes_of_too_little_memory_need_less(zygote, prepared, tmp_path):
     def checked(*more):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        large = {"batch_size": 2048, "micro_batch_size": 1024, "resume": None, "max_steps": None}
+        large = {"batch_size": 2048, "micro_batch_size": 2048, "resume": None, "max_steps": None}
         large["config_overrides"] = "n_layer=2,n_head=2,n_embd=256"
         words = flags(prepared, tmp_path / "run", **large)
         pid = zygote.start([*words, *more], log, script="check_cluster")
-        limit = psutil.Process(pid).memory_info().vms + 800 * 2**20
+        limit = psutil.Process(pid).memory_info().vms + 1100 * 2**20
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
         return zygote.wait(pid), log.read_text()
 
