@@ -90,7 +90,7 @@ class Job:
     def shape(self) -> dict[str, str]:
         """What says how large the model is."""
         if self.model.startswith("depth="):
-            return {"depth": self.model.removeprefix("depth=")}
+            return {"model_type": "qwen3", "depth": self.model.removeprefix("depth=")}
         return {"model_type": "gpt2", "config_overrides": self.model}
 
     def words(self, data: Path, folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.small_updates --work-dir /tmp/small_updates
 
-One real run of train.py is set up, as --minutes for a short time (the default model of --depth),
+One real run of train.py is set up, as --minutes for a short time (a Qwen3 of --depth),
 with dropout 0.1. Its arms take turns in bursts of updates: as they are, 8 blocks in a forward,
 torch's own dropout, none, attention in float32, and one thread. Medians of all bursts are printed,
 and of the ratios to the first arm's burst of the same turn.
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))  # the project's own modules
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--model-type", default="qwen3")
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--sequence-length", type=int, default=128)
@@ -98,6 +99,7 @@ def measure(asked: argparse.Namespace, data: Path) -> dict[str, list[float]]:
     config = TrainConfig(
         dataset_path=str(data),
         output_dir=str(folder),
+        model_type=asked.model_type,
         depth=asked.depth,
         batch_size=asked.batch_size,
         dropout=0.1,

@@ -94,7 +94,10 @@ def groups_of_process(controller: str, machine: Path = MACHINE) -> Iterator[tupl
         number, controllers, path = line.split(":", 2)
         if number != "0" and controller not in controllers.split(","):
             continue
-        root = mounted if number == "0" else mounted / controller
+        root = mounted
+        if number != "0":  # named by all its controllers, often with a link for each
+            names = (controller, controllers)
+            root = next((mounted / one for one in names if (mounted / one).is_dir()), mounted)
         # In a container the path can be the machine's, of which only the root is seen.
         inner = PurePosixPath(path.lstrip("/"))
         if ".." not in inner.parts:

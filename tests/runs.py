@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     **{"model_type": "gpt2", "config_overrides": TINY_MODEL},
     **{"optimizer": "adamw", "learning_rate": 1e-3},
 }
-# What is trained where nothing is asked for: Qwen3 from zero, by Muon; only narrower.
+# What is trained where nothing is asked for: LFM2 from zero, by Muon; only narrower.
 DEFAULTS: dict[str, Any] = {
     **{"model_type": None, "optimizer": None, "learning_rate": None},
     "config_overrides": "num_hidden_layers=2,hidden_size=32,num_attention_heads=2",

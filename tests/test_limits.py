@@ -116,6 +116,14 @@ def test_shares_of_time_of_version_1_are_read(machine):
     assert shares_of_groups(there) == [3]
 
 
+def test_a_folder_that_is_named_by_all_its_controllers_is_found(machine):
+    there = machine("2:cpu,cpuacct:/box\n", {"cpu,cpuacct/box": ("", "", 0)})
+    group = there / "sys/fs/cgroup/cpu,cpuacct/box"
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    (group / "cpu.cfs_quota_us").write_text("200000\n")
+    assert shares_of_groups(there) == [2]
+
+
 @pytest.mark.parametrize(("shares", "expected"), [([], 4), ([8], 4), ([3, 1.5], 2), ([0.1], 1)])
 def test_cores_are_those_that_all_limits_leave(monkeypatch, shares, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4), raising=False)

@@ -35,9 +35,12 @@ def shape_of(depth: int, width: int | None = None, heads: int | None = None) -> 
     }
 
 
-def family_of(depth: int | None) -> str:
-    """The family where none is given: llama.cpp reads no lfm2 of a single kind of layer."""
-    return WITHOUT_CONVOLUTIONS if depth == 1 else FAMILY
+def family_of(depth: int | None, overrides: str | None) -> str:
+    """The family where none is given: llama.cpp reads no lfm2 of a single kind of layer.
+
+    overrides: single sizes that were given, by the names of the one family that all depths have.
+    """
+    return WITHOUT_CONVOLUTIONS if depth == 1 and not overrides else FAMILY
 
 
 def sizes_of_family(family: str, shape: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError, Problems, nearest
-from p2p_llm_forge.model.shape import DEPTH, FAMILY, shape_of, sizes_of_family
+from p2p_llm_forge.model.shape import (
+    DEPTH,
+    FAMILY,
+    WITHOUT_CONVOLUTIONS,
+    shape_of,
+    sizes_of_family,
+)
 
 # A string in quotes (the group), or a word without.
 WORD = re.compile(r"""('[^']*'|"[^"]*")|(?<![\w.])[A-Za-z_][\w-]*""")
@@ -29,6 +35,7 @@ NO_SIZES = {
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "problem_type"), CAUSAL),
 }
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+KINDS_OF_LAYERS = ("layer_types", "full_attn_idxs")
 WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -66,6 +73,9 @@ def sizes_asked_for(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         found = f"--config-overrides: a {family} has no '{key}'"
         fix = nearest(path[-1], known) if known else f"{path[0]} holds no sizes: leave it out"
         fix = fix_of_gpt2(key, value, known) or fix
+        if family == FAMILY and path[-1] in names_in(AutoConfig.for_model(WITHOUT_CONVOLUTIONS)):
+            depth = config.depth or DEPTH
+            fix += f"; or take a Qwen3, which has it: --model-type qwen3 --depth {depth}"
         size = value_of(value)
         is_known = path[-1] in known or (len(path) == 1 and is_read(defaults, key, size))
         problems.require(is_known, found, fix)
@@ -84,9 +94,10 @@ def is_size_given(config: TrainConfig) -> bool:
     By a model to load, a family with sizes of its own, a depth, or some of what else would follow
     from the depth.
     """
+    from_depth = {*shape_of(DEPTH), *KINDS_OF_LAYERS}
     if config.model_name or config.model_type or config.depth:
         return True
-    return not sizes_asked_for(config)[1].keys().isdisjoint(shape_of(DEPTH))
+    return not sizes_asked_for(config)[1].keys().isdisjoint(from_depth)
 
 
 def fix_of_gpt2(key: str, value: str, known: set[str]) -> str:
@@ -302,6 +313,8 @@ def sizes_by_depth(defaults: Any, depth: int, overrides: dict[str, Any]) -> dict
     shape = shape_of(depth, given("hidden_size"), given("num_attention_heads"))
     layers = given("num_hidden_layers") or depth
     shape |= sizes_of_family(defaults.model_type, shape, layers)
+    if not asked.keys().isdisjoint(KINDS_OF_LAYERS):
+        shape.pop(KINDS_OF_LAYERS[0], None)
     return {name: size for name, size in shape.items() if name in names_in(defaults)}
 
 

@@ -34,7 +34,8 @@ def settle(
     if not config.model_name and family is None and depth is None and not before:
         depth = DEPTH
     if not config.model_name:
-        family = family or before.get("model_type") or family_of(depth)
+        usual_family = family_of(depth, config.config_overrides)
+        family = family or before.get("model_type") or usual_family
         depth = depth or before.get("depth")
     usual = OPTIMIZER_OF_LOADED if config.model_name else OPTIMIZER
     optimizer = config.optimizer or before.get("optimizer") or usual

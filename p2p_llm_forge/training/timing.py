@@ -66,9 +66,9 @@ def timed(asked: TrainConfig, job: Job, began: float) -> Job:
     if begun:  # and ended before it had saved anything: run.json holds what it was
         is_given = asked.batch_size or asked.gradient_accumulation_steps
         batch_size = asked.batch_size if is_given else job.plan.batch_size
-        asked = replace(
-            asked, depth=job.config.depth, batch_size=batch_size, dropout=job.config.dropout
-        )
+        kept = ("model_type", "depth", "dropout")
+        before: dict[str, Any] = {name: getattr(job.config, name) for name in kept}
+        asked = replace(asked, batch_size=batch_size, **before)
     cluster.main_only(budget.require_start)
     return Planning(asked, job, budget).planned()
 

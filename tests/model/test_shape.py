@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.model.build import build_model
-from p2p_llm_forge.model.document_mask import document_mask_for
+from p2p_llm_forge.model.document_mask import by_documents, document_mask_for
 from p2p_llm_forge.model.fit import require_causal
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.model.shape import learning_rate_of, shape_of
+from p2p_llm_forge.model.sizes import is_size_given
 from p2p_llm_forge.model.unreached import freeze_unreached
 from p2p_llm_forge.training.settle import settle
 from tests.model.families import model_of
@@ -73,8 +74,35 @@ def test_heads_share_any_even_width(text, width, heads):
     assert config.num_key_value_heads == heads
 
 
+def test_layers_are_of_the_kinds_that_were_asked_for(text):
+    """By either of the family's two names for it."""
+    for overrides in ("full_attn_idxs=[0]", "layer_types=[full_attention,conv]"):
+        asked = TrainConfig(depth=2, config_overrides=f"hidden_size=32,{overrides}")
+        assert build_model(asked, text).config.layer_types == ["full_attention", "conv"]
+        assert is_size_given(TrainConfig(config_overrides=overrides))
+
+
+def test_a_size_that_the_default_has_no_more_names_the_family_that_has(text):
+    with pytest.raises(
+        ForgeError, match=r"'rms_norm_eps'\n.*norm_eps.*; or take a Qwen3"
+    ) as raised:
+        build_model(TrainConfig(depth=2, config_overrides="rms_norm_eps=0.5"), text)
+    words = str(raised.value).partition("which has it: ")[2].split()
+    fixed = TrainConfig(
+        model_type=words[1], depth=int(words[3]), config_overrides="rms_norm_eps=0.5"
+    )
+    assert build_model(fixed, text).config.rms_norm_eps == 0.5
+
+
+def test_the_default_keeps_its_convolutions_inside_documents_too(text):
+    lm = build_model(TrainConfig(depth=2), text)
+    assert document_mask_for(lm, text.eos_token_id).func is by_documents
+
+
 def test_a_single_layer_that_has_no_room_for_both_kinds_is_one_of_a_qwen3(text):
     assert settle(TrainConfig(depth=1)).model_type == "qwen3"
+    sizes = TrainConfig(depth=1, config_overrides="norm_eps=1e-6")  # a name of the other's
+    assert settle(sizes).model_type == "lfm2"
     assert settle(TrainConfig(depth=2)).model_type == settle(TrainConfig()).model_type == "lfm2"
     config = build_model(TrainConfig(depth=2, model_type="qwen3"), text).config
     wanted = shape_of(2)

@@ -202,6 +202,10 @@ def test_a_run_that_was_killed_before_it_saved_anything_is_planned_again(config,
     assert again.identity() == first.identity()
     assert first.budget.plan.keys() == again.budget.plan.keys() != set()
     assert again.plan.total_steps != timing.FIRST_GUESS and again.config.warmup_steps > 0
+    # One that was begun when another family was the default.
+    before = first.identity() | {"model_type": "llama", "depth": 2}
+    RunRecord(before).write(tmp_path / "run")
+    assert {name: opened().identity()[name] for name in before} == before
 
 
 @pytest.mark.parametrize("asked", [{"batch_size": 256}, {"micro_batch_size": 200}])

@@ -17,7 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.tokenizer import train_tokenizer
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.model.build import new_model_config
+from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.sizes import sizes_asked_for
+from p2p_llm_forge.training.settle import settle
 from p2p_llm_forge.using.gguf_file import require_exportable_family, write_gguf
 from p2p_llm_forge.using.loading import load
 from tests import ROOT
@@ -154,8 +157,6 @@ def test_what_gguf_would_compute_otherwise_is_refused(family, sizes, found):
 @pytest.mark.parametrize(
     ("sizes", "found"),
     [
-        (lfm2("conv", "conv"), "layers of conv only"),
-        (lfm2("full_attention"), "layers of full_attention only"),
         ({"conv_bias": True}, "conv_bias=True"),
         ({"conv_L_cache": 1}, "conv_L_cache=1"),
         ({"head_dim": 16}, "hidden_size=32, and heads of 64 together"),
@@ -171,6 +172,17 @@ def test_the_fix_of_what_llama_cpp_cannot_run_makes_a_model_that_it_can(sizes, f
     overrides = problem.fix.partition("--config-overrides ")[2]
     _, fixed = sizes_asked_for(TrainConfig(model_type="lfm2", config_overrides=overrides))
     require_exportable_family(AutoConfig.for_model("lfm2", **{**sizes, **fixed}))
+
+
+@pytest.mark.parametrize("kind", ["conv", "full_attention"])
+def test_the_fix_of_a_single_kind_of_layer_is_a_depth_that_has_both(kind, tmp_path):
+    with pytest.raises(ForgeError, match=f"layers of {kind} only") as refused:
+        require_exportable_family(AutoConfig.for_model("lfm2", **{**SIZES["lfm2"], **lfm2(kind)}))
+    (problem,) = refused.value.problems
+    depth = int(problem.fix.rpartition("--depth ")[2])
+    fixed = new_model_config(settle(TrainConfig(depth=depth)), TextSpec(300, 0, 32, tmp_path))
+    assert fixed.model_type == "lfm2"
+    require_exportable_family(fixed)
 
 
 def test_convolutions_stay_in_float32(tmp_path):
