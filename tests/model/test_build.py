@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -225,3 +228,20 @@ def test_all_wrong_sizes_are_reported_at_once():
     found = [problem.found for problem in error.value.problems]
     parts = ("has no 'n_layr'", "'foo' is not KEY=VALUE", "n_head is 'many'")
     assert [part in one for part, one in zip(parts, found, strict=True)] == [True] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is advised")
+def test_a_cpu_is_not_advised_kernels_for_gpus():
+    """In a process of its own: transformers says it once in each."""
+    words = """if True:
+        import torch
+        from pathlib import Path
+        from p2p_llm_forge.config import TrainConfig
+        from p2p_llm_forge.model.build import build_model
+        from p2p_llm_forge.model.fit import TextSpec
+
+        lm = build_model(TrainConfig(depth=2), TextSpec(64, 1, 16, Path()))
+        print(lm(torch.tensor([[1, 2]])).logits.shape)
+    """
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert "64" in done.stdout and "causal_conv1d" not in done.stderr
