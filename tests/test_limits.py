@@ -106,22 +106,16 @@ def test_shares_of_time_are_read_of_all_groups(machine):
     assert shares_of_groups(there) == [1.5]
 
 
-def test_shares_of_time_of_version_1_are_read(machine):
-    there = machine("2:cpu,cpuacct:/docker/1a2b\n1:memory:/\n", {"cpu": ("", "", 0)})
-    group = there / "sys/fs/cgroup/cpu"
+@pytest.mark.parametrize("folder", ["cpu", "cpu,cpuacct", "cpu,cpuacct/docker/1a2b"])
+def test_shares_of_time_of_version_1_are_read(machine, folder):
+    """A folder is named by one of its controllers or by all; in a container only the root is."""
+    there = machine("2:cpu,cpuacct:/docker/1a2b\n1:memory:/\n", {folder: ("", "", 0)})
+    group = there / "sys/fs/cgroup" / folder
     (group / "cpu.cfs_period_us").write_text("50000\n")
     (group / "cpu.cfs_quota_us").write_text("-1\n")
     assert shares_of_groups(there) == []
     (group / "cpu.cfs_quota_us").write_text("150000\n")
     assert shares_of_groups(there) == [3]
-
-
-def test_a_folder_that_is_named_by_all_its_controllers_is_found(machine):
-    there = machine("2:cpu,cpuacct:/box\n", {"cpu,cpuacct/box": ("", "", 0)})
-    group = there / "sys/fs/cgroup/cpu,cpuacct/box"
-    (group / "cpu.cfs_period_us").write_text("100000\n")
-    (group / "cpu.cfs_quota_us").write_text("200000\n")
-    assert shares_of_groups(there) == [2]
 
 
 @pytest.mark.parametrize(("shares", "expected"), [([], 4), ([8], 4), ([3, 1.5], 2), ([0.1], 1)])
