@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.data import order as data_order
 from p2p_llm_forge.errors import run_script
+from p2p_llm_forge.memory import freed_memory_kept
 from p2p_llm_forge.peers.launch import launcher_pid, local_rank
 from p2p_llm_forge.peers.parent import end_with_parent
 from p2p_llm_forge.training.budget import process_began
@@ -25,6 +26,8 @@ from p2p_llm_forge.training.results import TrainResult
 if TYPE_CHECKING:  # heavy libraries are imported where they are used: --help answers at once
     import torch
 
+    from p2p_llm_forge.training.beginning import Beginning
+    from p2p_llm_forge.training.job import Job
     from p2p_llm_forge.training.run import Run
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -46,9 +49,6 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
     from p2p_llm_forge.training.beginning import Beginning
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.modes import dry_run, evaluate_only
-    from p2p_llm_forge.training.run import conclude
-    from p2p_llm_forge.training.run_folder import run_folder
-    from p2p_llm_forge.training.setup import set_up
     from p2p_llm_forge.training.timing import timed
 
     beginning = Beginning(config)
@@ -57,19 +57,29 @@ def train(config: TrainConfig, began: float | None = None) -> TrainResult:
         if config.eval_only:
             return evaluate_only(config, cluster)
         job = replace(open_job(config, cluster), began=began)
-        if config.minutes:
-            job = timed(config, job, began)
-        if config.dry_run:
-            return dry_run(job)
-        with run_folder(job, beginning) as folder:
-            result = folder.result
-            if result is None:
-                with set_up(job, folder) as run, interruptions:
-                    loop(run, interruptions)
-                    result = conclude(run)
+        with freed_memory_kept():  # an update takes what the one before has freed
+            if config.minutes:
+                job = timed(config, job, began)
+            if config.dry_run:
+                return dry_run(job)
+            result = train_job(job, beginning, interruptions)
     if cluster.is_main:  # the others need not wait for it
         push_at_end(config)
     return result
+
+
+def train_job(job: Job, beginning: Beginning, interruptions: Interruptions) -> TrainResult:
+    """Begin a run or go on with it, to its end; what it came to if it has ended before."""
+    from p2p_llm_forge.training.run import conclude
+    from p2p_llm_forge.training.run_folder import run_folder
+    from p2p_llm_forge.training.setup import set_up
+
+    with run_folder(job, beginning) as folder:
+        if folder.result is not None:
+            return folder.result
+        with set_up(job, folder) as run, interruptions:
+            loop(run, interruptions)
+            return conclude(run)
 
 
 def loop(run: Run, interruptions: Interruptions) -> None:

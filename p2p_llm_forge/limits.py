@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from p2p_llm_forge.memory import return_memory
+
 MACHINE = Path("/")
 
 
@@ -29,7 +31,11 @@ OLDER = MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_ina
 
 
 def free_memory() -> float:
-    """Bytes that this process can still take: of its machine, its control groups, its ulimit."""
+    """Bytes that this process can still take: of its machine, its control groups, its ulimit.
+
+    What lies free in its own heap counts, too: it is given back first.
+    """
+    return_memory()
     free_here = [float(psutil.virtual_memory().available), *free_in_groups()]
     with contextlib.suppress(ImportError):  # not on Windows
         import resource

@@ -7,9 +7,10 @@ import graphlib
 
 from tests import ROOT
 
-BASE = {"errors", "files", "limits", "polling", "shapes", "tables"}
+BASE = {"errors", "files", "limits", "memory", "polling", "shapes", "tables"}
 ARROWS = {
-    **dict.fromkeys(("errors", "limits", "polling", "shapes", "tables"), set()),
+    **dict.fromkeys(("errors", "memory", "polling", "shapes", "tables"), set()),
+    "limits": {"memory"},
     "files": {"errors", "polling", "shapes"},
     **{wing: BASE | {"config"} for wing in ("config", "data", "model", "peers")},
     "sync": BASE | {"config", "peers"},

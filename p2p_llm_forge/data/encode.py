@@ -14,13 +14,13 @@ from p2p_llm_forge.data import fast_path
 from p2p_llm_forge.data.fast_path import FastPathDiffers
 from p2p_llm_forge.data.hard_texts import HARD_TEXTS
 from p2p_llm_forge.data.kept_proofs import KeptProof
-from p2p_llm_forge.data.memory import own_memory, return_memory
 from p2p_llm_forge.data.parts import column_of, values_and_offsets
 from p2p_llm_forge.data.token_runs import Run, interleaved, joined, run_of, without
 from p2p_llm_forge.data.tokenizer import Encode, control_tokens, is_slow, reference_encoder
 from p2p_llm_forge.data.tokenizer_process import TokenizerProcess
 from p2p_llm_forge.data.without_control import PlainTextEncoder
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.memory import own_memory, return_memory
 
 Backend = Literal["auto", "fast", "reference"]
 

@@ -14,13 +14,13 @@ import pyarrow as pa
 
 from p2p_llm_forge.data import readers
 from p2p_llm_forge.data.conversations import texts_of
-from p2p_llm_forge.data.memory import return_memory
 from p2p_llm_forge.data.pieces import PieceId
 from p2p_llm_forge.data.preparation import Preparation
 from p2p_llm_forge.data.splits import held_out
 from p2p_llm_forge.data.tokenizer import load_tokenizer, train_tokenizer
 from p2p_llm_forge.data.unfinished import TRAINED_TOKENIZER
 from p2p_llm_forge.files import fingerprint
+from p2p_llm_forge.memory import return_memory
 
 # A tokenizer is trained on about so much of a larger text, chosen by a hash: more changes little.
 TRAINING_BYTES = 256 << 20

@@ -10,6 +10,7 @@ from typing import Any
 from p2p_llm_forge.config import TrainConfig
 from p2p_llm_forge.data.held_out import held_out
 from p2p_llm_forge.errors import ForgeError, Problem, in_one_line
+from p2p_llm_forge.memory import freed_memory_kept
 from p2p_llm_forge.model.build import load_model
 from p2p_llm_forge.model.fit import TextSpec
 from p2p_llm_forge.model.lora import lora_in_words
@@ -61,7 +62,8 @@ def evaluate_only(config: TrainConfig, cluster: Cluster) -> TrainResult:
         name, steps, lm = load_newest(config, cluster, text)
     document_end = data.manifest.eos_token_id if config.document_mask else None
     model = NextTokenLoss(lm.to(cluster.device), document_end)
-    figures = evaluate_blocks(model, blocks, config.micro_batch() or 8, cluster)
+    with freed_memory_kept():
+        figures = evaluate_blocks(model, blocks, config.micro_batch() or 8, cluster)
     result = TrainResult(name, steps, 0, None, None, cluster.world_size, **figures)
     if cluster.is_main:
         print(result.summary(), flush=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from p2p_llm_forge.data.memory import own_memory, return_memory
+from p2p_llm_forge.memory import own_memory, return_memory
 from tests.data.preparations import ROOT
 
 

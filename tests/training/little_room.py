@@ -17,9 +17,11 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from p2p_llm_forge.config import TrainConfig, parse
 from p2p_llm_forge.errors import ForgeError
+from p2p_llm_forge.memory import return_memory
 from p2p_llm_forge.model.loss import NextTokenLoss
 from p2p_llm_forge.peers.join import join
 from p2p_llm_forge.training import trial
@@ -44,6 +46,7 @@ class Hungry(NextTokenLoss):
 @contextlib.contextmanager
 def room_for(blocks: float) -> Iterator[None]:
     """The process may take as much more as so many blocks need, until this is left."""
+    return_memory()  # or what lies free in its heap is room, too
     most = psutil.Process().memory_info().vms + int(blocks * LENGTH * PER_TOKEN)
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
     try:
@@ -65,6 +68,7 @@ def show(blocks: float, act: Callable[[], object]) -> None:
 def main() -> int:
     config = parse(TrainConfig, sys.argv[1:], "train.py")
     trial.NextTokenLoss = Hungry
+    tqdm.monitor_interval = 0  # a thread takes 64 MB of addresses
     with join(config) as cluster:
         job = open_job(config, cluster)
         model, lm = Hungry(new_model(job)).train(), new_model(job)
