@@ -9,6 +9,8 @@ updates of a run are not counted. Memory is the peak of the whole process (VmHWM
 
 --baseline-command measures any other program in the place of Hugging Face's loop: its last line
 must be JSON with `segments_s`, `updates` and `tokens_per_update`, as that of hf_loop.py.
+--against-freed measures train.py itself there, with glibc as it is: freed memory goes back to the
+system. --flags are for train.py alone.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     parser.add_argument("--flags", default="", help="more flags for train.py")
     parser.add_argument("--baseline-command")
+    parser.add_argument("--against-freed", action="store_true")
     return parser.parse_args()
 
 
@@ -66,8 +69,10 @@ class Measured:
     peak_bytes: int
 
 
-def forge(asked: argparse.Namespace, data: Path, precision: str) -> Measured:
-    """A run of train.py."""
+def forge(
+    asked: argparse.Namespace, data: Path, precision: str, is_freed: bool = False
+) -> Measured:
+    """A run of train.py. is_freed: it leaves glibc alone, which any value of its variable asks."""
     folder = asked.work_dir / "run"
     shutil.rmtree(folder, ignore_errors=True)
     settings = {
@@ -78,7 +83,8 @@ def forge(asked: argparse.Namespace, data: Path, precision: str) -> Measured:
         **{"max_steps": updates_of(asked), "log_every": 1, "learning_rate": 1e-3},
     }
     words = [f"--{name}={value}" for name, value in settings.items()] + shlex.split(asked.flags)
-    _, peak = run([sys.executable, str(ROOT / "train.py"), *words])
+    environ = {"GLIBC_TUNABLES": ""} if is_freed else {}
+    _, peak = run([sys.executable, str(ROOT / "train.py"), *words], environ)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens = asked.batch_size * asked.sequence_length
     ends = [
@@ -91,8 +97,10 @@ def forge(asked: argparse.Namespace, data: Path, precision: str) -> Measured:
     return Measured(asked.updates * tokens / statistics.median(segments), peak)
 
 
-def baseline(asked: argparse.Namespace, data: Path) -> Measured:
+def baseline(asked: argparse.Namespace, data: Path, precision: str) -> Measured:
     """A run of Hugging Face's loop, or of another program."""
+    if asked.against_freed:
+        return forge(asked, data, precision, is_freed=True)
     settings = {
         **{"data": data, "model-type": asked.model_type, "threads": asked.threads},
         **{"config-overrides": asked.config_overrides, "micro-batch-size": asked.micro_batch_size},
@@ -103,7 +111,7 @@ def baseline(asked: argparse.Namespace, data: Path) -> Measured:
     command = [sys.executable, "-m", "benchmarks.hf_loop", "--cpu", *words]
     if asked.baseline_command:
         command = shlex.split(asked.baseline_command)
-    said, peak = run(command)
+    said, peak = run(command, {})
     found = json.loads(said.splitlines()[-1])
     tokens = found["updates"] * found["tokens_per_update"]
     return Measured(tokens / statistics.median(found["segments_s"]), peak)
@@ -113,10 +121,15 @@ def updates_of(asked: argparse.Namespace) -> int:
     return asked.warm_up + asked.segments * asked.updates
 
 
-def run(command: list[str]) -> tuple[str, int]:
+def run(command: list[str], environ: dict[str, str]) -> tuple[str, int]:
     """What a program prints, and the most memory that it held, in bytes."""
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         peak = 0
         while process.poll() is None:
@@ -167,7 +180,8 @@ def main() -> None:
         if not data.exists():
             generate(data, vocab_size, asked.sequence_length, blocks=512)
         pairs = [
-            (forge(asked, data, precision), baseline(asked, data)) for _ in range(asked.repeats)
+            (forge(asked, data, precision), baseline(asked, data, precision))
+            for _ in range(asked.repeats)
         ]
         print(row(case, pairs), flush=True)
 

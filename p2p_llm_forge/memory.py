@@ -14,6 +14,7 @@ import psutil
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 LARGEST_TENSOR = 1 << 30  # bytes; larger ones are mapped by themselves
 NEVER = -1
+KEPT = {M_MMAP_THRESHOLD: LARGEST_TENSOR, M_TRIM_THRESHOLD: NEVER}
 USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}  # that glibc comes to by itself
 ASKED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -44,15 +45,16 @@ def freed_memory_kept() -> Iterator[None]:
     if any(name in os.environ for name in ASKED):
         yield
         return
-    _set({M_MMAP_THRESHOLD: LARGEST_TENSOR, M_TRIM_THRESHOLD: NEVER})
+    set_malloc(KEPT)
     try:
         yield
     finally:
-        _set(USUAL)
+        set_malloc(USUAL)
         return_memory()
 
 
-def _set(values: dict[int, int]) -> None:
+def set_malloc(values: dict[int, int]) -> None:
+    """Set glibc's malloc, by the names of its malloc.h; of other C libraries nothing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for name, value in values.items():
