@@ -38,8 +38,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep what is freed for what comes next (glibc; elsewhere nothing changes).
 
     An update on a CPU takes and frees the same tensors as the one before. By itself glibc gives
-    large ones back at once, and takes every page anew, which the system fills with zeros first: a
-    fifth of an update's time, a third in float32 (benchmarks/README.md, "Memory that is kept").
+    large ones back at once, and takes every page anew, which the system fills with zeros first: up
+    to a third of an update's time (benchmarks/README.md, "Memory that is kept").
     Whoever has set glibc's own variables for this is left alone.
     """
     if any(name in os.environ for name in ASKED):
