@@ -26,6 +26,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def tuned_rate(folder: Path, iterations: int, rates: list[float]) -> float:
 
 def run_ours(work: Path, seconds: float, seed: int, flags: Sequence[str]) -> float:
     """Train by --minutes; returns seconds from the start of the process to its end."""
+    shutil.rmtree(work / "run", ignore_errors=True)  # with the tokenizer and the prepared text
     words = [sys.executable, str(ROOT / "train.py"), "--dataset-path", str(work / "train.txt")]
     words += ["--output-dir", str(work / "run"), "--minutes", str(seconds / 60), "--overwrite"]
     return timed([*words, "--seed", str(seed), *flags], work, work / "last.log", {})
