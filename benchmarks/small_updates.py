@@ -89,6 +89,7 @@ def burst_ms(run: Any, first: int, updates: int) -> float:
 def measure(asked: argparse.Namespace, data: Path) -> dict[str, list[float]]:
     """Milliseconds an update of each arm, of each turn."""
     from p2p_llm_forge.config import TrainConfig
+    from p2p_llm_forge.memory import freed_memory_kept
     from p2p_llm_forge.peers.join import join
     from p2p_llm_forge.training.job import open_job
     from p2p_llm_forge.training.run_folder import run_folder
@@ -109,7 +110,7 @@ def measure(asked: argparse.Namespace, data: Path) -> dict[str, list[float]]:
     )
     with join(config) as cluster:
         job = open_job(config, cluster)
-        with run_folder(job) as held, set_up(job, held) as run:
+        with freed_memory_kept(), run_folder(job) as held, set_up(job, held) as run:
             around, step = arms(run), 0
             found: dict[str, list[float]] = {name: [] for name in around}
             for turn in range(1 + asked.turns):

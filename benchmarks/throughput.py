@@ -39,6 +39,13 @@ CASES = {
     "large vocabulary, float32": (32768, "no"),
     "large vocabulary, as by default": (32768, "auto"),
 }
+WITHOUT_KEEPING = """
+import train
+from p2p_llm_forge import memory
+
+memory.keep_freed_memory = lambda: None
+train.cli()
+"""
 
 
 def parse() -> argparse.Namespace:
@@ -56,8 +63,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
     parser.add_argument("--flags", default="", help="more flags for train.py")
-    parser.add_argument("--baseline-command")
-    parser.add_argument("--against-freed", action="store_true")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--baseline-command")
+    other.add_argument("--against-freed", action="store_true")
     return parser.parse_args()
 
 
@@ -72,7 +80,7 @@ class Measured:
 def forge(
     asked: argparse.Namespace, data: Path, precision: str, is_freed: bool = False
 ) -> Measured:
-    """A run of train.py. is_freed: it leaves glibc alone, which any value of its variable asks."""
+    """A run of train.py. is_freed: it leaves glibc as it is."""
     folder = asked.work_dir / "run"
     shutil.rmtree(folder, ignore_errors=True)
     settings = {
@@ -83,8 +91,8 @@ def forge(
         **{"max_steps": updates_of(asked), "log_every": 1, "learning_rate": 1e-3},
     }
     words = [f"--{name}={value}" for name, value in settings.items()] + shlex.split(asked.flags)
-    environ = {"GLIBC_TUNABLES": ""} if is_freed else {}
-    _, peak = run([sys.executable, str(ROOT / "train.py"), *words], environ)
+    script = ["-c", WITHOUT_KEEPING] if is_freed else [str(ROOT / "train.py")]
+    _, peak = run([sys.executable, *script, *words])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens = asked.batch_size * asked.sequence_length
     ends = [
@@ -111,7 +119,7 @@ def baseline(asked: argparse.Namespace, data: Path, precision: str) -> Measured:
     command = [sys.executable, "-m", "benchmarks.hf_loop", "--cpu", *words]
     if asked.baseline_command:
         command = shlex.split(asked.baseline_command)
-    said, peak = run(command, {})
+    said, peak = run(command)
     found = json.loads(said.splitlines()[-1])
     tokens = found["updates"] * found["tokens_per_update"]
     return Measured(tokens / statistics.median(found["segments_s"]), peak)
@@ -121,15 +129,10 @@ def updates_of(asked: argparse.Namespace) -> int:
     return asked.warm_up + asked.segments * asked.updates
 
 
-def run(command: list[str], environ: dict[str, str]) -> tuple[str, int]:
+def run(command: list[str]) -> tuple[str, int]:
     """What a program prints, and the most memory that it held, in bytes."""
     with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         peak = 0
         while process.poll() is None:

@@ -33,7 +33,8 @@ OLDER = MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_ina
 def free_memory() -> float:
     """Bytes that this process can still take: of its machine, its control groups, its ulimit.
 
-    What lies free in its own heap counts, too: it is given back first.
+    What lies free in its own heap counts, too: it is given back first. (Of a ulimit only what lies
+    at the heap's end comes back.)
     """
     return_memory()
     free_here = [float(psutil.virtual_memory().available), *free_in_groups()]

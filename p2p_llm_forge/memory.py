@@ -12,11 +12,11 @@ import psutil
 # Of glibc's malloc.h: from which size on an allocation is mapped by itself, and how much may lie
 # free at the heap's end before it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-LARGEST_TENSOR = 1 << 30  # bytes; larger ones are mapped by themselves
+LARGEST_KEPT = 1 << 30  # bytes of a tensor
+MOST_ONCE = 32 << 20  # the most that older glibc (2.33) takes, and that it comes to by itself
 NEVER = -1
-KEPT = {M_MMAP_THRESHOLD: LARGEST_TENSOR, M_TRIM_THRESHOLD: NEVER}
-USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}  # that glibc comes to by itself
-ASKED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+TUNABLES = ("malloc.mmap_threshold", "malloc.trim_threshold")  # in GLIBC_TUNABLES
 
 
 def own_memory() -> int:
@@ -39,23 +39,36 @@ def freed_memory_kept() -> Iterator[None]:
 
     An update on a CPU takes and frees the same tensors as the one before. By itself glibc gives
     large ones back at once, and takes every page anew, which the system fills with zeros first: up
-    to a third of an update's time (benchmarks/README.md, "Memory that is kept").
-    Whoever has set glibc's own variables for this is left alone.
+    to a quarter of an update's time (benchmarks/README.md, "Memory that is kept").
+    Whoever sets glibc's own variables for this decides instead.
     """
-    if any(name in os.environ for name in ASKED):
+    if is_set_by_user():
         yield
         return
-    set_malloc(KEPT)
+    keep_freed_memory()
     try:
         yield
     finally:
-        set_malloc(USUAL)
+        _set(M_MMAP_THRESHOLD, MOST_ONCE)  # glibc adapts it no more, once it was set
+        _set(M_TRIM_THRESHOLD, 2 * MOST_ONCE)
         return_memory()
 
 
-def set_malloc(values: dict[int, int]) -> None:
-    """Set glibc's malloc, by the names of its malloc.h; of other C libraries nothing."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for name, value in values.items():
-            mallopt(name, value)
+def keep_freed_memory() -> None:
+    """Have glibc keep it from now on."""
+    _set(M_MMAP_THRESHOLD, LARGEST_KEPT) or _set(M_MMAP_THRESHOLD, MOST_ONCE)
+    _set(M_TRIM_THRESHOLD, NEVER)
+
+
+def is_set_by_user() -> bool:
+    """Whether the process was started with what glibc itself heeds."""
+    asked = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in VARIABLES) or any(one in asked for one in TUNABLES)
+
+
+def _set(name: int, value: int) -> bool:
+    """Whether the C library has taken the value."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(name, value))
+    except (AttributeError, OSError, TypeError):
+        return False

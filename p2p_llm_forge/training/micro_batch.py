@@ -11,6 +11,7 @@ import torch
 
 from p2p_llm_forge.errors import ForgeError
 from p2p_llm_forge.limits import free_memory
+from p2p_llm_forge.memory import return_memory
 from p2p_llm_forge.model.build import recompute_activations
 from p2p_llm_forge.model.loss import CHUNK_VALUES, CHUNK_VALUES_ON_GPU, NextTokenLoss
 from p2p_llm_forge.peers.plausible import require_numbers
@@ -58,6 +59,7 @@ def settle_micro_batch(job: Job, model: NextTokenLoss, checkpoint: Path | None) 
     plan, cluster, is_auto = job.plan, job.cluster, job.config.micro_batch_size == "auto"
     if not any(asks for (asks,) in cluster.gather_numbers([is_auto])):
         return plan.micro_batch_size
+    cluster.together(return_memory)  # a rank cannot take what another has freed and keeps
     own = cluster.together(lambda: measured_memory(job, model) if is_auto else None)
     fits = min(own.blocks_that_fit(), plan.shares[cluster.rank]) if own else max(plan.shares)
     by_rank = [int(number) for (number,) in cluster.gather_numbers([fits])]
