@@ -173,7 +173,7 @@ def run_ours(work: Path, seconds: float, seed: int, flags: Sequence[str]) -> flo
     """Train by --minutes; returns seconds from the start of the process to its end."""
     shutil.rmtree(work / "run", ignore_errors=True)  # with the tokenizer and the prepared text
     words = [sys.executable, str(ROOT / "train.py"), "--dataset-path", str(work / "train.txt")]
-    words += ["--output-dir", str(work / "run"), "--minutes", str(seconds / 60), "--overwrite"]
+    words += ["--output-dir", str(work / "run"), "--minutes", str(seconds / 60)]
     return timed([*words, "--seed", str(seed), *flags], work, work / "last.log", {})
 
 

@@ -38,7 +38,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep what is freed for what comes next (glibc; elsewhere nothing changes).
 
     An update on a CPU takes and frees the same tensors as the one before. By itself glibc gives
-    large ones back at once, and takes every page anew, which the system fills with zeros first: up
+    large ones back at once, and the system fills every page with zeros when the next is taken: up
     to a quarter of an update's time (benchmarks/README.md, "Memory that is kept").
     Whoever sets glibc's own variables for this decides instead.
     """
@@ -56,7 +56,8 @@ def freed_memory_kept() -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Have glibc keep it from now on."""
-    _set(M_MMAP_THRESHOLD, LARGEST_KEPT) or _set(M_MMAP_THRESHOLD, MOST_ONCE)
+    if not _set(M_MMAP_THRESHOLD, LARGEST_KEPT):
+        _set(M_MMAP_THRESHOLD, MOST_ONCE)
     _set(M_TRIM_THRESHOLD, NEVER)
 
 

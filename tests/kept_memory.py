@@ -1,4 +1,4 @@
-"""How often the system fills the same tensor anew, in a process that has just begun.
+"""How often the system fills the same tensor with zeros, in a process that has just begun.
 
 python -m tests.kept_memory [FLAGS_OF_TRAIN]
 

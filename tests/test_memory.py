@@ -56,7 +56,7 @@ def found_by(words: list[str], environ: dict[str, str]) -> list[float]:
         ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, False),
     ],
 )
-def test_freed_memory_is_kept_unless_glibc_was_told_otherwise(environ, is_kept):
+def test_freed_memory_is_kept_unless_glibc_is_set_otherwise(environ, is_kept):
     filled, held_inside, held_afterwards = found_by([], environ)
     assert (filled < 1 and held_inside > 0.5) if is_kept else filled > TIMES - 1
     assert held_afterwards < 0.5
@@ -83,7 +83,20 @@ def test_an_older_glibc_is_asked_for_as_much_as_it_takes(monkeypatch):
 def test_nothing_changes_where_the_c_library_has_no_such_setting(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    for library in (object(), None):
-        monkeypatch.setattr("ctypes.CDLL", lambda name, library=library: library)
+    asked = []
+
+    def without(name):
+        asked.append(name)
+        return object()  # without any function, as musl and macOS lack these
+
+    def no_library(name):
+        asked.append(name)
+        raise TypeError  # as on Windows
+
+    for library in (without, no_library):
+        monkeypatch.setattr("ctypes.CDLL", library)
         with freed_memory_kept():
-            pass
+            assert asked, "the C library was not asked"
+            asked.clear()
+        assert asked
+        asked.clear()
