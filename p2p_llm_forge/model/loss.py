@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from p2p_llm_forge.model.document_mask import document_mask_for
-from p2p_llm_forge.model.fused import fuse_activations
+from p2p_llm_forge.model.fused import fuse
 from p2p_llm_forge.model.head import PLAIN, Head, head_of
 
 # Logits of one chunk: about 16 million values, 64 MB in float32. On a GPU more: adding a chunk's
@@ -154,7 +154,7 @@ class NextTokenLoss(nn.Module):
 
     def __init__(self, lm: Any, document_end: int | None = None) -> None:
         super().__init__()
-        fuse_activations(lm)
+        fuse(lm)
         self.lm = lm
         self.head = head_of(lm)
         self.document_mask = None if document_end is None else document_mask_for(lm, document_end)

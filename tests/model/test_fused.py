@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from p2p_llm_forge.model.fused import fuse_activations, is_gelu_by_tanh
+from p2p_llm_forge.model import fused as fusing
+from p2p_llm_forge.model.fused import fuse, fuse_activations, is_gelu_by_tanh
+from p2p_llm_forge.model.fused_steps import CausalAttention, RMSNorm, RotatedRMSNorm
 from tests.model.families import FAMILIES, SIZES, model_of
 
 BY_TANH = {
@@ -105,3 +107,164 @@ def test_only_that_approximation_is_replaced(name, is_fused):
 @pytest.mark.parametrize("module", [Halves(), GeluOfTwo(), nn.GELU("tanh"), nn.GELU()])
 def test_others_of_such_names_stay(module):
     assert not is_gelu_by_tanh(module)
+
+
+def own_rms_norm(x, weight, eps):
+    """By its definition (arXiv 1910.07467), in x's precision."""
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def same_gradients(found, expected, inputs, rtol=1e-5, atol=1e-5):
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+    draw = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    of_found = torch.autograd.grad((found * draw).sum(), inputs)
+    of_expected = torch.autograd.grad((expected * draw).sum(), inputs)
+    for one, other in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1, 300])
+def test_a_norm_is_what_its_definition_says(size):
+    torch.manual_seed(0)
+    x = (size * torch.randn(2, 5, 16)).requires_grad_()
+    weight = torch.randn(16, requires_grad=True)
+    found = RMSNorm.apply(x, weight, 1e-5, torch.float32)
+    expected = own_rms_norm(x.double(), weight.double(), 1e-5)
+    same_gradients(found, expected, [x, weight], rtol=1e-4, atol=1e-4 / size if size < 1 else 1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_rotated_norm_turns_pairs_by_their_angles(blocks):
+    """As complex numbers: value i of the first half and of the second are one, which is turned."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    weight = torch.randn(8, requires_grad=True)
+    angles = torch.randn(blocks, 5, 1, 4)
+    rotation = tuple(torch.cat([one, one], -1) for one in (angles.cos(), angles.sin()))
+    found = RotatedRMSNorm.apply(x, weight, rotation, 1e-6, torch.float32)
+    normal = own_rms_norm(x.double(), weight.double(), 1e-6)
+    pairs = torch.complex(normal[..., :4], normal[..., 4:])
+    turned = pairs * torch.polar(torch.ones_like(angles), angles).to(pairs.dtype)
+    same_gradients(found, torch.cat([turned.real, turned.imag], -1), [x, weight], rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_attention_is_what_its_definition_says(tokens):
+    torch.manual_seed(0)
+    heads = [torch.randn(2, tokens, 3, 8).transpose(1, 2).requires_grad_() for _ in range(3)]
+    found = CausalAttention.apply(*heads, 0.3)
+    query, key, value = (one.double() for one in heads)
+    scores = 0.3 * torch.einsum("bhqd,bhkd->bhqk", query, key)
+    scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("bhqk,bhkd->bhqd", scores.exp() / scores.exp().sum(-1, True), value)
+    same_gradients(found, expected, heads)
+
+
+FUSED = {
+    **{name: FAMILIES[name][0] for name in ("llama", "lfm2", "gpt2", "gpt_neox", "gemma2")},
+    "qwen3": {**FAMILIES["llama"][0], "head_dim": 16},
+    "qwen3 with fewer keys": {**FAMILIES["llama"][0], "head_dim": 16, "num_key_value_heads": 1},
+    "qwen3 with a window": {
+        **{**FAMILIES["llama"][0], "head_dim": 16, "use_sliding_window": True},
+        **{"sliding_window": 4, "max_window_layers": 0},
+    },
+    "mistral": FAMILIES["llama"][0],
+    "olmo2": FAMILIES["llama"][0],
+    "gemma3_text": {**FAMILIES["llama"][0], "head_dim": 16},
+    "bloom": BY_TANH["bloom"],
+}
+
+
+def two_of(family):
+    torch.manual_seed(0)
+    usual = model_of(family.split()[0], **FUSED[family])
+    fused = copy.deepcopy(usual)
+    fuse(fused)
+    return usual, fused
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_model_has_its_own_loss_and_gradients(family):
+    usual, fused = two_of(family)
+    (expected, of_usual), (loss, of_fused) = gradients(usual), gradients(fused)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_fused, of_usual, rtol=1e-3, atol=2e-6)
+    assert fused.config.to_dict() == usual.config.to_dict()
+    assert fused.state_dict().keys() == usual.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3", "llama"])
+def test_in_double_precision_too(family):
+    """Where transformers' own norms are in float32."""
+    usual, fused = (one.double() for one in two_of(family))
+    (expected, of_usual), (loss, of_fused) = gradients(usual), gradients(fused)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_fused, of_usual, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_in_half_precision_it_is_as_far_from_float32_as_before(family):
+    usual, fused = two_of(family)
+    _, exact = gradients(copy.deepcopy(usual))
+    missed = []
+    for lm in (usual, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, found = gradients(lm)
+        difference = sum(float((found[name] - exact[name]).square().sum()) for name in exact)
+        missed.append((difference / sum(float(g.square().sum()) for g in exact.values())) ** 0.5)
+    before, after = missed
+    assert 0 < after < 1.2 * before
+
+
+def test_steps_are_fused_where_they_are_known():
+    _, lfm2 = two_of("lfm2")
+    own = [name for name, module in lfm2.named_modules() if "forward" in vars(module)]
+    kinds = ("norm", "self_attn", "layernorm")
+    assert own == [name for name, _ in lfm2.named_modules() if name.endswith(kinds)]
+    assert lfm2.config._attn_implementation == fusing.SHORT_ATTENTION
+
+
+def test_a_family_that_norms_otherwise_stays_as_it_is():
+    """gemma multiplies by one more than the weight."""
+    usual, fused = two_of("gemma2")
+    for module in fused.modules():
+        if hasattr(module, "eps"):
+            module.variance_epsilon = module.eps
+    fuse(fused)
+    assert not any("forward" in vars(module) for module in fused.modules())
+    torch.testing.assert_close(fused(TOKENS).logits, usual(TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3", "gpt2"])
+def test_what_is_fused_generates_copies_and_saves_as_before(family, tmp_path):
+    usual, fused = (one.eval() for one in two_of(family))
+    prompt = {"inputs": TOKENS[:, :5], "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(fused.generate(**prompt), usual.generate(**prompt))
+        other = copy.deepcopy(fused)  # which must not lead back to the first one's weights
+        for weight in other.parameters():
+            weight.zero_()
+        assert not torch.equal(other(TOKENS).logits, fused(TOKENS).logits)
+    for lm, name in ((usual, "usual"), (fused, "fused")):
+        lm.save_pretrained(tmp_path / name)
+    for one in sorted((tmp_path / "usual").iterdir()):
+        assert one.read_bytes() == (tmp_path / "fused" / one.name).read_bytes(), one.name
+
+
+@pytest.mark.parametrize("tokens", [fusing.SHORT_BLOCK, fusing.SHORT_BLOCK + 1])
+def test_attention_of_short_blocks_is_our_own(tokens, monkeypatch):
+    """In half precision and in training, where torch's takes twice the time."""
+    calls = []
+    apply = CausalAttention.apply
+    monkeypatch.setattr(CausalAttention, "apply", lambda *a: calls.append(a) or apply(*a))
+    _, fused = two_of("gpt2")
+    blocks = torch.zeros(1, tokens, dtype=torch.int64)
+    fused(blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            fused(blocks)
+        assert not calls
+        fused(blocks, attention_mask=torch.tensor([[0] + [1] * (tokens - 1)]))
+        assert not calls
+        fused(blocks).logits.sum().backward()
+    assert len(calls) == 2 * (tokens <= fusing.SHORT_BLOCK)
