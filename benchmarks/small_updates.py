@@ -2,10 +2,11 @@
 
     python -m benchmarks.small_updates --work-dir /tmp/small_updates
 
-One real run of train.py is set up, as --minutes for a short time (a Qwen3 of --depth),
-with dropout 0.1. Its arms take turns in bursts of updates: as they are, 8 blocks in a forward,
-torch's own dropout, none, attention in float32, and one thread. Medians of all bursts are printed,
-and of the ratios to the first arm's burst of the same turn.
+One real run of train.py is set up, as --minutes does for a short time. Its arms take turns in
+bursts of updates: as they are, with torch's attention in the place of our own of short blocks, that
+in float32, with norms and rotary positions as transformers writes them, both as before they were
+fused, 8 blocks in a forward, and one thread; with --dropout, torch's own, and none. Medians of all
+bursts are printed, and of the ratios to the first arm's burst of the same turn.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ sys.path.insert(0, str(ROOT))  # the project's own modules
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--model-type", default="qwen3")
+    parser.add_argument("--model-type", default="lfm2")
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--precision", default="auto", choices=["auto", "no", "bf16"])
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--updates", type=int, default=10, help="of a burst")
     return parser.parse_args()
@@ -44,6 +47,8 @@ def arms(run: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Name of an arm, and what surrounds its updates."""
     import torch
     import torch.nn.functional as F
+
+    from p2p_llm_forge.model import fused
 
     @contextlib.contextmanager
     def micro_batches_of(size: int) -> Iterator[None]:
@@ -58,21 +63,47 @@ def arms(run: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         yield
         torch.set_num_threads(usual)
 
-    def attention_in_float32(usual: Any = F.scaled_dot_product_attention) -> Any:
+    def torchs_attention() -> AbstractContextManager[Any]:
+        return patch.object(fused, "SHORT_BLOCK", 0)
+
+    @contextlib.contextmanager
+    def attention_in_float32() -> Iterator[None]:
+        usual = F.scaled_dot_product_attention
+
         def attended(query: Any, key: Any, value: Any, **others: Any) -> Any:
             exact = usual(query.float(), key.float(), value.float(), **others)
             return exact.to(value.dtype)
 
-        return patch.object(F, "scaled_dot_product_attention", attended)
+        with torchs_attention(), patch.object(F, "scaled_dot_product_attention", attended):
+            yield
+
+    @contextlib.contextmanager
+    def norms_of_transformers() -> Iterator[None]:
+        known = [one for one in run.learner.lm.modules() if "forward" in vars(one)]
+        ours = [vars(one).pop("forward") for one in known]
+        yield
+        for module, forward in zip(known, ours, strict=True):
+            module.forward = forward
+
+    @contextlib.contextmanager
+    def nothing_fused() -> Iterator[None]:
+        with torchs_attention(), norms_of_transformers():
+            yield
 
     place = "p2p_llm_forge.model.dropout.dropped"
-    return {
-        "as it is": nullcontext,
-        "8 blocks in a forward": lambda: micro_batches_of(8),
+    of_dropout = {
         "torch's dropout": lambda: patch(place, F.dropout),
         "no dropout": lambda: patch(place, lambda values, probability: values),
+    }
+    return {
+        "as it is": nullcontext,
+        "torch's attention": torchs_attention,
         "attention in float32": attention_in_float32,
+        "norms and rotary positions of transformers": norms_of_transformers,
+        "both": nothing_fused,
+        "8 blocks in a forward": lambda: micro_batches_of(8),
         "one thread": one_thread,
+        **(of_dropout if run.job.config.dropout else {}),
     }
 
 
@@ -103,7 +134,8 @@ def measure(asked: argparse.Namespace, data: Path) -> dict[str, list[float]]:
         model_type=asked.model_type,
         depth=asked.depth,
         batch_size=asked.batch_size,
-        dropout=0.1,
+        dropout=asked.dropout,
+        mixed_precision=asked.precision,
         max_steps=100_000,
         save_every=0,
         compile="off",
