@@ -47,7 +47,9 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad, normal = grads[0].to(scale.dtype), x.to(scale.dtype) * scale
-        of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        of_weight = None  # of a frozen one none is asked for
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         of_x = _of_normalised(grad * weight.to(scale.dtype), normal, scale)
         return of_x.to(x.dtype), of_weight, None, None
 
@@ -77,7 +79,9 @@ class RotatedRMSNorm(torch.autograd.Function):
         x, weight, scale, cosine, sine = ctx.saved_tensors
         grad = _rotated(grads[0].to(scale.dtype), cosine, sine, sign=-1)
         normal = x.to(scale.dtype) * scale
-        of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        of_weight = None  # of a frozen one none is asked for
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         of_x = _of_normalised(grad.mul_(weight), normal, scale)
         return of_x.to(x.dtype), of_weight, None, None, None
 
@@ -95,16 +99,19 @@ class CausalAttention(torch.autograd.Function):
     """softmax(scale * query @ key') @ value, of tokens up to each one's own, without dropout.
 
     All (blocks, heads, tokens, size), in the dtype that all is computed in. It keeps what each
-    token attends to, tokens^2 values a head: for short blocks.
+    token attends to, tokens^2 values a head: for short blocks. Scores are in float32; keys and
+    values lose their mean where that changes nothing but rounding: softmax ignores what is added to
+    all scores of a token, and its backward what is added to all of their gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         tokens = query.shape[2]
         flat = [one.flatten(0, 1) for one in (query, key, value)]
-        later = query.new_full((tokens, tokens), -torch.inf).triu(1)
-        scores = torch.baddbmm(later, flat[0], flat[1].transpose(1, 2), alpha=scale)
-        weights = scores.softmax(-1)
+        exact = [one.to(exact_dtype(one)) for one in flat[:2]]
+        later = exact[0].new_full((tokens, tokens), -torch.inf).triu(1)
+        scores = torch.baddbmm(later, exact[0], exact[1].transpose(1, 2), alpha=scale)
+        weights = scores.softmax(-1).to(query.dtype)
         ctx.save_for_backward(*flat, weights)
         ctx.scale, ctx.shape = scale, query.shape
         return (weights @ flat[2]).view(query.shape)
@@ -114,9 +121,9 @@ class CausalAttention(torch.autograd.Function):
         query, key, value, weights = ctx.saved_tensors
         grad = grads[0].flatten(0, 1)
         of_value = weights.transpose(1, 2) @ grad
-        of_weights = grad @ value.transpose(1, 2)
+        of_weights = grad @ (value - value.mean(1, keepdim=True)).transpose(1, 2)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query = (of_scores @ key).mul_(ctx.scale)
+        of_query = (of_scores @ (key - key.mean(1, keepdim=True))).mul_(ctx.scale)
         of_key = (of_scores.transpose(1, 2) @ query).mul_(ctx.scale)
         of_all = (one.view(ctx.shape) for one in (of_query, of_key, of_value))
         return *of_all, None

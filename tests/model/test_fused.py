@@ -216,15 +216,16 @@ def test_in_half_precision_it_is_as_far_from_float32_as_before(family):
     assert 0 < after < 1.2 * before
 
 
+KINDS = ("norm", "self_attn")
+
+
 def test_steps_are_fused_where_they_are_known():
     _, lfm2 = two_of("lfm2")
     own = [name for name, module in lfm2.named_modules() if "forward" in vars(module)]
-    kinds = ("norm", "self_attn", "layernorm")
-    assert own == [name for name, _ in lfm2.named_modules() if name.endswith(kinds)]
-    assert lfm2.config._attn_implementation == fusing.SHORT_ATTENTION
+    assert own == [name for name, _ in lfm2.named_modules() if name.endswith(KINDS)]
 
 
-def test_a_family_that_norms_otherwise_stays_as_it_is():
+def test_a_norm_that_computes_otherwise_stays():
     """gemma multiplies by one more than the weight."""
     usual, fused = two_of("gemma2")
     for module in fused.modules():
@@ -232,6 +233,63 @@ def test_a_family_that_norms_otherwise_stays_as_it_is():
             module.variance_epsilon = module.eps
     fuse(fused)
     assert not any("forward" in vars(module) for module in fused.modules())
+    torch.testing.assert_close(fused(TOKENS).logits, usual(TOKENS).logits)
+
+
+class WithoutWeightRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
+class GatedRMSNorm(WithoutWeightRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x, gate=None):
+        return self.weight * super().forward(x if gate is None else x * gate)
+
+
+@pytest.mark.parametrize("kind", [WithoutWeightRMSNorm, GatedRMSNorm])
+def test_norms_of_other_kinds_stay(kind):
+    lm = model_of("llama", **FAMILIES["llama"][0])
+    lm.model.norm = kind()
+    fuse(lm)
+    assert "forward" not in vars(lm.model.norm)
+    assert "forward" in vars(lm.model.layers[0].input_layernorm)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3", "llama"])
+def test_weights_in_half_precision_are_fused_too(family):
+    torch.manual_seed(0)
+    usual = model_of(family, **FUSED[family])
+    with torch.no_grad():
+        for weight in usual.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    usual = usual.bfloat16()
+    fused = copy.deepcopy(usual)
+    fuse(fused)
+    kinds = KINDS[: 1 if family == "llama" else 2]
+    names = {name for name, module in fused.named_modules() if "forward" in vars(module)}
+    assert names == {name for name, module in fused.named_modules() if name.endswith(kinds)}
+    found, expected = fused(TOKENS).logits, usual(TOKENS).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_sparse_attention_stays_sparse():
+    """It goes by the name of the attention, and shows only where tokens are more than it takes."""
+    sizes = {**FAMILIES["llama"][0], "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+    sizes |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    sizes |= {"v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    usual = model_of("deepseek_v32", **sizes).eval()
+    fused = copy.deepcopy(usual)
+    fuse(fused)
+    assert usual.config._attn_implementation == fused.config._attn_implementation == "sdpa"
     torch.testing.assert_close(fused(TOKENS).logits, usual(TOKENS).logits)
 
 
@@ -251,12 +309,17 @@ def test_what_is_fused_generates_copies_and_saves_as_before(family, tmp_path):
         assert one.read_bytes() == (tmp_path / "fused" / one.name).read_bytes(), one.name
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """Of `CausalAttention`."""
+    found, apply = [], CausalAttention.apply
+    monkeypatch.setattr(CausalAttention, "apply", lambda *a: found.append(a) or apply(*a))
+    return found
+
+
 @pytest.mark.parametrize("tokens", [fusing.SHORT_BLOCK, fusing.SHORT_BLOCK + 1])
-def test_attention_of_short_blocks_is_our_own(tokens, monkeypatch):
-    """In half precision and in training, where torch's takes twice the time."""
-    calls = []
-    apply = CausalAttention.apply
-    monkeypatch.setattr(CausalAttention, "apply", lambda *a: calls.append(a) or apply(*a))
+def test_attention_of_short_blocks_is_our_own(tokens, calls):
+    """In half precision and in training, where torch's takes more time."""
     _, fused = two_of("gpt2")
     blocks = torch.zeros(1, tokens, dtype=torch.int64)
     fused(blocks)
@@ -268,3 +331,78 @@ def test_attention_of_short_blocks_is_our_own(tokens, monkeypatch):
         assert not calls
         fused(blocks).logits.sum().backward()
     assert len(calls) == 2 * (tokens <= fusing.SHORT_BLOCK)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dropout": 0.5},
+        {"is_causal": False},
+        {"position_bias": torch.zeros(1, 2, 9, 9)},
+        {"attention_mask": torch.ones(9, 9, dtype=torch.bool)},
+    ],
+)
+def test_attention_of_other_kinds_is_torchs(asked, calls):
+    torch.manual_seed(0)
+    module = nn.Module()  # causal, where it does not say otherwise
+    heads = [torch.randn(1, 2, 9, 8, dtype=torch.bfloat16) for _ in range(3)]
+    mask = asked.pop("attention_mask", None)
+    fusing.attend_in_short_blocks(module, *heads, mask, **asked)
+    assert not calls
+    fusing.attend_in_short_blocks(module, *heads, None)
+    assert len(calls) == 1
+    module.is_causal = False
+    fusing.attend_in_short_blocks(module, *heads, None)
+    assert len(calls) == 1
+
+
+def test_attention_keeps_its_dropout_in_training(calls):
+    sizes = {**FUSED["qwen3"], "attention_dropout": 0.5}
+    lm = model_of("qwen3", **sizes)
+    fuse(lm)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = (lm(TOKENS).logits for _ in range(2))
+        assert not torch.equal(first, second)
+        lm.eval()
+        assert torch.equal(lm(TOKENS).logits, lm(TOKENS).logits)
+    assert len(calls) == 4  # of the two layers, in evaluation with a gradient
+
+
+@pytest.mark.parametrize("offset", [0, 30])
+@pytest.mark.parametrize("size", [0.5, 2, 4.5])
+def test_attention_in_half_precision_is_about_as_exact_as_torchs(size, offset):
+    """Also where scores are large, and where all of a token's are: by a bias of the keys, say."""
+    torch.manual_seed(0)
+    shape = (2, 2, 256, 64)
+    query, key, value, grad = (torch.randn(shape) for _ in range(4))
+    exact = [(size * query).double(), size * key.double() + offset * size**-1, value.double() + 3]
+    missed = []
+    halves = [one.bfloat16().requires_grad_() for one in exact]
+    exact = [one.detach().double().requires_grad_() for one in halves]
+    attend = nn.functional.scaled_dot_product_attention
+    grad = grad.bfloat16()
+    expected = attend(*exact, is_causal=True)
+    expected = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    for found in (attend(*halves, is_causal=True), CausalAttention.apply(*halves, 64**-0.5)):
+        tensors = [found, *torch.autograd.grad(found, halves, grad)]
+        pairs = zip(tensors, expected, strict=True)
+        missed.append([((a.double() - b).norm() / b.norm()).item() for a, b in pairs])
+    for torchs, ours in zip(*missed, strict=True):
+        assert ours < 0.002 + 2 * torchs
+
+
+def test_a_norm_before_linear_layers_gives_what_they_compute_in():
+    _, fused = two_of("qwen3")
+    layer = fused.model.layers[0]
+    x = torch.randn(1, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.input_layernorm(x).dtype == torch.bfloat16
+        assert fused.model.norm(x).dtype == torch.float32
+    assert layer.input_layernorm(x).dtype == torch.float32
+
+
+def test_a_frozen_norm_has_no_gradient():
+    x = torch.randn(2, 8, requires_grad=True)
+    weight = torch.randn(8)
+    RMSNorm.apply(x, weight, 1e-6, torch.float32).sum().backward()
+    assert weight.grad is None and x.grad is not None
