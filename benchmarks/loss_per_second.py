@@ -36,6 +36,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.noise import against  # noqa: E402
+
 ITERATIONS = 2000
 NANOGPT = (
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
@@ -113,17 +117,17 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         for name, flags in arms.items():
             spent_s = run_ours(work, given_s, seed, flags)
             keep(name, seed, judged("ours", work), spent_s)
-    print("\n| arm | bits per byte | rounds | seconds |\n|---|---|---|---|")
+    print("\n| arm | bits per byte | rounds | seconds | against --minutes |\n|---|---|---|---|---|")
+    ours = [bits for bits, _ in found["--minutes"]]
     for name, rounds in found.items():
         losses, seconds = zip(*rounds, strict=True)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
-        middle = statistics.median
-        print(f"| {name} | {middle(losses):.3f} | {shown} | {middle(seconds):.0f} |")
+        middle, verdict = statistics.median, "" if name == "--minutes" else against(losses, ours)
+        print(f"| {name} | {middle(losses):.3f} | {shown} | {middle(seconds):.0f} | {verdict} |")
 
 
 def gathered(megabytes: int) -> str:
     """Text of the installed Python's files, as the benchmark of data preparation gathers it."""
-    sys.path.insert(0, str(ROOT))
     from benchmarks.data_preparation import source_files
 
     parts, size = [], 0

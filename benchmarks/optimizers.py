@@ -27,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor
 
+from benchmarks.noise import against
 from p2p_llm_forge.config import PrepareConfig, TrainConfig
 from p2p_llm_forge.data.dataset import PreparedDataset, open_prepared
 from p2p_llm_forge.data.order import blocks_at
@@ -159,18 +160,13 @@ def bits_per_byte(model: NextTokenLoss, data: PreparedDataset) -> float:
 def table(found: dict[str, dict[int, float]]) -> str:
     """Markdown: means, and differences from the first arm seed by seed."""
     first = next(iter(found.values()))
-    lines = [
-        "| arm | bits per byte | against the first | seed by seed | t |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| arm | bits per byte | against the first | seed by seed |", "|---|---|---|---|"]
     for name, by_seed in found.items():
-        more = [loss / first[seed] - 1 for seed, loss in by_seed.items() if seed in first]
-        spread = statistics.stdev(more) if len(more) > 1 else 0.0
-        t = statistics.mean(more) / (spread / len(more) ** 0.5) if spread else None
-        lines.append(
-            f"| {name} | {statistics.mean(by_seed.values()):.4f} | {statistics.mean(more):+.2%}"
-            f" | {', '.join(f'{one:+.2%}' for one in more)} | {'' if t is None else f'{t:+.1f}'} |"
-        )
+        seeds = [seed for seed in by_seed if seed in first]
+        pair = [by_seed[seed] for seed in seeds], [first[seed] for seed in seeds]
+        more = ", ".join(f"{one / other - 1:+.2%}" for one, other in zip(*pair, strict=True))
+        mean, verdict = statistics.mean(by_seed.values()), against(*pair) if seeds else ""
+        lines.append(f"| {name} | {mean:.4f} | {verdict} | {more} |")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.noise import against  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -395,7 +400,8 @@ def measure_time(options: argparse.Namespace, arms: list[Arm], text: bytes) -> N
         )
 
 
-def measure_loss(options: argparse.Namespace, arm: Arm, seed: int, text: bytes) -> None:
+def measure_loss(options: argparse.Namespace, arm: Arm, seed: int, text: bytes) -> float:
+    """Bits per byte of one run, which is printed; a finished one is not repeated."""
     key = {"arm": asdict(arm), "seed": seed, "text": options.text.name}
     found = finished(options.results, key)
     if found is None:
@@ -408,6 +414,7 @@ def measure_loss(options: argparse.Namespace, arm: Arm, seed: int, text: bytes) 
         f" {found['cpu_ms']:.0f} ms, {found['cpu_s']:.0f} s) seed {seed}: {differing(arm)}",
         flush=True,
     )
+    return float(found["bits_per_byte"])
 
 
 def main(words: list[str] | None = None) -> None:
@@ -434,9 +441,10 @@ def main(words: list[str] | None = None) -> None:
     if options.time:
         measure_time(options, arms, text)
         return
-    for seed in options.seeds:
-        for arm in arms:
-            measure_loss(options, arm, seed, text)
+    losses = [[measure_loss(options, arm, seed, text) for arm in arms] for seed in options.seeds]
+    first, *others = zip(*losses, strict=True)
+    for arm, of_arm in zip(arms[1:], others, strict=True):
+        print(f"{differing(arm) or 'the same'}: {against(of_arm, first)}")
 
 
 if __name__ == "__main__":
