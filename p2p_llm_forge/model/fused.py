@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from p2p_llm_forge.model.fit import in_evaluation
+from p2p_llm_forge.model.fit import in_trial
 from p2p_llm_forge.model.fused_steps import (
     CausalAttention,
     RMSNorm,
@@ -53,15 +53,18 @@ def fuse(lm: Any) -> None:
         kind, last = type(module).__name__, name.rpartition(".")[2]
         if kind.endswith("RMSNorm") and _is_norm_of_one_weight(module):
             module.is_before_linear = last in BEFORE_LINEAR.get(lm.config.model_type, ())
-            _fuse_alike(module, _normalise, _values(3, len(module.weight)).to(module.weight.device))
+            _fuse_alike(module, _normalise, _inputs_of_norm)
         elif kind in NORMALISED_HEADS:
-            _fuse_alike(module, _attend, *_inputs_of_attention(module))
+            _fuse_alike(module, _attend, _inputs_of_attention)
 
 
-def _fuse_alike(module: Any, forward: Callable[..., Any], *inputs: Any) -> None:
-    """Give a module this forward, if both compute the same of these inputs."""
+def _fuse_alike(
+    module: Any, forward: Callable[..., Any], inputs_of: Callable[[Any], tuple[Any, ...]]
+) -> None:
+    """Give a module this forward, if both compute the same."""
     try:
-        with in_evaluation(module):
+        inputs = inputs_of(module)
+        with in_trial(module):  # where a last layer begins at zero, too
             own, ours = (call(module, *inputs) for call in (type(module).forward, forward))
     except Exception:  # whatever a module of another kind raises
         return
@@ -80,6 +83,10 @@ def _is_norm_of_one_weight(module: Any) -> bool:
 
 def _values(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _inputs_of_norm(module: Any) -> tuple[Tensor]:
+    return (_values(3, len(module.weight)).to(module.weight.device),)
 
 
 def _inputs_of_attention(module: Any) -> tuple[Any, ...]:

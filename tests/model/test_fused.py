@@ -263,6 +263,24 @@ def test_norms_of_other_kinds_stay(kind):
     assert "forward" in vars(lm.model.layers[0].input_layernorm)
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_attention_that_computes_otherwise_stays(is_other):
+    """Also where its last layer is zero, as a new model's is."""
+    lm = model_of("qwen3", **FUSED["qwen3"])
+    attention = lm.model.layers[0].self_attn
+    nn.init.zeros_(attention.o_proj.weight)
+    usual = type(attention)
+
+    def forward(self, *arguments, **others):
+        output, weights = usual.forward(self, *arguments, **others)
+        return (1.01 * output if is_other else output), weights
+
+    attention.__class__ = type("Qwen3Attention", (usual,), {"forward": forward})
+    fuse(lm)
+    assert ("forward" in vars(attention)) == (not is_other)
+    assert not attention.o_proj.weight.any()
+
+
 @pytest.mark.parametrize("family", ["lfm2", "qwen3", "llama"])
 def test_weights_in_half_precision_are_fused_too(family):
     torch.manual_seed(0)
