@@ -18,6 +18,7 @@ from p2p_llm_forge.model.fused_steps import (
     CausalAttention,
     RMSNorm,
     RotatedRMSNorm,
+    autocast_dtype,
     exact_dtype,
 )
 
@@ -66,11 +67,12 @@ def _fuse_alike(
         inputs = inputs_of(module)
         with in_trial(module):  # where a last layer begins at zero, too
             own, ours = (call(module, *inputs) for call in (type(module).forward, forward))
-    except Exception:  # whatever a module of another kind raises
+        first, second = (one[0] if isinstance(one, tuple) else one for one in (own, ours))
+        rtol, atol = (1e-3, 1e-5) if second.dtype.itemsize > 2 else (0.05, 0.05)
+        is_alike = torch.allclose(second, first, rtol=rtol, atol=atol)
+    except Exception:  # whatever a module of another kind raises, or returns
         return
-    first, second = (one[0] if isinstance(one, tuple) else one for one in (own, ours))
-    rtol, atol = (1e-3, 1e-5) if second.dtype.itemsize > 2 else (0.05, 0.05)
-    if first.dtype == second.dtype and torch.allclose(second, first, rtol=rtol, atol=atol):
+    if is_alike:
         module.forward = MethodType(forward, module)
 
 
@@ -185,12 +187,6 @@ def attend_in_short_blocks(
         heads = (one.to(dtype) for one in (query, key, value))
         output = CausalAttention.apply(*heads, scale)
     return output.transpose(1, 2), None
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast computes products of it in; None where it is off."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def fuse_activations(lm: Any) -> None:

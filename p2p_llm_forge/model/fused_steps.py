@@ -17,12 +17,25 @@ def exact_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products of x in; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x / rms, 1 / rms) over the last dimension, in at least float32."""
     exact = x.to(exact_dtype(x))
     squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
     scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return exact * scale, scale
+
+
+def _of_weight(ctx: Any, grad: Tensor, normal: Tensor, weight: Tensor) -> Tensor | None:
+    """The gradient of a norm's weight; None of a frozen one."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    return (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def _of_normalised(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
@@ -47,9 +60,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad, normal = grads[0].to(scale.dtype), x.to(scale.dtype) * scale
-        of_weight = None  # of a frozen one none is asked for
-        if ctx.needs_input_grad[1]:
-            of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        of_weight = _of_weight(ctx, grad, normal, weight)
         of_x = _of_normalised(grad * weight.to(scale.dtype), normal, scale)
         return of_x.to(x.dtype), of_weight, None, None
 
@@ -79,9 +90,7 @@ class RotatedRMSNorm(torch.autograd.Function):
         x, weight, scale, cosine, sine = ctx.saved_tensors
         grad = _rotated(grads[0].to(scale.dtype), cosine, sine, sign=-1)
         normal = x.to(scale.dtype) * scale
-        of_weight = None  # of a frozen one none is asked for
-        if ctx.needs_input_grad[1]:
-            of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        of_weight = _of_weight(ctx, grad, normal, weight)
         of_x = _of_normalised(grad.mul_(weight), normal, scale)
         return of_x.to(x.dtype), of_weight, None, None, None
 
@@ -99,9 +108,9 @@ class CausalAttention(torch.autograd.Function):
     """softmax(scale * query @ key') @ value, of tokens up to each one's own, without dropout.
 
     All (blocks, heads, tokens, size), in the dtype that all is computed in. It keeps what each
-    token attends to, tokens^2 values a head: for short blocks. Scores are in float32; keys and
-    values lose their mean where that changes nothing but rounding: softmax ignores what is added to
-    all scores of a token, and its backward what is added to all of their gradients.
+    token attends to, tokens^2 values a head: for short blocks. Scores are in float32. In the
+    backward keys and values lose their mean, which changes nothing but rounding: gradients of a
+    token's scores sum to zero, and what is added to all of its weights' gradients cancels.
     """
 
     @staticmethod

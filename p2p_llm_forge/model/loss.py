@@ -10,6 +10,7 @@ from torch import nn
 
 from p2p_llm_forge.model.document_mask import document_mask_for
 from p2p_llm_forge.model.fused import fuse
+from p2p_llm_forge.model.fused_steps import autocast_dtype
 from p2p_llm_forge.model.head import PLAIN, Head, head_of
 
 # Logits of one chunk: about 16 million values, 64 MB in float32. On a GPU more: adding a chunk's
@@ -131,7 +132,7 @@ def chunked_nats(
     where the weights are).
     """
     kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = autocast_dtype(hidden) or weight.dtype
     with torch.autocast(kind, enabled=False):
         scale = head.scale / (head.cap or 1)
         if head.before * scale != 1:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from p2p_llm_forge.model.fused_steps import autocast_dtype
+
 
 class LowRank(torch.autograd.Function):
     """y = x W' + bias + scale (x A') B', of which x, A and B have gradients.
@@ -66,11 +68,11 @@ def forward_of(adapter: str) -> Any:
     def forward(self: Any, x: Tensor) -> Tensor:
         layer, device = self.get_base_layer(), x.device.type
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        is_autocast = torch.is_autocast_enabled(device)
-        is_mixed = not is_autocast and not x.dtype == layer.weight.dtype == a.dtype
+        halved = autocast_dtype(x)
+        is_mixed = halved is None and not x.dtype == layer.weight.dtype == a.dtype
         if self.disable_adapters or self.merged or is_mixed:
             return type(self).forward(self, x)
-        dtype = torch.get_autocast_dtype(device) if is_autocast else x.dtype
+        dtype = halved or x.dtype
         weight = layer.weight.t() if self.fan_in_fan_out else layer.weight
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(device, enabled=False):
