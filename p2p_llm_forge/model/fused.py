@@ -193,7 +193,7 @@ def fuse_activations(lm: Any) -> None:
     """Have GELU by its tanh approximation, as GPT-2 has it, computed by torch's one kernel.
 
     Written as eight steps it keeps four tensors of the feed-forward's size for the backward, where
-    the kernel keeps one: a third of all that a GPT-2 keeps. Found by what a module computes, not by
+    the kernel keeps one. Found by what a module computes, not by
     its name alone; weights and their names stay as they are.
     """
     for module in list(lm.modules()):
